@@ -1,0 +1,39 @@
+# Each target does its own set-up in .venv: `make demo` and `make test` work on a fresh machine.
+PYTHON ?= python3
+# A pair that is known to work together; any torch>=2.11 does: `make demo TORCH="torch torchvision"`.
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+BIN := .venv/bin
+
+.PHONY: demo test lint format clean
+
+demo: .venv/installed
+	$(BIN)/python -u train.py ckpt_path=last
+	$(BIN)/python -u sample.py steps=4 output=outputs/demo/samples
+	$(BIN)/python -u -m lcm.evaluate output=outputs/demo
+	@echo
+	@echo "model:   the newest runs/lcd_mini/*/model   (a diffusers pipeline folder)"
+	@echo "picture: outputs/demo/grid.png              (teacher DDIM beside LCM, same prompts and seeds)"
+	@echo "table:   outputs/demo/table.md"
+	@echo "next:    $(BIN)/python sample.py prompts='green apple on a pink background' steps=2"
+	@echo "         $(BIN)/python train.py experiment=lcf_mini     # fine-tune it on another style, no teacher"
+
+test: .venv/installed lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv runs outputs data .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,53 @@
+"""Metrics as one CSV file a run that restarts append to (Lightning's CSVLogger deletes what an earlier start wrote)."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class CSVLogger(Logger):
+    """Writes `folder/metrics.csv`, a row a logged step; a column appears with the first metric of its name."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.file = Path(folder) / "metrics.csv"
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The configuration is beside the metrics already, as config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        row = {"step": step, **{name: value for name, value in metrics.items() if name != "epoch"}}
+        columns = self._columns()
+        if new := [name for name in row if name not in columns]:
+            columns = self._widen(columns + new)
+        with self.file.open("a", newline="") as file:
+            csv.DictWriter(file, columns).writerow(row)
+
+    def _columns(self) -> list[str]:
+        if not self.file.is_file():
+            return []
+        with self.file.open(newline="") as file:
+            return next(csv.reader(file), [])
+
+    def _widen(self, columns: list[str]) -> list[str]:
+        """Rewrite the file under a longer header."""
+        rows = list(csv.DictReader(self.file.open(newline=""))) if self.file.is_file() else []
+        partial = self.file.with_suffix(".partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        partial.replace(self.file)
+        return columns

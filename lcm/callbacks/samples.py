@@ -1,0 +1,51 @@
+"""Image grids during training: the same prompts and seeds every time, one column per step count."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lcm.images import columns_to_rows, grid
+
+
+class ImageGrid(L.Callback):
+    """Every `every_n_steps` optimizer steps, and at the start and end, draws `prompts` at each of `steps`.
+
+    The grid goes to `folder/step-000100.png` and to every logger that takes images. w: guidance weight.
+    """
+
+    def __init__(
+        self, folder: str, prompts: list[str], *, steps: list[int], w: float, every_n_steps: int = 500, seed: int = 0
+    ) -> None:
+        self.folder, self.prompts, self.steps, self.w = Path(folder), prompts, steps, w
+        self.every_n_steps, self.seeds, self.drawn = every_n_steps, [seed + i for i in range(len(prompts))], -1
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        self.draw(trainer, module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
+        if trainer.global_step % self.every_n_steps == 0:
+            self.draw(trainer, module)
+
+    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
+        self.draw(trainer, module)
+
+    def draw(self, trainer: L.Trainer, module: Any) -> None:
+        step = trainer.global_step
+        if step == self.drawn or not trainer.is_global_zero:
+            return
+        self.drawn = step
+        model = module.latent_model(trainer.datamodule.codec)  # type: ignore[attr-defined]
+        columns = [
+            next(model.images(self.prompts, self.seeds, steps=n, w=self.w, batch_size=len(self.prompts))) for n in self.steps
+        ]
+        picture = grid(columns_to_rows(columns), self.prompts, [f"{n} step{'s'[: n > 1]}" for n in self.steps])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        picture.save(self.folder / f"step-{step:06d}.png")
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image("val/samples", [picture], step=step)
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("val/samples", np.asarray(picture), step, dataformats="HWC")

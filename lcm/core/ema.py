@@ -1,0 +1,12 @@
+"""Exponential moving averages of parameters."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def ema_update_(average: Iterable[Tensor], online: Iterable[Tensor], decay: float) -> None:
+    """`average <- decay * average + (1 - decay) * online` in place, one fused call for all tensors."""
+    torch._foreach_lerp_(list(average), list(online), 1 - decay)

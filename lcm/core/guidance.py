@@ -1,0 +1,22 @@
+"""Classifier-free guidance with the paper's scale: guided = cond + w (cond - uncond), so diffusers' guidance_scale = w + 1."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def guide(cond: Tensor, uncond: Tensor, w: Tensor) -> Tensor:
+    """LCM, eq. 6: `(1 + w) cond - w uncond`; cond, uncond: `[B, ...]`, w: `[B]`. w = 0 is the conditional prediction."""
+    return cond + w.view(-1, *(1,) * (cond.ndim - 1)) * (cond - uncond)
+
+
+def embed_w(w: Tensor, dim: int = 256) -> Tensor:
+    """Sinusoidal embedding `[B, dim]` float32 of w `[B]`: [sin, cos] of 1000 w at dim/2 frequencies from 1 down to 1e-4.
+
+    Float32 whatever the training precision: the phases reach 14000 radians.
+    """
+    half = dim // 2
+    frequency = torch.exp(torch.arange(half, device=w.device, dtype=torch.float32) * (-math.log(10000.0) / (half - 1)))
+    phase = 1000.0 * w.float()[:, None] * frequency
+    return torch.nn.functional.pad(torch.cat([phase.sin(), phase.cos()], dim=1), (0, dim % 2))

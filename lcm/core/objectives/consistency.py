@@ -1,0 +1,52 @@
+"""What distillation and fine-tuning share: the draws of a step and the consistency loss between two points of a path."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lcm.core.consistency import consistency_fn
+from lcm.core.networks import Networks, conditioned
+from lcm.core.schedule import NoiseSchedule
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class ConsistencyDraws:
+    """The randomness of a step: eps `[B, C, H, W]`, index `[B]` into the trained timesteps, w `[B]`."""
+
+    eps: Tensor
+    index: Tensor
+    w: Tensor
+
+
+def draw(z0: Tensor, rng: torch.Generator, *, timesteps: Tensor, w_min: float, w_max: float) -> ConsistencyDraws:
+    """eps ~ N(0, 1), n uniform, w ~ U[w_min, w_max]."""
+    eps = torch.randn(z0.shape, generator=rng, device=z0.device)
+    index = torch.randint(len(timesteps), (len(z0),), generator=rng, device=z0.device)
+    w = w_min + (w_max - w_min) * torch.rand(len(z0), generator=rng, device=z0.device)
+    return ConsistencyDraws(eps, index, w)
+
+
+def consistency_loss(
+    nets: Networks,
+    cond: Tensor,
+    w: Tensor,
+    far: tuple[Tensor, Tensor],
+    near: tuple[Tensor, Tensor],
+    *,
+    schedule: NoiseSchedule,
+    distance: Distance,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`d(f_theta(z_t, w, c, t), f_theta-(z_s, w, c, s))` for far = (z_t, t) and near = (z_s, s); mean over the batch.
+
+    The target comes first, with the random state put back after it: where a network has dropout both draw the same mask.
+    """
+    devices = [cond.device] if cond.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        target = consistency_fn(conditioned(nets.target, cond, schedule, w), *near)
+    pred = consistency_fn(conditioned(nets.online, cond, schedule, w), *far)
+    loss = distance(pred, target).flatten(1).mean(1)
+    return loss.mean(), {"consistency_l2": (pred.detach() - target).square().mean()}

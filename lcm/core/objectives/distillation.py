@@ -1,0 +1,32 @@
+"""Latent consistency distillation (LCM, Algorithm 1)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lcm.core.batch import LatentBatch
+from lcm.core.networks import Networks, guided
+from lcm.core.objectives.consistency import ConsistencyDraws, Distance, consistency_loss
+from lcm.core.schedule import NoiseSchedule
+from lcm.core.timesteps import skip_pair
+
+
+def latent_consistency_distillation(
+    nets: Networks,
+    batch: LatentBatch,
+    draws: ConsistencyDraws,
+    *,
+    schedule: NoiseSchedule,
+    timesteps: Tensor,
+    solver: Callable[..., Tensor],
+    distance: Distance,
+    skip_steps: int = 20,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The student at t agrees with its target at s, one guided solver step of the teacher nearer the data."""
+    t, s = skip_pair(timesteps, draws.index, skip_steps)  # t_{n+k}, t_n
+    z_t = schedule.add_noise(batch.z0, draws.eps, t)
+    assert nets.teacher is not None
+    with torch.no_grad():
+        z_s = solver(guided(nets.teacher, batch.cond, batch.uncond, schedule, draws.w), z_t, t, s, schedule=schedule)
+    return consistency_loss(nets, batch.cond, draws.w, (z_t, t), (z_s, s), schedule=schedule, distance=distance)

@@ -1,0 +1,69 @@
+"""Images on disk: labelled grids, and PNGs that say how they were made."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """uint8 `[3, H, W]` -> PIL."""
+    return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+
+
+def save_png(image: Image.Image, path: Path, **settings: Any) -> None:
+    """Write a PNG with the prompt and settings in its text chunks (`parameters` is what image viewers of the field read)."""
+    info = PngInfo()
+    for name, value in settings.items():
+        info.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
+    if "prompt" in settings:
+        rest = ", ".join(f"{name}: {value}" for name, value in settings.items() if name != "prompt")
+        info.add_itxt("parameters", f"{settings['prompt']}\n{rest}")
+    image.save(path, pnginfo=info)
+
+
+def grid(
+    rows: Sequence[Tensor], row_labels: Sequence[str], column_labels: Sequence[str] = (), *, cell: int = 128, gap: int = 4
+) -> Image.Image:
+    """A labelled grid: `rows[r]` is uint8 `[columns, 3, H, W]`; small images are enlarged to `cell` pixels, unsmoothed."""
+    size = max(cell, rows[0].shape[-1])
+    height = max(11, size // 9)
+    font = ImageFont.load_default(height)
+    left = int(max(font.getlength(line) for label in row_labels for line in wrap(label, font, 2 * size))) + 3 * gap
+    top = (height + 3) * max((label.count("\n") + 1 for label in column_labels), default=0) + 2 * gap
+    columns = max(len(row) for row in rows)
+    canvas = Image.new("RGB", (left + columns * (size + gap), int(top) + len(rows) * (size + gap)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for c, label in enumerate(column_labels):
+        x = left + c * (size + gap) + size // 2
+        draw.multiline_text((x, gap), label, fill="black", font=font, anchor="ma", align="center", spacing=2)
+    for r, (row, label) in enumerate(zip(rows, row_labels, strict=True)):
+        y = int(top) + r * (size + gap)
+        text = "\n".join(wrap(label, font, 2 * size))
+        draw.multiline_text((gap, y + size // 2), text, fill="black", font=font, anchor="lm", spacing=2)
+        for c, image in enumerate(row):
+            picture = to_pil(image).resize((size, size), Image.Resampling.NEAREST)
+            canvas.paste(picture, (left + c * (size + gap), y))
+    return canvas
+
+
+def wrap(text: str, font: Any, width: float) -> list[str]:
+    """Lines of at most `width` pixels, broken between words."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def columns_to_rows(columns: Sequence[Tensor]) -> list[Tensor]:
+    """Column-wise batches `[rows, 3, H, W]`, one a column, -> the rows that `grid` takes."""
+    return list(torch.stack(list(columns), dim=1))

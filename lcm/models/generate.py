@@ -1,0 +1,86 @@
+"""Images from prompts, with a teacher or a student."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from lcm.core import sampling
+from lcm.core.networks import conditioned, guided
+from lcm.core.random import ImageNoise
+from lcm.core.schedule import NoiseSchedule
+from lcm.core.timesteps import consistency_steps, trailing_steps
+from lcm.data.codec import LatentCodec
+from lcm.errors import UserError
+from lcm.models import pipeline as pipelines
+from lcm.models.student import as_network
+
+log = logging.getLogger(__name__)
+Sampler = Callable[..., Tensor]
+
+
+@dataclass
+class LatentModel:
+    """A UNet with what it takes to make images: schedule and codec. `consistency`: a student, sampled by Algorithm 3."""
+
+    unet: UNet2DConditionModel
+    schedule: NoiseSchedule
+    codec: LatentCodec
+    consistency: bool
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, pipeline: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "LatentModel":
+        unet = pipelines.load_unet(pipeline, dtype).to(device).eval().requires_grad_(False)
+        codec = pipelines.load_codec(pipeline, dtype=dtype).to(device)
+        facts, consistency = pipelines.training_facts(pipeline), pipelines.is_consistency_model(pipeline)
+        return cls(unet, pipelines.load_schedule(pipeline).to(device), codec, consistency, facts)
+
+    def check_w(self, w: float) -> None:
+        """A student answers for the w it was trained on; a teacher for any."""
+        low, high = self.facts.get("w_min"), self.facts.get("w_max")
+        if self.consistency and low is not None and high is not None and not low <= w <= high:
+            log.warning("w=%g is outside the range [%g, %g] this model was trained on: expect worse images", w, low, high)
+
+    def sampler(self, sampler: Sampler | None) -> tuple[Sampler, Callable[..., list[int]]]:
+        """The given sampler, or the model's natural one, and the rule that places its timesteps."""
+        chosen = sampler or (sampling.consistency if self.consistency else sampling.ddim)
+        return chosen, consistency_steps if getattr(chosen, "func", chosen) is sampling.consistency else trailing_steps
+
+    @torch.no_grad()
+    def latents(self, prompts: list[str], seeds: list[int], *, steps: int, w: float, sampler: Sampler | None = None) -> Tensor:
+        """`[N, C, h, w]` for N prompts; image i depends on prompt i and seed i alone, not on the batch it is in."""
+        run, place = self.sampler(sampler)
+        timesteps = place(steps, self.schedule.num_timesteps)
+        side = self.unet.config["sample_size"]
+        side = (side, side) if isinstance(side, int) else tuple(side)
+        noise = ImageNoise(seeds, (self.unet.config["in_channels"], *side), self.unet.device)
+        cond = self.codec.encode_text(prompts)
+        ws = torch.full((len(prompts),), float(w), device=self.unet.device)
+        net = as_network(self.unet)
+        if self.unet.config["time_cond_proj_dim"] is not None or w == 0:
+            denoise = conditioned(net, cond, self.schedule, ws)
+        else:
+            denoise = guided(net, cond, self.codec.uncond, self.schedule, ws)
+        return run(denoise, noise(), timesteps, schedule=self.schedule, noise=noise)
+
+    def images(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        *,
+        steps: int,
+        w: float,
+        sampler: Sampler | None = None,
+        batch_size: int = 64,
+    ) -> Iterator[Tensor]:
+        """Batches of uint8 images `[<= batch_size, 3, S, S]`, in the order of the prompts."""
+        if len(prompts) != len(seeds):
+            raise UserError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}")
+        for i in range(0, len(prompts), batch_size):
+            part = slice(i, i + batch_size)
+            yield self.codec.decode(self.latents(prompts[part], seeds[part], steps=steps, w=w, sampler=sampler))

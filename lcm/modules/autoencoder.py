@@ -1,0 +1,57 @@
+"""The KL autoencoder of a latent diffusion pipeline (Latent Diffusion, 2112.10752, section 3.1)."""
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from lcm.modules.base import TrainedModule
+
+
+class Autoencoder(TrainedModule):
+    """Trains `vae` to rebuild pixels: L1 + squared error + kl_weight * KL(q(z|x) || N(0, I)).
+
+    The plain error replaces the paper's perceptual and adversarial terms, which need a pretrained network.
+    """
+
+    latent_std: Tensor
+
+    def __init__(self, vae: AutoencoderKL, *, kl_weight: float = 1e-6, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.vae, self.kl_weight = vae, kl_weight
+        self.register_buffer("latent_std", torch.ones(()))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        x = batch["x"]
+        posterior = self.vae.encode(x).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=self.draws(batch_idx), device=self.device)
+        error = self.vae.decode(posterior.mean + posterior.std * noise).sample.float() - x
+        kl = posterior.kl().float().mean()
+        loss = error.abs().mean() + error.square().mean() + self.kl_weight * kl
+        self.log_train(loss, {"psnr": psnr(error), "kl": kl}, len(x))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._validated: list[tuple[Tensor, Tensor]] = []
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        z = self.vae.encode(batch["x"]).latent_dist.mean
+        error = self.vae.decode(z).sample.float().clamp(-1, 1) - batch["x"]
+        self.log("val/psnr", psnr(error), prog_bar=True, batch_size=len(z))
+        self._validated.append((z.float().mean(), z.float().square().mean()))
+
+    def on_validation_epoch_end(self) -> None:
+        mean, square = (torch.stack(values).mean() for values in zip(*self._validated, strict=True))
+        self.latent_std.copy_((square - mean**2).sqrt())
+
+    def save_model(self, folder: str) -> None:
+        """Write `folder/vae`, its scaling factor making the latents unit-variance, as Stable Diffusion's does."""
+        self.vae.register_to_config(scaling_factor=round(1 / float(self.latent_std), 5))
+        self.vae.half().save_pretrained(f"{folder}/vae")
+        self.vae.float()
+
+
+def psnr(error: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, averaged over images; error `[B, C, H, W]` of values in [-1, 1] (peak 2)."""
+    return (10 * torch.log10(4 / error.square().flatten(1).mean(1).clamp_min(1e-10))).mean()

@@ -1,0 +1,82 @@
+"""What distillation and fine-tuning share: a w-conditioned student, its target network, the draws of a step."""
+
+from collections.abc import Callable
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from lcm.core.batch import LatentBatch
+from lcm.core.ema import ema_update_
+from lcm.core.networks import Networks
+from lcm.core.objectives.consistency import Distance, draw
+from lcm.core.schedule import NoiseSchedule
+from lcm.errors import UserError
+from lcm.models.student import as_network, make_student
+from lcm.modules.latent import LatentModule, copy_of
+
+
+class ConsistencyModule(LatentModule):
+    """Trains a student `net` against `target_net`, its moving average.
+
+    ema_decay: the paper's mu; 0 makes the student its own target, and no second copy exists.
+    timesteps: `[N]` int64, those t that are trained. w is drawn from [w_min, w_max].
+    loss: the paper's d. zero_init: whether the projection of w starts at zero (the student then starts as `net`).
+    """
+
+    consistency = True
+    timesteps: Tensor
+
+    def __init__(
+        self,
+        net: UNet2DConditionModel,
+        schedule: NoiseSchedule,
+        *,
+        timesteps: Tensor,
+        objective: Callable[..., Any],
+        loss: Distance,
+        ema_decay: float = 0.95,
+        w_min: float = 2.0,
+        w_max: float = 14.0,
+        zero_init: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if not 0 <= ema_decay < 1:
+            raise UserError(f"model.ema_decay={ema_decay} is not in [0, 1)")
+        if not 0 <= w_min <= w_max:
+            raise UserError(f"model.w_min={w_min} and model.w_max={w_max} are not a range of guidance weights")
+        super().__init__(make_student(net, zero_init=zero_init), schedule, **kwargs)
+        self.target_net = copy_of(self.net) if ema_decay else None
+        self.register_buffer("timesteps", timesteps, persistent=False)
+        self.objective, self.loss = objective, loss
+        self.ema_decay, self.w_min, self.w_max = ema_decay, w_min, w_max
+
+    def networks(self) -> Networks:
+        online = as_network(self.net)
+        teacher = self.frozen.get("teacher")
+        target = online if self.target_net is None else as_network(self.target_net)
+        return Networks(online, target, None if teacher is None else as_network(teacher))
+
+    def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
+        loss, logs = self.consistency_step(batch, batch_idx, "train")
+        self.log_train(loss, logs, len(batch))
+        return loss
+
+    def validation_step(self, batch: LatentBatch, batch_idx: int) -> None:
+        loss, _ = self.consistency_step(batch, batch_idx, "val")
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
+
+    def consistency_step(self, batch: LatentBatch, batch_idx: int, stage: str) -> tuple[Tensor, dict[str, Tensor]]:
+        rng = self.draws(batch_idx, stage)
+        draws = draw(batch.z0, rng, timesteps=self.timesteps, w_min=self.w_min, w_max=self.w_max)
+        return self.objective(
+            self.networks(), batch, draws, schedule=self.schedule, timesteps=self.timesteps, distance=self.loss
+        )
+
+    def after_optimizer_step(self) -> None:
+        super().after_optimizer_step()
+        if self.target_net is not None:
+            ema_update_(self.target_net.parameters(), self.net.parameters(), self.ema_decay)
+
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts(), "w_min": self.w_min, "w_max": self.w_max}

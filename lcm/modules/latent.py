@@ -1,0 +1,81 @@
+"""What the modules on latents share: the UNet's housekeeping, sampling, saving a pipeline folder."""
+
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from lcm.core.ema import ema_update_
+from lcm.core.schedule import NoiseSchedule
+from lcm.data.codec import LatentCodec
+from lcm.models.generate import LatentModel
+from lcm.models.pipeline import save_pipeline
+from lcm.modules.base import TrainedModule
+
+
+class LatentModule(TrainedModule):
+    """Trains `net`, a UNet on latents.
+
+    pipeline: the folder or hub id whose VAE and text encoder `save_model` puts beside the trained UNet.
+    eval_ema: decay of a second, averaged copy that is sampled, validated and saved in place of `net`; None keeps none.
+    compile: `torch.compile` the networks. gradient_checkpointing: recompute activations, for memory.
+    """
+
+    consistency = False  # whether the trained network is sampled by Algorithm 3
+
+    def __init__(
+        self,
+        net: UNet2DConditionModel,
+        schedule: NoiseSchedule,
+        *,
+        pipeline: str,
+        eval_ema: float | None = None,
+        compile: bool = False,
+        gradient_checkpointing: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.net, self.schedule, self.pipeline = net.train(), schedule, pipeline
+        self.eval_ema, self.compile_networks = eval_ema, compile
+        self.ema_net = copy_of(net) if eval_ema is not None else None
+        if gradient_checkpointing:
+            net.enable_gradient_checkpointing()
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.trainer.precision.startswith("bf16"):
+            for network in self.frozen.values():
+                network.to(torch.bfloat16)
+        if self.compile_networks:
+            for network in (self.net, *self.frozen.values()):
+                network.compile()
+
+    def after_optimizer_step(self) -> None:
+        if self.ema_net is not None and self.eval_ema is not None:
+            ema_update_(self.ema_net.parameters(), self.net.parameters(), self.eval_ema)
+
+    @property
+    def best_net(self) -> UNet2DConditionModel:
+        """The network to sample, validate and save: the evaluation EMA if there is one."""
+        return self.net if self.ema_net is None else self.ema_net
+
+    def latent_model(self, codec: LatentCodec) -> LatentModel:
+        return LatentModel(self.best_net, self.schedule, codec, self.consistency, self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """What `lcm.json` of the saved folder says."""
+        return {"method": type(self).__name__, "pipeline": self.pipeline, "steps": self.global_step}
+
+    def save_model(self, folder: str) -> None:
+        save_pipeline(
+            folder, self.best_net, self.schedule, base=self.pipeline, consistency=self.consistency, facts=self.facts()
+        )
+
+
+def copy_of(net: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A frozen copy for averaging."""
+    with torch.device(net.device):
+        copy = UNet2DConditionModel.from_config(net.config).to(net.dtype)
+    if net.device.type != "meta":
+        copy.load_state_dict(net.state_dict())
+    return copy.eval().requires_grad_(False)

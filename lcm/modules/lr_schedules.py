@@ -1,0 +1,21 @@
+"""Learning-rate schedules: `(optimizer, max_steps) -> LambdaLR`, stepped once per optimizer step."""
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def constant(optimizer: Optimizer, max_steps: int, *, warmup: int = 0) -> LambdaLR:
+    """Linear from 0 over `warmup` steps, then constant."""
+    return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
+
+
+def cosine(optimizer: Optimizer, max_steps: int, *, warmup: int = 0, final: float = 0.0) -> LambdaLR:
+    """Linear from 0 over `warmup` steps, then half a cosine down to `final` times the peak at `max_steps`."""
+
+    def factor(step: int) -> float:
+        progress = min(1.0, max(0, step - warmup) / max(1, max_steps - warmup))
+        return min(1.0, (step + 1) / (warmup + 1)) * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    return LambdaLR(optimizer, factor)

@@ -1,0 +1,81 @@
+"""Shared fixtures: a tiny pipeline folder of random weights and a handful of OpenMoji shards, made once a session."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPConfig, CLIPModel
+
+from lcm.core.schedule import NoiseSchedule
+from lcm.data.openmoji import build
+from lcm.models.pipeline import save_pipeline
+from lcm.models.tokenizer import train_tokenizer
+
+CAPTIONS = ["red apple on a white background", "dog face on a pink background", "rocket on a gray background"]
+
+
+def tiny_unet(**changes: object) -> UNet2DConditionModel:
+    """30 k parameters of Stable Diffusion's UNet class, for 4 x 8 x 8 latents and 16-wide text states."""
+    torch.manual_seed(0)
+    config = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [16, 16],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "layers_per_block": 1,
+        "cross_attention_dim": 16,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    }
+    return UNet2DConditionModel(**{**config, **changes})
+
+
+def write_tiny_pipeline(folder: Path, **schedule: object) -> Path:
+    """A complete teacher folder: 32 px images, factor 4, with a CLIP beside it."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[8, 8, 8],
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+        sample_size=32,
+    )
+    tokenizer = train_tokenizer(CAPTIONS, merges=50, max_length=16)
+    towers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 8}
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    text = {**towers, **special, "vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    vision = {**towers, "image_size": 32, "patch_size": 8}
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    parts = folder.with_name(folder.name + "-parts")
+    vae.save_pretrained(parts / "vae")
+    clip.save_pretrained(parts / "clip")
+    clip.text_model.save_pretrained(parts / "text_encoder")
+    tokenizer.save_pretrained(parts / "tokenizer")
+    save_pipeline(
+        folder, tiny_unet(), NoiseSchedule(**schedule), base=str(parts), consistency=False, facts={}, dtype=torch.float32
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """32 px OpenMoji: about 150 training samples in shards of 32, and a few held out."""
+    root = tmp_path_factory.mktemp("data") / "openmoji-32"
+    build(str(root), resolution=32, limit=40, samples_per_shard=32)
+    return root

@@ -1,0 +1,30 @@
+"""Train what the configuration describes: `python train.py experiment=lcd_mini model/solver=dpm_solver_pp_2 model.w_max=8`."""
+
+import lightning as L
+from omegaconf import DictConfig
+
+from lcm.runtime import build, program, resume_path, start_run, write_config
+
+
+@program("train")
+def main(cfg: DictConfig) -> float | None:
+    """Compose, seed, build, fit; returns the metric named by `optimized_metric`, for sweeps."""
+    run_dir = start_run(cfg)
+    ckpt_path = resume_path(cfg)
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    datamodule, model = build(cfg.data), build(cfg.model)
+    callbacks, loggers = list(build(cfg.callbacks).values()), list(build(cfg.logger).values())
+    trainer = L.Trainer(**build(cfg.trainer), callbacks=callbacks, logger=loggers, default_root_dir=run_dir)
+    write_config(cfg, trainer)
+    trainer.fit(model, datamodule, ckpt_path=ckpt_path)
+    if trainer.interrupted:
+        return None
+    if trainer.is_global_zero:
+        model.save_model(f"{run_dir}/model")
+        print(f"model:   {run_dir}/model")
+    metric = trainer.callback_metrics.get(cfg.optimized_metric or "")
+    return None if metric is None else float(metric)
+
+
+if __name__ == "__main__":
+    main()
