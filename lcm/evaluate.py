@@ -106,7 +106,7 @@ def main(cfg: DictConfig) -> None:
             column.fid, column.clip_score = scorer.score(images, captions)
             shown.append(images[: cfg.grid_rows])
     footer = (
-        f"{cfg.samples} images a cell, w = {cfg.w} (guidance_scale {cfg.w + 1}), {cfg.resolution} px; FID and "
+        f"{cfg.samples} images a cell, w = {cfg.w} (guidance_scale {cfg.w + 1}), {cfg.resolution} px, UNet in {cfg.dtype}; FID and "
         f"CLIP score on {type(backbone.clip).__name__} of `{cfg.backbone.get('pipeline')}`, against {scorer.count} real images "
         f"(whose own CLIP score is {scorer.real_clip_score:.2f})."
     )

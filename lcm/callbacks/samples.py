@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 
 from lcm.images import columns_to_rows, grid
 
@@ -13,14 +14,16 @@ from lcm.images import columns_to_rows, grid
 class ImageGrid(L.Callback):
     """Every `every_n_steps` optimizer steps, and at the start and end, draws `prompts` at each of `steps`.
 
-    The grid goes to `folder/step-000100.png` and to every logger that takes images. w: guidance weight.
+    The grid goes to `folder/step-000100.png` and to every logger that takes images; at the end `folder/history.png` puts the
+    largest step count of every grid side by side. w: guidance weight.
     """
 
     def __init__(
         self, folder: str, prompts: list[str], *, steps: list[int], w: float, every_n_steps: int = 500, seed: int = 0
     ) -> None:
         self.folder, self.prompts, self.steps, self.w = Path(folder), prompts, steps, w
-        self.every_n_steps, self.seeds, self.drawn = every_n_steps, [seed + i for i in range(len(prompts))], -1
+        self.every_n_steps, self.seeds = every_n_steps, [seed + i for i in range(len(prompts))]
+        self.history: dict[int, Tensor] = {}
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         self.draw(trainer, module)
@@ -31,16 +34,19 @@ class ImageGrid(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
         self.draw(trainer, module)
+        if self.history:
+            labels = [f"trained\n{step} steps" for step in self.history]
+            grid(columns_to_rows(list(self.history.values())), self.prompts, labels).save(self.folder / "history.png")
 
     def draw(self, trainer: L.Trainer, module: Any) -> None:
         step = trainer.global_step
-        if step == self.drawn or not trainer.is_global_zero:
+        if step in self.history or not trainer.is_global_zero:
             return
-        self.drawn = step
         model = module.latent_model(trainer.datamodule.codec)  # type: ignore[attr-defined]
         columns = [
             next(model.images(self.prompts, self.seeds, steps=n, w=self.w, batch_size=len(self.prompts))) for n in self.steps
         ]
+        self.history[step] = columns[-1].cpu()
         picture = grid(columns_to_rows(columns), self.prompts, [f"{n} step{'s'[: n > 1]}" for n in self.steps])
         self.folder.mkdir(parents=True, exist_ok=True)
         picture.save(self.folder / f"step-{step:06d}.png")

@@ -35,8 +35,9 @@ class LatentModel:
 
     @classmethod
     def load(cls, pipeline: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "LatentModel":
+        """dtype: of the UNet, which takes nearly all the time; solvers, VAE and text encoder stay in float32."""
         unet = pipelines.load_unet(pipeline, dtype).to(device).eval().requires_grad_(False)
-        codec = pipelines.load_codec(pipeline, dtype=dtype).to(device)
+        codec = pipelines.load_codec(pipeline).to(device)
         facts, consistency = pipelines.training_facts(pipeline), pipelines.is_consistency_model(pipeline)
         return cls(unet, pipelines.load_schedule(pipeline).to(device), codec, consistency, facts)
 

@@ -1,5 +1,7 @@
 """UNets as the core's networks, and the w-conditioned student made from a teacher."""
 
+from typing import Any
+
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
@@ -27,13 +29,25 @@ def make_student(teacher: UNet2DConditionModel, *, cond_proj_dim: int = 256, zer
 
     A UNet that is w-conditioned already is copied as it is.
     """
-    config = {**teacher.config, "time_cond_proj_dim": teacher.config["time_cond_proj_dim"] or cond_proj_dim}
-    with torch.device(teacher.device):
-        student = UNet2DConditionModel.from_config(config).to(teacher.dtype)
-    if teacher.device.type == "meta":
-        return student
-    student.load_state_dict(teacher.state_dict(), strict=False)
-    projection = student.time_embedding.cond_proj
-    if teacher.config["time_cond_proj_dim"] is None and zero_init:
-        nn.init.zeros_(projection.weight)
+    known = teacher.config["time_cond_proj_dim"]
+    student = unet_like(teacher, time_cond_proj_dim=known or cond_proj_dim)
+    if known is None and zero_init and student.device.type != "meta":
+        nn.init.zeros_(student.time_embedding.cond_proj.weight)
     return student
+
+
+def frozen_copy(net: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A copy for averaging: no gradients, evaluation mode."""
+    return unet_like(net).eval().requires_grad_(False)
+
+
+def unet_like(net: UNet2DConditionModel, **changes: Any) -> UNet2DConditionModel:
+    """A UNet of the same configuration but for `changes`, on the same device, with the weights that both have."""
+    config = {key: value for key, value in net.config.items() if not key.startswith("_")}
+    with torch.device(net.device):
+        copy = UNet2DConditionModel(**{**config, **changes}).to(net.dtype)
+    if net.device.type != "meta":
+        missing, unexpected = copy.load_state_dict(net.state_dict(), strict=False)
+        assert not unexpected, unexpected
+        assert set(missing) <= {"time_embedding.cond_proj.weight"}, missing
+    return copy

@@ -12,8 +12,8 @@ from lcm.core.networks import Networks
 from lcm.core.objectives.consistency import Distance, draw
 from lcm.core.schedule import NoiseSchedule
 from lcm.errors import UserError
-from lcm.models.student import as_network, make_student
-from lcm.modules.latent import LatentModule, copy_of
+from lcm.models.student import as_network, frozen_copy, make_student
+from lcm.modules.latent import LatentModule
 
 
 class ConsistencyModule(LatentModule):
@@ -46,7 +46,7 @@ class ConsistencyModule(LatentModule):
         if not 0 <= w_min <= w_max:
             raise UserError(f"model.w_min={w_min} and model.w_max={w_max} are not a range of guidance weights")
         super().__init__(make_student(net, zero_init=zero_init), schedule, **kwargs)
-        self.target_net = copy_of(self.net) if ema_decay else None
+        self.target_net = frozen_copy(self.net) if ema_decay else None
         self.register_buffer("timesteps", timesteps, persistent=False)
         self.objective, self.loss = objective, loss
         self.ema_decay, self.w_min, self.w_max = ema_decay, w_min, w_max

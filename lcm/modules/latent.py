@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from lcm.core.ema import ema_update_
+from lcm.core.ema import ema_update_, warmed_up
 from lcm.core.schedule import NoiseSchedule
 from lcm.data.codec import LatentCodec
 from lcm.models.generate import LatentModel
 from lcm.models.pipeline import save_pipeline
+from lcm.models.student import frozen_copy
 from lcm.modules.base import TrainedModule
 
 
@@ -37,7 +38,7 @@ class LatentModule(TrainedModule):
         super().__init__(**kwargs)
         self.net, self.schedule, self.pipeline = net.train(), schedule, pipeline
         self.eval_ema, self.compile_networks = eval_ema, compile
-        self.ema_net = copy_of(net) if eval_ema is not None else None
+        self.ema_net = frozen_copy(net) if eval_ema is not None else None
         if gradient_checkpointing:
             net.enable_gradient_checkpointing()
 
@@ -52,7 +53,8 @@ class LatentModule(TrainedModule):
 
     def after_optimizer_step(self) -> None:
         if self.ema_net is not None and self.eval_ema is not None:
-            ema_update_(self.ema_net.parameters(), self.net.parameters(), self.eval_ema)
+            decay = warmed_up(self.eval_ema, self.global_step)
+            ema_update_(self.ema_net.parameters(), self.net.parameters(), decay)
 
     @property
     def best_net(self) -> UNet2DConditionModel:
@@ -70,12 +72,3 @@ class LatentModule(TrainedModule):
         save_pipeline(
             folder, self.best_net, self.schedule, base=self.pipeline, consistency=self.consistency, facts=self.facts()
         )
-
-
-def copy_of(net: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A frozen copy for averaging."""
-    with torch.device(net.device):
-        copy = UNet2DConditionModel.from_config(net.config).to(net.dtype)
-    if net.device.type != "meta":
-        copy.load_state_dict(net.state_dict())
-    return copy.eval().requires_grad_(False)

@@ -1,0 +1,74 @@
+"""Checkpoints are whole or absent; metrics survive a restart; grids are labelled pictures."""
+
+import csv
+
+import pytest
+import torch
+from PIL import Image
+
+from lcm.callbacks.checkpoint import AtomicCheckpointIO
+from lcm.callbacks.csv_logger import CSVLogger
+from lcm.images import grid, save_png, to_pil, wrap
+
+
+def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint({"step": 1}, path)
+
+    def full_disk(checkpoint, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        io.save_checkpoint({"step": 2}, path)
+    monkeypatch.undo()
+    assert io.load_checkpoint(path) == {"step": 1}
+
+
+def test_a_pickled_object_is_refused(tmp_path):
+    torch.save({"code": AtomicCheckpointIO()}, tmp_path / "evil.ckpt")
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "evil.ckpt")
+
+
+def test_a_restart_appends_to_the_metrics_and_new_columns_widen_them(tmp_path):
+    CSVLogger(str(tmp_path)).log_metrics({"train/loss": 1.0}, 0)
+    logger = CSVLogger(str(tmp_path))
+    logger.log_metrics({"val/loss": 2.0}, 1)
+    logger.log_metrics({"train/loss": 3.0}, 1)
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert [(row["step"], row["train/loss"], row["val/loss"]) for row in rows] == [
+        ("0", "1.0", ""),
+        ("1", "", "2.0"),
+        ("1", "3.0", ""),
+    ]
+
+
+def test_grid_pastes_each_image_in_its_cell():
+    red, blue = torch.zeros(2, 3, 8, 8).byte().unbind()
+    red[0], blue[2] = 255, 255
+    picture = grid([torch.stack([red, blue])], ["a row"], ["1", "2"], cell=16)
+    bottom = picture.height - 8
+    assert picture.getpixel((picture.width - 10, bottom)) == (0, 0, 255)
+    assert picture.getpixel((picture.width - 30, bottom)) == (255, 0, 0)
+
+
+def test_png_carries_prompt_and_settings(tmp_path):
+    save_png(to_pil(torch.zeros(3, 8, 8).byte()), tmp_path / "a.png", prompt="a café", seed=3, w=1.5)
+    assert Image.open(tmp_path / "a.png").text == {
+        "prompt": "a café",
+        "seed": "3",
+        "w": "1.5",
+        "parameters": "a café\nseed: 3, w: 1.5",
+    }
+
+
+def test_wrap_keeps_every_word():
+    class Monospace:
+        def getlength(self, text):
+            return len(text)
+
+    lines = wrap("woman artist medium skin tone on a green background", Monospace(), 20)
+    assert " ".join(lines) == "woman artist medium skin tone on a green background"
+    assert all(len(line) <= 20 for line in lines)

@@ -1,0 +1,128 @@
+"""Every configuration composes, names real parameters, and builds what it says."""
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from lcm.runtime import CONF, build, compose, dotted_keys
+
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+FULL_SIZE = {"teacher_sd15": "sd15", "lcd_sd15": "sd15", "lcf_sd15": "sd15", "lcd_sd21_768": "sd21"}
+PARTS = [
+    (group, path.stem)
+    for group in ("solver", "loss", "timesteps", "lr_schedule", "optimizer", "net", "schedule", "objective")
+    for path in sorted((CONF / "model" / group).glob("*.yaml"))
+    if path.stem not in ("teacher", "student", "pipeline")
+]
+
+
+def composed(experiment: str, *overrides: str) -> DictConfig:
+    return compose("train", [f"experiment={experiment}", *overrides])
+
+
+def targets(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield path, node
+        for key in node:
+            yield from targets(node._get_node(key), f"{path}.{key}")
+
+
+def parameters(target: str) -> set[str] | None:
+    """Names a target takes by keyword, through `**kwargs` to its base classes; None if it takes any."""
+    module, _, name = target.rpartition(".")
+    thing = getattr(importlib.import_module(module), name)
+    if not inspect.isclass(thing):
+        return set(inspect.signature(thing).parameters)
+    names: set[str] = set()
+    for cls in thing.__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        signature = inspect.signature(cls.__init__)
+        names |= set(signature.parameters)
+        if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+            return names
+    return names
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_and_names_itself(experiment):
+    assert composed(experiment).name == experiment
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_yaml_key_is_a_parameter_of_its_target(experiment):
+    for path, node in targets(composed(experiment)):
+        accepted = parameters(node._target_)
+        given = {str(key) for key in node if not str(key).startswith("_")}
+        if node._target_.endswith(("load_codec",)):
+            accepted |= parameters("lcm.data.codec.LatentCodec")
+        if node._target_.endswith("build_styles"):
+            accepted |= parameters("lcm.data.openmoji.build")
+        assert given <= accepted, f"{path}: {node._target_} takes no {given - accepted}"
+
+
+@pytest.mark.parametrize("program", ["train", "sample", "evaluate"])
+def test_program_configs_compose(program):
+    assert "hydra" not in compose(program, [])
+
+
+@pytest.mark.parametrize(("group", "option"), PARTS)
+def test_every_part_can_be_swapped_in(group, option):
+    base = {"net": "teacher_mini", "schedule": "teacher_mini", "objective": "lcd_mini"}.get(group, "lcd_mini")
+    if group == "objective" and option != "lcd":
+        base = {"lcf": "lcf_mini", "denoising": "teacher_mini"}[option]
+    cfg = composed(base, f"model/{group}={option}")
+    with torch.device("meta"):
+        assert build(cfg.model[group]) is not None
+
+
+@pytest.mark.parametrize(("experiment", "net"), FULL_SIZE.items())
+def test_full_size_recipes_build_with_the_real_names_and_shapes(experiment, net):
+    schedule = ["model/schedule=scaled_linear"]
+    with torch.device("meta"):
+        module = build(composed(experiment, f"model/net={net}", *schedule).model)
+    teacher = module.frozen.get("teacher", module.net)
+    shapes = {name: tuple(p.shape) for name, p in teacher.named_parameters()}
+    shapes.pop("time_embedding.cond_proj.weight", None)
+    assert len(shapes) == 686
+    assert sum(torch.Size(s).numel() for s in shapes.values()) == {"sd15": 859_520_964, "sd21": 865_910_724}[net]
+    context = {"sd15": 768, "sd21": 1024}[net]
+    assert shapes["conv_in.weight"] == (320, 4, 3, 3)
+    assert shapes["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"] == (320, context)
+    assert shapes["mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"] == (1280, context)
+    if experiment != "teacher_sd15":
+        assert module.net.time_embedding.cond_proj.weight.shape == (320, 256)
+
+
+def test_the_paper_s_numbers_are_in_the_full_size_recipe():
+    cfg = composed("lcd_sd15")
+    model = cfg.model
+    assert (model.w_min, model.w_max, model.ema_decay, model.objective.skip_steps) == (2.0, 14.0, 0.999943, 20)
+    assert model.optimizer.lr == 8e-6
+    assert cfg.trainer.max_steps == 100_000
+    assert model.solver._target_.endswith(".ddim")
+    assert model.loss._target_.endswith(".l2")
+
+
+def test_the_default_is_the_mini_distillation():
+    assert compose("train", []) == composed("lcd_mini")
+
+
+def test_dotted_keys_reach_nested_values():
+    assert {"model.solver", "model.ema_decay", "trainer.max_steps"} <= set(dotted_keys(compose("train", [])))
+
+
+def test_no_secret_can_be_in_the_configuration_tree():
+    for path in Path(CONF).rglob("*.yaml"):
+        assert "API_KEY" not in path.read_text(), path
+
+
+def test_composed_config_is_plain_data():
+    OmegaConf.to_container(composed("lcd_mini"), resolve=True)

@@ -1,0 +1,60 @@
+"""The consistency function and its boundary condition."""
+
+import pytest
+import torch
+from diffusers import LCMScheduler
+
+from lcm.core.consistency import boundary_scalings, consistency_fn
+from lcm.core.prediction import Denoised
+
+Z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("t", "c_skip", "c_out"),
+    [
+        (0, 1, 0),
+        (1, 2.49376559e-3, 0.998752339),
+        (2, 6.24609619e-4, 0.999687646),
+        (5, 9.99900010e-5, 0.999950004),
+        (19, 6.92515980e-6, 0.999996537),
+        (39, 1.64365279e-6, 0.999999178),
+        (259, 3.72683756e-8, 0.999999981),
+        (499, 1.00401202e-8, 0.999999995),
+        (999, 2.50500750e-9, 0.999999999),
+    ],
+)
+def test_golden_scalings(t, c_skip, c_out):
+    scalings = [c.item() for c in boundary_scalings(torch.tensor([t]))]
+    assert scalings[0] == pytest.approx(c_skip, rel=1e-6)
+    assert scalings[1] == pytest.approx(c_out, abs=1e-7)
+
+
+def test_golden_scalings_of_another_timestep_scaling():
+    c_skip, c_out = boundary_scalings(torch.tensor([1]), timestep_scaling=1.0)
+    assert (c_skip.item(), c_out.item()) == pytest.approx((0.2, 0.894427191))
+
+
+def test_scalings_agree_with_diffusers():
+    t, scheduler = torch.arange(1000), LCMScheduler()
+    theirs = torch.tensor([scheduler.get_scalings_for_boundary_condition_discrete(int(i)) for i in t])
+    torch.testing.assert_close(torch.stack(boundary_scalings(t), 1), theirs, rtol=1e-5, atol=1e-12)
+
+
+def test_boundary():
+    """f(z, 0) = z exactly, however wrong the network."""
+    assert torch.equal(consistency_fn(lambda z, t: Denoised(1e6 * z.cos(), z), Z, torch.tensor([0, 0])), Z)
+
+
+def test_away_from_the_boundary_f_is_x0():
+    f = consistency_fn(lambda z, t: Denoised(z.cos(), z), Z, torch.tensor([19, 999]))
+    torch.testing.assert_close(f, Z.cos(), rtol=0, atol=1e-4)
+
+
+def test_each_sample_has_its_own_t():
+    def denoise(z, t):
+        return Denoised(z * t.view(-1, 1, 1, 1), z)
+
+    together = consistency_fn(denoise, Z, torch.tensor([0, 3]))
+    alone = [consistency_fn(denoise, Z[i : i + 1], torch.tensor([t])) for i, t in enumerate((0, 3))]
+    assert torch.equal(together, torch.cat(alone))

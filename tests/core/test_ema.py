@@ -1,0 +1,44 @@
+"""Exponential moving averages of parameters."""
+
+import pytest
+import torch
+
+from lcm.core.ema import ema_update_
+
+
+def tensors(seed):
+    rng = torch.Generator().manual_seed(seed)
+    return [torch.randn(3, 4, generator=rng), torch.randn(5, generator=rng)]
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.95, 0.999943])
+def test_closed_form_after_n_updates(decay):
+    """Towards a constant: online + decay^n (start - online)."""
+    average, start, online = tensors(0), tensors(0), tensors(1)
+    for _ in range(10):
+        ema_update_(average, online, decay)
+    for a, s, o in zip(average, start, online, strict=True):
+        torch.testing.assert_close(a, o + decay**10 * (s - o))
+
+
+def test_decay_zero_copies():
+    average, online = tensors(0), tensors(1)
+    ema_update_(average, online, 0.0)
+    assert all(torch.equal(a, o) for a, o in zip(average, online, strict=True))
+
+
+def test_decay_one_keeps():
+    average = tensors(0)
+    ema_update_(average, tensors(1), 1.0)
+    assert all(torch.equal(a, s) for a, s in zip(average, tensors(0), strict=True))
+
+
+def test_modules_are_averaged_in_place_without_gradient():
+    average, online = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    weight = average.weight
+    before = online.weight.detach().clone()
+    ema_update_(average.parameters(), online.parameters(), 0.0)
+    assert average.weight is weight
+    assert weight.is_leaf
+    assert torch.equal(weight, online.weight)
+    assert torch.equal(online.weight, before)

@@ -1,0 +1,56 @@
+"""Imports run one way: core <- data <- models <- modules <- metrics, callbacks <- programs."""
+
+import ast
+import sys
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "lcm").rglob("*.py"))]
+LAYERS = [{"errors", "images"}, {"core"}, {"data"}, {"models"}, {"modules"}, {"metrics", "callbacks"}]
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+PROGRAMS = len(LAYERS)  # lcm/*.py
+
+
+def imports(file):
+    """The dotted names that a file imports, at its top or inside a function."""
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = ".".join(Path(file).parent.parts)
+            module = resolve_name("." * node.level + (node.module or ""), package)
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def rank(part):
+    """A package's layer; a new one must be given its place in LAYERS."""
+    return PROGRAMS if (ROOT / "lcm" / f"{part}.py").exists() and part not in RANK else RANK[part]
+
+
+def test_the_files_were_found():
+    assert "lcm/core/schedule.py" in FILES
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("lcm/core/")])
+def test_core_needs_torch_and_the_standard_library_only(file):
+    for name in imports(file):
+        top = name.partition(".")[0]
+        assert top in {"torch", *sys.stdlib_module_names} or name.startswith(("lcm.core", "lcm.errors.")), name
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file != "lcm/__init__.py"])
+def test_no_package_imports_one_to_its_right(file):
+    own = rank(Path(file).with_suffix("").parts[1])
+    for name in imports(file):
+        top, _, rest = name.partition(".")
+        if top == "lcm":
+            assert rank(rest.partition(".")[0]) <= own, f"{file} imports {name}"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_package_does_not_import_its_scripts(file):
+    scripts = {path.stem for path in ROOT.glob("*.py")} | {"tests"}
+    assert not scripts & {name.partition(".")[0] for name in imports(file)}

@@ -1,0 +1,81 @@
+"""Every distance of conf/model/loss. A new yaml is tested unasked."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from lcm.core import losses
+
+YAMLS = sorted((Path(__file__).parents[2] / "conf/model/loss").glob("*.yaml"))
+LOSSES = {path.stem: instantiate(OmegaConf.load(path)) for path in YAMLS}
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+X, Y = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_folder_was_found():
+    assert "l2" in LOSSES
+
+
+@every_loss
+def test_shape_is_preserved(loss):
+    assert loss(X, Y).shape == X.shape
+
+
+@every_loss
+def test_zero_where_equal(loss):
+    assert (loss(X, X) == 0).all()
+
+
+@every_loss
+def test_positive_where_not_equal(loss):
+    difference = torch.tensor([1e-4, 1e-2, 1.0, 100.0])
+    assert (loss(difference, torch.zeros(4)) > 0).all()
+    assert (loss(X, Y) > 0).all()
+
+
+@every_loss
+def test_symmetric(loss):
+    assert torch.equal(loss(X, Y), loss(Y, X))
+
+
+@every_loss
+def test_grows_with_the_difference(loss):
+    assert (loss(torch.linspace(0, 10, 101), torch.zeros(101)).diff() > 0).all()
+
+
+@every_loss
+def test_gradient_is_finite_and_zero_at_zero(loss):
+    x = X.clone().requires_grad_()
+    loss(x, X).sum().backward()
+    assert (x.grad == 0).all()
+
+
+@every_loss
+def test_gradient_points_away_from_the_target(loss):
+    x = X.clone().requires_grad_()
+    loss(x, Y).sum().backward()
+    assert torch.equal(x.grad.sign(), (X - Y).sign())
+
+
+@pytest.mark.parametrize(("difference", "value"), [(0, 0), (1e-3, 4.14214e-4), (1e-2, 9.04988e-3), (1, 0.9990005)])
+def test_golden_pseudo_huber(difference, value):
+    loss = losses.huber(torch.tensor(float(difference)), torch.tensor(0.0), c=1e-3)
+    assert loss.item() == pytest.approx(value, rel=1e-5)
+
+
+def test_golden_cauchy():
+    assert losses.cauchy(torch.tensor(0.2), torch.tensor(0.0), c=0.1).item() == pytest.approx(1.0986123)  # log 3
+
+
+def test_huber_is_quadratic_below_c_and_absolute_above():
+    x, zero = torch.tensor([0.01]), torch.zeros(1)
+    torch.testing.assert_close(losses.huber(x, zero, c=1.0), losses.l2(x, zero) / 2, rtol=1e-2, atol=0)
+    torch.testing.assert_close(losses.huber(x, zero, c=1e-6), losses.l1(x, zero), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("loss", [losses.huber, losses.cauchy])
+def test_c_matters(loss):
+    assert not torch.allclose(loss(X, Y, c=0.01), loss(X, Y, c=0.5))

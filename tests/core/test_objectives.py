@@ -1,0 +1,313 @@
+"""The losses of the three methods, in closed form."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from lcm.core import losses, solvers
+from lcm.core.batch import LatentBatch
+from lcm.core.consistency import boundary_scalings
+from lcm.core.networks import Networks
+from lcm.core.objectives import consistency, denoising
+from lcm.core.objectives.consistency import ConsistencyDraws, consistency_loss
+from lcm.core.objectives.denoising import DenoisingDraws, min_snr_weight
+from lcm.core.objectives.distillation import latent_consistency_distillation
+from lcm.core.objectives.finetuning import latent_consistency_finetuning
+from lcm.core.prediction import PREDICTION_TYPES
+from lcm.core.schedule import NoiseSchedule
+from lcm.core.timesteps import grid
+
+B, SHAPE = 4, (4, 4, 8, 8)
+every_type = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def a_batch(z0=None, cond=0.0, uncond=0.0):
+    z0 = torch.randn(SHAPE, generator=rng(1)) if z0 is None else z0
+    n = len(z0)
+    return LatentBatch(z0, torch.full((n, 1, 1), cond), torch.full((1, 1, 1), uncond), ["caption"] * n, ["key"] * n)
+
+
+def some_draws(*index):
+    index = torch.tensor(index or (0, 12, 24, 49))
+    return ConsistencyDraws(torch.randn(SHAPE, generator=rng(2)), index, torch.linspace(2, 14, B))
+
+
+class Recorder:
+    """A network that answers a constant and remembers what it was asked."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, z, t, cond, w):
+        self.z, self.t, self.w = z, t, w
+        return torch.full_like(z, self.value)
+
+
+class Scale(nn.Module):
+    """A network of one weight, with dropout."""
+
+    def __init__(self, weight=0.5, dropout=0.0):
+        super().__init__()
+        self.weight, self.dropout = nn.Parameter(torch.tensor(weight)), nn.Dropout(dropout)
+
+    def forward(self, z, t, cond, w):
+        return self.dropout(self.weight * z)
+
+
+# one step of distillation: peers' scalar example, student eps -1.1, target eps -0.9, teacher eps -1.0 and -0.8 (null), w = 7
+
+STEPS = pytest.mark.parametrize(
+    ("index", "t", "s", "z_t", "z_prev", "student", "target", "l2", "huber"),
+    [
+        (0, 19, 0, 0.335639106, 0.591088258, 0.486555572, 0.591088258, 0.010927082, 0.103537469),
+        (24, 499, 479, -0.756408396, -0.655421806, 0.338711371, 0.171676554, 0.027900630, 0.166037811),
+        (49, 999, 979, -1.163068219, -1.005903610, -0.961464125, -1.411911775, 0.202903086, 0.449448760),
+    ],
+)
+
+
+def golden_step(index, distance):
+    nets = Networks(Recorder(-1.1), Recorder(-0.9), lambda z, t, cond, w: cond.view(-1, 1, 1, 1).expand_as(z))
+    loss, logs = latent_consistency_distillation(
+        nets,
+        a_batch(torch.full((1, 1, 1, 1), 0.5), cond=-1.0, uncond=-0.8),
+        ConsistencyDraws(torch.full((1, 1, 1, 1), -1.2), torch.tensor([index]), torch.tensor([7.0])),
+        schedule=NoiseSchedule(),
+        timesteps=grid(),
+        solver=solvers.ddim,
+        distance=distance,
+    )
+    return nets, loss.item(), logs
+
+
+@STEPS
+def test_golden_distillation_points(index, t, s, z_t, z_prev, student, target, l2, huber):
+    nets, _, _ = golden_step(index, losses.l2)
+    assert (nets.online.t.item(), nets.target.t.item()) == (t, s)
+    assert nets.online.z.item() == pytest.approx(z_t, abs=1e-6)
+    assert nets.target.z.item() == pytest.approx(z_prev, abs=2e-6)
+    assert (nets.online.w.item(), nets.target.w.item()) == (7, 7)
+
+
+@STEPS
+def test_golden_distillation_functions(index, t, s, z_t, z_prev, student, target, l2, huber):
+    seen = []
+    golden_step(index, lambda x, y: seen.extend((x.item(), y.item())) or losses.l2(x, y))
+    assert seen == pytest.approx([student, target], abs=1e-5)
+
+
+@STEPS
+def test_golden_distillation_loss(index, t, s, z_t, z_prev, student, target, l2, huber):
+    _, loss, logs = golden_step(index, losses.l2)
+    assert loss == pytest.approx(l2, abs=1e-5)
+    assert logs["consistency_l2"].item() == pytest.approx(l2, abs=1e-5)
+    assert golden_step(index, partial(losses.huber, c=1e-3))[1] == pytest.approx(huber, abs=1e-5)
+
+
+def distil(nets, draws, **changes):
+    kwargs = {"schedule": NoiseSchedule(), "timesteps": grid(), "solver": solvers.ddim, "distance": losses.l2, **changes}
+    return latent_consistency_distillation(nets, a_batch(), draws, **kwargs)
+
+
+def finetune(nets, draws, **changes):
+    kwargs = {"schedule": NoiseSchedule(), "timesteps": grid(), "distance": losses.l2, **changes}
+    return latent_consistency_finetuning(nets, a_batch(), draws, **kwargs)
+
+
+every_objective = pytest.mark.parametrize("objective", [distil, finetune])
+
+
+@every_objective
+def test_gradient_reaches_the_online_network_only(objective):
+    nets = Networks(Scale(0.5), Scale(0.4), Scale(0.3))
+    loss, logs = objective(nets, some_draws())
+    loss.backward()
+    assert nets.online.weight.grad.abs() > 0
+    assert nets.target.weight.grad is None
+    assert nets.teacher.weight.grad is None
+    assert not logs["consistency_l2"].requires_grad
+
+
+@every_objective
+def test_the_network_may_be_its_own_target(objective):
+    """The gradient is that of the first argument alone."""
+    net = Scale(0.5)
+    objective(Networks(net, net, Scale(0.3)), some_draws())[0].backward()
+    apart = Networks(Scale(0.5), Scale(0.5), Scale(0.3))
+    objective(apart, some_draws())[0].backward()
+    assert torch.equal(net.weight.grad, apart.online.weight.grad)
+
+
+@every_objective
+@pytest.mark.parametrize("skip_steps", [1, 20, 100])
+def test_skip_steps(objective, skip_steps):
+    nets = Networks(Recorder(0.1), Recorder(0.1), Recorder(0.1))
+    objective(nets, some_draws(), skip_steps=skip_steps)
+    assert nets.target.t.tolist() == [max(t - skip_steps, 0) for t in (19, 259, 499, 999)]
+
+
+@every_objective
+def test_loss_is_the_mean_over_samples(objective):
+    nets, draws = Networks(Scale(0.5), Scale(0.4), Scale(0.3)), some_draws()
+    each = []
+    objective(nets, draws, distance=lambda x, y: each.append(losses.l2(x, y)) or each[0])
+    torch.testing.assert_close(objective(nets, draws)[0], each[0].mean())
+
+
+def test_finetuning_noises_both_points_with_the_same_eps():
+    nets, draws, schedule = Networks(Recorder(0.1), Recorder(0.1)), some_draws(), NoiseSchedule()
+    finetune(nets, draws)
+    for net in (nets.online, nets.target):
+        torch.testing.assert_close(net.z, schedule.add_noise(a_batch().z0, draws.eps, net.t))
+
+
+def test_finetuning_of_a_perfect_network():
+    """With x0 = z0, f differs between the points by c_skip (z - z0) only, which is near nothing except at s = 0."""
+    schedule, draws, z0 = NoiseSchedule(prediction_type="sample"), some_draws(1, 12, 24, 49), a_batch().z0
+    perfect = Networks(*[lambda z, t, cond, w: z0] * 2)
+    assert finetune(perfect, draws, schedule=schedule)[0] < 1e-9
+    at_boundary = finetune(perfect, some_draws(0, 0, 0, 0), schedule=schedule)[0]
+    z_0 = schedule.add_noise(z0, draws.eps, torch.zeros(B, dtype=torch.int64))
+    torch.testing.assert_close(at_boundary, (z_0 - z0).square().mean(), rtol=1e-3, atol=0)
+
+
+def test_distillation_of_the_teachers_exact_flow():
+    """On a point mass the teacher's step lands on the path, so a student that knows the point has no loss."""
+    schedule = NoiseSchedule(prediction_type="sample")
+    knows = [lambda z, t, cond, w: torch.full_like(z, 0.7)] * 3
+    assert distil(Networks(*knows), some_draws(1, 12, 24, 49), schedule=schedule)[0] < 1e-9
+
+
+def test_both_points_see_the_same_dropout():
+    """Identical networks at identical points have no loss in train mode."""
+    online, target = Scale(dropout=0.5).train(), Scale(dropout=0.5).train()
+    z, t = torch.randn(SHAPE, generator=rng()), torch.full((B,), 499)
+    assert not torch.equal(online(z, t, None, None), online(z, t, None, None))
+    loss, _ = consistency_loss(
+        Networks(online, target),
+        torch.zeros(B, 1, 1),
+        torch.zeros(B),
+        (z, t),
+        (z, t),
+        schedule=NoiseSchedule(),
+        distance=losses.l1,
+    )
+    assert loss == 0
+
+
+def test_boundary_makes_the_target_the_teachers_point():
+    """At s = 0 the target is z_s itself, whatever the target network says."""
+    said = [distil(Networks(Recorder(0.1), Recorder(x), Scale(0.3)), some_draws(0, 0, 0, 0))[0] for x in (-3.0, 50.0)]
+    assert said[0] == said[1]
+
+
+# draws
+
+
+def draw(seed=0, z0=None):
+    return consistency.draw(torch.zeros(SHAPE) if z0 is None else z0, rng(seed), timesteps=grid(), w_min=2.0, w_max=14.0)
+
+
+def test_consistency_draws_are_the_generators():
+    for name in ("eps", "index", "w"):
+        assert torch.equal(getattr(draw(0), name), getattr(draw(0), name))
+        assert not torch.equal(getattr(draw(0), name), getattr(draw(1), name))
+
+
+def test_consistency_draws_fill_their_ranges():
+    draws = draw(z0=torch.zeros(10000, 1, 1, 1))
+    assert draws.index.unique().tolist() == list(range(50))
+    assert 2 <= draws.w.min() < 2.01
+    assert 13.99 < draws.w.max() <= 14
+    assert (draws.eps.mean().item(), draws.eps.std().item()) == pytest.approx((0, 1), abs=0.03)
+
+
+def test_fixed_w():
+    assert (consistency.draw(torch.zeros(SHAPE), rng(), timesteps=grid(), w_min=7.5, w_max=7.5).w == 7.5).all()
+
+
+def test_denoising_draws_are_the_generators():
+    first, second = (denoising.draw(torch.zeros(SHAPE), rng(), schedule=NoiseSchedule(), offset_noise=0.1) for _ in range(2))
+    assert torch.equal(first.eps, second.eps)
+    assert torch.equal(first.t, second.t)
+
+
+def test_denoising_draws_fill_their_range():
+    t = denoising.draw(torch.zeros(20000, 1, 1, 1), rng(), schedule=NoiseSchedule()).t
+    assert t.unique().tolist() == list(range(1000))
+
+
+def test_offset_noise_moves_each_channels_mean_only():
+    plain, offset = (
+        denoising.draw(torch.zeros(SHAPE), rng(), schedule=NoiseSchedule(), offset_noise=x).eps for x in (0.0, 0.1)
+    )
+    shift = offset - plain
+    torch.testing.assert_close(shift, shift.mean((2, 3), keepdim=True).expand_as(shift), rtol=0, atol=1e-6)
+    assert shift[..., 0, 0].std().item() == pytest.approx(0.1, rel=0.5)
+
+
+# denoising
+
+Z0, EPS = a_batch().z0, torch.randn(SHAPE, generator=rng(3))
+TIMES = torch.tensor([0, 259, 499, 999])
+
+
+def denoising_loss(prediction_type, x0_error, min_snr_gamma=None, t=TIMES):
+    """The loss of a network whose x0 is off by x0_error everywhere."""
+    schedule = NoiseSchedule(prediction_type=prediction_type)
+    alpha, sigma = schedule.at(t, 4)
+
+    def net(z, t, cond, w):
+        assert w is None
+        return schedule.target(Z0 + x0_error, EPS - x0_error * alpha / sigma, t)
+
+    return denoising.denoising(net, a_batch(), DenoisingDraws(EPS, t), schedule=schedule, min_snr_gamma=min_snr_gamma)[0]
+
+
+@every_type
+def test_a_perfect_network_has_no_denoising_loss(prediction_type):
+    assert denoising_loss(prediction_type, 0.0) == 0
+
+
+@every_type
+def test_double_the_error_four_times_the_loss(prediction_type):
+    once, twice = (denoising_loss(prediction_type, x0_error) for x0_error in (0.1, 0.2))
+    torch.testing.assert_close(twice, 4 * once, rtol=1e-4, atol=0)
+
+
+def test_golden_denoising_loss():
+    assert denoising_loss("sample", 0.1).item() == pytest.approx(0.01, rel=1e-4)
+
+
+@every_type
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weighs_the_error_of_x0(prediction_type, gamma):
+    """2303.09556: min(SNR, gamma) times x0's squared error, whatever the network predicts."""
+    schedule = NoiseSchedule()
+    for t in TIMES:
+        snr = (schedule.alpha[t] / schedule.sigma[t]).item() ** 2
+        loss = denoising_loss(prediction_type, 0.1, gamma, t.expand(B)).item()
+        assert loss == pytest.approx(min(snr, gamma) * 0.01, rel=1e-3)
+
+
+@every_type
+def test_min_snr_weights_are_finite_with_zero_terminal_snr(prediction_type):
+    schedule = NoiseSchedule(prediction_type=prediction_type, rescale_betas_zero_snr=True)
+    weight = min_snr_weight(schedule, torch.arange(1000), 5.0)
+    assert weight.isfinite().all()
+    assert (weight >= 0).all()
+
+
+def test_scalings_used_are_those_of_each_t():
+    """The student's f at t is c_skip z + c_out x0."""
+    nets, seen = Networks(Recorder(0.3), Recorder(0.3), Recorder(0.3)), []
+    schedule = NoiseSchedule(prediction_type="sample")
+    distil(nets, some_draws(), schedule=schedule, distance=lambda x, y: seen.append(x) or losses.l2(x, y))
+    c_skip, c_out = (c.view(B, 1, 1, 1) for c in boundary_scalings(nets.online.t))
+    torch.testing.assert_close(seen[0], c_skip * nets.online.z + c_out * 0.3)

@@ -1,0 +1,100 @@
+"""Which timesteps are trained and sampled."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, LCMScheduler
+
+from lcm.core.timesteps import consistency_steps, full, grid, skip_pair, trailing_steps
+from lcm.errors import UserError
+
+
+def test_grid_is_the_released_models():
+    assert grid().tolist() == list(range(19, 1000, 20))
+    assert grid().sum() == 25450
+
+
+@pytest.mark.parametrize(("num_timesteps", "points"), [(1000, 1), (1000, 100), (1000, 1000), (500, 50), (64, 8)])
+def test_grid_ends_at_pure_noise(num_timesteps, points):
+    times = grid(num_timesteps, points=points)
+    assert len(times) == points
+    assert times[-1] == num_timesteps - 1
+    assert times.diff().unique().numel() <= 1
+
+
+@pytest.mark.parametrize("points", [0, -1, 60, 1001])
+def test_grid_errors(points):
+    with pytest.raises(UserError, match=f"{points}"):
+        grid(points=points)
+
+
+def test_full_is_every_t_with_a_partner():
+    assert full(skip_steps=20).tolist() == list(range(20, 1000))
+    assert full(100, skip_steps=1).tolist() == list(range(1, 100))
+
+
+def test_skip_pair_on_the_grid():
+    t, s = skip_pair(grid(), torch.tensor([0, 1, 24, 49]), 20)
+    assert t.tolist() == [19, 39, 499, 999]
+    assert s.tolist() == [0, 19, 479, 979]
+
+
+def test_skip_pair_on_the_full_schedule():
+    t, s = skip_pair(full(skip_steps=20), torch.arange(980), 20)
+    assert ((t - s) == 20).all()
+    assert s.min() == 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        (1, [999]),
+        (2, [999, 499]),
+        (3, [999, 679, 339]),
+        (4, [999, 759, 499, 259]),
+        (5, [999, 799, 599, 399, 199]),
+        (6, [999, 839, 679, 499, 339, 179]),
+        (8, [999, 879, 759, 639, 499, 379, 259, 139]),
+        (10, list(range(999, 0, -100))),
+        (25, list(range(999, 0, -40))),
+        (50, list(range(999, 0, -20))),
+    ],
+)
+def test_golden_consistency_steps(steps, expected):
+    assert consistency_steps(steps) == expected
+
+
+@pytest.mark.parametrize("points", [50, 100])
+def test_consistency_steps_agree_with_diffusers(points):
+    scheduler = LCMScheduler(original_inference_steps=points)
+    for steps in range(1, points + 1):
+        scheduler.set_timesteps(steps)
+        assert consistency_steps(steps, points=points) == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("points", [100, 200])
+def test_finer_grids_are_sampled_evenly(points):
+    assert consistency_steps(4, points=points) == [999, 749, 499, 249]
+
+
+def test_trailing_steps_agree_with_diffusers():
+    scheduler = DDIMScheduler(timestep_spacing="trailing")
+    for steps in [*range(1, 48), 50, 100, 125, 200, 250, 500, 1000]:  # others tie at .5, or diffusers gives one too many
+        scheduler.set_timesteps(steps)
+        assert trailing_steps(steps) == scheduler.timesteps.tolist()
+
+
+def test_trailing_steps_fall_from_pure_noise():
+    for steps in range(1, 1001):
+        times = trailing_steps(steps)
+        assert len(times) == steps
+        assert times[0] == 999
+        assert times[-1] >= 0
+        assert sorted(set(times), reverse=True) == times
+
+
+@pytest.mark.parametrize(("rule", "most"), [(consistency_steps, 50), (trailing_steps, 1000)])
+@pytest.mark.parametrize("beyond", [False, True])
+def test_too_few_or_too_many_steps(rule, most, beyond):
+    steps = most + 1 if beyond else 0
+    with pytest.raises(UserError, match=f"steps={steps} .*: use 1 to {most}"):
+        rule(steps)

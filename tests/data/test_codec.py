@@ -1,0 +1,156 @@
+"""The frozen VAE and text encoder: scaling, determinism, the cache, captions."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from lcm.core.random import generator
+from lcm.data.codec import LatentCodec, to_unit_range
+from lcm.models.pipeline import load_codec
+
+X = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+BATCH = {"x": X, "captions": ["red apple", "dog face", "", "rocket", "red apple"], "keys": list("abcde")}
+
+
+@pytest.fixture(scope="module")
+def codec(tiny_pipeline: Path) -> LatentCodec:
+    return load_codec(str(tiny_pipeline))
+
+
+@pytest.fixture(scope="module")
+def vae(tiny_pipeline: Path) -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(tiny_pipeline, subfolder="vae").eval()
+
+
+def count_encodings(codec: LatentCodec, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The batch sizes of the VAE's encodings from here on."""
+    sizes: list[int] = []
+    encode = codec.vae.encode
+    monkeypatch.setattr(codec.vae, "encode", lambda x: sizes.append(len(x)) or encode(x))
+    return sizes
+
+
+def test_z0_is_the_scaled_posterior_of_the_vae(codec: LatentCodec, vae: AutoencoderKL) -> None:
+    with torch.no_grad():
+        posterior = vae.encode(X.float() / 127.5 - 1).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator("cpu", 7))
+    expected = (posterior.mean + posterior.std * noise) * vae.config["scaling_factor"]
+    torch.testing.assert_close(codec.encode(BATCH, generator("cpu", 7)).z0, expected)
+
+
+def test_pixels_reach_from_minus_one_to_one() -> None:
+    assert to_unit_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
+
+
+def test_float_pixels_and_bytes_encode_alike(codec: LatentCodec) -> None:
+    as_float = codec.encode({**BATCH, "x": to_unit_range(X)}, generator("cpu", 7))
+    assert torch.equal(as_float.z0, codec.encode(BATCH, generator("cpu", 7)).z0)
+
+
+def test_the_posterior_is_drawn_by_the_rng_alone(codec: LatentCodec) -> None:
+    torch.manual_seed(0)
+    first = codec.encode(BATCH, generator("cpu", 7)).z0
+    torch.manual_seed(1)
+    assert torch.equal(codec.encode(BATCH, generator("cpu", 7)).z0, first)
+    assert not torch.equal(codec.encode(BATCH, generator("cpu", 8)).z0, first)
+
+
+def test_a_batch_keeps_captions_and_keys(codec: LatentCodec) -> None:
+    batch = codec.encode(BATCH)
+    assert (batch.captions, batch.keys, len(batch)) == (BATCH["captions"], BATCH["keys"], 5)
+    assert batch.z0.shape == (5, 4, 8, 8)
+    assert batch.cond.shape == (5, 16, 16)
+    assert batch.uncond.shape == (1, 16, 16)
+
+
+def test_nothing_encoded_carries_a_gradient(codec: LatentCodec) -> None:
+    batch = codec.encode(BATCH)
+    assert not any(tensor.requires_grad for tensor in (batch.z0, batch.cond, batch.uncond))
+
+
+def test_chunks_bound_what_the_vae_takes_and_change_nothing(
+    tiny_pipeline: Path, codec: LatentCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunked = load_codec(str(tiny_pipeline), chunk=2)
+    sizes = count_encodings(chunked, monkeypatch)
+    torch.testing.assert_close(chunked.posterior(X, BATCH["keys"]), codec.posterior(X, BATCH["keys"]))
+    assert sizes == [2, 2, 1]
+
+
+def test_the_cache_answers_without_the_vae(tiny_pipeline: Path, codec: LatentCodec, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = load_codec(str(tiny_pipeline), cache=True)
+    sizes = count_encodings(cached, monkeypatch)
+    first = cached.encode(BATCH, generator("cpu", 7))
+    some = {"x": X[[3, 1]], "captions": ["", ""], "keys": ["d", "b"]}
+    torch.testing.assert_close(cached.encode(BATCH, generator("cpu", 7)).z0, first.z0, rtol=2e-3, atol=1e-4)
+    torch.testing.assert_close(
+        cached.posterior(some["x"], some["keys"]), codec.posterior(X, BATCH["keys"])[[3, 1]], rtol=1e-3, atol=1e-4
+    )
+    assert sizes == [5]
+
+
+def test_a_batch_with_news_is_encoded(tiny_pipeline: Path, codec: LatentCodec) -> None:
+    cached = load_codec(str(tiny_pipeline), cache=True)
+    cached.posterior(X[:2], ["a", "b"])
+    torch.testing.assert_close(cached.posterior(X[1:3], ["b", "c"]), codec.posterior(X, BATCH["keys"])[1:3])
+
+
+def test_without_a_cache_nothing_is_kept(codec: LatentCodec, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = count_encodings(codec, monkeypatch)
+    codec.encode(BATCH)
+    codec.encode(BATCH)
+    assert sizes == [5, 5]
+
+
+def test_uncond_is_the_empty_caption(codec: LatentCodec) -> None:
+    assert torch.equal(codec.uncond, codec.encode_text([""]))
+    torch.testing.assert_close(codec.encode(BATCH).cond[2:3], codec.uncond)
+
+
+def test_a_caption_encodes_alike_in_any_batch(codec: LatentCodec) -> None:
+    torch.testing.assert_close(
+        codec.encode_text(["dog face", "a much longer caption of a rocket"])[:1], codec.encode_text(["dog face"])
+    )
+
+
+def test_long_captions_are_cut_with_the_end_kept(codec: LatentCodec) -> None:
+    seen: list[torch.Tensor] = []
+    hook = codec.text_encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    codec.encode_text(["red apple " * 50, "dog"])
+    hook.remove()
+    assert seen[0].shape == (2, 16)
+    assert (seen[0][:, -1] == codec.tokenizer.eos_token_id).all()
+    assert (seen[0][0, 1:-1] != codec.tokenizer.eos_token_id).all()
+
+
+def test_decoding_undoes_the_scaling(codec: LatentCodec, vae: AutoencoderKL) -> None:
+    z0 = codec.encode(BATCH, generator("cpu", 7)).z0
+    with torch.no_grad():
+        x = vae.decode(z0 / vae.config["scaling_factor"]).sample
+    assert torch.equal(codec.decode(z0), ((x.clamp(-1, 1) + 1) * 127.5).round().byte())
+
+
+def test_wild_latents_decode_to_the_full_range_of_bytes(codec: LatentCodec) -> None:
+    x = codec.decode(1000 * torch.randn(2, 4, 8, 8, generator=generator("cpu", 0)))
+    assert (x.dtype, x.shape) == (torch.uint8, (2, 3, 32, 32))
+    assert (x.min(), x.max()) == (0, 255)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_bfloat16_networks_give_float32_batches(tiny_pipeline: Path, codec: LatentCodec, dtype: Any) -> None:
+    low = load_codec(str(tiny_pipeline), dtype=dtype)
+    batch, exact = low.encode(BATCH, generator("cpu", 7)), codec.encode(BATCH, generator("cpu", 7))
+    assert low.vae.dtype == low.text_encoder.dtype == torch.bfloat16
+    assert batch.z0.dtype == batch.cond.dtype == batch.uncond.dtype == torch.float32
+    assert (batch.z0 - exact.z0).std() < 0.03 * exact.z0.std()
+    assert (batch.cond - exact.cond).std() < 0.03 * exact.cond.std()
+    assert low.decode(batch.z0).dtype == torch.uint8
+
+
+def test_the_networks_are_frozen(codec: LatentCodec) -> None:
+    assert not any(p.requires_grad for net in (codec.vae, codec.text_encoder) for p in net.parameters())
+    assert not codec.vae.training
+    assert not codec.text_encoder.training

@@ -1,0 +1,117 @@
+"""What the DataModule refuses, and which batches move its cursor."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lcm.core.batch import LatentBatch
+from lcm.data.codec import LatentCodec
+from lcm.data.datamodule import ShardDataModule
+from lcm.errors import UserError
+from lcm.models.pipeline import load_codec
+
+
+@pytest.fixture(scope="module")
+def codec(tiny_pipeline: Path) -> LatentCodec:
+    return load_codec(str(tiny_pipeline))
+
+
+def datamodule(shards: Path, **options: Any) -> ShardDataModule:
+    options = {"val_shards": f"{shards}/val-*.tar", "resolution": 32, "batch_size": 8, "num_workers": 0, **options}
+    data = ShardDataModule(f"{shards}/train-*.tar", **options)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def consume(data: ShardDataModule, batch: dict[str, Any], *, training: bool) -> Any:
+    """As Lightning hands a batch to a step."""
+    data.trainer = SimpleNamespace(training=training, global_rank=0, world_size=1)
+    return data.on_after_batch_transfer(batch, 0)
+
+
+def test_a_resolution_off_the_vaes_grid_is_a_user_error(shards: Path, codec: LatentCodec) -> None:
+    with pytest.raises(UserError, match=r"data\.resolution=30 is not a multiple of the VAE's factor 4"):
+        datamodule(shards, codec=codec, resolution=30)
+
+
+@pytest.mark.parametrize("option", ["random_crop", "flip"])
+def test_a_cache_refuses_random_transforms(tiny_pipeline: Path, shards: Path, option: str) -> None:
+    with pytest.raises(UserError, match="cache"):
+        datamodule(shards, codec=load_codec(str(tiny_pipeline), cache=True), **{option: True})
+
+
+def test_missing_shards_are_a_user_error_at_setup(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no shards match"):
+        datamodule(tmp_path)
+
+
+def test_with_a_codec_batches_are_latent(shards: Path, codec: LatentCodec) -> None:
+    data = datamodule(shards, codec=codec)
+    batch = consume(data, next(iter(data.train_dataloader())), training=True)
+    assert isinstance(batch, LatentBatch)
+    assert batch.z0.shape == (8, 4, 8, 8)
+
+
+def test_without_a_codec_batches_are_pixels_from_minus_one_to_one(shards: Path) -> None:
+    data = datamodule(shards)
+    x = consume(data, next(iter(data.train_dataloader())), training=True)["x"]
+    assert x.dtype == torch.float32
+    assert (x.min(), x.max()) == (-1, 1)
+
+
+def test_the_same_batch_encodes_alike_and_another_differently(shards: Path, codec: LatentCodec) -> None:
+    data = datamodule(shards, codec=codec)
+    batch = next(iter(data.train_dataloader()))
+    first = consume(data, batch, training=True).z0
+    assert torch.equal(consume(data, batch, training=True).z0, first)
+    assert not torch.equal(consume(data, {**batch, "cursor": (0, 9)}, training=True).z0, first)
+
+
+def test_only_training_batches_move_the_cursor(shards: Path, codec: LatentCodec) -> None:
+    data = datamodule(shards, codec=codec)
+    train = iter(data.train_dataloader())
+    consume(data, next(train), training=True)
+    consume(data, next(train), training=True)
+    assert data.state_dict() == {"cursor": [0, 16]}
+    for batch in data.val_dataloader():
+        consume(data, batch, training=False)
+    assert data.state_dict() == {"cursor": [0, 16]}
+
+
+def test_a_batch_fetched_ahead_does_not_move_the_cursor(shards: Path) -> None:
+    data = datamodule(shards)
+    train = iter(data.train_dataloader())
+    consume(data, next(train), training=True)
+    next(train)
+    assert data.state_dict() == {"cursor": [0, 8]}
+
+
+def test_a_restored_datamodule_goes_on_after_the_last_batch(shards: Path) -> None:
+    data, restored = datamodule(shards), datamodule(shards)
+    train = iter(data.train_dataloader())
+    consume(data, next(train), training=True)
+    restored.load_state_dict(data.state_dict())
+    assert next(iter(restored.train_dataloader()))["keys"] == next(train)["keys"]
+
+
+def test_validation_is_the_whole_held_out_set_without_dropout(shards: Path) -> None:
+    data = datamodule(shards, caption_dropout=1.0, val_batch_size=3)
+    batches = list(data.val_dataloader())
+    names = [caption for batch in batches for caption in batch["captions"]]
+    assert all(names)
+    assert len(set(names)) == len(names) > 3
+    assert {len(batch["keys"]) for batch in batches[:-1]} == {3}
+
+
+def test_without_val_shards_there_is_no_validation(shards: Path) -> None:
+    assert datamodule(shards, val_shards=None).val_dataloader() == []
+
+
+def test_the_dataset_is_built_before_its_shards_are_looked_for(shards: Path) -> None:
+    calls: list[bool] = []
+    datamodule(shards, build=lambda: calls.append(True))
+    assert calls == [True]

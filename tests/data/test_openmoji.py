@@ -1,0 +1,134 @@
+"""OpenMoji as shards: the split by caption, the styles, and builds that are whole, absent or reused."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lcm.data import openmoji
+from lcm.data.openmoji import STYLE_SHEETS, all_captions, build, build_styles, captioned_svgs, draw, is_held_out
+from lcm.data.shards import check_shards, expand_urls, read_samples
+
+
+def captions(folder: Path, split: str) -> list[str]:
+    return [sample["txt"].decode() for sample in read_samples(expand_urls(f"{folder}/{split}-*.tar"))]
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw without starting processes."""
+
+    def render(svgs: list[tuple[str, Path]], *settings: Any) -> Iterator[dict[str, Any]]:
+        for number, (name, path) in enumerate(svgs):
+            yield from openmoji._samples_of((number, name, path, *settings))
+
+    monkeypatch.setattr(openmoji, "_render", render)
+
+
+def small(folder: Path, **settings: Any) -> Path:
+    build(str(folder), **{"resolution": 16, "limit": 6, "samples_per_shard": 10, "held_out": 0.3, **settings})
+    return folder
+
+
+def test_about_a_twentieth_of_all_captions_is_held_out() -> None:
+    held_out = [is_held_out(caption, 0.05) for caption in all_captions()]
+    assert sum(held_out) / len(held_out) == pytest.approx(0.05, abs=0.005)
+
+
+def test_no_held_out_caption_is_trained_on(shards: Path) -> None:
+    train, val = captions(shards, "train"), captions(shards, "val")
+    assert not set(train) & set(val)
+    assert len(train + val) == 40 * 4
+    assert all(is_held_out(caption, 0.05) for caption in val)
+
+
+def test_the_shards_are_usable_and_counted_in_the_manifest(shards: Path) -> None:
+    check_shards(expand_urls(f"{shards}/*.tar"))
+    counts = json.loads((shards / "manifest.json").read_text())["samples"]
+    for name, count in counts.items():
+        assert len(list(read_samples([str(shards / name)]))) == count
+
+
+def test_an_emoji_has_as_many_captions_as_backgrounds(shards: Path) -> None:
+    every = captions(shards, "train") + captions(shards, "val")
+    assert len(set(every)) == len(every)
+
+
+def test_names_are_plain_english() -> None:
+    names = [name for name, _ in captioned_svgs()]
+    assert len(names) > 3500
+    assert "red apple" in names
+    assert not any(":" in name or "_" in name for name in names)
+
+
+@pytest.mark.usefixtures("in_process")
+class TestBuild:
+    def test_the_same_settings_do_not_build_again(self, tmp_path: Path) -> None:
+        folder = small(tmp_path / "set")
+        times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+        small(folder)
+        assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
+
+    @pytest.mark.parametrize("settings", [{"resolution": 24}, {"limit": 5}, {"held_out": 0.2}, {"style": "line"}])
+    def test_other_settings_build_again(self, tmp_path: Path, settings: dict[str, Any]) -> None:
+        folder = small(tmp_path / "set")
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        small(folder, **settings)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} != before
+        assert json.loads((folder / "manifest.json").read_text())["settings"].items() >= settings.items()
+
+    def test_builds_are_equal_byte_for_byte(self, tmp_path: Path) -> None:
+        first, second = small(tmp_path / "a"), small(tmp_path / "b")
+        assert [p.read_bytes() for p in sorted(first.iterdir())] == [p.read_bytes() for p in sorted(second.iterdir())]
+
+    def test_an_interrupted_build_leaves_no_dataset(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        real = openmoji.captioned_svgs()[:3]
+        monkeypatch.setattr(openmoji, "captioned_svgs", lambda: [*real, ("gone", tmp_path / "gone.svg")])
+        with pytest.raises(BaseException):  # noqa: B017, PT011  whatever resvg raises
+            small(tmp_path / "set")
+        assert not (tmp_path / "set").exists()
+
+    def test_an_interrupted_rebuild_keeps_the_old_dataset(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder = small(tmp_path / "set")
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        monkeypatch.setattr(openmoji, "draw", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            small(folder, limit=5)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+    def test_styles_lie_side_by_side_and_split_alike(self, tmp_path: Path) -> None:
+        build_styles(str(tmp_path / "emoji-16"), styles=["color", "line"], resolution=16, limit=6, held_out=0.3)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["emoji-16", "emoji-line-16"]
+        color, line = (
+            {s: sorted(captions(tmp_path / name, s)) for s in ("train", "val")} for name in ("emoji-16", "emoji-line-16")
+        )
+        assert color == line
+
+
+@pytest.fixture(scope="module")
+def drawings() -> list[dict[str, np.ndarray]]:
+    """Ten emojis from all over the code points, in every style."""
+    return [{style: np.array(draw(path, 48, style)) for style in STYLE_SHEETS} for _, path in captioned_svgs()[30::400]]
+
+
+def test_every_style_draws_differently(drawings: list[dict[str, np.ndarray]]) -> None:
+    for drawn in drawings:
+        assert len({image.tobytes() for image in drawn.values()}) == len(STYLE_SHEETS)
+
+
+def test_the_line_style_hides_colour(drawings: list[dict[str, np.ndarray]]) -> None:
+    for drawn in drawings:
+        inked = drawn["line"][drawn["line"][..., 3] > 0]
+        assert len(inked)
+        assert (inked[:, 0] == inked[:, 1]).all()
+        assert (inked[:, 1] == inked[:, 2]).all()
+
+
+def test_the_dark_style_has_light_outlines(drawings: list[dict[str, np.ndarray]]) -> None:
+    for drawn in drawings:
+        outline = (drawn["line"] == (0, 0, 0, 255)).all(-1)
+        assert outline.any()
+        assert drawn["dark"][outline, :3].mean() > 200

@@ -1,0 +1,65 @@
+"""Stop at any moment, run the same command with ckpt_path=last: it ends as the uninterrupted run."""
+
+import csv
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.e2e.conftest import command, environment
+
+pytestmark = pytest.mark.slow
+STEPS = [
+    "trainer.max_steps=30",
+    "callbacks.checkpoint.every_n_train_steps=3",
+    "callbacks.samples.steps=[1]",
+    "data.num_workers=1",
+]
+
+
+def losses(run_dir: Path) -> dict[int, str]:
+    """train/loss by step; a step that was run again appears twice, the last one counts."""
+    rows = csv.DictReader((run_dir / "metrics.csv").open())
+    return {int(row["step"]): row["train/loss"] for row in rows if row["train/loss"]}
+
+
+def interrupt(args: list[str], cwd: Path, when: Path, sign: signal.Signals) -> int:
+    """Start training, wait for the first checkpoint and a little more, send `sign`; the exit code."""
+    with (cwd / "log").open("w") as log:
+        process = subprocess.Popen(args, cwd=cwd, env=environment(), stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while not when.is_file():
+            assert process.poll() is None, (cwd / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.3)
+        if sign is signal.SIGKILL:
+            os.killpg(process.pid, sign)
+        else:
+            process.send_signal(sign)
+        return process.wait(timeout=120)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_killed_and_resumed_equals_uninterrupted(run, tiny, tmp_path, sign):
+    straight = run("train.py", *tiny, *STEPS, "name=straight")
+    assert straight.returncode == 0, straight.stderr
+    run_dir = tmp_path / "runs/cut/0"
+    code = interrupt(command("train.py", *tiny, *STEPS, "name=cut"), tmp_path, run_dir / "checkpoints/last.ckpt", sign)
+    assert code != 0
+    assert not (run_dir / "model").exists(), "it finished before the signal: raise max_steps"
+
+    resumed = run("train.py", *tiny, *STEPS, "name=cut", "ckpt_path=last")
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(run_dir) == losses(tmp_path / "runs/straight/0")
+    one, other = (
+        torch.load(tmp_path / f"runs/{name}/0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for name in ("cut", "straight")
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert not list((tmp_path / "runs").rglob("*.partial"))

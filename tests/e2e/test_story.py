@@ -1,0 +1,100 @@
+"""Teacher -> distillation -> fine-tuning -> samples -> table, by the commands of the README."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from diffusers import LatentConsistencyModelPipeline
+from PIL import Image
+
+from tests.e2e.conftest import tiny_data
+
+pytestmark = pytest.mark.slow
+
+
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((run_dir / "metrics.csv").open()))
+
+
+def test_distil_sample_evaluate_and_fine_tune(run, tiny, shards, tiny_pipeline, tmp_path):
+    done = run("train.py", *tiny, "callbacks.samples.every_n_steps=3")
+    assert done.returncode == 0, done.stderr
+    run_dir = tmp_path / "runs/lcd_mini/0"
+    assert "model:   runs/lcd_mini/0/model" in done.stdout
+    assert {f"step-{n:06d}.png" for n in (0, 3, 6)} == {path.name for path in (run_dir / "samples").iterdir()}
+    assert {"train/loss", "train/grad_norm", "val/loss"} <= set(rows(run_dir)[-1])
+    assert json.loads((run_dir / "model/lcm.json").read_text())["w_max"] == 6.0
+    LatentConsistencyModelPipeline.from_pretrained(run_dir / "model")
+
+    done = run("sample.py", "prompts=[red apple,rocket]", "images_per_prompt=2", "steps=2", "w=1.5", "output=out")
+    assert done.returncode == 0, done.stderr
+    image = Image.open(tmp_path / "out/00003.png")
+    assert (image.text["prompt"], image.text["seed"], image.text["steps"]) == ("rocket", "3", "2")
+    assert Image.open(tmp_path / "out/grid.png").height > 2 * 128
+
+    again = run(
+        "sample.py", "prompts=[red apple,rocket]", "images_per_prompt=2", "steps=2", "w=1.5", "output=b", "batch_size=1"
+    )
+    assert again.returncode == 0, again.stderr
+    one, other = (Image.open(tmp_path / folder / "00003.png").tobytes() for folder in ("out", "b"))
+    assert max(abs(a - b) for a, b in zip(one, other, strict=True)) <= 1
+
+    done = run(
+        "lcm.evaluate",
+        f"entries.DDIM.pipeline={tiny_pipeline}",
+        "entries.DDIM.steps=[1,4]",
+        "entries.LCM.steps=[1,2]",
+        f"backbone.pipeline={tiny_pipeline}",
+        f"shards={shards}/val-*.tar",
+        "resolution=32",
+        "samples=6",
+        "grid_rows=3",
+    )
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "outputs/evaluate/table.md").read_text()
+    assert "| DDIM |" in table
+    assert "| LCM |" in table
+    assert len(json.loads((tmp_path / "outputs/evaluate/table.json").read_text())["columns"]) == 4
+
+    done = run(
+        "train.py", "experiment=lcf_mini", "model.student=runs/lcd_mini/0/model", *tiny_data(shards),
+        "trainer.max_steps=4", "callbacks.samples.steps=[1]",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/lcf_mini/0/model/model_index.json").is_file()
+
+
+def test_a_teacher_trains_from_nothing_and_can_then_be_distilled(run, tiny, shards, tiny_pipeline, tmp_path):
+    small = ["model.net.block_out_channels=[16,16,16]", "model.net.norm_num_groups=4", "model.net.cross_attention_dim=16"]
+    small += ["model.net.sample_size=8", "model.net.attention_head_dim=2"]
+    done = run(
+        "train.py", "experiment=teacher_mini", f"model.pipeline={tiny_pipeline}", *small, *tiny_data(shards),
+        "trainer.max_steps=3", "callbacks.samples.steps=[2]",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = run("train.py", *tiny, "model.teacher=runs/teacher_mini/0/model", "model.ema_decay=0", "trainer.max_steps=2")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+def test_loggers_write_offline(run, tiny, tmp_path, logger):
+    options = ["logger.wandb.offline=true"] if logger == "wandb" else []
+    done = run(
+        "train.py", *tiny, f"logger={logger}", *options, "trainer.max_steps=2", WANDB_API_KEY="planted-secret-0123456789"
+    )
+    assert done.returncode == 0, done.stderr
+    written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert any(("tfevents" in path.name) or path.suffix == ".wandb" for path in written)
+    assert not any(b"planted-secret" in path.read_bytes() for path in written)
+
+
+def test_multirun_sweeps_groups_and_values(run, tiny, tmp_path):
+    done = run(
+        "train.py", "-m", *tiny, "trainer.max_steps=2", "model/solver=dpm_solver_pp_2,heun", "model.ema_decay=0,0.999943"
+    )
+    assert done.returncode == 0, done.stderr
+    configs = [path.read_text() for path in sorted((tmp_path / "runs/lcd_mini").glob("*/config.yaml"))]
+    assert len(configs) == 4
+    assert sum("lcm.core.solvers.heun" in config for config in configs) == 2
+    assert all((tmp_path / f"runs/lcd_mini/{i}/model/unet").is_dir() for i in range(4))

@@ -1,0 +1,130 @@
+"""Images from prompts: independent of the batch, as many forwards as the method needs, and what is refused."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from lcm.core import sampling
+from lcm.core.schedule import NoiseSchedule
+from lcm.errors import UserError
+from lcm.models.generate import LatentModel
+from lcm.models.pipeline import load_unet, save_pipeline
+from lcm.models.student import make_student
+
+PROMPTS = [
+    f"{name} on a {colour} background" for name in ("red apple", "dog face") for colour in ("white", "pink", "gray", "blue")
+]
+SEEDS = [5, 1, 9, 7, 1, 2, 30, 4]
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_pipeline: Path) -> LatentModel:
+    return LatentModel.load(str(tiny_pipeline))
+
+
+@pytest.fixture(scope="module")
+def student(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> LatentModel:
+    folder, base = tmp_path_factory.mktemp("pipelines") / "student", str(tiny_pipeline)
+    torch.manual_seed(0)
+    unet, facts = make_student(load_unet(base), zero_init=False), {"w_min": 2.0, "w_max": 14.0}
+    save_pipeline(folder, unet, NoiseSchedule(), base=base, consistency=True, facts=facts, dtype=torch.float32)
+    return LatentModel.load(str(folder))
+
+
+def forwards(model: LatentModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The batch sizes of the UNet's forwards from here on."""
+    sizes: list[int] = []
+    forward = model.unet.forward
+    monkeypatch.setattr(model.unet, "forward", lambda z, *args, **kwargs: sizes.append(len(z)) or forward(z, *args, **kwargs))
+    return sizes
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("name", ["teacher", "student"])
+def test_an_image_does_not_depend_on_its_batch(name: str, size: int, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(name)
+    whole = model.latents(PROMPTS, SEEDS, steps=4, w=3.0)
+    parts = [model.latents(PROMPTS[i : i + size], SEEDS[i : i + size], steps=4, w=3.0) for i in range(0, 8, size)]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5 * float(whole.std()))
+
+
+def test_ancestral_noise_does_not_depend_on_the_batch_either(teacher: LatentModel) -> None:
+    whole = teacher.latents(PROMPTS, SEEDS, steps=3, w=3.0, sampler=sampling.ddpm)
+    alone = teacher.latents(PROMPTS[5:6], SEEDS[5:6], steps=3, w=3.0, sampler=sampling.ddpm)
+    torch.testing.assert_close(alone, whole[5:6], rtol=1e-5, atol=1e-5 * float(whole.std()))
+
+
+def test_images_come_in_order_and_in_batches(teacher: LatentModel) -> None:
+    batches = list(teacher.images(PROMPTS, SEEDS, steps=2, w=1.0, batch_size=3))
+    assert [tuple(batch.shape) for batch in batches] == [(3, 3, 32, 32), (3, 3, 32, 32), (2, 3, 32, 32)]
+    assert (torch.cat(batches).int() - next(teacher.images(PROMPTS, SEEDS, steps=2, w=1.0)).int()).abs().max() <= 1
+
+
+def test_equal_prompts_and_seeds_give_equal_images_and_others_do_not(student: LatentModel) -> None:
+    a, b, seed, prompt = student.latents(["rocket", "rocket", "rocket", "dog face"], [1, 1, 2, 1], steps=2, w=3.0)
+    torch.testing.assert_close(a, b)
+    assert not torch.allclose(a, seed)
+    assert not torch.allclose(a, prompt)
+
+
+def test_a_teacher_without_guidance_runs_one_forward_a_step(teacher: LatentModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = forwards(teacher, monkeypatch)
+    teacher.latents(PROMPTS[:2], [0, 1], steps=3, w=0.0)
+    assert sizes == [2, 2, 2]
+
+
+def test_a_guided_teacher_runs_both_captions_as_one_forward(teacher: LatentModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = forwards(teacher, monkeypatch)
+    teacher.latents(PROMPTS[:2], [0, 1], steps=3, w=2.0)
+    assert sizes == [4, 4, 4]
+
+
+def test_w_zero_is_the_limit_of_guidance(teacher: LatentModel) -> None:
+    free, nearly = (teacher.latents(PROMPTS, SEEDS, steps=2, w=w) for w in (0.0, 1e-7))
+    torch.testing.assert_close(free, nearly, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("w", [0.0, 2.0])
+def test_a_student_runs_one_forward_a_step(student: LatentModel, w: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = forwards(student, monkeypatch)
+    student.latents(PROMPTS[:2], [0, 1], steps=3, w=w)
+    assert sizes == [2, 2, 2]
+
+
+@pytest.mark.parametrize("steps", [0, 51])
+def test_a_student_refuses_steps_off_its_grid(student: LatentModel, steps: int) -> None:
+    with pytest.raises(UserError, match=f"steps={steps}"):
+        student.latents(["rocket"], [0], steps=steps, w=2.0)
+
+
+@pytest.mark.parametrize("steps", [0, 1001])
+def test_a_teacher_refuses_steps_off_the_schedule(teacher: LatentModel, steps: int) -> None:
+    with pytest.raises(UserError, match=f"steps={steps}"):
+        teacher.latents(["rocket"], [0], steps=steps, w=2.0)
+
+
+def test_prompts_need_as_many_seeds(teacher: LatentModel) -> None:
+    with pytest.raises(UserError, match="2 prompts need as many seeds, got 1"):
+        next(teacher.images(["a", "b"], [0], steps=1, w=0.0))
+
+
+@pytest.mark.parametrize(("w", "warned"), [(1.5, True), (14.5, True), (2.0, False), (14.0, False)])
+def test_a_w_that_a_student_was_not_trained_on_is_warned_of(
+    student: LatentModel, w: float, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        student.check_w(w)
+    assert ("outside the range [2, 14]" in caplog.text) == warned
+
+
+def test_a_teacher_takes_any_w(teacher: LatentModel, caplog: pytest.LogCaptureFixture) -> None:
+    teacher.check_w(99.0)
+    assert not caplog.text
+
+
+def test_a_loaded_model_is_frozen(teacher: LatentModel) -> None:
+    assert not teacher.unet.training
+    assert not any(p.requires_grad for p in teacher.unet.parameters())
+    assert not teacher.latents(["rocket"], [0], steps=1, w=1.0).requires_grad

@@ -1,0 +1,235 @@
+"""Pipeline folders: what is refused, what survives a round trip, and that diffusers makes the same images from them."""
+
+import json
+import shutil
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+
+from lcm.core import sampling
+from lcm.core.random import ImageNoise
+from lcm.core.schedule import NoiseSchedule
+from lcm.errors import UserError
+from lcm.models.generate import LatentModel
+from lcm.models.pipeline import (
+    find,
+    is_consistency_model,
+    load_codec,
+    load_schedule,
+    load_unet,
+    save_pipeline,
+    training_facts,
+)
+from lcm.models.student import make_student
+
+pytestmark = pytest.mark.filterwarnings("ignore:(?s).*steps_offset:FutureWarning")
+bug = partial(pytest.mark.xfail, strict=True)
+PROMPTS = ["red apple on a white background", "rocket"]
+SEEDS = [3, 11]
+FACTS = {"w_min": 2.0, "w_max": 14.0}
+
+
+def save(folder: Path, unet: UNet2DConditionModel, base: Path, *, consistency: bool = False, **schedule: Any) -> str:
+    schedule_ = NoiseSchedule(**schedule)
+    save_pipeline(folder, unet, schedule_, base=str(base), consistency=consistency, facts=FACTS, dtype=torch.float32)
+    return str(folder)
+
+
+def with_scheduler(folder: Path, base: Path, **changes: Any) -> str:
+    """A copy of a pipeline folder whose scheduler_config.json says something else."""
+    shutil.copytree(base, folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def student(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A student whose w matters, saved as a consistency model."""
+    torch.manual_seed(0)
+    unet = make_student(load_unet(str(tiny_pipeline)), zero_init=False)
+    return save(tmp_path_factory.mktemp("pipelines") / "student", unet, tiny_pipeline, consistency=True)
+
+
+def test_a_missing_folder_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no pipeline folder"):
+        find(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("url", ["https://huggingface.co/owner/name", "s3://bucket/model", "./owner/name", "model", ""])
+def test_what_is_neither_a_folder_nor_a_hub_id_is_a_user_error(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="pipeline folder"):
+        find(url)
+
+
+def test_an_unreachable_hub_id_is_a_user_error() -> None:
+    with pytest.raises(UserError, match="neither a folder here nor reachable"):
+        find("nobody/nothing")
+
+
+def test_the_parts_that_a_folder_lacks_are_named(tiny_pipeline: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_pipeline, tmp_path / "half", ignore=shutil.ignore_patterns("unet", "tokenizer"))
+    with pytest.raises(UserError, match="it lacks unet, tokenizer;"):
+        find(str(tmp_path / "half"))
+    assert find(str(tmp_path / "half"), "vae").is_dir()
+
+
+@bug(reason="pipeline.py:50 and 68 let diffusers' OSError through")
+def test_a_folder_without_weights_is_a_user_error(tiny_pipeline: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_pipeline, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
+    for load in (load_unet, load_codec):
+        with pytest.raises(UserError):
+            load(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("changes", [{"prediction_type": "flow"}, {"beta_schedule": "exotic"}])
+def test_an_unknown_schedule_is_a_user_error(tiny_pipeline: Path, tmp_path: Path, changes: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=f"unknown {next(iter(changes))}"):
+        load_schedule(with_scheduler(tmp_path / "odd", tiny_pipeline, **changes))
+
+
+@pytest.mark.parametrize("consistency", [False, True])
+def test_a_round_trip_keeps_weights_and_schedule(tiny_pipeline: Path, tmp_path: Path, consistency: bool) -> None:
+    schedule = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "v_prediction"}
+    schedule["rescale_betas_zero_snr"] = True
+    unet = make_student(load_unet(str(tiny_pipeline)), zero_init=False)
+    folder = save(tmp_path / "saved", unet, tiny_pipeline, consistency=consistency, **schedule)
+    loaded = load_unet(folder).state_dict()
+    assert loaded.keys() == unet.state_dict().keys()
+    assert all(torch.equal(loaded[name], value) for name, value in unet.state_dict().items())
+    assert load_schedule(folder).config == NoiseSchedule(**schedule).config
+    assert torch.equal(load_schedule(folder).alpha, NoiseSchedule(**schedule).alpha)
+    assert is_consistency_model(folder) == consistency
+    assert training_facts(folder) == FACTS
+
+
+def test_saving_leaves_the_network_as_it_was(tiny_pipeline: Path, tmp_path: Path) -> None:
+    unet = load_unet(str(tiny_pipeline))
+    save_pipeline(
+        tmp_path / "half", unet, NoiseSchedule(), base=str(tiny_pipeline), consistency=False, facts={}, dtype=torch.float16
+    )
+    assert unet.dtype == torch.float32
+    saved = load_file(tmp_path / "half" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in saved.values()} == {torch.float16}
+
+
+def test_a_failed_save_keeps_the_folder_that_was_there(
+    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tmp_path / "saved", load_unet(str(tiny_pipeline)), tiny_pipeline)
+    monkeypatch.setattr(UNet2DConditionModel, "save_pretrained", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save(tmp_path / "saved", load_unet(folder), tiny_pipeline)
+    assert find(folder)
+
+
+def test_a_pipeline_can_be_saved_over_its_own_base(tiny_pipeline: Path, tmp_path: Path) -> None:
+    folder = save(tmp_path / "saved", load_unet(str(tiny_pipeline)), tiny_pipeline)
+    assert find(save(tmp_path / "saved", load_unet(folder), Path(folder)))
+
+
+def teacher_latents(folder: str, steps: int, w: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """What diffusers and what we make of the same initial noise."""
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"guidance_scale": w + 1, "num_inference_steps": steps, "latents": ImageNoise(SEEDS, (4, 8, 8))()}
+    theirs = pipe(PROMPTS, output_type="latent", **options).images
+    return theirs, LatentModel.load(folder).latents(PROMPTS, SEEDS, steps=steps, w=w, sampler=sampling.ddim)
+
+
+@pytest.mark.parametrize(("steps", "w"), [(1, 3.0), (4, 7.5), (10, 0.0), (50, 2.0)])
+def test_diffusers_samples_the_teacher_alike(tiny_pipeline: Path, steps: int, w: float) -> None:
+    theirs, ours = teacher_latents(str(tiny_pipeline), steps, w)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.std()))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"prediction_type": "v_prediction"},
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+        {"prediction_type": "sample", "beta_schedule": "squaredcos_cap_v2"},
+    ],
+)
+def test_diffusers_samples_any_schedule_alike(tiny_pipeline: Path, tmp_path: Path, schedule: dict[str, Any]) -> None:
+    folder = save(tmp_path / "teacher", load_unet(str(tiny_pipeline)), tiny_pipeline, **schedule)
+    theirs, ours = teacher_latents(folder, 5, 4.0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.std()))
+
+
+@bug(reason="pipeline.py:108 lacks steps_offset=1, which trailing spacing does not use")
+def test_diffusers_opens_the_teacher_without_a_warning(tiny_pipeline: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+
+
+def test_diffusers_decodes_to_the_same_images(tiny_pipeline: Path) -> None:
+    """To a grey level: both round."""
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    noise = ImageNoise(SEEDS, (4, 8, 8))()
+    theirs = pipe(PROMPTS, latents=noise, num_inference_steps=4, guidance_scale=3.0, output_type="pt").images
+    [ours] = LatentModel.load(str(tiny_pipeline)).images(PROMPTS, SEEDS, steps=4, w=2.0, sampler=sampling.ddim)
+    assert (ours - 255 * theirs).abs().max() <= 1
+
+
+def student_samples(folder: str, steps: int, w: float, output_type: str = "latent") -> torch.Tensor:
+    """diffusers draws the initial and all later noise of an image from its generator, as `ImageNoise` does."""
+    pipe = LatentConsistencyModelPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"guidance_scale": w + 1, "num_inference_steps": steps, "generator": ImageNoise(SEEDS, (4, 8, 8)).generators}
+    return pipe(PROMPTS, output_type=output_type, **options).images
+
+
+@pytest.mark.parametrize("w", [2.0, 11.5])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
+def test_diffusers_samples_the_student_alike(student: str, steps: int, w: float) -> None:
+    theirs = student_samples(student, steps, w)
+    ours = LatentModel.load(student).latents(PROMPTS, SEEDS, steps=steps, w=w)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.std()))
+
+
+@pytest.mark.parametrize("schedule", [{}, {"rescale_betas_zero_snr": True}])
+def test_diffusers_samples_a_v_predicting_student_alike(tiny_pipeline: Path, tmp_path: Path, schedule: dict[str, bool]) -> None:
+    unet = make_student(load_unet(str(tiny_pipeline)), zero_init=False)
+    folder = save(tmp_path / "v", unet, tiny_pipeline, consistency=True, prediction_type="v_prediction", **schedule)
+    theirs, ours = student_samples(folder, 4, 6.0), LatentModel.load(folder).latents(PROMPTS, SEEDS, steps=4, w=6.0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.std()))
+
+
+def test_diffusers_makes_the_students_images(student: str) -> None:
+    [ours] = LatentModel.load(student).images(PROMPTS, SEEDS, steps=4, w=7.0)
+    assert (ours - 255 * student_samples(student, 4, 7.0, "pt")).abs().max() <= 1
+
+
+def test_w_matters_to_the_student(student: str) -> None:
+    model = LatentModel.load(student)
+    assert not torch.allclose(*(model.latents(PROMPTS, SEEDS, steps=1, w=w) for w in (2.0, 11.5)), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", " ", "naïve café", "红苹果", "🍎🚀", "\x00\n\t", "<|endoftext|> <|startoftext|>", "a" * 500, "ß𝔘" * 40]
+)
+def test_any_prompt_encodes_and_ends(tiny_pipeline: Path, prompt: str) -> None:
+    codec = load_codec(str(tiny_pipeline))
+    [ids] = codec.tokenizer([prompt], padding="max_length", truncation=True).input_ids
+    assert len(ids) == 16
+    assert ids[0] == codec.tokenizer.bos_token_id
+    assert ids[-1] == codec.tokenizer.eos_token_id
+    assert codec.encode_text([prompt]).isfinite().all()
+
+
+@pytest.mark.parametrize("prompt", ["naïve café", "红苹果", "🍎🚀"])
+def test_the_tokenizer_loses_no_letter(tiny_pipeline: Path, prompt: str) -> None:
+    tokenizer = load_codec(str(tiny_pipeline)).tokenizer
+    assert tokenizer.decode(tokenizer(prompt).input_ids, skip_special_tokens=True).strip() == prompt

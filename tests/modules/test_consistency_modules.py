@@ -1,0 +1,161 @@
+"""Distillation and fine-tuning: the teacher stays, the student starts as it, the target follows the student."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils import parameters_to_vector
+
+from lcm.core.batch import LatentBatch
+from lcm.errors import UserError
+from lcm.models.generate import LatentModel
+from lcm.models.pipeline import is_consistency_model, load_schedule, load_unet, training_facts
+from lcm.models.student import as_network
+from lcm.modules.finetuning import ConsistencyFineTuning
+
+Make = Callable[..., Any]
+BOTH = pytest.mark.parametrize("kind", ["distillation", "finetuning"])
+
+
+class Online(L.Callback):
+    """The student after every optimizer step."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
+        if trainer.global_step > len(self.steps):
+            self.steps.append(parameters_to_vector(module.net.parameters()).detach().clone())
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "bf16-mixed"}], ids=["float32", "bf16"])
+def test_the_teacher_never_changes(options: dict[str, str], training: Make, data: Make, fit: Make) -> None:
+    module = training("distillation", lr=0.1)
+    before = parameters_to_vector(module.frozen["teacher"].parameters()).clone()
+    fit(module, data(), 3, **options)
+    teacher = module.frozen["teacher"]
+    assert torch.equal(parameters_to_vector(teacher.parameters()), before.to(teacher.dtype))
+    assert not teacher.training
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+
+
+def test_the_teacher_is_not_in_the_module_tree(training: Make) -> None:
+    module = training("distillation")
+    teacher = {id(p) for p in module.frozen["teacher"].parameters()}
+    assert not teacher & {id(p) for p in module.parameters()}
+    assert {name.split(".")[0] for name in module.state_dict()} == {"net", "target_net"}
+
+
+def test_fine_tuning_has_no_teacher(training: Make) -> None:
+    module = training("finetuning")
+    assert module.frozen == {}
+    assert module.networks().teacher is None
+
+
+@BOTH
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_target_is_the_closed_form_average(kind: str, accumulate: int, training: Make, data: Make, fit: Make) -> None:
+    """`theta-_n = mu^n theta_0 + (1 - mu) sum_i mu^(n - i) theta_i`, n optimizer steps, whatever the accumulation."""
+    mu, module, online = 0.8, training(kind, ema_decay=0.8), Online()
+    start = parameters_to_vector(module.net.parameters()).detach().clone()
+    fit(module, data(), 4, callbacks=[online], accumulate_grad_batches=accumulate)
+    moved = sum((1 - mu) * mu ** (4 - i) * theta for i, theta in enumerate(online.steps, start=1))
+    torch.testing.assert_close(
+        parameters_to_vector(module.target_net.parameters()), mu**4 * start + moved, rtol=1e-5, atol=1e-6
+    )
+    assert len(online.steps) == 4
+
+
+@BOTH
+def test_without_decay_the_student_is_its_own_target(kind: str, training: Make, data: Make, fit: Make) -> None:
+    module = training(kind, ema_decay=0)
+    networks = module.networks()
+    assert module.target_net is None
+    assert networks.target is networks.online
+    assert {name.split(".")[0] for name in module.state_dict()} == {"net"}
+    fit(module, data(), 2)
+
+
+@BOTH
+def test_the_target_carries_no_gradient(kind: str, training: Make, data: Make, fit: Make) -> None:
+    module = training(kind)
+    fit(module, data(), 1)
+    assert all(p.grad is None and not p.requires_grad for p in module.target_net.parameters())
+    assert all(p.grad is not None for p in module.net.parameters())
+
+
+@pytest.mark.parametrize("w", [0.0, 2.0, 14.0])
+def test_a_zero_initialised_student_is_the_teacher_for_any_w(w: float, training: Make, batch: LatentBatch) -> None:
+    nets = training("distillation").networks()
+    t, ws = torch.tensor([19, 339, 659, 999]), torch.full((4,), w)
+    with torch.no_grad():
+        assert torch.equal(nets.online(batch.z0, t, batch.cond, ws), nets.teacher(batch.z0, t, batch.cond, None))
+
+
+def test_a_student_without_zero_initialisation_is_not_the_teacher(training: Make, batch: LatentBatch) -> None:
+    nets = training("distillation", zero_init=False).networks()
+    t, ws = torch.tensor([19, 339, 659, 999]), torch.full((4,), 8.0)
+    with torch.no_grad():
+        assert not torch.allclose(nets.online(batch.z0, t, batch.cond, ws), nets.teacher(batch.z0, t, batch.cond, None))
+
+
+@BOTH
+def test_the_target_starts_as_the_student(kind: str, training: Make) -> None:
+    module = training(kind, zero_init=False)
+    assert torch.equal(parameters_to_vector(module.net.parameters()), parameters_to_vector(module.target_net.parameters()))
+
+
+def test_training_makes_w_matter(training: Make, data: Make, fit: Make, batch: LatentBatch) -> None:
+    module = training("distillation")
+    fit(module, data(), 2)
+    t = torch.full((4,), 999)
+    with torch.no_grad():
+        low, high = (as_network(module.net)(batch.z0, t, batch.cond, torch.full((4,), w)) for w in (2.0, 14.0))
+    assert not torch.allclose(low, high, rtol=1e-6)
+
+
+@pytest.mark.parametrize("ema_decay", [-0.1, 1.0, 1.5])
+def test_a_decay_out_of_range_is_a_user_error(ema_decay: float, training: Make) -> None:
+    with pytest.raises(UserError, match="ema_decay"):
+        training("distillation", ema_decay=ema_decay)
+
+
+@pytest.mark.parametrize(("w_min", "w_max"), [(3.0, 2.0), (-1.0, 2.0), (0.0, float("nan"))])
+def test_no_range_of_w_is_a_user_error(w_min: float, w_max: float, training: Make) -> None:
+    with pytest.raises(UserError, match=r"model\.w_min"):
+        training("finetuning", w_min=w_min, w_max=w_max)
+
+
+@BOTH
+@pytest.mark.parametrize("eval_ema", [None, 0.5])
+def test_the_saved_folder_is_the_trained_student(
+    kind: str, eval_ema: float | None, training: Make, data: Make, fit: Make, tmp_path: Path
+) -> None:
+    module = training(kind, eval_ema=eval_ema, w_min=1.0, w_max=5.0)
+    fit(module, data(), 2)
+    module.save_model(folder := str(tmp_path / "model"))
+    best = module.net if eval_ema is None else module.ema_net
+    loaded = load_unet(folder)
+    assert torch.equal(parameters_to_vector(loaded.parameters()), parameters_to_vector(best.parameters()).half().float())
+    assert is_consistency_model(folder)
+    assert load_schedule(folder).config == module.schedule.config
+    assert training_facts(folder).items() >= {"steps": 2, "w_min": 1.0, "w_max": 5.0}.items()
+    assert LatentModel.load(folder).latents(["rocket"], [0], steps=2, w=3.0).isfinite().all()
+
+
+def test_a_student_is_fine_tuned_as_it_is(training: Make, data: Make, fit: Make, tmp_path: Path) -> None:
+    distilled = training("distillation")
+    fit(distilled, data(), 2)
+    distilled.save_model(folder := str(tmp_path / "student"))
+    options = {"optimizer": distilled.make_optimizer, "lr_schedule": distilled.make_lr_schedule, "loss": distilled.loss}
+    objective = training("finetuning").objective
+    tuned = ConsistencyFineTuning(
+        load_unet(folder), load_schedule(folder), student=folder, timesteps=distilled.timesteps, objective=objective, **options
+    )
+    assert torch.equal(parameters_to_vector(tuned.net.parameters()), parameters_to_vector(load_unet(folder).parameters()))
+    assert float(tuned.net.time_embedding.cond_proj.weight.detach().abs().sum()) > 0
+    fit(tuned, data(), 1)

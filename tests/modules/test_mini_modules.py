@@ -1,0 +1,116 @@
+"""The two modules that build the mini pipeline's parts: what they train and the folders they write."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from lcm.models.tokenizer import train_tokenizer
+from lcm.modules.autoencoder import Autoencoder, psnr
+from lcm.modules.clip import Clip, contrastive_loss
+from lcm.modules.lr_schedules import constant
+
+Make = Callable[..., Any]
+OPTIONS = {"optimizer": partial(torch.optim.AdamW, lr=2e-3, fused=True), "lr_schedule": constant}
+EVERY = {"val_check_interval": 4, "check_val_every_n_epoch": None}
+
+
+@pytest.fixture
+def pixels(data: Make, shards: Path) -> Any:
+    return data(codec=None, val_shards=f"{shards}/val-*.tar", batch_size=8)
+
+
+@pytest.fixture
+def autoencoder(tiny_pipeline: Path) -> Autoencoder:
+    return Autoencoder(AutoencoderKL.from_pretrained(tiny_pipeline, subfolder="vae"), **OPTIONS)
+
+
+@pytest.fixture
+def clip() -> Clip:
+    torch.manual_seed(0)
+    towers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 8}
+    tokenizer = train_tokenizer(["red apple on a white background"], merges=20, max_length=16)
+    return Clip(text=towers, vision={**towers, "image_size": 32, "patch_size": 8}, tokenizer=tokenizer, **OPTIONS)
+
+
+def parameters(folder: Path, kind: Any) -> torch.Tensor:
+    return torch.nn.utils.parameters_to_vector(kind.from_pretrained(folder).float().parameters())
+
+
+def test_an_autoencoder_learns(autoencoder: Autoencoder, pixels: Any, fit: Make) -> None:
+    first = fit(autoencoder, pixels, 4, **EVERY).callback_metrics["val/psnr"]
+    assert fit(autoencoder, pixels, 24, **EVERY).callback_metrics["val/psnr"] > first + 1
+
+
+def test_an_autoencoder_writes_a_vae_whose_latents_have_unit_variance(
+    autoencoder: Autoencoder, pixels: Any, fit: Make, tmp_path: Path
+) -> None:
+    fit(autoencoder, pixels, 4, **EVERY)
+    autoencoder.save_model(str(tmp_path))
+    vae = AutoencoderKL.from_pretrained(tmp_path, subfolder="vae").float().eval()
+    x = torch.cat([batch["x"] for batch in pixels.val_dataloader()]).float() / 127.5 - 1
+    with torch.no_grad():
+        z = vae.encode(x).latent_dist.mean * vae.config["scaling_factor"]
+    assert float(z.std()) == pytest.approx(1, abs=0.02)
+
+
+def test_an_autoencoders_checkpoint_holds_the_latents_deviation(
+    autoencoder: Autoencoder, pixels: Any, fit: Make, tmp_path: Path
+) -> None:
+    fit(autoencoder, pixels, 4, **EVERY).save_checkpoint(tmp_path / "4.ckpt")
+    content = torch.load(tmp_path / "4.ckpt", weights_only=True)
+    assert content["state_dict"]["latent_std"] == autoencoder.latent_std != 1
+
+
+def test_the_peak_signal_to_noise_ratio_of_a_known_error() -> None:
+    assert float(psnr(torch.full((2, 3, 4, 4), 0.02))) == pytest.approx(40)
+
+
+def test_a_clip_trains_and_is_validated(clip: Clip, pixels: Any, fit: Make) -> None:
+    before = {name: value.clone() for name, value in clip.state_dict().items()}
+    metrics = fit(clip, pixels, 4, **EVERY).callback_metrics
+    assert 0 <= metrics["val/retrieval_top1"] <= 1
+    assert all(not torch.equal(value, before[name]) for name, value in clip.named_parameters() if "k_proj.bias" not in name)
+
+
+def test_a_clip_overfits_a_batch(clip: Clip, pixels: Any, fit: Make) -> None:
+    pixels.setup()
+    batch = next(iter(pixels.train_dataloader()))
+    batch = {**batch, "x": batch["x"].float() / 127.5 - 1}
+    fit(clip, torch.utils.data.DataLoader([batch] * 60, batch_size=None), 60)
+    image, text = clip.embed(batch)
+    assert float(contrastive_loss(image, text, clip.clip.logit_scale.exp())) < 0.5
+
+
+def test_a_clip_writes_its_towers_and_tokenizer(clip: Clip, pixels: Any, fit: Make, tmp_path: Path) -> None:
+    fit(clip, pixels, 2)
+    trained = torch.nn.utils.parameters_to_vector(clip.clip.parameters()).half().float()
+    clip.save_model(str(tmp_path))
+    assert torch.equal(parameters(tmp_path / "clip", CLIPModel), trained)
+    assert CLIPTokenizer.from_pretrained(tmp_path / "tokenizer").model_max_length == 16
+    ids = clip.tokenizer(["red apple"], padding="max_length", return_tensors="pt").input_ids
+    tower = CLIPTextModel.from_pretrained(tmp_path / "text_encoder").float().eval()
+    whole = CLIPModel.from_pretrained(tmp_path / "clip").float().eval()
+    with torch.no_grad():
+        torch.testing.assert_close(tower(ids)[0], whole.text_model(ids)[0])
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "clip"])
+def test_saving_leaves_the_module_as_it_was(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    module = request.getfixturevalue(name)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    module.save_model(str(tmp_path))
+    after = module.state_dict()
+    assert all(after[key].dtype == value.dtype and torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_the_contrastive_loss_of_orthogonal_pairs() -> None:
+    """B matching pairs at scale s: log(1 + (B - 1) e^-s)."""
+    eye = torch.eye(4)
+    expected = torch.log1p(3 * torch.exp(torch.tensor(-2.0)))
+    torch.testing.assert_close(contrastive_loss(eye, eye, torch.tensor(2.0)), expected)

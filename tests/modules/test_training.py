@@ -1,0 +1,202 @@
+"""What every module on latents does in training: resume exactly, refuse non-finite losses, clip, learn."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lcm.callbacks.checkpoint import AtomicCheckpointIO
+from lcm.core.batch import LatentBatch
+from lcm.errors import UserError
+from lcm.modules.base import TrainedModule
+
+Make = Callable[..., Any]
+KINDS = ["diffusion", "distillation", "finetuning"]
+
+
+def weights(module: TrainedModule) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name, value in first.items() if not torch.equal(value, second[name])] == []
+
+
+def repeated(batch: LatentBatch) -> list[LatentBatch]:
+    return [batch] * 1000
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_resuming_equals_not_stopping(kind: str, workers: int, training: Make, data: Make, fit: Make, tmp_path: Path) -> None:
+    straight, first, second = training(kind), training(kind), training(kind)
+    initial = weights(straight)
+    fit(straight, data(num_workers=workers), 6)
+    fit(first, data(num_workers=workers), 3).save_checkpoint(tmp_path / "3.ckpt")
+    resumed = data(num_workers=workers)
+    fit(second, resumed, 6, ckpt_path=tmp_path / "3.ckpt")
+    assert_equal(weights(second), weights(straight))
+    assert not torch.equal(initial["net.conv_in.weight"], weights(straight)["net.conv_in.weight"])
+    assert resumed.state_dict() == {"cursor": [0, 24]}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resuming_from_a_checkpoint_written_during_training(
+    accumulate: int, training: Make, data: Make, fit: Make, tmp_path: Path
+) -> None:
+    straight, resumed = training("distillation"), training("distillation")
+    checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+    options = {"accumulate_grad_batches": accumulate, "plugins": [AtomicCheckpointIO()]}
+    fit(straight, data(), 5, callbacks=[checkpoint], enable_checkpointing=True, **options)
+    fit(resumed, data(), 5, ckpt_path=tmp_path / "step=2.ckpt", **options)
+    assert_equal(weights(resumed), weights(straight))
+
+
+def test_resuming_across_the_border_of_an_epoch(training: Make, data: Make, fit: Make, tmp_path: Path) -> None:
+    """About 150 samples an epoch, in batches of 32."""
+    straight, first, second = training("finetuning"), training("finetuning"), training("finetuning")
+    fit(straight, whole := data(batch_size=32), 7)
+    fit(first, data(batch_size=32), 4).save_checkpoint(tmp_path / "4.ckpt")
+    fit(second, data(batch_size=32), 7, ckpt_path=tmp_path / "4.ckpt")
+    assert whole.state_dict()["cursor"][0] == 1
+    assert_equal(weights(second), weights(straight))
+
+
+def test_validation_changes_neither_weights_nor_data(training: Make, data: Make, fit: Make, shards: Path) -> None:
+    plain, validated = training("distillation"), training("distillation")
+    fit(plain, data(), 6)
+    held_out = data(val_shards=f"{shards}/val-*.tar")
+    trainer = fit(validated, held_out, 6, val_check_interval=2, check_val_every_n_epoch=None)
+    assert trainer.callback_metrics["val/loss"] > 0
+    assert_equal(weights(validated), weights(plain))
+    assert held_out.state_dict() == {"cursor": [0, 24]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_holds_trained_tensors_and_plain_containers(
+    kind: str, training: Make, data: Make, fit: Make, tmp_path: Path
+) -> None:
+    module = training(kind)
+    fit(module, data(), 2).save_checkpoint(tmp_path / "2.ckpt")
+    content = torch.load(tmp_path / "2.ckpt", weights_only=True)
+    average = "ema_net" if kind == "diffusion" else "target_net"
+    names = [name for name, _ in module.net.named_parameters()]
+    assert set(content["state_dict"]) == {f"{net}.{name}" for net in ("net", average) for name in names}
+    assert content["ShardDataModule"] == {"cursor": [0, 8]}
+
+
+class Poison(L.Callback):
+    """Turns the batch of one step into NaN, and keeps the weights that it found."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: LatentBatch, batch_idx: int) -> None:
+        if batch_idx == self.step:
+            self.before = weights(module)
+            batch.z0.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 3}], ids=str)
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_non_finite_loss_stops_training_and_changes_nothing(
+    kind: str, fused: bool, options: dict[str, Any], training: Make, data: Make, fit: Make
+) -> None:
+    module, poison = training(kind, fused=fused), Poison(4)
+    step = 4 // options.get("accumulate_grad_batches", 1)
+    with pytest.raises(UserError, match=f"non-finite at step {step}; .*ckpt_path=last"):
+        fit(module, data(), 8, callbacks=[poison], **options)
+    assert_equal(weights(module), poison.before)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped_for_a_fused_optimizer(precision: str, training: Make, data: Make, fit: Make) -> None:
+    class Watch(L.Callback):
+        norms: list[float] = []  # noqa: RUF012
+
+        def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
+            """The gradients of the step are still there: Lightning clears them before the next backward pass."""
+            self.norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in module.net.parameters()])))
+
+    watch = Watch()
+    trainer = fit(training("distillation", clip_norm=1e-3), data(), 3, callbacks=[watch], precision=precision)
+    assert trainer.callback_metrics["train/grad_norm"] > 1e-3
+    assert watch.norms == pytest.approx(3 * [1e-3], rel=1e-3)
+
+
+def test_the_optimizer_is_given_the_trained_parameters_only(training: Make, data: Make, fit: Make) -> None:
+    module = training("distillation")
+    trainer = fit(module, data(), 1)
+    [group] = trainer.optimizers[0].param_groups
+    assert {id(p) for p in group["params"]} == {id(p) for p in module.net.parameters()}
+
+
+def fixed_loss(module: TrainedModule, batch: LatentBatch, count: int = 4) -> float:
+    """The training loss over the draws of `count` steps."""
+    with torch.no_grad():
+        return sum(float(module.training_step(batch, index)) for index in range(count))
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+@pytest.mark.parametrize(("kind", "steps"), [("diffusion", 60), ("distillation", 40), ("finetuning", 40)])
+def test_overfitting_a_batch_lowers_its_loss(kind: str, steps: int, training: Make, fit: Make, batch: LatentBatch) -> None:
+    module = training(kind, lr=3e-3)
+    before = fixed_loss(module, batch)
+    fit(module, torch.utils.data.DataLoader(repeated(batch), batch_size=None), steps)
+    assert fixed_loss(module, batch) < 0.8 * before
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_gives_the_same_gradients(kind: str, training: Make, batch: LatentBatch) -> None:
+    plain, saving = training(kind), training(kind, gradient_checkpointing=True)
+    assert saving.net.is_gradient_checkpointing
+    for module in (plain, saving):
+        module.training_step(batch, 0).backward()
+    for (name, expected), got in zip(plain.net.named_parameters(), saving.net.parameters(), strict=True):
+        assert expected.grad is not None, name
+        torch.testing.assert_close(got.grad, expected.grad, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_steps_draws_are_a_function_of_seed_and_batch(kind: str, training: Make, batch: LatentBatch) -> None:
+    module, other = training(kind), training(kind, seed=1)
+    torch.manual_seed(1)
+    first = module.training_step(batch, 5)
+    torch.manual_seed(2)
+    assert torch.equal(module.training_step(batch, 5), first)
+    assert not torch.equal(module.training_step(batch, 6), first)
+    assert not torch.equal(other.training_step(batch, 5), first)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_evaluation_ema_moves_once_an_optimizer_step(accumulate: int, training: Make, data: Make, fit: Make) -> None:
+    module, expected = training("diffusion", eval_ema=0.2), []
+    average = torch.nn.utils.parameters_to_vector(module.net.parameters()).detach()
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if (batch_idx + 1) % accumulate == 0:
+                expected.append(torch.nn.utils.parameters_to_vector(module.net.parameters()).detach().clone())
+
+    fit(module, data(), 4, callbacks=[Watch()], accumulate_grad_batches=accumulate)
+    for step, online in enumerate(expected):
+        decay = min(0.2, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * online
+    torch.testing.assert_close(torch.nn.utils.parameters_to_vector(module.ema_net.parameters()), average)
+    assert len(expected) == 4
+
+
+def test_the_evaluation_ema_is_what_is_saved(training: Make, data: Make, fit: Make, tmp_path: Path) -> None:
+    module = training("diffusion")
+    fit(module, data(), 2)
+    assert module.best_net is module.ema_net
+    assert training("diffusion", eval_ema=None).ema_net is None
