@@ -4,10 +4,11 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from lcm.command_line import build, output_folder, pick_device, program, read_prompts
 from lcm.data.captions import read_captions
 from lcm.images import grid, save_png, to_pil
 from lcm.models.generate import LatentModel
-from lcm.runtime import build, find_pipeline, output_folder, pick_device, program, read_prompts
+from lcm.runs import find_pipeline
 
 
 @program("sample")

@@ -3,7 +3,8 @@
 import lightning as L
 from omegaconf import DictConfig
 
-from lcm.runtime import build, program, resume_path, start_run, write_config
+from lcm.command_line import build, program
+from lcm.runs import resume_path, start_run, write_config
 
 
 @program("train")

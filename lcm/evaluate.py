@@ -10,12 +10,13 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
+from lcm.command_line import build, output_folder, pick_device, program
 from lcm.data.captions import read_captions, read_images
 from lcm.errors import UserError
 from lcm.images import columns_to_rows, grid
 from lcm.metrics.clip import ClipBackbone, clip_score, fid
 from lcm.models.generate import LatentModel, Sampler
-from lcm.runtime import build, find_pipeline, output_folder, pick_device, program
+from lcm.runs import find_pipeline
 
 
 @dataclass
@@ -106,9 +107,9 @@ def main(cfg: DictConfig) -> None:
             column.fid, column.clip_score = scorer.score(images, captions)
             shown.append(images[: cfg.grid_rows])
     footer = (
-        f"{cfg.samples} images a cell, w = {cfg.w} (guidance_scale {cfg.w + 1}), {cfg.resolution} px, UNet in {cfg.dtype}; FID and "
-        f"CLIP score on {type(backbone.clip).__name__} of `{cfg.backbone.get('pipeline')}`, against {scorer.count} real images "
-        f"(whose own CLIP score is {scorer.real_clip_score:.2f})."
+        f"{cfg.samples} images a cell, w = {cfg.w} (guidance_scale {cfg.w + 1}), {cfg.resolution} px, UNet in {cfg.dtype}. FID "
+        f"and CLIP score on {type(backbone.clip).__name__} of `{cfg.backbone.get('pipeline')}`, against {scorer.count} real "
+        f"images (whose own CLIP score is {scorer.real_clip_score:.2f})."
     )
     text = table(columns, footer)
     Path(folder, "table.md").write_text(text)

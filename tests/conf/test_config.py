@@ -10,7 +10,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from lcm.runtime import CONF, build, compose, dotted_keys
+from lcm.command_line import CONF, build, compose, dotted_keys
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 FULL_SIZE = {"teacher_sd15": "sd15", "lcd_sd15": "sd15", "lcf_sd15": "sd15", "lcd_sd21_768": "sd21"}

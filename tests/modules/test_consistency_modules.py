@@ -18,6 +18,7 @@ from lcm.models.student import as_network
 from lcm.modules.finetuning import ConsistencyFineTuning
 
 Make = Callable[..., Any]
+pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 BOTH = pytest.mark.parametrize("kind", ["distillation", "finetuning"])
 
 
