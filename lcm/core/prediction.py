@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lcm.errors import UserError
 
+FLOOR = 2.0**-12  # the least alpha or sigma that is divided by; diffusers patches zero-SNR alpha^2 to 2^-24 alike
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
@@ -31,11 +32,11 @@ def to_denoised(output: Tensor, z_t: Tensor, alpha: Tensor, sigma: Tensor, predi
 
 
 def x0_of_eps(eps: Tensor, z_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    return (z_t - sigma * eps) / alpha.clamp_min(2.0**-12)
+    return (z_t - sigma * eps) / alpha.clamp_min(FLOOR)
 
 
 def eps_of_x0(x0: Tensor, z_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    return (z_t - alpha * x0) / sigma.clamp_min(2.0**-12)
+    return (z_t - alpha * x0) / sigma.clamp_min(FLOOR)
 
 
 def target(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:

@@ -10,7 +10,6 @@ from lcm.core import prediction
 from lcm.errors import UserError
 
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
-ALPHA_FLOOR = 2.0**-12  # zero-terminal-SNR: what divides by alpha sees at least this (diffusers patches alpha^2 to 2^-24)
 
 
 class NoiseSchedule(nn.Module):
@@ -47,6 +46,7 @@ class NoiseSchedule(nn.Module):
         alpha_bar = (1 - betas(beta_schedule, beta_start, beta_end, num_train_timesteps)).cumprod(0)
         if rescale_betas_zero_snr:
             alpha_bar = zero_terminal_snr(alpha_bar)
+        alpha_bar = alpha_bar.clamp_min(prediction.FLOOR**2)  # alpha = 0 would make lambda infinite and eps say nothing of x0
         self.register_buffer("alpha", alpha_bar.sqrt().float(), persistent=False)
         self.register_buffer("sigma", (1 - alpha_bar).sqrt().float(), persistent=False)
 
@@ -62,8 +62,8 @@ class NoiseSchedule(nn.Module):
         return self.alpha[t].view(shape), self.sigma[t].view(shape)
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """lambda_t = log(alpha_t / sigma_t) (half the log-SNR of some papers), finite also where alpha is 0."""
-        return self.alpha[t].clamp_min(ALPHA_FLOOR).log() - self.sigma[t].log()
+        """lambda_t = log(alpha_t / sigma_t) (half the log-SNR of some papers), `[B]`."""
+        return self.alpha[t].log() - self.sigma[t].log()
 
     def add_noise(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """`z_t = alpha_t z0 + sigma_t eps`; z0, eps: `[B, ...]`, t: `[B]` int64."""

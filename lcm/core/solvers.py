@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lcm.core.consistency import Denoise
-from lcm.core.schedule import ALPHA_FLOOR, NoiseSchedule
+from lcm.core.schedule import NoiseSchedule
 
 
 def ddim(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, schedule: NoiseSchedule) -> Tensor:
@@ -54,7 +54,10 @@ def euler(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, schedule: Nois
 
 
 def heun(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, schedule: NoiseSchedule) -> Tensor:
-    """Heun's trapezoid on the same ODE (2206.00364, Algorithm 1): the slope is averaged over both ends."""
+    """Heun's trapezoid on the same ODE (2206.00364, Algorithm 1): the slope is averaged over both ends.
+
+    From pure noise (zero-terminal-SNR, t = T - 1) the axis starts at infinity: few Heun steps diverge there.
+    """
     eps_t = denoise(z_t, t).eps
     eps_s = denoise(eps_step(z_t, eps_t, t, s, schedule), s).eps
     return eps_step(z_t, (eps_t + eps_s) / 2, t, s, schedule)
@@ -69,13 +72,14 @@ def midpoint(t: Tensor, s: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Ten
     middle = (lambdas[t] + lambdas[s]) / 2
     m = (lambdas[None] - middle[:, None]).abs().argmin(dim=1)
     m = torch.maximum(torch.minimum(m, t - 1), s)
-    return m, (lambdas[m] - lambdas[t]) / (lambdas[s] - lambdas[t])
+    share = (lambdas[m] - lambdas[t]) / (lambdas[s] - lambdas[t])
+    return m, torch.where(t > s, share, 1.0)  # t = s is a step of no length
 
 
 def eps_step(z_t: Tensor, eps: Tensor, t: Tensor, s: Tensor, schedule: NoiseSchedule) -> Tensor:
     """Exact solution of the ODE for a constant eps."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t, z_t.ndim), schedule.at(s, z_t.ndim)
-    ratio = alpha_s / alpha_t.clamp_min(ALPHA_FLOOR)
+    ratio = alpha_s / alpha_t
     return ratio * z_t + (sigma_s - ratio * sigma_t) * eps
 
 

@@ -32,7 +32,7 @@ def consistency_steps(steps: int, num_timesteps: int = 1000, *, points: int = 50
     """`steps` descending timesteps of the trained grid, from T - 1 on (the rule of diffusers' LCMScheduler)."""
     times = grid(num_timesteps, points=points).flip(0)
     if not 1 <= steps <= points:
-        raise UserError(f"steps={steps} is more than the {points} points of the model's grid: use 1 to {points}")
+        raise UserError(f"steps={steps} does not fit the {points} points of the model's grid: use 1 to {points}")
     return [int(times[points * i // steps]) for i in range(steps)]
 
 

@@ -134,6 +134,17 @@ def test_gradient_reaches_the_online_network_only(objective):
     assert not logs["consistency_l2"].requires_grad
 
 
+def test_the_teacher_keeps_no_graph():
+    seen = []
+
+    def teacher(z, t, cond, w):
+        seen.append(torch.is_grad_enabled())
+        return z
+
+    distil(Networks(Scale(0.5), Scale(0.4), teacher), some_draws())
+    assert seen == [False]
+
+
 @every_objective
 def test_the_network_may_be_its_own_target(objective):
     """The gradient is that of the first argument alone."""

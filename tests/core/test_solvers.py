@@ -23,14 +23,6 @@ SCHEDULE = NoiseSchedule().double()
 DATA = Gaussian(SCHEDULE)
 Z = torch.tensor([-1.0, 0.2, 1.7]).double().view(3, 1, 1, 1)
 
-ALPHA_FLOOR = "eps_step and log_snr see max(alpha, 2^-12), denoised the table's smaller alpha[999]: x0 is lost or blown up"
-NO_LENGTH = "midpoint's r is 0 / 0 where t = s"
-EPS_STEPS, MIDPOINTS = {"dpm_solver_1", "dpm_solver_2", "euler", "heun"}, {"dpm_solver_2", "dpm_solver_pp_2"}
-
-
-def known_bug(names, reason):
-    return [pytest.param(n, marks=pytest.mark.xfail(strict=True, reason=reason)) if n in names else n for n in SOLVERS]
-
 
 def at(t, z=Z):
     return torch.full((len(z),), t)
@@ -108,7 +100,7 @@ def test_a_point_mass_is_solved_in_one_step(name, t, s):
     torch.testing.assert_close(step, point.flow(Z, at(t), at(s)), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", known_bug(EPS_STEPS, ALPHA_FLOOR))
+@every_solver
 @pytest.mark.parametrize("s", [979, 0])
 @pytest.mark.parametrize("config", [{"beta_schedule": "squaredcos_cap_v2"}, {"rescale_betas_zero_snr": True}])
 def test_a_point_mass_is_solved_in_one_step_from_pure_noise(name, s, config):
@@ -118,7 +110,7 @@ def test_a_point_mass_is_solved_in_one_step_from_pure_noise(name, s, config):
     torch.testing.assert_close(step, point.flow(Z, at(999), at(s)), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", known_bug(MIDPOINTS, NO_LENGTH))
+@every_solver
 def test_a_step_of_no_length_changes_nothing(name):
     """As grid(points=1000) trains at t = 0, and trailing_steps(667) and more end with."""
     torch.testing.assert_close(SOLVERS[name](DATA.denoise, Z, at(0), at(0), schedule=SCHEDULE), Z)
