@@ -10,12 +10,12 @@ demo: .venv/installed
 	$(BIN)/python -u train.py ckpt_path=last
 	$(BIN)/python -u sample.py steps=4 output=outputs/demo/samples
 	$(BIN)/python -u -m lcm.evaluate output=outputs/demo
-	@echo
-	@echo "model:   the newest runs/lcd_mini/*/model   (a diffusers pipeline folder)"
-	@echo "picture: outputs/demo/grid.png              (teacher DDIM beside LCM, same prompts and seeds)"
-	@echo "table:   outputs/demo/table.md"
-	@echo "next:    $(BIN)/python sample.py prompts='green apple on a pink background' steps=2"
-	@echo "         $(BIN)/python train.py experiment=lcf_mini     # fine-tune it on another style, no teacher"
+	@model=$$(ls -td runs/lcd_mini/*/model | head -1); printf '%s\n' "" \
+	  "model:   $$model   (a pipeline folder, diffusers opens it)" \
+	  "picture: outputs/demo/grid.png   (teacher DDIM beside LCM, same prompts and seeds)" \
+	  "table:   outputs/demo/table.md" \
+	  "next:    $(BIN)/python sample.py prompts='person biking on a pink background' steps=2" \
+	  "         $(BIN)/python train.py experiment=lcf_mini model.student=$$model   (another style, no teacher)"
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest
