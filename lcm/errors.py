@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Its message is one sentence that says what is wrong and what to do; programs print it and exit with code 1."""
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader raises a worker's error again with the worker's traceback in the message: keep the sentence.
+        super().__init__(message.rpartition("UserError: ")[2].strip())

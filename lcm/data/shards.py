@@ -22,6 +22,7 @@ from lcm.errors import UserError
 
 log = logging.getLogger(__name__)
 IMAGE_KEYS = ("png", "jpg", "jpeg", "webp")
+PATIENCE = 256  # samples that may fail to decode before the first sound one
 Sample = dict[str, Any]
 
 
@@ -55,7 +56,7 @@ def open_shards(urls: list[str]) -> Iterator[Sample]:
             with fsspec.open(url, "rb") as stream:
                 files = wds.tariterators.tar_file_expander([{"url": url, "stream": stream}], handler=wds.reraise_exception)
                 yield from wds.tariterators.group_by_keys(files, handler=wds.reraise_exception)
-        except (OSError, ValueError, tarfile.TarError) as error:
+        except (OSError, ValueError, ImportError, tarfile.TarError) as error:
             log.warning("skipping the rest of shard %s: %s", url, error)
 
 
@@ -125,24 +126,37 @@ class ShardStream(IterableDataset):
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        stream = self.positions()
+        stream, spare, damaged = self.positions(), list[Sample](), 0
         for index in range(2**62):
             members = list(islice(stream, self.batch_size * self.world_size))
-            own = members[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-            if not members or (self.shuffle and not own):
+            if not members:
                 return
-            if own and index % workers == number:
+            if index % workers != number:
+                continue
+            own = self._share(members)
+            spare = self._decoded(own) or spare
+            damaged = 0 if spare else damaged + len(own)
+            if damaged > PATIENCE:
+                raise UserError(f"none of the first {damaged} samples could be decoded, see the warnings above")
+            if spare:
+                size = len(own) if self.shuffle else min(len(own), len(spare))
+                batch = self.collate([spare[i % len(spare)] for i in range(size)])
                 last = members[-1][0]
-                yield {**self.collate(self._decoded(own)), "cursor": Cursor(last.epoch, last.position + 1)}
+                yield {**batch, "cursor": Cursor(last.epoch, last.position + 1)}
+
+    def _share(self, members: list[tuple[Cursor, Sample]]) -> list[tuple[Cursor, Sample]]:
+        """This rank's part of a global batch. Of a validation set's last, smaller one every rank gets at least a sample, the
+        same twice if need be: a rank without a batch would leave the others waiting for it."""
+        if len(members) == self.batch_size * self.world_size:
+            return members[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+        return members[self.rank :: self.world_size] or [members[self.rank % len(members)]]
 
     def _decoded(self, members: list[tuple[Cursor, Sample]]) -> list[Sample]:
-        """A damaged sample is reported and its place taken by a sound one, so that a batch keeps its size."""
+        """The samples that decode; a damaged one is reported, and in training a sound one takes its place."""
         good: list[Sample] = []
         for cursor, sample in members:
             try:
                 good.append(self.decode(sample, random.Random(f"{self.seed}/{cursor.epoch}/{cursor.position}")))
             except Exception as error:  # whatever a broken file makes a decoder raise
                 log.warning("skipping %s of %s: %s", sample["__key__"], sample["__url__"], error)
-        if not good:
-            raise UserError(f"none of {len(members)} consecutive samples could be decoded, see the warnings above")
-        return [good[i % len(good)] for i in range(len(members))] if self.shuffle else good
+        return good

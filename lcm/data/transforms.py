@@ -3,7 +3,6 @@
 import io
 import json
 import random
-import warnings
 from typing import Any
 
 import numpy as np
@@ -12,20 +11,21 @@ from PIL import Image, ImageOps
 
 from lcm.data.shards import Sample, image_key
 
-warnings.simplefilter("error", Image.DecompressionBombWarning)  # a 17 kB file can ask for gigabytes
+MAX_PIXELS = 89_478_485  # Pillow's own limit, at which it only warns: a 17 kB file can ask for gigabytes
 
 
 def square(image: Image.Image, size: int, *, random_crop: bool, flip: bool, rng: random.Random) -> Image.Image:
-    """Upright RGB, shorter side resized to `size` (antialiased), cropped square, mirrored with p = 0.5 if `flip`."""
-    image = ImageOps.exif_transpose(image).convert("RGB")
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
-    left, top = (width - size) // 2, (height - size) // 2
+    """Upright RGB, cropped square, resized to `size` (antialiased), mirrored with p = 0.5 if `flip`."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    image, (width, height) = image.convert("RGB"), image.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
     if random_crop:
-        left, top = rng.randint(0, width - size), rng.randint(0, height - size)
-    image = image.crop((left, top, left + size, top + size))
+        left, top = rng.randint(0, width - side), rng.randint(0, height - side)
+    box = (left, top, left + side, top + side)  # cropped first: a thread of an image must not become a huge one
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
     return ImageOps.mirror(image) if flip and rng.random() < 0.5 else image
 
 
@@ -46,6 +46,8 @@ class Decode:
         name = image_key(sample)
         assert name is not None, "read_samples lets no sample without an image through"
         stored = Image.open(io.BytesIO(sample[name]))
+        if stored.width * stored.height > MAX_PIXELS:
+            raise Image.DecompressionBombError(f"{stored.width} x {stored.height} pixels are more than {MAX_PIXELS}")
         image = square(stored, self.resolution, random_crop=self.random_crop, flip=self.flip, rng=rng)
         dropped = rng.random() < self.caption_dropout
         x = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

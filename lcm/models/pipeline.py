@@ -3,6 +3,8 @@
 import copy
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +47,19 @@ def download(hub_id: str) -> Path:
         raise UserError(f"{hub_id!r} is neither a folder here nor reachable on the hub ({type(error).__name__})") from error
 
 
+@contextmanager
+def explained(pipeline: str) -> Iterator[None]:
+    """A library's complaint about a part's files as one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"cannot load {pipeline}: {' '.join(str(error).split())}") from error
+
+
 def load_unet(pipeline: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
     folder = find(pipeline, "unet", "scheduler")
-    return UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True, torch_dtype=dtype)
+    with explained(pipeline):
+        return UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True, torch_dtype=dtype)
 
 
 def load_schedule(pipeline: str) -> NoiseSchedule:
@@ -65,10 +77,12 @@ def scheduler_config(pipeline: str) -> dict[str, Any]:
 def load_codec(pipeline: str, *, dtype: torch.dtype | str | None = None, **options: Any) -> LatentCodec:
     """The frozen VAE and text encoder of a pipeline; dtype may be a name ("bfloat16"); options: those of `LatentCodec`."""
     folder = find(pipeline, "vae", "text_encoder", "tokenizer")
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True, torch_dtype=torch.float32)
-    text = CLIPTextModel.from_pretrained(folder / "text_encoder", use_safetensors=True, dtype=torch.float32)
+    with explained(pipeline):
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True, torch_dtype=torch.float32)
+        text = CLIPTextModel.from_pretrained(folder / "text_encoder", use_safetensors=True, dtype=torch.float32)
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    return LatentCodec(vae, text, CLIPTokenizer.from_pretrained(folder / "tokenizer"), dtype=dtype, **options)
+    return LatentCodec(vae, text, tokenizer, dtype=dtype, **options)
 
 
 def is_consistency_model(pipeline: str) -> bool:
@@ -104,8 +118,9 @@ def save_pipeline(
     copy.deepcopy(unet).to(dtype).save_pretrained(partial / "unet")
     if consistency:
         scheduler = LCMScheduler(**schedule.config)
-    else:
-        scheduler = DDIMScheduler(**schedule.config, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
+    else:  # steps_offset=1 is what StableDiffusionPipeline asks for; trailing spacing does not use it
+        options = {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "trailing", "steps_offset": 1}
+        scheduler = DDIMScheduler(**schedule.config, **options)
     scheduler.save_pretrained(partial / "scheduler")
     index = {
         "_class_name": "LatentConsistencyModelPipeline" if consistency else "StableDiffusionPipeline",

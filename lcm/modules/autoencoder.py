@@ -1,5 +1,6 @@
 """The KL autoencoder of a latent diffusion pipeline (Latent Diffusion, 2112.10752, section 3.1)."""
 
+import copy
 from typing import Any
 
 import torch
@@ -48,8 +49,7 @@ class Autoencoder(TrainedModule):
     def save_model(self, folder: str) -> None:
         """Write `folder/vae`, its scaling factor making the latents unit-variance, as Stable Diffusion's does."""
         self.vae.register_to_config(scaling_factor=round(1 / float(self.latent_std), 5))
-        self.vae.half().save_pretrained(f"{folder}/vae")
-        self.vae.float()
+        copy.deepcopy(self.vae).half().save_pretrained(f"{folder}/vae")
 
 
 def psnr(error: Tensor) -> Tensor:

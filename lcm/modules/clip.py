@@ -1,5 +1,6 @@
 """CLIP (2103.00020): the image and text towers behind a pipeline's text encoder and the mini metrics."""
 
+import copy
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class Clip(TrainedModule):
 
     def save_model(self, folder: str) -> None:
         """Write `folder/clip`, and its text tower and tokenizer as the pipeline's `text_encoder` and `tokenizer`."""
-        clip = self.clip.half()
+        clip = copy.deepcopy(self.clip).half()
         clip.save_pretrained(f"{folder}/clip")
         clip.text_model.save_pretrained(f"{folder}/text_encoder")
         self.tokenizer.save_pretrained(f"{folder}/tokenizer")

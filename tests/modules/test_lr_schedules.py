@@ -42,6 +42,7 @@ def test_cosine_ends_at_its_final_share_and_stays() -> None:
     assert rates(cosine, 12, 8, final=0.1)[8:] == pytest.approx([0.2] * 4)
 
 
+@pytest.mark.filterwarnings("ignore:::lightning")
 def test_the_learning_rate_moves_once_an_optimizer_step(training: Any, data: Any, fit: Any) -> None:
     module = training("diffusion", lr_schedule=lambda optimizer, max_steps: cosine(optimizer, max_steps, warmup=1), lr=1e-3)
     trainer = fit(module, data(), 4, accumulate_grad_batches=3)

@@ -17,7 +17,6 @@ from lcm.modules.lr_schedules import constant
 
 Make = Callable[..., Any]
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
-bug = partial(pytest.mark.xfail, strict=True)
 OPTIONS = {"optimizer": partial(torch.optim.AdamW, lr=2e-3, fused=True), "lr_schedule": constant}
 EVERY = {"val_check_interval": 4, "check_val_every_n_epoch": None}
 
@@ -102,7 +101,6 @@ def test_a_clip_writes_its_towers_and_tokenizer(clip: Clip, pixels: Any, fit: Ma
         torch.testing.assert_close(tower(ids)[0], whole.text_model(ids)[0])
 
 
-@bug(reason="clip.py:64 leaves the module in float16, autoencoder.py:49 its weights rounded to it")
 @pytest.mark.parametrize("name", ["autoencoder", "clip"])
 def test_saving_leaves_the_module_as_it_was(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     module = request.getfixturevalue(name)
