@@ -42,6 +42,9 @@ class Progress(ProgressBar):
                 self.bar.set_postfix({**metrics, "images/s": f"{rate:.1f}"}, refresh=False)
             self.bar.update(trainer.global_step - self.bar.n)
 
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+        self.on_train_end(trainer, module)
+
     def on_train_end(self, trainer: Any, module: Any) -> None:
         if self.bar is not None:
             self.bar.close()
