@@ -26,10 +26,10 @@ def find(pipeline: str, *parts: str) -> Path:
     path = ASSETS / "mini" if pipeline == "mini" else Path(pipeline)
     if not path.is_dir():
         path = download(pipeline)
-    missing = [part for part in PARTS + parts if not (path / part).is_dir()]
+    missing = [part for part in dict.fromkeys(PARTS + parts) if not (path / part).is_dir()]
     if set(missing) & set(parts or PARTS):
         raise UserError(
-            f"{pipeline} is not a Stable Diffusion pipeline folder: it lacks {', '.join(dict.fromkeys(missing))}; a single-file checkpoint is "
+            f"{pipeline} is not a Stable Diffusion pipeline folder: it lacks {', '.join(missing)}; a single-file checkpoint is "
             "converted by diffusers' StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)"
         )
     return path
