@@ -8,7 +8,9 @@ held out as validation, which asks a model to recombine names and colours that i
 import hashlib
 import io
 import json
+import os
 import shutil
+import socket
 from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
@@ -131,7 +133,7 @@ def build(
     manifest = target / "manifest.json"
     if manifest.is_file() and json.loads(manifest.read_text())["settings"] == settings:
         return
-    partial = target.with_name(target.name + ".partial")
+    partial = target.with_name(f"{target.name}.{socket.gethostname()}-{os.getpid()}.partial")  # nodes may share the folder
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}

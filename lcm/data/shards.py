@@ -9,6 +9,7 @@ import glob
 import logging
 import random
 import tarfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from lcm.errors import UserError
 
 log = logging.getLogger(__name__)
 IMAGE_KEYS = ("png", "jpg", "jpeg", "webp")
-PATIENCE = 256  # samples that may fail to decode before the first sound one
+PATIENCE = 256  # samples in a row that may fail to decode
 Sample = dict[str, Any]
 
 
@@ -126,23 +127,36 @@ class ShardStream(IterableDataset):
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        stream, spare, damaged = self.positions(), list[Sample](), 0
+        stream, ahead = self.positions(), deque[list[tuple[Cursor, Sample]]]()
         for index in range(2**62):
-            members = list(islice(stream, self.batch_size * self.world_size))
+            members = self._ahead(stream, ahead, 0)
             if not members:
                 return
-            if index % workers != number:
-                continue
-            own = self._share(members)
-            spare = self._decoded(own) or spare
-            damaged = 0 if spare else damaged + len(own)
-            if damaged > PATIENCE:
-                raise UserError(f"none of the first {damaged} samples could be decoded, see the warnings above")
-            if spare:
-                size = len(own) if self.shuffle else min(len(own), len(spare))
-                batch = self.collate([spare[i % len(spare)] for i in range(size)])
+            if index % workers == number and (samples := self._sound(stream, ahead)):
                 last = members[-1][0]
-                yield {**batch, "cursor": Cursor(last.epoch, last.position + 1)}
+                yield {**self.collate(samples), "cursor": Cursor(last.epoch, last.position + 1)}
+            ahead.popleft()
+
+    def _ahead(self, stream: Iterator[Any], ahead: deque[Any], batches: int) -> list[tuple[Cursor, Sample]]:
+        """The global batch that comes so many batches after the current one, which stays to be read."""
+        while len(ahead) <= batches:
+            ahead.append(list(islice(stream, self.batch_size * self.world_size)))
+        return ahead[batches]
+
+    def _sound(self, stream: Iterator[Any], ahead: deque[Any]) -> list[Sample]:
+        """This rank's samples of the current batch. In training sound ones, of a later batch if need be, take the place of
+        the damaged: a batch keeps its size, and what it holds is a function of its position alone."""
+        own = self._share(self._ahead(stream, ahead, 0))
+        good = self._decoded(own)
+        if not self.shuffle:
+            return good
+        batches = 0
+        while not good:
+            batches += 1
+            if batches * len(own) > PATIENCE:
+                raise UserError(f"none of {batches * len(own)} samples in a row could be decoded, see the warnings above")
+            good = self._decoded(self._share(self._ahead(stream, ahead, batches)))
+        return [good[i % len(good)] for i in range(len(own))]
 
     def _share(self, members: list[tuple[Cursor, Sample]]) -> list[tuple[Cursor, Sample]]:
         """This rank's part of a global batch. Of a validation set's last, smaller one every rank gets at least a sample, the
@@ -152,7 +166,7 @@ class ShardStream(IterableDataset):
         return members[self.rank :: self.world_size] or [members[self.rank % len(members)]]
 
     def _decoded(self, members: list[tuple[Cursor, Sample]]) -> list[Sample]:
-        """The samples that decode; a damaged one is reported, and in training a sound one takes its place."""
+        """The samples that decode; the others are reported."""
         good: list[Sample] = []
         for cursor, sample in members:
             try:

@@ -115,7 +115,7 @@ def save_pipeline(
     for part in ("vae", "text_encoder", "tokenizer", "clip"):
         if (source / part).is_dir():
             shutil.copytree(source / part, partial / part)
-    copy.deepcopy(unet).to(dtype).save_pretrained(partial / "unet")
+    torch.nn.Module.to(copy.deepcopy(unet), dtype).save_pretrained(partial / "unet")
     if consistency:
         scheduler = LCMScheduler(**schedule.config)
     else:  # steps_offset=1 is what StableDiffusionPipeline asks for; trailing spacing does not use it

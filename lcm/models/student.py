@@ -45,7 +45,7 @@ def unet_like(net: UNet2DConditionModel, **changes: Any) -> UNet2DConditionModel
     """A UNet of the same configuration but for `changes`, on the same device, with the weights that both have."""
     config = {key: value for key, value in net.config.items() if not key.startswith("_")}
     with torch.device(net.device):
-        copy = UNet2DConditionModel(**{**config, **changes}).to(net.dtype)
+        copy = nn.Module.to(UNet2DConditionModel(**{**config, **changes}), net.dtype)
     if net.device.type != "meta":
         missing, unexpected = copy.load_state_dict(net.state_dict(), strict=False)
         assert not unexpected, unexpected

@@ -5,6 +5,8 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lcm.errors import UserError
+
 
 def constant(optimizer: Optimizer, max_steps: int, *, warmup: int = 0) -> LambdaLR:
     """Linear from 0 over `warmup` steps, then constant."""
@@ -13,6 +15,9 @@ def constant(optimizer: Optimizer, max_steps: int, *, warmup: int = 0) -> Lambda
 
 def cosine(optimizer: Optimizer, max_steps: int, *, warmup: int = 0, final: float = 0.0) -> LambdaLR:
     """Linear from 0 over `warmup` steps, then half a cosine down to `final` times the peak at `max_steps`."""
+
+    if max_steps < 1:
+        raise UserError("model/lr_schedule=cosine needs trainer.max_steps, the step at which it ends")
 
     def factor(step: int) -> float:
         progress = min(1.0, max(0, step - warmup) / max(1, max_steps - warmup))

@@ -5,7 +5,6 @@ import logging
 import random
 import tarfile
 from collections.abc import Iterable
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from lcm.data.transforms import Decode, collate
 from lcm.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-bug = partial(pytest.mark.xfail, strict=True)
 SIZES = (11, 12, 13, 9)  # 45 samples in 4 shards: no batch size below divides an epoch
 
 
@@ -219,7 +217,6 @@ def test_training_on_batches_of_one_survives_a_damaged_image(tmp_path: Path) -> 
     assert [len(batch["keys"]) for batch in batches] == 12 * [1]
 
 
-@bug(reason="ShardStream's spare is what this worker decoded since it started, not a function of the position")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_replaces_a_damaged_batch_depends_on_its_position_alone(tmp_path: Path, workers: int) -> None:
     def single(**options: Any) -> ShardStream:
@@ -232,7 +229,6 @@ def test_what_replaces_a_damaged_batch_depends_on_its_position_alone(tmp_path: P
         assert [(batch["keys"], batch["cursor"]) for batch in resumed] == straight[done + 1 : done + 4]
 
 
-@bug(reason="ShardStream repeats an earlier sample for a batch that is damaged as a whole")
 def test_no_image_counts_twice_in_a_validation_pass(tmp_path: Path) -> None:
     batches = take(ShardStream([damaged(tmp_path, sound=5)], decode=Decode(8), collate=collate, batch_size=1, shuffle=0))
     assert len(keys(batches)) == len(set(keys(batches))) == 5
