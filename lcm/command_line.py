@@ -103,6 +103,9 @@ def explain(config_name: str, message: str) -> str:
         known = groups + dotted_keys(compose(config_name, []))
         near = difflib.get_close_matches(key, known, n=1)
         return f"there is no config key '{key}'" + (f", did you mean '{near[0]}'?" if near else "")
+    if re.search(r"mismatched input|no viable alternative|extraneous input|token recognition", message):
+        first = message.splitlines()[0]
+        return f"an override cannot be parsed ({first}); quote special characters twice, as in \"key='a{{0..9}}.tar'\""
     return " ".join(message.split())
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from lcm.command_line import CONF, build, compose, dotted_keys
+from lcm.command_line import CONF, build, check_overrides, compose, dotted_keys
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 FULL_SIZE = {"teacher_sd15": "sd15", "lcd_sd15": "sd15", "lcf_sd15": "sd15", "lcd_sd21_768": "sd21"}
@@ -113,6 +113,12 @@ def test_the_paper_s_numbers_are_in_the_full_size_recipe():
 
 def test_the_default_is_the_mini_distillation():
     assert compose("train", []) == composed("lcd_mini")
+
+
+def test_braces_need_quotes_of_their_own_and_the_error_says_so():
+    assert compose("train", ["data.shards='a/{0..9}.tar'"]).data.shards == "a/{0..9}.tar"
+    with pytest.raises(SystemExit, match="quote special characters twice"):
+        check_overrides("train", ["data.shards=a/{0..9}.tar"])
 
 
 def test_dotted_keys_reach_nested_values():
