@@ -1,22 +1,35 @@
 """Captions and images of shards, without a training loop."""
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
-from lcm.data.shards import ShardStream, expand_urls, read_samples
+from lcm.data.order import Order
+from lcm.data.shards import Sample, expand_urls
+from lcm.data.source import Source
+from lcm.data.stream import ShardStream
 from lcm.data.transforms import Decode, caption_of, collate
+
+
+def read_samples(shards: str | list[str], option: str = "shards") -> Iterator[Sample]:
+    """Every usable sample once, undecoded, in order."""
+    source = Source(expand_urls(shards, option))
+    source.check()
+    for number in range(len(source.urls)):
+        shard = source.open(number)
+        yield from shard
+        shard.close()
 
 
 def read_captions(shards: str | list[str], limit: int | None = None, *, option: str = "shards") -> list[str]:
     """The first `limit` captions, in the shards' order; option: the configuration key to name where there are none."""
-    captions = []
-    for sample in read_samples(expand_urls(shards, option)):
-        captions.append(caption_of(sample))
-        if len(captions) == limit:
-            break
-    return captions
+    return [caption_of(sample) for sample in islice(read_samples(shards, option), limit)]
 
 
 def read_images(shards: str | list[str], *, resolution: int, batch_size: int = 64) -> Iterator[dict[str, Any]]:
-    """Every sample once, in order: `{"x": uint8 [B, 3, S, S], "captions", "keys", "cursor"}`."""
-    return iter(ShardStream(expand_urls(shards, "shards"), decode=Decode(resolution), collate=collate, batch_size=batch_size))
+    """Every sample once, in order: `{"x": uint8 [B, 3, S, S], "captions", "keys", ...}`."""
+    source = Source(expand_urls(shards, "shards"))
+    order = Order([facts.samples for facts in source.facts()])
+    return iter(
+        ShardStream([source], order, decode=Decode(resolution), collate=collate, batch_size=batch_size, stop=order.size)
+    )

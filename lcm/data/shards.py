@@ -1,176 +1,173 @@
-"""Webdataset shards as a stream of batches whose order is a pure function of (seed, epoch).
+"""Webdataset shards: their URLs, and one shard as a sequence of samples that are found by number.
 
-Every worker of every rank walks the same global order of samples and decodes only its own share of each global batch, so the
-order depends neither on the number of workers nor, for one global batch size, on the number of ranks. A `Cursor` is a
-position in that order: starting from it repeats exactly what an uninterrupted stream would have given next.
+A shard is indexed by its tar headers and read by offset, so no sample is read twice or in vain. A damaged header ends a tar
+stream without an error (Python's tarfile takes it for the archive's end, webdataset with it); here the scan goes on at the next
+sound one, and only the samples that it hit are lost.
 """
 
+import contextlib
 import glob
-import logging
-import random
+import io
+import json
+import os
 import tarfile
-from collections import deque
-from collections.abc import Callable, Iterator
-from itertools import islice
-from typing import Any, NamedTuple
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
-import fsspec
-import webdataset as wds
 from braceexpand import braceexpand
-from torch.utils.data import IterableDataset, get_worker_info
 
 from lcm.errors import UserError
 
-log = logging.getLogger(__name__)
-IMAGE_KEYS = ("png", "jpg", "jpeg", "webp")
-PATIENCE = 256  # samples in a row that may fail to decode
+IMAGES = ("png", "jpg", "jpeg", "webp")
+CAPTIONS = ("txt", "json")
+SCHEMES = ("", "file", "http", "https", "s3", "gs", "hf")
+MAX_BYTES = 64 * 2**20  # of a sample: no image that is trained on comes near it
 Sample = dict[str, Any]
+Filter = Callable[[str | None, Mapping[str, Any]], str | None]
 
 
-class Cursor(NamedTuple):
-    """The next sample of the global order: `epoch` and the `position` within it."""
-
-    epoch: int = 0
-    position: int = 0
-
-
-def expand_urls(shards: str | list[str], option: str = "data.shards") -> list[str]:
-    """Shard paths or URLs from globs and `{000..123}` braces, sorted; local ones must exist."""
+def expand_urls(shards: str | Sequence[str], option: str = "data.shards") -> list[str]:
+    """Shard paths or URLs from globs, `{000..123}` braces and list files (`@shards.txt`, one a line); local ones must exist."""
     urls: list[str] = []
     for pattern in [shards] if isinstance(shards, str) else shards:
+        if pattern.startswith("@"):
+            urls += expand_urls(list_file(pattern[1:], option), option)
+            continue
         for url in braceexpand(pattern):
-            found = [url] if "://" in url else sorted(glob.glob(url))
+            if (scheme := scheme_of(url)) not in SCHEMES:
+                raise UserError(f"{option}: {scheme}: URLs are not read, only local paths and {', '.join(SCHEMES[2:])}")
+            found = [url] if is_remote(url) else sorted(glob.glob(local(url)))
             urls += found
             if not found:
                 raise UserError(f"no shards match {url!r}: point {option} at webdataset .tar files (globs and braces work)")
     return urls
 
 
+def list_file(path: str, option: str) -> list[str]:
+    try:
+        with open(path) as file:
+            return [line.strip() for line in file if line.strip() and not line.startswith("#")]
+    except OSError as error:
+        raise UserError(f"{option}=@{path}: the list of shards cannot be read ({error.strerror})") from error
+
+
+def scheme_of(url: str) -> str:
+    head, colon, _ = url.partition(":")
+    return head.lower() if colon and "/" not in head else ""
+
+
+def is_remote(url: str) -> bool:
+    return scheme_of(url) not in ("", "file")
+
+
+def local(url: str) -> str:
+    return url[len("file://") :] if url.startswith("file://") else url
+
+
+def redacted(url: str) -> str:
+    """The URL without user, password and query, for messages: pre-signed URLs carry a secret there."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.hostname}{parts.path}" if is_remote(url) else url
+
+
+def first_of(sample: Mapping[str, Any], extensions: Sequence[str]) -> str | None:
+    return next((extension for extension in extensions if extension in sample), None)
+
+
 def image_key(sample: Sample) -> str | None:
-    return next((key for key in IMAGE_KEYS if key in sample), None)
+    return first_of(sample, IMAGES)
 
 
-def open_shards(urls: list[str]) -> Iterator[Sample]:
-    """webdataset's samples of each shard, opened by fsspec: webdataset's own opener would run `pipe:` URLs in a shell."""
-    for url in urls:
-        try:
-            with fsspec.open(url, "rb") as stream:
-                files = wds.tariterators.tar_file_expander([{"url": url, "stream": stream}], handler=wds.reraise_exception)
-                yield from wds.tariterators.group_by_keys(files, handler=wds.reraise_exception)
-        except (OSError, ValueError, ImportError, tarfile.TarError) as error:
-            log.warning("skipping the rest of shard %s: %s", url, error)
+def members(file: BinaryIO) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """`(key, extension, header)` of each file in a tar, also behind damaged headers; the key ends at the name's first dot."""
+    with contextlib.suppress(tarfile.TarError):  # an empty file, or an archive that ends within its last member
+        tar = tarfile.open(fileobj=file, mode="r:", ignore_zeros=True)  # noqa: SIM115 - the file is the caller's
+        while (info := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # it would keep a kilobyte a member
+            folder, _, name = info.name.rpartition("/")
+            stem, _, extension = name.partition(".")
+            if info.isfile() and extension:
+                yield (f"{folder}/{stem}" if folder else stem), extension.lower(), info
 
 
-def read_samples(urls: list[str]) -> Iterator[Sample]:
-    """Undecoded samples `{"__key__", "__url__", <extension>: bytes}` in the order of `urls` that have image and caption."""
-    return (sample for sample in open_shards(urls) if image_key(sample) and ("txt" in sample or "json" in sample))
+class Shard:
+    """The usable samples of one local .tar file, by number; opened once, read by offset.
 
-
-def check_shards(urls: list[str]) -> None:
-    """Refuse, before any training, shards whose first sample lacks an image or a caption."""
-    first = next(open_shards(urls[:1]), None)
-    if first is None:
-        raise UserError(f"{urls[0]} is not a readable webdataset shard: expected a .tar of <key>.jpg + <key>.txt members")
-    members = sorted(key for key in first if not key.startswith("__"))
-    if image_key(first) is None:
-        raise UserError(f"{urls[0]} has no images: its samples hold {members}, expected one of {list(IMAGE_KEYS)}")
-    if "txt" not in first and "json" not in first:
-        raise UserError(f"{urls[0]} has no captions: its samples hold {members}, expected a .txt or .json member")
-
-
-class ShardStream(IterableDataset):
-    """Batches of decoded samples for one rank, endless if `shuffle`, else one pass over the shards in order.
-
-    decode: `(sample, rng) -> dict` where rng is seeded by (seed, epoch, position); it raises on a damaged sample.
-    collate: `list[dict] -> dict`. Each batch also holds "cursor": where the global order goes on after it.
+    needs: extensions of which a sample must have one (besides a caption). keep: `(caption, metadata) -> reason or None`.
+    dropped: how many samples were left out, by reason; `broken`: the keys of those that are damaged, not unwanted.
+    extensions: of all members.
     """
 
-    def __init__(
-        self,
-        urls: list[str],
-        *,
-        decode: Callable[[Sample, random.Random], Sample],
-        collate: Callable[[list[Sample]], Sample],
-        batch_size: int,
-        seed: int = 0,
-        shuffle: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        start: Cursor = Cursor(),  # noqa: B008
-    ) -> None:
-        self.urls, self.decode, self.collate = urls, decode, collate
-        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
-        self.rank, self.world_size, self.start = rank, world_size, start
+    def __init__(self, path: str, *, needs: Sequence[str] = IMAGES, keep: Filter | None = None) -> None:
+        self.path, self.keep = path, keep
+        self.dropped: Counter[str] = Counter()
+        self.broken: dict[str, str] = {}
+        self.extensions: set[str] = set()
+        self.starts, self.ends = array("Q"), array("Q")
+        self.file = open(path, "rb")  # noqa: SIM115 - closed with the shard
+        size = os.fstat(self.file.fileno()).st_size
+        for key, extensions, start, end in self._grouped():
+            self.extensions |= extensions
+            flaw = self._flaw(extensions, needs, end - start, end > size)
+            if flaw is not None:
+                self.broken[key] = flaw
+            if reason := flaw or self._unwanted(start, end):
+                self.dropped[reason] += 1
+            else:
+                self.starts.append(start)
+                self.ends.append(end)
 
-    def epoch(self, epoch: int) -> Iterator[Sample]:
-        """The global order of one epoch, undecoded: shards permuted, then a shuffle buffer of `shuffle` samples."""
-        if not self.shuffle:
-            return read_samples(self.urls)
-        rng = random.Random(f"{self.seed}/{epoch}")
-        return wds.shuffle(self.shuffle, initial=self.shuffle, rng=rng)(read_samples(rng.sample(self.urls, len(self.urls))))
+    def _grouped(self) -> Iterator[tuple[str, set[str], int, int]]:
+        """`(key, extensions, first byte, end)` of each sample: members of one key follow each other."""
+        key, extensions, start, end = None, set[str](), 0, 0
+        for name, extension, info in members(self.file):
+            if name != key:
+                if key is not None:
+                    yield key, extensions, start, end
+                key, extensions, start = name, set(), info.offset
+            extensions.add(extension)
+            end = info.offset_data + info.size
+        if key is not None:
+            yield key, extensions, start, end
 
-    def positions(self) -> Iterator[tuple[Cursor, Sample]]:
-        cursor = self.start
-        while True:
-            samples = islice(self.epoch(cursor.epoch), cursor.position, None)
-            for position, sample in enumerate(samples, cursor.position):
-                yield Cursor(cursor.epoch, position), sample
-                cursor = Cursor(cursor.epoch, position + 1)
-            if not self.shuffle:
-                return
-            if cursor.position == 0:
-                raise UserError(
-                    f"{len(self.urls)} shards hold no usable sample: each needs an image and a .txt or .json caption"
-                )
-            cursor = Cursor(cursor.epoch + 1, 0)
+    @staticmethod
+    def _flaw(extensions: set[str], needs: Sequence[str], size: int, cut: bool) -> str | None:
+        if cut:
+            return "cut"
+        if size > MAX_BYTES:
+            return "bytes"
+        if not extensions & set(needs):
+            return "no_image"
+        return None if extensions & set(CAPTIONS) else "no_caption"
 
-    def __iter__(self) -> Iterator[Sample]:
-        worker = get_worker_info()
-        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        stream, ahead = self.positions(), deque[list[tuple[Cursor, Sample]]]()
-        for index in range(2**62):
-            members = self._ahead(stream, ahead, 0)
-            if not members:
-                return
-            if index % workers == number and (samples := self._sound(stream, ahead)):
-                last = members[-1][0]
-                yield {**self.collate(samples), "cursor": Cursor(last.epoch, last.position + 1)}
-            ahead.popleft()
+    def _unwanted(self, start: int, end: int) -> str | None:
+        if self.keep is None:
+            return None
+        sample = self._read(start, end)
+        try:
+            meta = json.loads(sample["json"]) if "json" in sample else {}
+        except ValueError:
+            return "json"
+        caption = sample["txt"].decode(errors="replace") if "txt" in sample else meta.get("caption")
+        return self.keep(caption, meta)
 
-    def _ahead(self, stream: Iterator[Any], ahead: deque[Any], batches: int) -> list[tuple[Cursor, Sample]]:
-        """The global batch that comes so many batches after the current one, which stays to be read."""
-        while len(ahead) <= batches:
-            ahead.append(list(islice(stream, self.batch_size * self.world_size)))
-        return ahead[batches]
+    def __len__(self) -> int:
+        return len(self.starts)
 
-    def _sound(self, stream: Iterator[Any], ahead: deque[Any]) -> list[Sample]:
-        """This rank's samples of the current batch. In training sound ones, of a later batch if need be, take the place of
-        the damaged: a batch keeps its size, and what it holds is a function of its position alone."""
-        own = self._share(self._ahead(stream, ahead, 0))
-        good = self._decoded(own)
-        if not self.shuffle:
-            return good
-        batches = 0
-        while not good:
-            batches += 1
-            if batches * len(own) > PATIENCE:
-                raise UserError(f"none of {batches * len(own)} samples in a row could be decoded, see the warnings above")
-            good = self._decoded(self._share(self._ahead(stream, ahead, batches)))
-        return [good[i % len(good)] for i in range(len(own))]
+    def __getitem__(self, index: int) -> Sample:
+        """`{"__key__", "__url__", <extension>: bytes, ...}`, undecoded."""
+        return self._read(self.starts[index], self.ends[index])
 
-    def _share(self, members: list[tuple[Cursor, Sample]]) -> list[tuple[Cursor, Sample]]:
-        """This rank's part of a global batch. Of a validation set's last, smaller one every rank gets at least a sample, the
-        same twice if need be: a rank without a batch would leave the others waiting for it."""
-        if len(members) == self.batch_size * self.world_size:
-            return members[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-        return members[self.rank :: self.world_size] or [members[self.rank % len(members)]]
+    def _read(self, start: int, end: int) -> Sample:
+        content = os.pread(self.file.fileno(), end - start, start)
+        sample: Sample = {"__url__": self.path}
+        for key, extension, info in members(io.BytesIO(content)):
+            sample["__key__"] = key
+            sample[extension] = content[info.offset_data : info.offset_data + info.size]
+        return sample
 
-    def _decoded(self, members: list[tuple[Cursor, Sample]]) -> list[Sample]:
-        """The samples that decode; the others are reported."""
-        good: list[Sample] = []
-        for cursor, sample in members:
-            try:
-                good.append(self.decode(sample, random.Random(f"{self.seed}/{cursor.epoch}/{cursor.position}")))
-            except Exception as error:  # whatever a broken file makes a decoder raise
-                log.warning("skipping %s of %s: %s", sample["__key__"], sample["__url__"], error)
-        return good
+    def close(self) -> None:
+        self.file.close()

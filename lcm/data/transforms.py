@@ -2,62 +2,246 @@
 
 import io
 import json
+import math
 import random
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from lcm.data.shards import Sample, image_key
+from lcm.data.filters import lowered, number
+from lcm.data.shards import IMAGES, MAX_BYTES, Sample, image_key
+from lcm.errors import UserError
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit, at which it only warns: a 17 kB file can ask for gigabytes
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what crawlers store under any name; others, say PostScript, run a program
+ORIENTATION = 0x0112
+# How to turn a picture that is stored in an EXIF orientation upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+CAPTIONS = ("txt", "caption")  # without weights the first that says something
 
 
-def square(image: Image.Image, size: int, *, random_crop: bool, flip: bool, rng: random.Random) -> Image.Image:
-    """Upright RGB, cropped square, resized to `size` (antialiased), mirrored with p = 0.5 if `flip`."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-    image, (width, height) = image.convert("RGB"), image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    if random_crop:
-        left, top = rng.randint(0, width - side), rng.randint(0, height - side)
-    box = (left, top, left + side, top + side)  # cropped first: a thread of an image must not become a huge one
-    image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
-    return ImageOps.mirror(image) if flip and rng.random() < 0.5 else image
+class Skip(Exception):
+    """A sample that cannot be used.
+
+    reason: "no_image", "bytes" or "pixels" (too many), "image" (it cannot be decoded), "tiny", "json", "no_caption" or
+    "caption_encoding" (not UTF-8); detail: the same for a reader.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
+@contextmanager
+def skipping(reason: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turns these errors of its block into a `Skip`."""
+    try:
+        yield
+    except Skip:
+        raise
+    except errors as error:
+        raise Skip(reason, f"{type(error).__name__}: {error}") from error
+
+
+def metadata(sample: Sample) -> dict[str, Any]:
+    """The .json member under lower-case names, {} without one; raises `Skip("json")`."""
+    with skipping("json", ValueError, RecursionError):
+        content = json.loads(sample.get("json", b"{}"))
+    if not isinstance(content, dict):
+        raise Skip("json", f"{type(content).__name__} instead of an object")
+    return dict(lowered(content))
+
+
+def captions_of(sample: Sample, meta: Mapping[str, Any], names: Iterable[str] = CAPTIONS) -> dict[str, str]:
+    """The captions among the members, else the fields of `meta`, of these names; blank ones only where no other is found.
+
+    Raises `Skip("no_caption")` or `Skip("caption_encoding")`.
+    """
+    found = {}
+    for name in names:
+        text = sample.get(name, meta.get(name))
+        with skipping("caption_encoding", UnicodeError):
+            if isinstance(text, str):
+                text = text.encode()  # refuses the halves of emoji that a JSON escape can hold, as a tokenizer would
+            if isinstance(text, bytes):
+                found[name] = text.decode().strip()
+    if not found:
+        raise Skip("no_caption", f"none of {', '.join(names)}")
+    return {name: text for name, text in found.items() if text} or found
 
 
 def caption_of(sample: Sample) -> str:
-    """The .txt member, else the .json member's "caption"."""
-    text = sample["txt"].decode() if "txt" in sample else json.loads(sample["json"])["caption"]
-    return text.strip()
+    """The .txt member, else the .json member's "caption"; raises `Skip`."""
+    return next(iter(captions_of(sample, metadata(sample)).values()))
+
+
+def opened(content: bytes) -> Image.Image:
+    """The image, its pixels not decoded yet; raises `Skip` if it is broken, too large or too small."""
+    if len(content) > MAX_BYTES:
+        raise Skip("bytes", f"{len(content)} are more than {MAX_BYTES}")
+    with skipping("image", Exception), skipping("pixels", Image.DecompressionBombError, Image.DecompressionBombWarning):
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise Skip("pixels", f"{image.width} x {image.height} are more than {MAX_PIXELS}")
+    if min(image.size) < 2:
+        raise Skip("tiny", f"{image.width} x {image.height} pixels")
+    return image
+
+
+def orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # the picture is sound all the same
+        return 1
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """8 bits a channel, the transparent on white: as img2dataset stores it, as a browser shows it."""
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.has_transparency_data:
+        layer, image = image.convert("RGBA"), Image.new("RGB", image.size, "white")
+        image.paste(layer, mask=layer)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+class Square(NamedTuple):
+    """image: RGB; stored: (height, width) before any scaling, upright; turned: whether these were exchanged for that;
+    crop: (top, left) of the square in the whole picture as resized (and mirrored)."""
+
+    image: Image.Image
+    stored: tuple[int, int]
+    turned: bool
+    crop: tuple[int, int]
+
+
+def square(image: Image.Image, size: int, *, random_crop: bool, flip: bool, rng: random.Random) -> Square:
+    """Upright RGB, cropped square, resized to `size` (antialiased), mirrored with p = 0.5 if `flip`.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its scale where its shorter side keeps `size` pixels. libjpeg then leaves out the
+    high frequencies of each block, a low pass, which saves part of the decoding and most of the resizing.
+    """
+    stored = image.size
+    draft = image.draft("RGB", (size, size))  # a square is one whichever way the picture is turned
+    scale = draft[1][2] / stored[0] if draft else 1.0
+    image.load()
+    kind = orientation(image)
+    turned = kind in (5, 6, 7, 8)
+    width, height = reversed(stored) if turned else stored
+    side = min(stored)
+    left, top = (width - side) // 2, (height - side) // 2
+    if random_crop:
+        left, top = rng.randint(0, width - side), rng.randint(0, height - side)
+    # Cropped as it lies in the file and turned thereafter: less work, and a scaled JPEG's last pixel may be a fraction of one,
+    # which only there is the last. Cropped while it is resized: a thread of an image must not become a huge one.
+    x, y = (top, left) if turned else (left, top)
+    x = stored[0] - side - x if kind in (2, 3, 7, 8) else x
+    y = stored[1] - side - y if kind in (3, 4, 6, 7) else y
+    box = (x * scale, y * scale, (x + side) * scale, (y + side) * scale)
+    image = rgb(image).resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
+    if kind in UPRIGHT:
+        image = image.transpose(UPRIGHT[kind])
+    if flip and rng.random() < 0.5:
+        image, left = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), width - side - left
+    return Square(image, (height, width), turned, (top * size // side, left * size // side))
+
+
+def original_size(meta: Mapping[str, Any], picture: Square) -> tuple[int, int]:
+    """(height, width) of the picture as published, which img2dataset notes before it scales; else as stored."""
+    height, width = number(meta, "original_height"), number(meta, "original_width")
+    if height is None or width is None or not 1 <= min(height, width) <= max(height, width) < 2**31:
+        return picture.stored
+    return (int(width), int(height)) if picture.turned else (int(height), int(width))
+
+
+class CaptionChoice:
+    """`(sample, rng) -> caption`: "" with probability `dropout`, else one of the sample's captions.
+
+    weights: members or .json fields that hold a caption, each with the weight of its being chosen among those that the sample
+    has; None: the .txt member, else the .json member's "caption". Raises `Skip` where there is none, dropped or not.
+    """
+
+    def __init__(self, dropout: float = 0.0, weights: Mapping[str, float] | None = None) -> None:
+        self.dropout, self.weights = dropout, None if weights is None else weights_of(weights)
+
+    def __call__(self, sample: Sample, rng: random.Random) -> str:
+        captions = captions_of(sample, metadata(sample), self.weights or CAPTIONS)
+        if rng.random() < self.dropout:
+            return ""
+        if self.weights:
+            return rng.choices(list(captions.values()), [self.weights[name] for name in captions])[0]
+        return next(iter(captions.values()))
 
 
 class Decode:
-    """`sample -> {"x": uint8 [3, size, size], "caption", "key"}`; the caption is "" with probability `caption_dropout`."""
+    """`sample -> {"x": uint8 [3, size, size], "caption", "key", "original_size", "crop"}`.
 
-    def __init__(self, resolution: int, *, caption_dropout: float = 0.0, random_crop: bool = False, flip: bool = False):
-        self.resolution, self.caption_dropout = resolution, caption_dropout
-        self.random_crop, self.flip = random_crop, flip
+    caption_dropout, captions: see `CaptionChoice`.
+    original_size: (height, width) in pixels as published, upright. crop: (top, left) of x in that picture resized to x's scale.
+    Both and x's own size are SDXL's micro-conditioning (arXiv:2307.01952, 2.2). As in diffusers' SDXL scripts the picture is
+    first mirrored, then cropped: `left` is counted in the mirrored one.
+    All chance comes from the rng given with a sample. Raises `Skip` for a sample that cannot be used, whatever its fault.
+    """
+
+    needs = IMAGES
+
+    def __init__(
+        self,
+        resolution: int,
+        *,
+        caption_dropout: float = 0.0,
+        captions: Mapping[str, float] | None = None,
+        random_crop: bool = False,
+        flip: bool = False,
+    ) -> None:
+        self.resolution, self.random_crop, self.flip = resolution, random_crop, flip
+        self.choose = CaptionChoice(caption_dropout, captions)
 
     def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
         name = image_key(sample)
-        assert name is not None, "read_samples lets no sample without an image through"
-        stored = Image.open(io.BytesIO(sample[name]))
-        if stored.width * stored.height > MAX_PIXELS:
-            raise Image.DecompressionBombError(f"{stored.width} x {stored.height} pixels are more than {MAX_PIXELS}")
-        image = square(stored, self.resolution, random_crop=self.random_crop, flip=self.flip, rng=rng)
-        dropped = rng.random() < self.caption_dropout
-        x = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-        return {"x": x, "caption": "" if dropped else caption_of(sample), "key": f"{sample['__url__']}/{sample['__key__']}"}
+        if name is None:
+            raise Skip("no_image", f"only {', '.join(key for key in sample if not key.startswith('__'))}")
+        image = opened(sample[name])
+        with skipping("image", Exception):  # whatever a broken file makes a decoder raise
+            picture = square(image, self.resolution, random_crop=self.random_crop, flip=self.flip, rng=rng)
+        return {
+            "x": torch.from_numpy(np.asarray(picture.image).transpose(2, 0, 1).copy()),
+            "caption": self.choose(sample, rng),
+            "key": f"{sample['__url__']}/{sample['__key__']}",
+            "original_size": original_size(metadata(sample), picture),
+            "crop": picture.crop,
+        }
+
+
+def weights_of(captions: Mapping[str, float]) -> dict[str, float]:
+    """Those above zero, under lower-case names as a shard's members and `metadata` have them."""
+    try:
+        weights = {str(name).lower(): float(weight) for name, weight in captions.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"data.captions={captions!r}: expected a weight for each name, such as {{txt: 1, blip: 3}}") from error
+    if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
+        raise UserError(f"data.captions={captions!r}: expected finite weights of at least 0, one of them above it")
+    return {name: weight for name, weight in weights.items() if weight}
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """`{"x": uint8 [B, 3, S, S], "captions": list[str], "keys": list[str]}`."""
+    """`{"x": uint8 [B, 3, S, S], "captions": list[str], "keys": list[str], "original_sizes", "crops": int64 [B, 2]}`."""
     return {
         "x": torch.stack([sample["x"] for sample in samples]),
         "captions": [sample["caption"] for sample in samples],
         "keys": [sample["key"] for sample in samples],
+        "original_sizes": torch.tensor([sample["original_size"] for sample in samples], dtype=torch.int64),
+        "crops": torch.tensor([sample["crop"] for sample in samples], dtype=torch.int64),
     }

@@ -1,4 +1,4 @@
-"""What the DataModule refuses, and which batches move its cursor."""
+"""What the DataModule refuses, and which batches move its position."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +10,7 @@ import torch
 from lcm.core.batch import LatentBatch
 from lcm.data.codec import LatentCodec
 from lcm.data.datamodule import ShardDataModule
+from lcm.data.filters import Filters
 from lcm.errors import UserError
 from lcm.models.pipeline import load_codec
 
@@ -29,7 +30,7 @@ def datamodule(shards: Path, **options: Any) -> ShardDataModule:
 
 def consume(data: ShardDataModule, batch: dict[str, Any], *, training: bool) -> Any:
     """As Lightning hands a batch to a step."""
-    data.trainer = SimpleNamespace(training=training, global_rank=0, world_size=1)
+    data.trainer = SimpleNamespace(training=training, global_rank=0, world_size=1, loggers=[], global_step=3)
     return data.on_after_batch_transfer(batch, 0)
 
 
@@ -68,26 +69,26 @@ def test_the_same_batch_encodes_alike_and_another_differently(shards: Path, code
     batch = next(iter(data.train_dataloader()))
     first = consume(data, batch, training=True).z0
     assert torch.equal(consume(data, batch, training=True).z0, first)
-    assert not torch.equal(consume(data, {**batch, "cursor": (0, 9)}, training=True).z0, first)
+    assert not torch.equal(consume(data, {**batch, "position": 9}, training=True).z0, first)
 
 
-def test_only_training_batches_move_the_cursor(shards: Path, codec: LatentCodec) -> None:
+def test_only_training_batches_move_the_position(shards: Path, codec: LatentCodec) -> None:
     data = datamodule(shards, codec=codec)
     train = iter(data.train_dataloader())
     consume(data, next(train), training=True)
     consume(data, next(train), training=True)
-    assert data.state_dict() == {"cursor": [0, 16]}
+    assert data.state_dict()["position"] == 16
     for batch in data.val_dataloader():
         consume(data, batch, training=False)
-    assert data.state_dict() == {"cursor": [0, 16]}
+    assert data.state_dict()["position"] == 16
 
 
-def test_a_batch_fetched_ahead_does_not_move_the_cursor(shards: Path) -> None:
+def test_a_batch_fetched_ahead_does_not_move_the_position(shards: Path) -> None:
     data = datamodule(shards)
     train = iter(data.train_dataloader())
     consume(data, next(train), training=True)
     next(train)
-    assert data.state_dict() == {"cursor": [0, 8]}
+    assert data.state_dict()["position"] == 8
 
 
 def test_a_restored_datamodule_goes_on_after_the_last_batch(shards: Path) -> None:
@@ -115,3 +116,52 @@ def test_the_dataset_is_built_before_its_shards_are_looked_for(shards: Path) -> 
     calls: list[bool] = []
     datamodule(shards, build=lambda: calls.append(True))
     assert calls == [True]
+
+
+def test_a_checkpoint_of_other_data_starts_its_order_anew(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = datamodule(shards)
+    data.load_state_dict({"position": 40, "samples": [9], "seen": 40, "skipped": {}})
+    assert data.position == 0
+    assert "training data changed" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{"sources": [{"urls": "a.tar", "weight": 1}]}, {"shards": None}])
+def test_training_data_is_given_once(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"data\.shards=.* or data\.sources"):
+        ShardDataModule(**{"shards": "b.tar", **options})
+
+
+def test_sources_are_mixed_by_weight(shards: Path) -> None:
+    urls = sorted(str(path) for path in shards.glob("train-*.tar"))
+    data = ShardDataModule(
+        sources=[{"urls": urls[0], "weight": 3}, {"urls": urls[1:], "weight": 1}], resolution=32, batch_size=100, num_workers=0
+    )
+    data.setup("fit")
+    batches = [batch for batch, _ in zip(data.train_dataloader(), range(10), strict=False)]
+    assert sum(key.startswith(urls[0]) for batch in batches for key in batch["keys"]) == 750
+
+
+def test_filters_hold_for_training_and_validation(shards: Path) -> None:
+    whole, filtered = datamodule(shards), datamodule(shards, filters=Filters(max_caption=35))
+    assert 0 < filtered.order.size < whole.order.size
+    batches = [*filtered.val_dataloader(), next(iter(filtered.train_dataloader()))]
+    assert all(len(caption) <= 35 for batch in batches for caption in batch["captions"])
+
+
+def test_filters_that_keep_nothing_are_a_user_error_that_counts(shards: Path) -> None:
+    with pytest.raises(UserError, match=r"no usable sample: left out are .*caption"):
+        datamodule(shards, filters=Filters(max_caption=1))
+
+
+def test_skipped_samples_are_counted_logged_and_in_the_end_too_many(shards: Path) -> None:
+    data, logged = datamodule(shards, batch_size=100), []
+    batch = {**next(iter(data.train_dataloader())), "skipped": {"image": 3}}
+    consume(data, batch, training=True)
+    data.trainer.loggers = [SimpleNamespace(log_metrics=lambda metrics, step: logged.append((metrics, step)))]
+    data.on_after_batch_transfer({**batch, "skipped": {"image": 1, "json": 1}}, 0)
+    assert logged == [({"data/skipped/image": 4, "data/skipped/json": 1}, 3)]
+    assert data.state_dict()["skipped"] == {"image": 4, "json": 1}
+    for _ in range(7):
+        data.on_after_batch_transfer({**batch, "skipped": {"image": 10}}, 0)
+    with pytest.raises(UserError, match=r"85 of 1000 samples were damaged .*data\.max_skip_ratio=0\.05"):
+        data.on_after_batch_transfer({**batch, "skipped": {"image": 10}}, 0)

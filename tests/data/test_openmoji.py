@@ -9,21 +9,21 @@ import numpy as np
 import pytest
 
 from lcm.data import openmoji
+from lcm.data.captions import read_samples
 from lcm.data.openmoji import STYLE_SHEETS, all_captions, build, build_styles, captioned_svgs, draw, is_held_out
-from lcm.data.shards import check_shards, expand_urls, read_samples
 
 
 def captions(folder: Path, split: str) -> list[str]:
-    return [sample["txt"].decode() for sample in read_samples(expand_urls(f"{folder}/{split}-*.tar"))]
+    return [sample["txt"].decode() for sample in read_samples(f"{folder}/{split}-*.tar")]
 
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw without starting processes."""
 
-    def render(svgs: list[tuple[str, Path]], *settings: Any) -> Iterator[dict[str, Any]]:
-        for number, (name, path) in enumerate(svgs):
-            yield from openmoji._samples_of((number, name, path, *settings))
+    def render(tasks: list[Any]) -> Iterator[dict[str, Any]]:
+        for task in tasks:
+            yield from openmoji._samples_of(task)
 
     monkeypatch.setattr(openmoji, "_render", render)
 
@@ -41,20 +41,27 @@ def test_about_a_twentieth_of_all_captions_is_held_out() -> None:
 def test_no_held_out_caption_is_trained_on(shards: Path) -> None:
     train, val = captions(shards, "train"), captions(shards, "val")
     assert not set(train) & set(val)
-    assert len(train + val) == 40 * 4
+    assert len(train + val) == 40 * 6
     assert all(is_held_out(caption, 0.05) for caption in val)
 
 
 def test_the_shards_are_usable_and_counted_in_the_manifest(shards: Path) -> None:
-    check_shards(expand_urls(f"{shards}/*.tar"))
     counts = json.loads((shards / "manifest.json").read_text())["samples"]
     for name, count in counts.items():
-        assert len(list(read_samples([str(shards / name)]))) == count
+        assert len(list(read_samples(str(shards / name)))) == count
 
 
 def test_an_emoji_has_as_many_captions_as_backgrounds(shards: Path) -> None:
     every = captions(shards, "train") + captions(shards, "val")
     assert len(set(every)) == len(every)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_skin_tones_are_drawn_on_fewer_backgrounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toned = [emoji for emoji in captioned_svgs() if "skin tone" in emoji[0]][:2]
+    monkeypatch.setattr(openmoji, "captioned_svgs", lambda: [("red apple", toned[0][1]), *toned])
+    build(str(tmp_path / "set"), resolution=16, held_out=0.0)
+    assert len(captions(tmp_path / "set", "train")) == 6 + 2 + 2
 
 
 def test_names_are_plain_english() -> None:

@@ -2,18 +2,24 @@
 
 import io
 import json
+import math
+import pickle
 import random
 import struct
+import warnings
 import zlib
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile, JpegImagePlugin
 from torch import Tensor
 
-from lcm.data.transforms import Decode, collate
+from lcm.data import transforms
+from lcm.data.transforms import Decode, Skip, caption_of, collate
+from lcm.errors import UserError
 
 SIZE = 32
 TRANSPOSE = Image.Transpose
@@ -36,9 +42,27 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     return file.getvalue()
 
 
-def decode(content: bytes, *, seed: int = 0, name: str = "png", size: int = SIZE, **options: Any) -> Tensor:
-    sample = {"__key__": "k", "__url__": "u", name: content, "txt": b"a cat"}
-    return Decode(size, **options)(sample, random.Random(seed))["x"]
+def decoded(members: dict[str, bytes], *, seed: int = 0, size: int = SIZE, **options: Any) -> dict[str, Any]:
+    return Decode(size, **options)({"__key__": "k", "__url__": "u", **members}, random.Random(seed))
+
+
+def decode(content: bytes, *, name: str = "png", **options: Any) -> Tensor:
+    return decoded({name: content, "txt": b"a cat"}, **options)["x"]
+
+
+def skipped(members: dict[str, bytes], **options: Any) -> Skip:
+    with pytest.raises(Skip) as caught:
+        decoded(members, **options)
+    return caught.value
+
+
+def reason_of(content: bytes) -> str:
+    """Why it is skipped, "" if it is not."""
+    try:
+        decode(content)
+    except Skip as skip:
+        return skip.reason
+    return ""
 
 
 def corner(width: int = 48, height: int = 48) -> Image.Image:
@@ -46,6 +70,22 @@ def corner(width: int = 48, height: int = 48) -> Image.Image:
     image = Image.new("RGB", (width, height), "blue")
     image.paste("red", (0, 0, width // 2, height // 4))
     return image
+
+
+def photo(width: int = 96, height: int = 64, mode: str = "RGB") -> Image.Image:
+    """Soft shapes with some grain, different everywhere."""
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (height // 24 + 2, width // 24 + 2, 3), dtype=np.uint8))
+    soft = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)) + rng.normal(0, 3, (height, width, 3))
+    return Image.fromarray(soft.clip(0, 255).astype(np.uint8)).convert(mode)
+
+
+def rotated(image: Image.Image, orientation: int) -> bytes:
+    """A JPEG stored in that EXIF orientation."""
+    how = STORED[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(image if how is None else image.transpose(how), "JPEG", exif=exif, quality=95)
 
 
 def noise(width: int = 96, height: int = 64) -> bytes:
@@ -73,26 +113,122 @@ def test_sixteen_bit_greys_keep_their_tones() -> None:
     assert (decode(encoded(image)).int() - 0x40).abs().max() <= 1
 
 
+@pytest.mark.parametrize("stored", ["RGBA", "LA", "P"])
+def test_the_transparent_is_white(stored: str) -> None:
+    image = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 40, 20))
+    x = decode(encoded(image.convert(stored)))
+    assert x[:, :15].eq(0).all()
+    assert x[:, -15:].eq(255).all()
+
+
+def test_the_half_transparent_is_blended_with_white() -> None:
+    assert (
+        decode(encoded(Image.new("RGBA", (40, 40), (200, 0, 0, 128)))).float().mean((1, 2)) - torch.tensor([227, 127, 127])
+    ).abs().max() <= 1
+
+
+@pytest.mark.parametrize("side", [48, 300], ids=["whole", "drafted"])
 @pytest.mark.parametrize("orientation", STORED)
-def test_exif_rotations_are_undone(orientation: int) -> None:
-    how = STORED[orientation]
-    stored = corner() if how is None else corner().transpose(how)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    x = decode(encoded(stored, "JPEG", exif=exif, quality=95), name="jpg").int()
+def test_exif_rotations_are_undone(orientation: int, side: int) -> None:
+    x = decode(rotated(corner(side, side), orientation), name="jpg").int()
     red = x[0] - x[2] > 0
     assert red[: SIZE // 4 - 2, : SIZE // 2 - 2].all()
     assert not red[SIZE // 4 + 2 :].any()
     assert not red[:, SIZE // 2 + 2 :].any()
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (31, 200), (200, 31), (32, 32), (33, 32), (500, 400)])
+@pytest.mark.parametrize("orientation", STORED)
+def test_a_turned_file_is_cropped_and_mirrored_like_its_upright_picture(orientation: int) -> None:
+    upright, how = photo(150, 90), STORED[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = encoded(upright if how is None else upright.transpose(how), exif=exif)
+    for seed in range(6):
+        options = {"seed": seed, "random_crop": True, "flip": True}
+        first, second = (decoded({"png": content, "txt": b""}, **options) for content in (encoded(upright), turned))
+        assert (first["x"].int() - second["x"].int()).abs().max() <= 1
+        assert (first["crop"], first["original_size"]) == (second["crop"], second["original_size"])
+
+
+def test_damaged_exif_does_not_cost_the_picture() -> None:
+    sound = encoded(photo(), "JPEG", dpi=(72, 72), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\1\0\0\0\0\0\0")
+    damaged = sound.replace(b"Exif\0\0MM\0*", b"Exif\0\0XX??")
+    assert damaged != sound
+    assert torch.equal(decode(damaged, name="jpg"), decode(sound, name="jpg"))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "WEBP"])
+def test_the_name_need_not_tell_the_format(kind: str) -> None:
+    """img2dataset's `disable_all_reencoding` stores whatever it got as .jpg."""
+    assert decode(encoded(Image.new("RGB", (40, 40), "red"), kind), name="jpg").float().mean((1, 2)).tolist() == pytest.approx(
+        [255, 0, 0], abs=2
+    )
+
+
+def without_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale"),
+    [
+        ((32, 32), 1),
+        ((63, 63), 1),
+        ((64, 64), 2),
+        ((64, 1000), 2),
+        ((1000, 63), 1),
+        ((130, 255), 4),
+        ((256, 257), 8),
+        ((999, 999), 8),
+    ],
+)
+def test_a_jpeg_is_decoded_at_the_smallest_scale_that_holds_the_target(
+    shape: tuple[int, int], scale: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, resize = [], Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda image, *args, **kwargs: (seen.append(image.size), resize(image, *args, **kwargs))[1]
+    )
+    decode(encoded(Image.new("RGB", shape), "JPEG"), name="jpg")
+    assert seen == [tuple(math.ceil(side / scale) for side in shape)]
+    assert min(seen[0]) >= SIZE
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize(
+    ("mode", "shape"),
+    [("RGB", (64, 64)), ("RGB", (517, 389)), ("RGB", (131, 399)), ("RGB", (512, 513)), ("L", (517, 389)), ("CMYK", (1024, 70))],
+)
+def test_a_drafted_picture_is_the_same_picture(
+    mode: str, shape: tuple[int, int], orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the filter: 1 of 255 levels on average, where a shift by one pixel of the result makes 5 and more."""
+    content = rotated(photo(*shape, mode=mode), orientation)
+    options = {"name": "jpg", "random_crop": True, "flip": True, "seed": orientation}
+    drafted = decode(content, **options).float()
+    without_draft(monkeypatch)
+    whole = decode(content, **options).float()
+    assert (drafted - whole).abs().mean() < 1
+    assert (drafted[..., 1:] - whole[..., :-1]).abs().mean() > 5
+    assert (drafted[:, 1:] - whole[:, :-1]).abs().mean() > 5
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
+def test_a_fine_checkerboard_becomes_grey(scale: int) -> None:
+    """Every second pixel of it would be all black or all white."""
+    board = (np.indices((scale * SIZE, scale * SIZE)).sum(0) % 2 * 255).astype(np.uint8)
+    x = decode(encoded(Image.fromarray(board), "JPEG", quality=95), name="jpg").int()
+    assert (x - 128).abs().max() <= 4
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (2, 3), (31, 200), (200, 31), (32, 32), (33, 32), (500, 400)])
 def test_every_shape_becomes_the_square(shape: tuple[int, int]) -> None:
     assert decode(encoded(Image.new("RGB", shape, "red"))).float().mean((1, 2)).tolist() == [255, 0, 0]
 
 
 def test_a_thread_of_an_image_costs_no_more_memory_than_its_square(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A 1 x 20000 image of 60 bytes, resized before it is cropped, would be 32 x 640000."""
+    """A 2 x 20000 image of 100 bytes, resized before it is cropped, would be 32 x 320000."""
     asked = []
     resize = Image.Image.resize
 
@@ -101,7 +237,7 @@ def test_a_thread_of_an_image_costs_no_more_memory_than_its_square(monkeypatch: 
         return resize(image, size, *args, **kwargs)
 
     monkeypatch.setattr(Image.Image, "resize", watched)
-    decode(encoded(Image.new("RGB", (1, 20000))))
+    decode(encoded(Image.new("RGB", (2, 20000))))
     assert max(asked) <= 100 * SIZE**2
 
 
@@ -144,27 +280,229 @@ def test_a_flip_mirrors_half_of_the_images() -> None:
     assert 10 < sum(mirrored) < 30
 
 
+def ramps(width: int, height: int) -> bytes:
+    """Red counts the columns, green the rows."""
+    columns, rows = np.meshgrid(np.arange(width), np.arange(height))
+    return encoded(Image.fromarray(np.stack([columns, rows, 0 * rows], -1).astype(np.uint8)))
+
+
+@pytest.mark.parametrize("random_crop", [False, True])
+@pytest.mark.parametrize(("width", "height"), [(240, 96), (96, 240), (64, 64), (36, 24)])
+def test_the_crop_says_where_the_square_lies_in_the_resized_and_mirrored_picture(
+    width: int, height: int, random_crop: bool
+) -> None:
+    unit = SIZE / min(width, height)  # pixels of the resized picture in a pixel of the stored one
+    sides = set()
+    for seed in range(24):
+        sample = decoded({"png": ramps(width, height), "txt": b""}, seed=seed, flip=True, random_crop=random_crop)
+        (top, left), (red, green, _) = sample["crop"], sample["x"].float()
+        mirrored = bool(red[0, 0] > red[0, -1])
+        sides.add(mirrored)
+        columns = (red.mean(0) + 0.5) * unit
+        columns = width * unit - columns if mirrored else columns
+        rows = (green.mean(1) + 0.5) * unit
+        inner = slice(3, -3)  # where the filter does not lean on the border
+        where = torch.arange(SIZE) + 0.5
+        torch.testing.assert_close(columns[inner], where[inner] + left, atol=max(1, unit), rtol=0)
+        torch.testing.assert_close(rows[inner], where[inner] + top, atol=max(1, unit), rtol=0)
+        assert 0 <= left <= width * unit - SIZE
+        assert 0 <= top <= height * unit - SIZE
+    assert sides == {False, True}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize(
+    ("meta", "expected"),
+    [
+        ({}, (200, 300)),
+        ({"original_width": 3000, "original_height": "2000"}, (2000, 3000)),
+        ({"ORIGINAL_WIDTH": 3000.0, "Original_Height": 2000.0}, (2000, 3000)),
+        ({"original_width": None, "original_height": 2000}, (200, 300)),
+        ({"original_width": 0, "original_height": 0}, (200, 300)),
+        ({"original_width": 1e300, "original_height": 2}, (200, 300)),
+    ],
+)
+def test_the_original_size_is_the_published_one_upright(
+    orientation: int, meta: dict[str, Any], expected: tuple[int, int]
+) -> None:
+    upright = photo(300, 200)
+    if orientation >= 5 and meta:  # the .json tells of the stored picture
+        meta = {
+            "original_width": meta.get("original_height", meta.get("Original_Height")),
+            "original_height": meta.get("original_width", meta.get("ORIGINAL_WIDTH")),
+        }
+    content = {"jpg": rotated(upright, orientation), "txt": b"", "json": json.dumps(meta).encode()}
+    assert decoded(content)["original_size"] == expected
+
+
+def test_a_batch_holds_sizes_and_crops_as_integers() -> None:
+    samples = [decoded({"png": noise(*shape), "txt": b""}) for shape in ((96, 64), (64, 128), (32, 32))]
+    batch = collate(samples)
+    assert batch["original_sizes"].dtype == batch["crops"].dtype == torch.int64
+    assert batch["original_sizes"].tolist() == [[64, 96], [128, 64], [32, 32]]
+    assert batch["crops"].tolist() == [[0, 8], [16, 0], [0, 0]]
+
+
 def bomb(side: int) -> bytes:
     """A PNG that claims side x side pixels."""
     chunks = [b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(b""), b"IEND"]
     return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
 
 
+@pytest.mark.parametrize("action", ["ignore", "error"])
 @pytest.mark.parametrize("side", [10_000, 20_000], ids=["Pillow warns", "Pillow refuses"])
-def test_a_decompression_bomb_is_not_decoded(side: int) -> None:
-    with pytest.raises((Image.DecompressionBombWarning, Image.DecompressionBombError)):
-        decode(bomb(side))
+def test_a_decompression_bomb_is_not_decoded(side: int, action: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("decoded"))
+    with warnings.catch_warnings():
+        warnings.simplefilter(action)
+        assert skipped({"png": bomb(side), "txt": b""}).reason == "pixels"
 
 
-def test_a_truncated_image_is_an_error() -> None:
-    with pytest.raises(OSError, match="truncated"):
-        decode(noise()[:200])
+def test_too_many_bytes_are_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = {"png": noise(), "txt": b""}
+    monkeypatch.setattr(transforms, "MAX_BYTES", len(content["png"]))
+    decoded(content)
+    monkeypatch.setattr(transforms, "MAX_BYTES", len(content["png"]) - 1)
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("opened"))
+    assert skipped(content).reason == "bytes"
 
 
-@pytest.mark.parametrize("members", [{"txt": b" a cat\n"}, {"json": json.dumps({"caption": "a cat"}).encode()}])
+@pytest.mark.parametrize("per_mille", [999, 900, 500, 100])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=["baseline", "progressive"])
+@pytest.mark.parametrize("size", [32, 256], ids=["drafted", "whole"])
+def test_a_cut_jpeg_is_an_error(per_mille: int, options: dict[str, Any], size: int) -> None:
+    content = encoded(Image.open(io.BytesIO(noise(256, 256))), "JPEG", quality=90, **options)
+    decode(content, name="jpg", size=size)
+    skip = skipped({"jpg": content[: len(content) * per_mille // 1000], "txt": b""}, size=size)
+    assert skip.reason == "image"
+    assert "truncated" in str(skip)
+    assert isinstance(skip.__cause__, OSError)
+
+
+PNG = noise()
+BROKEN = {
+    "no_image": {"txt": b"a cat"},
+    "image": {"png": b"<html>404</html>", "txt": b"a cat"},
+    "image-empty": {"png": b"", "txt": b"a cat"},
+    "image-cut": {"png": PNG[:200], "txt": b"a cat"},
+    "image-format": {"jpg": encoded(corner(), "TIFF"), "txt": b"a cat"},
+    "tiny": {"png": encoded(Image.new("RGB", (1, 1))), "txt": b"a cat"},
+    "tiny-thread": {"png": encoded(Image.new("RGB", (400, 1))), "txt": b"a cat"},
+    "no_caption": {"png": PNG},
+    "no_caption-field": {"png": PNG, "json": b"{}"},
+    "no_caption-null": {"png": PNG, "json": b'{"caption": null}'},
+    "no_caption-number": {"png": PNG, "json": b'{"caption": 4}'},
+    "caption_encoding": {"png": PNG, "txt": "caf\xe9".encode("latin-1")},
+    "caption_encoding-half an emoji": {"png": PNG, "json": b'{"caption": "\\ud83d"}'},
+    "json": {"png": PNG, "txt": b"a cat", "json": b'{"caption": '},
+    "json-list": {"png": PNG, "txt": b"a cat", "json": b"[1]"},
+    "json-encoding": {"png": PNG, "txt": b"a cat", "json": b'{"caption": "\xe9"}'},
+    "json-nested": {"png": PNG, "txt": b"a cat", "json": b"[" * 200_000},
+    "json-digits": {"png": PNG, "txt": b"a cat", "json": b'{"width": ' + b"9" * 5000 + b"}"},
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_every_way_to_be_broken_is_a_skip_with_its_reason(case: str) -> None:
+    assert skipped(BROKEN[case], caption_dropout=1.0).reason == case.partition("-")[0]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_a_damaged_image_gives_a_picture_or_a_skip(kind: str) -> None:
+    sound, rng, reasons = encoded(photo(), kind), random.Random(0), set()
+    for _ in range(150):
+        content = bytearray(sound)
+        for _ in range(rng.choice([1, 8, 64])):
+            content[rng.randrange(min(len(content), rng.choice([64, 10**6])))] = rng.randrange(256)
+        del content[rng.choice([rng.randrange(len(content)), len(content)]) :]
+        reasons.add(reason_of(bytes(content)))
+    assert reasons <= {"", "image", "pixels", "tiny"}
+    assert {"", "image"} <= reasons
+
+
+def test_a_skip_crosses_processes() -> None:
+    skip = pickle.loads(pickle.dumps(Skip("image", "truncated")))
+    assert (skip.reason, skip.detail, str(skip)) == ("image", "truncated", "image: truncated")
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"txt": b" a cat\n"},
+        {"json": json.dumps({"caption": "a cat"}).encode()},
+        {"json": json.dumps({"Caption": " a cat"}).encode()},
+        {"txt": b"a cat", "json": json.dumps({"caption": "a dog"}).encode()},
+        {"txt": b" ", "json": json.dumps({"caption": "a cat"}).encode()},
+    ],
+)
 def test_the_caption_comes_from_txt_or_json(members: dict[str, bytes]) -> None:
-    sample = Decode(SIZE)({"__key__": "k", "__url__": "u", "png": noise(), **members}, random.Random(0))
-    assert sample["caption"] == "a cat"
+    assert decoded({"png": PNG, **members})["caption"] == "a cat"
+    assert caption_of(members) == "a cat"
+
+
+def test_a_blank_caption_is_one() -> None:
+    assert decoded({"png": PNG, "txt": b"\n"})["caption"] == ""
+
+
+SEVERAL = {
+    "png": encoded(photo(16, 12)),
+    "txt": b"one",
+    "blip": b"two",
+    "json": json.dumps({"caption": "three", "LLaVA": "four"}).encode(),
+}
+
+
+def chosen(members: dict[str, bytes], captions: dict[str, float], **options: Any) -> Counter[str]:
+    return Counter(decoded(members, seed=seed, captions=captions, size=8, **options)["caption"] for seed in range(300))
+
+
+@pytest.mark.parametrize(
+    ("captions", "expected"),
+    [
+        ({"txt": 1}, {"one": 1}),
+        ({"caption": 1}, {"three": 1}),
+        ({"txt": 1, "blip": 3}, {"one": 0.25, "two": 0.75}),
+        ({"txt": 2, "BLIP": 0, "llava": 2}, {"one": 0.5, "four": 0.5}),
+        ({"txt": 1, "nowhere": 8, "caption": 1}, {"one": 0.5, "three": 0.5}),
+    ],
+)
+def test_captions_are_chosen_by_weight_among_those_there(captions: dict[str, float], expected: dict[str, float]) -> None:
+    counts = chosen(SEVERAL, captions)
+    assert counts.keys() == expected.keys()
+    assert {text: count / 300 for text, count in counts.items()} == pytest.approx(expected, abs=0.1)
+
+
+def test_a_blank_caption_is_chosen_only_where_nothing_else_is() -> None:
+    assert chosen({**SEVERAL, "txt": b" "}, {"txt": 9, "blip": 1}).keys() == {"two"}
+    assert chosen({**SEVERAL, "txt": b" "}, {"txt": 1}).keys() == {""}
+
+
+def test_a_caption_under_none_of_the_names_is_missing() -> None:
+    assert skipped(SEVERAL, captions={"nowhere": 1}).reason == "no_caption"
+
+
+def test_dropout_empties_its_share_of_captions_and_nothing_else() -> None:
+    counts = chosen(SEVERAL, {"txt": 1, "blip": 1}, caption_dropout=0.4)
+    assert counts[""] / 300 == pytest.approx(0.4, abs=0.1)
+    assert counts["one"] / 300 == pytest.approx(0.3, abs=0.1)
+
+
+def test_the_same_rng_gives_the_same_sample_and_captions_do_not_move_pixels() -> None:
+    options = {"flip": True, "random_crop": True, "caption_dropout": 0.3, "captions": {"txt": 1, "blip": 1}}
+    for seed in range(8):
+        first, second = decoded(SEVERAL, seed=seed, **options), decoded(SEVERAL, seed=seed, **options)
+        assert torch.equal(first.pop("x"), second["x"])
+        assert all(second[name] == value for name, value in first.items())
+        assert torch.equal(second["x"], decode(SEVERAL["png"], seed=seed, flip=True, random_crop=True))
+
+
+@pytest.mark.parametrize(
+    "captions", [{}, {"txt": 0}, {"txt": -1, "blip": 2}, {"txt": "much"}, {"txt": math.nan}, {"txt": None}, ["txt"]]
+)
+def test_weights_that_make_no_sense_are_refused(captions: Any) -> None:
+    with pytest.raises(UserError, match=r"data\.captions"):
+        Decode(SIZE, captions=captions)
 
 
 def test_samples_of_different_shards_have_different_keys() -> None:

@@ -1,0 +1,75 @@
+"""Remote shards, copied whole to a local folder: once per node, whatever its ranks and workers."""
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import time
+from pathlib import Path
+
+import fsspec
+
+from lcm.data.shards import redacted
+
+log = logging.getLogger(__name__)
+
+
+class ShardCache:
+    """A folder of at most about `max_gb` gigabytes; the shards used longest ago make room.
+
+    A download is tried `attempts` times with growing pauses (1, 2, 4, ... seconds times `pause`), appears in one rename, and
+    files are named by the whole URL: shards of one basename do not mix.
+    """
+
+    def __init__(self, folder: str, *, max_gb: float = 50.0, attempts: int = 5, pause: float = 1.0, timeout: float = 60.0):
+        self.folder, self.max_gb = Path(folder), max_gb
+        self.attempts, self.pause, self.timeout = attempts, pause, timeout
+
+    def fetch(self, url: str) -> str:
+        """The local path of `url`'s content. Raises OSError when every attempt failed."""
+        path = self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.tar"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another worker or rank may be at it
+            if path.is_file():
+                os.utime(path)
+            else:
+                self._download(url, path)
+        return str(path)
+
+    def _download(self, url: str, path: Path) -> None:
+        partial = path.with_suffix(".partial")
+        for attempt in range(1, self.attempts + 1):
+            try:
+                remote, name = fsspec.url_to_fs(url, **options(url, self.timeout))
+                remote.get_file(name, str(partial))
+                break
+            except Exception as error:  # whatever a file system's client raises for a bad connection
+                partial.unlink(missing_ok=True)
+                message = f"{redacted(url)}: {type(error).__name__}: {str(error).replace(url, redacted(url))}"
+                if attempt == self.attempts or isinstance(error, ImportError):
+                    raise OSError(message) from None
+                log.warning("attempt %d of %d failed, %s", attempt, self.attempts, message)
+                time.sleep(self.pause * 2 ** (attempt - 1))
+        self._make_room(partial.stat().st_size)
+        partial.rename(path)
+
+    def _make_room(self, size: int) -> None:
+        kept = sorted(self.folder.glob("*.tar"), key=lambda file: file.stat().st_mtime, reverse=True)
+        total = size
+        for file in kept:
+            total += file.stat().st_size
+            if total > self.max_gb * 1e9:
+                with contextlib.suppress(FileNotFoundError):  # another process made room; who has it open reads on
+                    file.unlink()
+
+
+def options(url: str, timeout: float) -> dict[str, object]:
+    if not url.startswith("http"):
+        return {}
+    import aiohttp
+
+    # Nothing heard for so long is a failure; the whole may take longer. No cache of clients: it would keep the first timeout.
+    limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
+    return {"client_kwargs": {"timeout": limits}, "skip_instance_cache": True}

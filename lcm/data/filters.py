@@ -1,0 +1,156 @@
+"""Which samples are trained on, by their metadata: img2dataset's .json members of LAION's, COYO's or CC12M's kind."""
+
+import hashlib
+import json
+import math
+import operator
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from lcm.errors import UserError
+
+Fields = Mapping[str, Any]
+
+
+def lowered(meta: Mapping[str, Any]) -> Fields:
+    """The metadata under lower-case names: LAION's tables spell one field `aesthetic`, another `AESTHETIC_SCORE`."""
+    return {str(name).lower(): value for name, value in meta.items()}
+
+
+def number(fields: Fields, *names: str) -> float | None:
+    """The first finite number under these names, also one stored as text; null and NaN count as missing, 0.0 does not."""
+    for name in names:
+        try:
+            value = float(fields.get(name))  # type: ignore[arg-type]  # None and lists raise, as they shall
+        except (TypeError, ValueError, OverflowError):
+            continue
+        if math.isfinite(value):
+            return value
+    return None
+
+
+def sides(fields: Fields) -> tuple[float, float] | None:
+    """(shorter, longer) side in pixels of the picture as published: published limits are about it, and only it tells of a
+    picture that img2dataset blew up, padded or cropped to a square. Without it, those of the stored copy."""
+    for prefix in ("original_", ""):
+        width, height = number(fields, f"{prefix}width"), number(fields, f"{prefix}height")
+        if width is not None and height is not None and min(width, height) > 0:
+            return min(width, height), max(width, height)
+    return None
+
+
+def shorter_side(_: str | None, fields: Fields) -> float | None:
+    return found[0] if (found := sides(fields)) else None
+
+
+def aspect(_: str | None, fields: Fields) -> float | None:
+    return found[1] / found[0] if (found := sides(fields)) else None
+
+
+def length(caption: str | None, _: Fields) -> int | None:
+    return len(caption.strip()) if isinstance(caption, str) else None
+
+
+def score(*names: str) -> Callable[[str | None, Fields], float | None]:
+    return lambda _, fields: number(fields, *names)
+
+
+def identities(_: str | None, fields: Fields) -> frozenset[str] | None:
+    """What a removal list may call the sample: its `hash`, `sha256`, `md5`, its `url`, or the url's sha256."""
+    digests = (fields.get(name) for name in ("hash", "sha256", "md5"))
+    found = {str(digest).lower() for digest in digests if isinstance(digest, str | int) and digest != ""}
+    if isinstance(url := fields.get("url"), str) and url:
+        found |= {url, hashlib.sha256(url.encode(errors="surrogatepass")).hexdigest()}
+    return frozenset(found) or None
+
+
+class Rule(NamedTuple):
+    """value: `(caption, fields) -> value`, None if missing; passes: `(value, limit) -> bool`; span: the sensible limits."""
+
+    reason: str
+    value: Callable[[str | None, Fields], Any]
+    passes: Callable[[Any, Any], bool]
+    span: tuple[float, float] = (0.0, math.inf)
+
+
+AESTHETIC = score("aesthetic_score", "aesthetic", "aesthetic_score_laion_v2")
+# In the order of their use: a sample is counted under the first rule that it fails. The last name of a score is COYO's.
+RULES = {
+    "removal_list": Rule("removal", identities, frozenset.isdisjoint),
+    "max_unsafe": Rule("unsafe", score("punsafe", "nsfw_score_opennsfw2"), operator.le, (0, 1)),
+    "max_watermark": Rule("watermark", score("pwatermark", "watermark_score"), operator.le, (0, 1)),
+    "min_aesthetic": Rule("aesthetic", AESTHETIC, operator.ge, (0, 10)),
+    "min_similarity": Rule("similarity", score("similarity", "clip_similarity_vitb32"), operator.ge, (-1, 1)),
+    "min_side": Rule("side", shorter_side, operator.ge),
+    "max_aspect": Rule("aspect", aspect, operator.le, (1, math.inf)),
+    "min_caption": Rule("caption_short", length, operator.ge),
+    "max_caption": Rule("caption_long", length, operator.le),
+}
+
+
+class Filters:
+    """Which samples of a shard are used, by their metadata; each rule is off at None.
+
+    min_side: pixels, max_aspect: longer / shorter side, both of the picture as published. min_aesthetic: LAION's predictor, 0
+    to 10; the paper's recipes are 6 and 6.5. max_watermark, max_unsafe: probabilities. min_similarity: CLIP's cosine.
+    min_caption, max_caption: characters. Limits are included. removal_list: a text file of samples to leave out, one a line: an
+    img2dataset `sha256` or `md5` of the image, LAION's `hash`, the URL or its sha256 (`#` begins a comment line).
+    missing: whether a sample that lacks what an active rule needs is kept or dropped.
+    Raises `UserError` for a setting that makes no sense.
+    """
+
+    def __init__(
+        self,
+        *,
+        min_side: int | None = None,
+        max_aspect: float | None = None,
+        min_aesthetic: float | None = None,
+        max_watermark: float | None = None,
+        # LAION-Aesthetics' limit, half-way on the classifier's scale; SD 2.0 was trained with 0.1, SD 2.1 with 0.98.
+        max_unsafe: float | None = 0.5,
+        min_similarity: float | None = None,
+        min_caption: int | None = None,
+        max_caption: int | None = None,
+        removal_list: str | None = None,
+        missing: Literal["keep", "drop"] = "keep",
+    ) -> None:
+        given = dict(locals())
+        if missing not in ("keep", "drop"):
+            raise UserError(f"data.filters.missing={missing!r}: expected keep or drop")
+        self.missing = missing
+        self.limits = {option: limit_of(option, given[option]) for option in RULES if given[option] is not None}
+
+    def __call__(self, caption: str | None, meta: Mapping[str, Any]) -> str | None:
+        """None keeps the sample, else why it is left out: a rule's reason ("aesthetic") or "missing_<reason>".
+
+        meta: the decoded .json member, {} without one; its names are read in any case.
+        """
+        fields = lowered(meta)
+        for option, limit in self.limits.items():
+            rule = RULES[option]
+            value = rule.value(caption, fields)
+            if value is None and self.missing == "drop":
+                return f"missing_{rule.reason}"
+            if value is not None and not rule.passes(value, limit):
+                return rule.reason
+        return None
+
+    def signature(self) -> str:
+        """16 hex digits that change with the rules in force, also with what the removal list says: the key of an index."""
+        limits = {option: sorted(limit) if isinstance(limit, frozenset) else limit for option, limit in self.limits.items()}
+        return hashlib.sha256(json.dumps([self.missing, limits], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def limit_of(option: str, setting: Any) -> float | frozenset[str]:
+    """A number within the rule's span, or the entries of the removal list."""
+    if option == "removal_list":
+        try:
+            lines = [line.strip() for line in Path(setting).read_text(encoding="utf-8").splitlines()]
+        except (OSError, TypeError, UnicodeDecodeError) as error:
+            raise UserError(f"data.filters.removal_list={setting!r} cannot be read: {error}") from error
+        return frozenset(line if "://" in line else line.lower() for line in lines if line and not line.startswith("#"))
+    low, high = RULES[option].span
+    if isinstance(setting, bool) or not isinstance(setting, int | float) or not low <= setting <= high:
+        raise UserError(f"data.filters.{option}={setting!r}: expected a number from {low:g} to {high:g}, or null for no limit")
+    return float(setting)

@@ -1,0 +1,152 @@
+"""A set of shards that is read in one way, and how many usable samples each of them has."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+from rich.progress import track
+
+from lcm.data.cache import ShardCache
+from lcm.data.filters import Filters
+from lcm.data.shards import CAPTIONS, IMAGES, Shard, is_remote, local, redacted
+from lcm.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Facts(NamedTuple):
+    """What an index knows of a shard: usable samples, and how many others were left out for which reason."""
+
+    samples: int
+    dropped: dict[str, int]
+
+
+class Source:
+    """needs: extensions of which every sample must have one. index: the folder where counts are kept between runs."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        needs: Sequence[str] = IMAGES,
+        filters: Filters | None = None,
+        cache: ShardCache | None = None,
+        index: str | None = None,
+    ) -> None:
+        self.urls, self.needs, self.filters, self.cache, self.index = list(urls), needs, filters, cache, index
+
+    def path(self, shard: int) -> str:
+        """Where the shard lies on this machine. Raises OSError if it cannot be brought here."""
+        url = self.urls[shard]
+        if not is_remote(url):
+            return local(url)
+        if self.cache is None:
+            raise OSError(f"{redacted(url)} needs a cache folder: set data.cache.folder")
+        return self.cache.fetch(url)
+
+    def open(self, shard: int) -> Shard:
+        return Shard(self.path(shard), needs=self.needs, keep=self.filters)
+
+    def check(self) -> None:
+        """Refuse, before any training, shards of which the first lacks images or captions. Raises UserError."""
+        url = redacted(self.urls[0])
+        try:
+            first = self.open(0)
+        except OSError as error:
+            raise UserError(f"{url} cannot be opened ({error})") from error
+        first.close()
+        if not first.extensions:
+            raise UserError(f"{url} is not a readable webdataset shard: expected a .tar of <key>.jpg + <key>.txt members")
+        if not first.extensions & set(self.needs):
+            raise UserError(
+                f"{url} has no images: its samples hold {sorted(first.extensions)}, expected one of {list(self.needs)}"
+            )
+        if not first.extensions & set(CAPTIONS):
+            raise UserError(f"{url} has no captions: its samples hold {sorted(first.extensions)}, expected .txt or .json")
+
+    def facts(self) -> list[Facts]:
+        """Of every shard in the order of `urls`; shards that no earlier run has counted are opened now, with progress."""
+        known = self._load()
+        new = [n for n, url in enumerate(self.urls) if self._stamp(url) not in known]
+        file = self._file()
+        with ThreadPoolExecutor(8) as pool:
+            counted = pool.map(self._count, new)
+            if len(new) > 100:
+                counted = track(counted, total=len(new), description="counting samples")
+            for number, facts in zip(new, counted, strict=True):
+                stamp = self._stamp(self.urls[number])
+                known[stamp] = facts
+                if file is not None and "shard" not in facts.dropped:  # one that could not be had is tried again next time
+                    with file.open("a") as lines:
+                        lines.write(json.dumps({"shard": stamp, **facts._asdict()}) + "\n")
+        return [known[self._stamp(url)] for url in self.urls]
+
+    def _count(self, shard: int) -> Facts:
+        expected = expected_samples(self.urls[shard])
+        if expected is not None and self.filters is None and is_remote(self.urls[shard]):
+            return Facts(expected, {})  # a small file instead of the shard; what is broken in it shows when it is read
+        try:
+            opened = self.open(shard)
+        except OSError as error:
+            log.warning("leaving out shard %s: %s", redacted(self.urls[shard]), error)
+            return Facts(0, {"shard": 1})
+        opened.close()
+        for key, reason in opened.broken.items():
+            log.warning("leaving out sample %s of %s: %s", key, redacted(self.urls[shard]), reason)
+        found = len(opened) + opened.dropped.total()
+        if expected is not None and found < expected:
+            opened.dropped["missing"] = expected - found
+            log.warning("%s holds %d of its %d samples: it is cut or damaged", redacted(self.urls[shard]), found, expected)
+        return Facts(len(opened), dict(opened.dropped))
+
+    def _file(self) -> Path | None:
+        if self.index is None:
+            return None
+        how = json.dumps([list(self.needs), self.filters.signature() if self.filters else ""])
+        file = Path(self.index, f"{hashlib.sha256(how.encode()).hexdigest()[:16]}.jsonl")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return file
+
+    def _load(self) -> dict[str, Facts]:
+        file, known = self._file(), {}
+        if file is not None and file.is_file():
+            for line in file.read_text().splitlines():
+                entry: dict[str, Any] = json.loads(line)
+                known[entry["shard"]] = Facts(entry["samples"], entry["dropped"])
+        return known
+
+    @staticmethod
+    def _stamp(url: str) -> str:
+        """What an index knows a shard by: a local one that was changed is another."""
+        if is_remote(url):
+            return redacted(url)
+        stat = os.stat(local(url))
+        return f"{os.path.abspath(local(url))} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def expected_samples(url: str) -> int | None:
+    """What the dataset itself says of a shard: `manifest.json` beside it, else img2dataset's `<shard>_stats.json`."""
+    folder, _, name = local(url).rpartition("/")
+    for file, entry in (("manifest.json", ("samples", name)), (f"{name.removesuffix('.tar')}_stats.json", ("successes",))):
+        with contextlib.suppress(Exception):  # absent or of another make: then nothing is known
+            with fsspec.open(f"{folder}/{file}" if folder else file, "r") as stream:
+                value = json.load(stream)
+            for key in entry:
+                value = value[key]
+            return int(value)
+    return None
+
+
+def total_dropped(facts: Sequence[Facts]) -> Counter[str]:
+    dropped: Counter[str] = Counter()
+    for shard in facts:
+        dropped.update(shard.dropped)
+    return dropped

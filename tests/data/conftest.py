@@ -1,0 +1,66 @@
+"""Small shards and streams over them."""
+
+import io
+import random
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import webdataset as wds
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from lcm.data.order import Order
+from lcm.data.source import Source
+from lcm.data.stream import ShardStream
+
+SIZES = (11, 12, 13, 9)  # 45 samples in 4 shards: no batch size of the tests divides an epoch
+
+
+def png(size: tuple[int, int] = (8, 8)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, "red").save(file, "PNG")
+    return file.getvalue()
+
+
+def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> str:
+    with wds.TarWriter(str(path), mtime=0) as writer:
+        for sample in samples:
+            writer.write(sample)
+    return str(path)
+
+
+def pairs(shard: int, count: int) -> list[dict[str, Any]]:
+    return [{"__key__": f"{shard}-{i:02d}", "png": png(), "txt": f"sample {i} of {shard}"} for i in range(count)]
+
+
+@pytest.fixture(scope="session")
+def urls(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    root = tmp_path_factory.mktemp("shards")
+    return [write_shard(root / f"{shard:03d}.tar", pairs(shard, count)) for shard, count in enumerate(SIZES)]
+
+
+def keep(sample: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    return {"key": sample["__key__"], "draw": rng.random()}
+
+
+def gather(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"keys": [sample["key"] for sample in samples], "draws": [sample["draw"] for sample in samples]}
+
+
+def stream(urls: list[str], *, shuffle: int = 16, lanes: int = 3, seed: int = 0, **options: Any) -> ShardStream:
+    """Of keys and draws; shuffle = 0 is a validation pass."""
+    source = Source(urls)
+    order = Order([facts.samples for facts in source.facts()], seed=seed, shuffle=shuffle, lanes=lanes)
+    options = {"decode": keep, "collate": gather, "batch_size": 4, "stop": None if shuffle else order.size, **options}
+    return ShardStream([source], order, seed=seed, **options)
+
+
+def take(source: ShardStream, count: int | None = None, workers: int = 0, context: str | None = None) -> list[dict[str, Any]]:
+    return list(islice(DataLoader(source, batch_size=None, num_workers=workers, multiprocessing_context=context), count))
+
+
+def keys(batches: list[dict[str, Any]]) -> list[str]:
+    return [key for batch in batches for key in batch["keys"]]

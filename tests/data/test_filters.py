@@ -1,0 +1,238 @@
+"""Each rule is really applied, under every spelling of its fields; what is missing is kept or dropped as told."""
+
+import hashlib
+import json
+import math
+import pickle
+import random
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lcm.data.filters import RULES, Filters
+from lcm.errors import UserError
+
+URL = "https://example.org/Cat.jpg"
+URL_HASH = hashlib.sha256(URL.encode()).hexdigest()
+GOOD: dict[str, Any] = {
+    "url": URL,
+    "hash": -1234567890123456789,
+    "sha256": "ab" * 32,
+    "md5": "cd" * 16,
+    "width": 512,
+    "height": 512,
+    "original_width": 900,
+    "original_height": 600,
+    "AESTHETIC_SCORE": 6.2,
+    "pwatermark": 0.3,
+    "punsafe": 0.1,
+    "similarity": 0.32,
+}
+CAPTION = "a cat on a mat"
+# (option, a limit that GOOD passes, one that it fails, the field that the rule reads, why it is left out)
+CASES = [
+    ("min_side", 600, 601, ("original_width", "width"), "side"),
+    ("max_aspect", 1.5, 1.49, ("original_height", "height"), "aspect"),
+    ("min_aesthetic", 6.2, 6.5, ("AESTHETIC_SCORE",), "aesthetic"),
+    ("max_watermark", 0.3, 0.29, ("pwatermark",), "watermark"),
+    ("max_unsafe", 0.1, 0.09, ("punsafe",), "unsafe"),
+    ("min_similarity", 0.32, 0.33, ("similarity",), "similarity"),
+    ("min_caption", 14, 15, (), "caption_short"),
+    ("max_caption", 14, 13, (), "caption_long"),
+]
+IDS = [case[0] for case in CASES]
+NUMBERS = [case for case in CASES if case[3]]
+
+
+def judge(meta: dict[str, Any], caption: str | None = CAPTION, **settings: Any) -> str | None:
+    return Filters(**{"max_unsafe": None, **settings})(caption, meta)
+
+
+def without(*names: str) -> dict[str, Any]:
+    return {name: value for name, value in GOOD.items() if name not in names}
+
+
+def listed(folder: Path, *lines: str) -> str:
+    path = folder / "removed.txt"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def test_every_rule_has_a_case() -> None:
+    assert {*IDS, "removal_list"} == RULES.keys()
+
+
+@pytest.mark.parametrize(("option", "passed", "failed", "names", "reason"), CASES, ids=IDS)
+def test_a_rule_drops_what_is_beyond_its_limit_and_says_why(option, passed, failed, names, reason) -> None:
+    assert judge(GOOD, **{option: passed}) is None
+    assert judge(GOOD, **{option: failed}) == reason
+    assert judge(GOOD, **{option: None}) is None
+
+
+@pytest.mark.parametrize(("option", "passed", "failed", "names", "reason"), CASES, ids=IDS)
+@pytest.mark.parametrize("change", [str.upper, str.lower, str.title], ids=["UPPER", "lower", "Title"])
+def test_names_are_read_in_any_case_and_numbers_also_from_text(change, option, passed, failed, names, reason) -> None:
+    spelt = {change(name): str(value) for name, value in GOOD.items()}
+    assert judge(spelt, **{option: passed}) is None
+    assert judge(spelt, **{option: failed}) == reason
+
+
+@pytest.mark.parametrize("missing", [None, math.nan, "nan", "", "n/a", math.inf, [], {}, "absent"])
+@pytest.mark.parametrize(("option", "passed", "failed", "names", "reason"), NUMBERS, ids=[case[0] for case in NUMBERS])
+def test_a_missing_field_is_kept_or_dropped_as_told(missing, option, passed, failed, names, reason) -> None:
+    meta = without(*names) if missing == "absent" else {**GOOD, **dict.fromkeys(names, missing)}
+    for limit in (passed, failed):
+        assert judge(meta, **{option: limit}) is None
+        assert judge(meta, **{option: limit}, missing="drop") == f"missing_{reason}"
+    assert judge(meta, missing="drop") is None  # no active rule needs it
+
+
+def test_a_missing_caption_is_kept_or_dropped_as_told() -> None:
+    assert judge(GOOD, None, min_caption=1) is None
+    assert judge(GOOD, None, min_caption=1, missing="drop") == "missing_caption_short"
+    assert judge(GOOD, "  ", min_caption=1) == "caption_short"
+
+
+@pytest.mark.parametrize("value", [0, 0.0, "0.0"])
+def test_zero_is_the_best_watermark_not_a_missing_one(value) -> None:
+    assert judge({"pwatermark": value}, max_watermark=0.5, missing="drop") is None
+    assert judge({"pwatermark": value}, max_watermark=0.0, missing="drop") is None
+    assert judge({"aesthetic": value}, min_aesthetic=5) == "aesthetic"
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "limit", "bad"),
+    [
+        *(
+            (name, "min_aesthetic", 6, 5.9)
+            for name in ("AESTHETIC_SCORE", "aesthetic_score", "aesthetic", "aesthetic_score_laion_v2")
+        ),
+        *((name, "max_watermark", 0.5, 0.6) for name in ("pwatermark", "watermark_score")),
+        *((name, "max_unsafe", 0.5, 0.6) for name in ("punsafe", "nsfw_score_opennsfw2")),
+        *((name, "min_similarity", 0.3, 0.2) for name in ("similarity", "clip_similarity_vitb32")),
+    ],
+)
+def test_a_score_is_found_under_each_of_its_names(name, option, limit, bad) -> None:
+    assert judge({name: bad}, **{option: limit}) == RULES[option].reason
+    assert judge({name: limit}, **{option: limit}, missing="drop") is None
+
+
+def test_unsafe_samples_are_dropped_by_default_and_unscored_ones_are_not() -> None:
+    assert Filters()(CAPTION, {"punsafe": 0.51}) == "unsafe"
+    assert Filters()(CAPTION, {"punsafe": 0.5}) is None
+    assert Filters()(CAPTION, {}) is None
+    assert Filters(missing="drop")(CAPTION, {}) == "missing_unsafe"
+
+
+def test_sides_are_those_of_the_published_picture() -> None:
+    blown_up = {"width": 512, "height": 512, "original_width": 100, "original_height": 300}
+    assert judge(blown_up, min_side=256) == "side"
+    assert judge(blown_up, max_aspect=2) == "aspect"
+    assert judge({"width": 300, "height": 256}, min_side=256, missing="drop") is None
+    assert judge({"width": 300, "height": 256}, min_side=257) == "side"
+    assert judge({"width": 0, "height": 256}, max_aspect=2, missing="drop") == "missing_aspect"
+
+
+@pytest.mark.parametrize("option", [option for option in RULES if option != "removal_list"])
+def test_a_tighter_limit_keeps_a_part_of_what_a_looser_one_keeps(option) -> None:
+    rng = random.Random(option)
+    samples = [
+        (
+            "x" * rng.randint(0, 40),
+            {
+                "original_width": rng.randint(1, 2000),
+                "original_height": rng.randint(1, 2000),
+                "aesthetic": rng.uniform(0, 10),
+                **{name: rng.random() for name in ("punsafe", "pwatermark", "similarity")},
+            },
+        )
+        for _ in range(200)
+    ]
+    low, high = {"side": (1, 2000), "aspect": (1, 20), "aesthetic": (0, 10)}.get(RULES[option].reason, (0, 1))
+    limits = range(0, 41, 4) if "caption" in option else [low + (high - low) * step / 10 for step in range(11)]
+    limits = sorted(limits, reverse=option.startswith("max"))
+    kept = [{i for i, (text, meta) in enumerate(samples) if judge(meta, text, **{option: limit}) is None} for limit in limits]
+    assert all(tight <= loose for loose, tight in pairwise(kept))
+    assert len(kept[0]) > len(kept[-1])
+
+
+@pytest.mark.parametrize("entry", [URL, URL_HASH, URL_HASH.upper(), "AB" * 32, "cd" * 16, "-1234567890123456789"])
+def test_a_sample_on_the_removal_list_is_dropped_whatever_it_is_called_by(entry, tmp_path) -> None:
+    removal = Filters(removal_list=listed(tmp_path, "# takedowns", "", f"  {entry} ", "https://example.org/other.jpg"))
+    assert removal(CAPTION, GOOD) == "removal"
+    assert removal(CAPTION, {name.upper(): value for name, value in GOOD.items()}) == "removal"
+    others = {"url": URL.lower(), "hash": 1, "sha256": "ef" * 32, "md5": "01" * 16}
+    assert removal(CAPTION, others) is None
+    assert removal(CAPTION, {}) is None
+
+
+def test_a_sample_without_a_name_is_missing_for_a_removal_list(tmp_path) -> None:
+    strict = Filters(removal_list=listed(tmp_path, URL), max_unsafe=None, missing="drop")
+    assert strict(CAPTION, {"url": None, "hash": ""}) == "missing_removal"
+    assert strict(CAPTION, {"hash": 1}) is None
+
+
+def test_the_removal_list_is_read_once(tmp_path) -> None:
+    path = listed(tmp_path, URL)
+    removal = Filters(removal_list=path)
+    Path(path).unlink()
+    assert removal(CAPTION, GOOD) == "removal"
+    assert pickle.loads(pickle.dumps(removal))(CAPTION, GOOD) == "removal"
+
+
+@pytest.mark.parametrize(
+    ("option", "setting"),
+    [
+        ("min_aesthetic", "high"),
+        ("min_aesthetic", "6.5"),
+        ("min_aesthetic", 65),
+        ("min_side", True),
+        ("min_side", -1),
+        ("max_aspect", 0.5),
+        ("max_unsafe", 50),
+        ("max_watermark", math.nan),
+        ("min_similarity", [0.3]),
+        ("missing", "maybe"),
+        ("missing", None),
+        ("removal_list", "nowhere.txt"),
+        ("removal_list", 7),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_named(option, setting) -> None:
+    with pytest.raises(UserError, match=rf"^data\.filters\.{option}="):
+        Filters(**{option: setting})
+
+
+def test_a_removal_list_that_is_not_text_is_named(tmp_path) -> None:
+    (tmp_path / "list").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "list", tmp_path):
+        with pytest.raises(UserError, match=r"^data\.filters\.removal_list="):
+            Filters(removal_list=str(path))
+
+
+def test_the_signature_is_that_of_the_rules_in_force(tmp_path) -> None:
+    plain = [{option: limit} for option, *limits, _, _ in CASES for limit in limits]
+    settings = [{}, {"missing": "drop"}, {"max_unsafe": None}, *plain]
+    settings += [{"removal_list": listed(tmp_path, URL)}]
+    signatures = [Filters(**setting).signature() for setting in settings]
+    assert len(set(signatures)) == len(settings)
+    assert signatures == [Filters(**setting).signature() for setting in settings]
+    assert Filters(min_side=512).signature() == Filters(min_side=512.0).signature()  # type: ignore[arg-type]
+
+
+def test_the_signature_follows_what_the_removal_list_says(tmp_path) -> None:
+    first = Filters(removal_list=listed(tmp_path, URL, URL_HASH)).signature()
+    assert Filters(removal_list=listed(tmp_path, "# the same", URL_HASH, URL)).signature() == first
+    assert Filters(removal_list=listed(tmp_path, URL)).signature() != first
+
+
+def test_the_signature_does_not_change_from_run_to_run() -> None:
+    """An index is kept on disk."""
+    assert Filters(min_side=512, min_aesthetic=6.5).signature() == "627ba9406f42b58d"
+
+
+def test_metadata_as_json_has_it() -> None:
+    meta = json.loads('{"pwatermark": NaN, "punsafe": null, "similarity": 3.1e-1, "width": 1e999, "9": [{}]}')
+    assert judge(meta, max_watermark=0.1, max_unsafe=0.1, min_similarity=0.3, min_side=9) is None

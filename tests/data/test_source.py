@@ -1,0 +1,222 @@
+"""Counting usable samples once, and bringing remote shards here from servers that are slow, drop or lie."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lcm.data.cache import ShardCache
+from lcm.data.shards import Shard
+from lcm.data.source import Facts, Source
+from lcm.errors import UserError
+from tests.data.conftest import SIZES, keys, pairs, png, stream, take, write_shard
+
+Answer = Callable[[BaseHTTPRequestHandler, bytes], None]
+
+
+def test_counts_are_those_of_the_shards(urls: list[str]) -> None:
+    assert Source(urls).facts() == [Facts(size, {}) for size in SIZES]
+
+
+def test_shards_are_counted_once(urls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Source(urls, index=str(tmp_path)).facts()
+    monkeypatch.setattr(Source, "open", None)  # whoever opens a shard now, fails
+    assert Source(urls, index=str(tmp_path)).facts() == first
+
+
+def test_a_changed_shard_is_counted_again(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "a.tar", pairs(0, 3))
+    assert Source([shard], index=str(tmp_path / "index")).facts()[0].samples == 3
+    write_shard(tmp_path / "a.tar", pairs(0, 30))
+    assert Source([shard], index=str(tmp_path / "index")).facts()[0].samples == 30
+
+
+@pytest.mark.parametrize("made_by", ["manifest.json", "000_stats.json"])
+def test_a_cut_shard_is_found_out_by_its_manifest(tmp_path: Path, made_by: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A tar cut between two members reads without any error: only a count tells."""
+    shard = write_shard(tmp_path / "000.tar", pairs(0, 5))
+    entry = {"samples": {"000.tar": 8}} if made_by == "manifest.json" else {"successes": 8}
+    (tmp_path / made_by).write_text(json.dumps(entry))
+    assert Source([shard]).facts() == [Facts(5, {"missing": 3})]
+    assert "holds 5 of its 8 samples" in caplog.text
+
+
+def test_broken_samples_are_named_when_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shard = write_shard(tmp_path / "a.tar", [*pairs(0, 2), {"__key__": "bare", "png": png()}])
+    assert Source([shard]).facts() == [Facts(2, {"no_caption": 1})]
+    assert f"leaving out sample bare of {shard}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("members", "complaint"),
+    [
+        ({"png": png()}, "no captions"),
+        ({"txt": "a cat"}, "no images"),
+        ({"json": {"caption": "a cat"}, "npy": b""}, "no images"),
+    ],
+)
+def test_shards_lacking_images_or_captions_are_refused(tmp_path: Path, members: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        Source([write_shard(tmp_path / "a.tar", [{"__key__": "a", **members}])]).check()
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", bytes(10240)], ids=["empty", "html", "no members"])
+def test_what_is_not_a_shard_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(UserError, match="not a readable webdataset shard"):
+        Source([str(tmp_path / "a.tar")]).check()
+
+
+def test_remote_shards_need_a_cache() -> None:
+    with pytest.raises(UserError, match=r"set data\.cache"):
+        Source(["https://localhost/a.tar"]).check()
+
+
+class Server:
+    """HTTP on loopback; `answers` gives a path's behaviour, one after the other, the last one for ever."""
+
+    def __init__(self, root: Path) -> None:
+        self.asked: list[str] = []
+        self.answers: dict[str, list[Answer]] = {}
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.asked.append(self.path)
+                file = root / self.path.lstrip("/").partition("?")[0]
+                queue = outer.answers.get(self.path.lstrip("/"), [whole])
+                answer = queue.pop(0) if len(queue) > 1 else queue[0]
+                if not file.is_file():
+                    self.send_error(404)
+                else:
+                    answer(self, file.read_bytes())
+
+            def do_HEAD(self) -> None:
+                self.send_error(405)
+
+            def log_message(self, *args: Any) -> None: ...
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+def whole(handler: BaseHTTPRequestHandler, content: bytes) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(content)))
+    handler.end_headers()
+    handler.wfile.write(content)
+
+
+def dropped(handler: BaseHTTPRequestHandler, content: bytes) -> None:
+    """The connection ends half-way."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(content)))
+    handler.end_headers()
+    handler.wfile.write(content[: len(content) // 2])
+    handler.wfile.flush()
+    handler.connection.close()
+
+
+def stalled(handler: BaseHTTPRequestHandler, content: bytes) -> None:
+    """Nothing more comes, but the connection stays."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(content)))
+    handler.end_headers()
+    threading.Event().wait(1.5)
+
+
+def failing(handler: BaseHTTPRequestHandler, content: bytes) -> None:
+    handler.send_error(503)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    (tmp_path / "www").mkdir()
+    for number in range(3):
+        write_shard(tmp_path / f"www/{number}.tar", pairs(number, 8))
+    server = Server(tmp_path / "www")
+    yield server
+    server.http.shutdown()
+
+
+def cache(tmp_path: Path, **options: Any) -> ShardCache:
+    return ShardCache(str(tmp_path / "cache"), **{"pause": 0.01, "timeout": 0.5, "attempts": 3, **options})
+
+
+@pytest.mark.parametrize("trouble", [dropped, stalled, failing])
+def test_a_download_is_tried_again(server: Server, tmp_path: Path, trouble: Answer) -> None:
+    server.answers["0.tar"] = [trouble, trouble, whole]
+    path = cache(tmp_path).fetch(f"{server.url}/0.tar")
+    assert Path(path).read_bytes() == (tmp_path / "www/0.tar").read_bytes()
+    assert len(Shard(path)) == 8
+
+
+@pytest.mark.parametrize("trouble", [dropped, failing])
+def test_a_download_that_never_succeeds_leaves_nothing(server: Server, tmp_path: Path, trouble: Answer) -> None:
+    server.answers["0.tar"] = [trouble]
+    with pytest.raises(OSError, match=r"0\.tar"):
+        cache(tmp_path).fetch(f"{server.url}/0.tar")
+    assert not [file for file in (tmp_path / "cache").iterdir() if file.suffix != ".lock"]
+    assert len(server.asked) == 3
+
+
+def test_a_shard_is_downloaded_once(server: Server, tmp_path: Path) -> None:
+    threads = [threading.Thread(target=cache(tmp_path).fetch, args=(f"{server.url}/0.tar",)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert server.asked == ["/0.tar"]
+
+
+def test_shards_of_one_name_do_not_mix(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "www/other").mkdir()
+    write_shard(tmp_path / "www/other/0.tar", pairs(9, 2))
+    paths = [cache(tmp_path).fetch(f"{server.url}/{name}") for name in ("0.tar", "other/0.tar")]
+    assert [len(Shard(path)) for path in paths] == [8, 2]
+
+
+def test_the_cache_makes_room_for_what_is_new(server: Server, tmp_path: Path) -> None:
+    size = (tmp_path / "www/0.tar").stat().st_size
+    for number in range(3):
+        cache(tmp_path, max_gb=2.5 * size / 1e9).fetch(f"{server.url}/{number}.tar")
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 2
+
+
+def test_no_secret_of_a_url_reaches_a_message(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    server.answers["0.tar?token=hunter2"] = [failing]
+    with pytest.raises(OSError, match=r"0\.tar") as caught:
+        cache(tmp_path).fetch(f"{server.url}/0.tar?token=hunter2")
+    assert "hunter2" not in str(caught.value) + caplog.text
+    assert "attempt 1 of 3" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_remote_stream_is_the_local_one_without_its_dead_shard(server: Server, tmp_path: Path, workers: int) -> None:
+    remote = [f"{server.url}/{number}.tar" for number in (0, 1, 2)]
+    source = Source(remote, cache=cache(tmp_path))
+    of = stream([str(tmp_path / f"www/{number}.tar") for number in range(3)])
+    of.sources = [source]
+    server.answers["1.tar"] = [failing]
+    batches = take(of, 6, workers)
+    assert {key[0] for key in keys(batches)} == {"0", "2"}
+    assert sum(batch["skipped"].get("shard", 0) for batch in batches) == 8
+
+
+def test_counts_of_remote_shards_come_from_img2datasets_statistics(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "www/0_stats.json").write_text(json.dumps({"count": 10, "successes": 8}))
+    assert Source([f"{server.url}/0.tar"], cache=cache(tmp_path)).facts() == [Facts(8, {})]
+    assert "/0.tar" not in server.asked
+
+
+def test_a_dead_remote_shard_is_left_out_and_tried_again_next_time(server: Server, tmp_path: Path) -> None:
+    server.answers["1.tar"] = [failing, failing, failing, whole]
+    source = Source([f"{server.url}/{n}.tar" for n in (0, 1)], cache=cache(tmp_path), index=str(tmp_path / "index"))
+    assert source.facts() == [Facts(8, {}), Facts(0, {"shard": 1})]
+    assert source.facts() == [Facts(8, {}), Facts(8, {})]

@@ -1,0 +1,78 @@
+"""Latents encoded once train as images encoded on the fly do; others' latents are refused."""
+
+import json
+import tarfile
+
+import pytest
+
+from tests.e2e.test_resume import losses
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def encode(run, tiny_pipeline, shards):
+    data = [f"data.shards={shards}/train-*.tar", f"data.val_shards={shards}/val-*.tar", "data.build=null", "data.resolution=32"]
+    return lambda *more: run("lcm.encode", *data, f"data.codec.pipeline={tiny_pipeline}", "out=latents", *more)
+
+
+def without_data(tiny):
+    return [arg for arg in tiny if not arg.startswith(("data.shards", "data.val_shards", "data.build"))]
+
+
+def train(run, tiny, tmp_path, name, *more):
+    done = run("train.py", *tiny, "data.codec.dtype=null", f"name={name}", *more)
+    assert done.returncode == 0, done.stderr
+    return {step: float(loss) for step, loss in losses(tmp_path / f"runs/{name}/0").items()}
+
+
+def test_latents_train_as_their_images_do(run, encode, tiny, tmp_path):
+    done = encode()
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "latents/train-00000_stats.json").read_text())["successes"] == 32
+    assert not list((tmp_path / "latents").glob("*.partial"))
+
+    latents = ["data=latents", "data.shards=latents/train-*.tar", "data.val_shards=latents/val-*.tar", "+data.build=null"]
+    on_the_fly = train(run, tiny, tmp_path, "images", "data.codec.cache=false", "data.caption_dropout=0.3")
+    encoded = train(run, without_data(tiny), tmp_path, "latents", *latents, "data.caption_dropout=0.3")
+    assert encoded == pytest.approx(on_the_fly, rel=2e-3)  # the moments are stored in float16
+    assert len(encoded) == 6
+
+
+def test_encoding_goes_on_where_it_was_stopped(run, encode, tmp_path):
+    assert encode().returncode == 0
+    lost = tmp_path / "latents/train-00001_stats.json"
+    lost.unlink()
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "latents").glob("*.tar")}
+    again = encode()
+    assert "1 of them new" in again.stdout
+    changed = {path.name for path, time in times.items() if path.stat().st_mtime_ns != time}
+    assert changed == {"train-00001.tar"}
+
+
+def test_crops_and_mirrored_copies_are_stored(encode, tmp_path):
+    assert encode("crops=2", "flip=true", "data.val_shards=null").returncode == 0
+    with tarfile.open(tmp_path / "latents/train-00000.tar") as tar:
+        content = tar.extractfile(next(name for name in tar.getnames() if name.endswith(".latent.npy"))).read()
+    assert b"(4, 8, 8, 8)" in content[:128]
+    other = encode()
+    assert other.returncode == 1
+    assert "holds latents of another VAE, size or crop" in other.stderr
+
+
+def test_processes_share_out_the_shards(encode, tmp_path):
+    for rank in (0, 1):
+        assert encode(f"rank={rank}", "world_size=2").returncode == 0
+    assert len(list((tmp_path / "latents").glob("*_stats.json"))) == len(list((tmp_path / "latents").glob("*.tar"))) > 2
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"), [({"vae": "0"}, "have vae = 0"), ({"resolution": 64}, "have resolution = 64")]
+)
+def test_latents_of_another_make_are_refused(run, encode, tiny, tmp_path, change, complaint):
+    assert encode().returncode == 0
+    stamp = tmp_path / "latents/latents.json"
+    stamp.write_text(json.dumps({**json.loads(stamp.read_text()), **change}))
+    done = run("train.py", *without_data(tiny), "data=latents", "data.shards=latents/train-*.tar")
+    assert done.returncode == 1
+    assert complaint in done.stderr
