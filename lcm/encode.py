@@ -20,8 +20,9 @@ from lcm.command_line import build, output_folder, pick_device, program
 from lcm.data.codec import LatentCodec
 from lcm.data.datamodule import ShardDataModule, one_thread
 from lcm.data.latents import LATENT, STAMP, stamp
+from lcm.data.members import Sample
 from lcm.data.order import Order
-from lcm.data.shards import CAPTIONS, Sample
+from lcm.data.shards import CAPTIONS
 from lcm.data.source import Source
 from lcm.data.stream import ShardStream
 from lcm.data.transforms import Decode

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+from lcm.data.members import Sample, caption_of
 from lcm.data.order import Order
-from lcm.data.shards import Sample, expand_urls
+from lcm.data.shards import expand_urls
 from lcm.data.source import Source
 from lcm.data.stream import ShardStream
-from lcm.data.transforms import Decode, caption_of, collate
+from lcm.data.transforms import Decode, collate
 
 
 def read_samples(shards: str | list[str], option: str = "shards") -> Iterator[Sample]:

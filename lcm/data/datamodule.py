@@ -67,11 +67,13 @@ class ShardDataModule(L.LightningDataModule):
         timeout: float = 600.0,
     ) -> None:
         super().__init__()
-        if (shards is None) == (sources is None):
+        if shards is not None and sources is None:
+            sources = [{"urls": shards, "weight": 1.0}]
+        elif shards is not None or sources is None:
             raise UserError(
                 "give the training data, once: data.shards=<.tar files> or data.sources=[{urls: ..., weight: ...}, ...]"
             )
-        self.weighted = [{"urls": shards}] if sources is None else list(sources)
+        self.weighted: list[tuple[str | list[str], float]] = [(source["urls"], source["weight"]) for source in sources]
         self.val_shards, self.build, self.codec, self.filters, self.cache = val_shards, build, codec, filters, cache
         self.index, self.batch_size, self.val_batch_size = index, batch_size, val_batch_size
         self.num_workers, self.timeout, self.max_skip_ratio = num_workers, timeout, max_skip_ratio
@@ -102,7 +104,7 @@ class ShardDataModule(L.LightningDataModule):
         self.setup()
 
     def setup(self, stage: str | None = None) -> None:
-        self.train_sources = [self._source(entry["urls"], "data.shards") for entry in self.weighted]
+        self.train_sources = [self._source(urls, "data.shards") for urls, _ in self.weighted]
         self.val_sources = [] if self.val_shards is None else [self._source(self.val_shards, "data.val_shards")]
         self.val_orders = [Order(counts(source.facts())) for source in self.val_sources]
         facts = [source.facts() for source in self.train_sources]
@@ -113,7 +115,7 @@ class ShardDataModule(L.LightningDataModule):
         for source, of, order in zip(self.train_sources, facts, orders, strict=True):
             if not order.size:
                 raise UserError(f"{len(source.urls)} shards hold no usable sample: left out are {dict(total_dropped(of))}")
-        self.order = orders[0] if len(orders) == 1 else Mixture(orders, [entry["weight"] for entry in self.weighted], self.seed)
+        self.order = orders[0] if len(orders) == 1 else Mixture(orders, [weight for _, weight in self.weighted], self.seed)
         self.sizes = [order.size for order in orders]
         dropped = total_dropped([shard for of in facts for shard in of])
         if dropped and stage == "fit":
@@ -167,9 +169,9 @@ class ShardDataModule(L.LightningDataModule):
         if isinstance(batch, LatentBatch):
             return batch
         training = self.trainer is not None and self.trainer.training
-        if training:
+        if self.trainer is not None and training:
             self.position = batch["position"]
-            self._count_skipped(batch["skipped"])
+            self._count_skipped(batch["skipped"], self.trainer)
         if self.codec is None:
             return {**batch, "x": to_unit_range(batch["x"])}
         device = batch["moments" if self.latents else "x"].device
@@ -178,14 +180,14 @@ class ShardDataModule(L.LightningDataModule):
         rank = self.trainer.global_rank if self.trainer else 0
         return self.codec.encode(batch, generator(self.codec.device, self.seed, training, batch["position"], rank))
 
-    def _count_skipped(self, skipped: dict[str, int]) -> None:
+    def _count_skipped(self, skipped: dict[str, int], trainer: L.Trainer) -> None:
         """Report what was damaged, and stop where that is more than a nuisance."""
         self.seen += self.batch_size
         if not skipped:
             return
         self.skipped.update(skipped)
-        for logger in self.trainer.loggers:
-            logger.log_metrics({f"data/skipped/{reason}": n for reason, n in self.skipped.items()}, self.trainer.global_step)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"data/skipped/{reason}": n for reason, n in self.skipped.items()}, trainer.global_step)
         if self.seen >= ENOUGH and self.skipped.total() > self.max_skip_ratio * self.seen:
             raise UserError(
                 f"{self.skipped.total()} of {self.seen} samples were damaged ({dict(self.skipped)}), more than "

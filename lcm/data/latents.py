@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from lcm.data.shards import Sample, local, redacted
-from lcm.data.transforms import CaptionChoice, Skip, skipping
+from lcm.data.members import CaptionChoice, Sample, Skip, skipping
+from lcm.data.shards import local, redacted
 from lcm.errors import UserError
 
 LATENT = "latent.npy"

@@ -17,12 +17,12 @@ MIX = 1000  # positions over which several sources keep to their weights exactly
 
 
 class Place(NamedTuple):
-    """A sample: the `index`-th of shard number `shard` of source number `source`; `lane` is where in the order it lies."""
+    """Sample number `sample` of shard number `shard` of source number `source`; `lane` is where in the order it lies."""
 
     source: int
     lane: int
     shard: int
-    index: int
+    sample: int
 
 
 class Order:

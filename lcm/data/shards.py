@@ -8,7 +8,6 @@ sound one, and only the samples that it hit are lost.
 import contextlib
 import glob
 import io
-import json
 import os
 import tarfile
 from array import array
@@ -19,13 +18,13 @@ from urllib.parse import urlsplit
 
 from braceexpand import braceexpand
 
+from lcm.data.members import Sample, Skip, caption_of, metadata
 from lcm.errors import UserError
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
 CAPTIONS = ("txt", "json")
 SCHEMES = ("", "file", "http", "https", "s3", "gs", "hf")
 MAX_BYTES = 64 * 2**20  # of a sample: no image that is trained on comes near it
-Sample = dict[str, Any]
 Filter = Callable[[str | None, Mapping[str, Any]], str | None]
 
 
@@ -75,10 +74,6 @@ def redacted(url: str) -> str:
 
 def first_of(sample: Mapping[str, Any], extensions: Sequence[str]) -> str | None:
     return next((extension for extension in extensions if extension in sample), None)
-
-
-def image_key(sample: Sample) -> str | None:
-    return first_of(sample, IMAGES)
 
 
 def members(file: BinaryIO) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
@@ -148,11 +143,9 @@ class Shard:
             return None
         sample = self._read(start, end)
         try:
-            meta = json.loads(sample["json"]) if "json" in sample else {}
-        except ValueError:
-            return "json"
-        caption = sample["txt"].decode(errors="replace") if "txt" in sample else meta.get("caption")
-        return self.keep(caption, meta)
+            return self.keep(caption_of(sample), metadata(sample))
+        except Skip as skip:
+            return skip.reason
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -160,6 +153,9 @@ class Shard:
     def __getitem__(self, index: int) -> Sample:
         """`{"__key__", "__url__", <extension>: bytes, ...}`, undecoded."""
         return self._read(self.starts[index], self.ends[index])
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
 
     def _read(self, start: int, end: int) -> Sample:
         content = os.pread(self.file.fileno(), end - start, start)

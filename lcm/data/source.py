@@ -78,9 +78,7 @@ class Source:
         new = [n for n, url in enumerate(self.urls) if self._stamp(url) not in known]
         file = self._file()
         with ThreadPoolExecutor(8) as pool:
-            counted = pool.map(self._count, new)
-            if len(new) > 100:
-                counted = track(counted, total=len(new), description="counting samples")
+            counted = track(pool.map(self._count, new), "counting samples", total=len(new), disable=len(new) < 100)
             for number, facts in zip(new, counted, strict=True):
                 stamp = self._stamp(self.urls[number])
                 known[stamp] = facts

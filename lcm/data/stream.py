@@ -14,10 +14,10 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from lcm.data.members import Sample, Skip
 from lcm.data.order import Mixture, Order, Place
-from lcm.data.shards import Sample, Shard, is_remote, redacted
+from lcm.data.shards import Shard, is_remote, redacted
 from lcm.data.source import Source
-from lcm.data.transforms import Skip
 from lcm.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -44,9 +44,9 @@ class Reader:
             if len(self.shards) > OPEN_SHARDS:
                 self.shards.popitem(last=False)[1].close()
         self.shards.move_to_end(key)
-        if place.index >= len(self.shards[key]):
-            raise Skip("missing", f"sample {place.index} of {self.shards[key].path}, which held more when it was counted")
-        return self.shards[key][place.index]
+        if place.sample >= len(self.shards[key]):
+            raise Skip("missing", f"sample {place.sample} of {self.shards[key].path}, which held more when it was counted")
+        return self.shards[key][place.sample]
 
     def _open(self, key: tuple[int, int]) -> Shard:
         source, shard = self.sources[key[0]], key[1]

@@ -1,20 +1,17 @@
 """From the bytes of a shard's sample to a square RGB tensor and a caption."""
 
 import io
-import json
-import math
 import random
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from lcm.data.filters import lowered, number
-from lcm.data.shards import IMAGES, MAX_BYTES, Sample, image_key
-from lcm.errors import UserError
+from lcm.data.filters import number
+from lcm.data.members import CaptionChoice, Sample, Skip, metadata, skipping
+from lcm.data.shards import IMAGES, MAX_BYTES, first_of
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit, at which it only warns: a 17 kB file can ask for gigabytes
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what crawlers store under any name; others, say PostScript, run a program
@@ -29,62 +26,6 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-CAPTIONS = ("txt", "caption")  # without weights the first that says something
-
-
-class Skip(Exception):
-    """A sample that cannot be used.
-
-    reason: "no_image", "bytes" or "pixels" (too many), "image" (it cannot be decoded), "tiny", "json", "no_caption" or
-    "caption_encoding" (not UTF-8); detail: the same for a reader.
-    """
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail = reason, detail
-
-
-@contextmanager
-def skipping(reason: str, *errors: type[Exception]) -> Iterator[None]:
-    """Turns these errors of its block into a `Skip`."""
-    try:
-        yield
-    except Skip:
-        raise
-    except errors as error:
-        raise Skip(reason, f"{type(error).__name__}: {error}") from error
-
-
-def metadata(sample: Sample) -> dict[str, Any]:
-    """The .json member under lower-case names, {} without one; raises `Skip("json")`."""
-    with skipping("json", ValueError, RecursionError):
-        content = json.loads(sample.get("json", b"{}"))
-    if not isinstance(content, dict):
-        raise Skip("json", f"{type(content).__name__} instead of an object")
-    return dict(lowered(content))
-
-
-def captions_of(sample: Sample, meta: Mapping[str, Any], names: Iterable[str] = CAPTIONS) -> dict[str, str]:
-    """The captions among the members, else the fields of `meta`, of these names; blank ones only where no other is found.
-
-    Raises `Skip("no_caption")` or `Skip("caption_encoding")`.
-    """
-    found = {}
-    for name in names:
-        text = sample.get(name, meta.get(name))
-        with skipping("caption_encoding", UnicodeError):
-            if isinstance(text, str):
-                text = text.encode()  # refuses the halves of emoji that a JSON escape can hold, as a tokenizer would
-            if isinstance(text, bytes):
-                found[name] = text.decode().strip()
-    if not found:
-        raise Skip("no_caption", f"none of {', '.join(names)}")
-    return {name: text for name, text in found.items() if text} or found
-
-
-def caption_of(sample: Sample) -> str:
-    """The .txt member, else the .json member's "caption"; raises `Skip`."""
-    return next(iter(captions_of(sample, metadata(sample)).values()))
 
 
 def opened(content: bytes) -> Image.Image:
@@ -166,25 +107,6 @@ def original_size(meta: Mapping[str, Any], picture: Square) -> tuple[int, int]:
     return (int(width), int(height)) if picture.turned else (int(height), int(width))
 
 
-class CaptionChoice:
-    """`(sample, rng) -> caption`: "" with probability `dropout`, else one of the sample's captions.
-
-    weights: members or .json fields that hold a caption, each with the weight of its being chosen among those that the sample
-    has; None: the .txt member, else the .json member's "caption". Raises `Skip` where there is none, dropped or not.
-    """
-
-    def __init__(self, dropout: float = 0.0, weights: Mapping[str, float] | None = None) -> None:
-        self.dropout, self.weights = dropout, None if weights is None else weights_of(weights)
-
-    def __call__(self, sample: Sample, rng: random.Random) -> str:
-        captions = captions_of(sample, metadata(sample), self.weights or CAPTIONS)
-        if rng.random() < self.dropout:
-            return ""
-        if self.weights:
-            return rng.choices(list(captions.values()), [self.weights[name] for name in captions])[0]
-        return next(iter(captions.values()))
-
-
 class Decode:
     """`sample -> {"x": uint8 [3, size, size], "caption", "key", "original_size", "crop"}`.
 
@@ -210,7 +132,7 @@ class Decode:
         self.choose = CaptionChoice(caption_dropout, captions)
 
     def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
-        name = image_key(sample)
+        name = first_of(sample, IMAGES)
         if name is None:
             raise Skip("no_image", f"only {', '.join(key for key in sample if not key.startswith('__'))}")
         image = opened(sample[name])
@@ -223,17 +145,6 @@ class Decode:
             "original_size": original_size(metadata(sample), picture),
             "crop": picture.crop,
         }
-
-
-def weights_of(captions: Mapping[str, float]) -> dict[str, float]:
-    """Those above zero, under lower-case names as a shard's members and `metadata` have them."""
-    try:
-        weights = {str(name).lower(): float(weight) for name, weight in captions.items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"data.captions={captions!r}: expected a weight for each name, such as {{txt: 1, blip: 3}}") from error
-    if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
-        raise UserError(f"data.captions={captions!r}: expected finite weights of at least 0, one of them above it")
-    return {name: weight for name, weight in weights.items() if weight}
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -56,9 +56,16 @@ def test_every_experiment_composes_and_names_itself(experiment):
     assert composed(experiment).name == experiment
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_yaml_key_is_a_parameter_of_its_target(experiment):
-    for path, node in targets(composed(experiment)):
+EXPERIMENT_CHOICES = [[f"experiment={name}"] for name in EXPERIMENTS]
+DATA_CHOICES = [["experiment=lcd_sd15", f"data={path.stem}"] for path in sorted((CONF / "data").glob("*.yaml"))]
+FILTER_CHOICES = [
+    ["experiment=lcd_sd15", f"data/filters={path.stem}"] for path in sorted((CONF / "data/filters").glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("overrides", [*EXPERIMENT_CHOICES, *DATA_CHOICES, *FILTER_CHOICES], ids=" ".join)
+def test_every_yaml_key_is_a_parameter_of_its_target(overrides):
+    for path, node in targets(compose("train", overrides)):
         accepted = parameters(node._target_)
         given = {str(key) for key in node if not str(key).startswith("_")}
         if node._target_.endswith(("load_codec",)):
@@ -68,7 +75,7 @@ def test_every_yaml_key_is_a_parameter_of_its_target(experiment):
         assert given <= accepted, f"{path}: {node._target_} takes no {given - accepted}"
 
 
-@pytest.mark.parametrize("program", ["train", "sample", "evaluate"])
+@pytest.mark.parametrize("program", ["train", "sample", "evaluate", "encode", "inspect"])
 def test_program_configs_compose(program):
     assert "hydra" not in compose(program, [])
 

@@ -54,7 +54,7 @@ def test_positions_take_turns_over_the_lanes_and_a_lane_keeps_to_few_shards() ->
 
 def test_a_lane_is_shuffled_in_blocks() -> None:
     order = Order([1000], shuffle=10)
-    indices = [order[position].index for position in range(1000)]
+    indices = [order[position].sample for position in range(1000)]
     for start in range(0, 1000, 10):
         assert sorted(indices[start : start + 10]) == list(range(start, start + 10))
     assert sum(b == a + 1 for a, b in pairwise(indices)) < 300
@@ -85,7 +85,7 @@ def test_sources_are_taken_by_weight_exactly() -> None:
 def test_every_source_goes_through_its_own_epochs() -> None:
     both = mixture(2, 1)
     for source in (0, 1):
-        of = [place.index for place in (both[position] for position in range(2 * MIX)) if place.source == source]
+        of = [place.sample for place in (both[position] for position in range(2 * MIX)) if place.source == source]
         for start in range(0, len(of) - 30, 30):
             assert sorted(of[start : start + 30]) == list(range(30))
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from lcm.data.members import Skip
 from lcm.data.order import Mixture, Order
 from lcm.data.source import Source
 from lcm.data.stream import ShardStream
-from lcm.data.transforms import Decode, Skip, collate
+from lcm.data.transforms import Decode, collate
 from lcm.errors import UserError
 from tests.data.conftest import SIZES, gather, keep, keys, pairs, stream, take, write_shard
 

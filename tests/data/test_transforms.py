@@ -18,7 +18,8 @@ from PIL import Image, ImageFile, JpegImagePlugin
 from torch import Tensor
 
 from lcm.data import transforms
-from lcm.data.transforms import Decode, Skip, caption_of, collate
+from lcm.data.members import Skip, caption_of
+from lcm.data.transforms import Decode, collate
 from lcm.errors import UserError
 
 SIZE = 32

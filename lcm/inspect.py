@@ -1,0 +1,67 @@
+"""A look at training data before any training: `python -m lcm.inspect data=shards data.shards='mine/*.tar'`."""
+
+import time
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from lcm.command_line import build, output_folder, program
+from lcm.data.datamodule import ShardDataModule
+from lcm.data.source import total_dropped
+from lcm.images import grid, save_png
+
+
+@program("inspect")
+def main(cfg: DictConfig) -> None:
+    """Print what passes each filter, sizes, captions and samples/s; write a grid of pictures as a network would see them."""
+    folder = output_folder(cfg.output)
+    data: ShardDataModule = build(cfg.data)
+    data.prepare_data()
+    data.setup()
+    for source in data.train_sources:
+        facts = source.facts()
+        dropped = total_dropped(facts)
+        used = sum(shard.samples for shard in facts)
+        print(f"shards:   {len(facts)} with {used + dropped.total()} samples, of which {used} are used")
+        for reason, count in dropped.most_common():
+            print(f"          {count} ({count / (used + dropped.total()):.1%}) left out: {reason}")
+    count = min(cfg.samples, sum(data.sizes))
+    images: list[torch.Tensor] = []
+    captions: list[str] = []
+    sizes: list[list[int]] = []
+    skipped, first, started = Counter[str](), 0, 0.0
+    with tqdm(total=count, unit="sample", desc="reading") as bar:
+        for batch in islice(data.train_dataloader(), -(-count // data.batch_size)):
+            if not captions:  # it waited for the workers to start: the rate counts from here
+                started, first = time.monotonic(), len(captions) + len(batch["captions"])
+            images += batch["x"][: max(cfg.shown - len(images), 0)]
+            captions += batch["captions"]
+            sizes += batch["original_sizes"].tolist()
+            skipped.update(batch["skipped"])
+            bar.update(len(batch["captions"]))
+    rate = (len(captions) - first) / (time.monotonic() - started) if len(captions) > first else float("nan")
+    shorter, words = (
+        torch.tensor([min(size) for size in sizes]).float(),
+        torch.tensor([len(c.split()) for c in captions]).float(),
+    )
+    print(f"reading:  {rate:.0f} samples/s with {data.num_workers} workers, at {data.resolution} px")
+    print(f"sizes:    shorter side {quantiles(shorter)} px")
+    print(f"captions: {quantiles(words)} words; {captions.count('')} of {len(captions)} empty")
+    for reason, number in skipped.most_common():
+        print(f"damaged:  {number} of {len(captions)}: {reason}")
+    rows = [torch.stack(images[i : i + 4]) for i in range(0, len(images) - len(images) % 4, 4)]
+    save_png(grid(rows, [" / ".join(captions[i : i + 4]) for i in range(0, 4 * len(rows), 4)]), folder / "grid.png")
+    print(f"picture:  {Path(folder, 'grid.png')}")
+
+
+def quantiles(values: torch.Tensor) -> str:
+    """ "minimum / median / maximum"."""
+    return " / ".join(f"{value:.0f}" for value in values.quantile(torch.tensor([0.0, 0.5, 1.0])).tolist())
+
+
+if __name__ == "__main__":
+    main()
