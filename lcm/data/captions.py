@@ -1,10 +1,10 @@
 """Captions and images of shards, without a training loop."""
 
 from collections.abc import Iterator
-from itertools import islice
+from contextlib import suppress
 from typing import Any
 
-from lcm.data.members import Sample, caption_of
+from lcm.data.members import Sample, Skip, caption_of
 from lcm.data.order import Order
 from lcm.data.shards import expand_urls
 from lcm.data.source import Source
@@ -24,7 +24,13 @@ def read_samples(shards: str | list[str], option: str = "shards") -> Iterator[Sa
 
 def read_captions(shards: str | list[str], limit: int | None = None, *, option: str = "shards") -> list[str]:
     """The first `limit` captions, in the shards' order; option: the configuration key to name where there are none."""
-    return [caption_of(sample) for sample in islice(read_samples(shards, option), limit)]
+    captions: list[str] = []
+    for sample in read_samples(shards, option):
+        if len(captions) == limit:
+            break
+        with suppress(Skip):
+            captions.append(caption_of(sample))
+    return captions
 
 
 def read_images(shards: str | list[str], *, resolution: int, batch_size: int = 64) -> Iterator[dict[str, Any]]:

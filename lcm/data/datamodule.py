@@ -2,7 +2,6 @@
 
 import logging
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,13 +17,13 @@ from lcm.data.filters import Filters
 from lcm.data.latents import DecodeLatents, check_stamp, collate_latents, stamp
 from lcm.data.order import Mixture, Order
 from lcm.data.shards import expand_urls
+from lcm.data.skips import Skips
 from lcm.data.source import Facts, Source, total_dropped
 from lcm.data.stream import ShardStream
 from lcm.data.transforms import Decode, collate
 from lcm.errors import UserError
 
 log = logging.getLogger(__name__)
-ENOUGH = 1000  # samples seen before their share of skipped ones means something
 
 
 class ShardDataModule(L.LightningDataModule):
@@ -76,9 +75,9 @@ class ShardDataModule(L.LightningDataModule):
         self.weighted: list[tuple[str | list[str], float]] = [(source["urls"], source["weight"]) for source in sources]
         self.val_shards, self.build, self.codec, self.filters, self.cache = val_shards, build, codec, filters, cache
         self.index, self.batch_size, self.val_batch_size = index, batch_size, val_batch_size
-        self.num_workers, self.timeout, self.max_skip_ratio = num_workers, timeout, max_skip_ratio
+        self.num_workers, self.timeout = num_workers, timeout
         self.shuffle, self.lanes, self.seed = shuffle, lanes, seed
-        self.position, self.seen, self.skipped = 0, 0, Counter[str]()
+        self.position, self.skips = 0, Skips(max_skip_ratio)
         if codec is not None and resolution % codec.factor:
             raise UserError(f"data.resolution={resolution} is not a multiple of the VAE's factor {codec.factor}")
         if codec is not None and codec.cache is not None and (random_crop or flip):
@@ -171,7 +170,9 @@ class ShardDataModule(L.LightningDataModule):
         training = self.trainer is not None and self.trainer.training
         if self.trainer is not None and training:
             self.position = batch["position"]
-            self._count_skipped(batch["skipped"], self.trainer)
+            self.skips.add(self.batch_size, batch["skipped"])
+            for logger in self.trainer.loggers if batch["skipped"] else ():
+                logger.log_metrics(self.skips.metrics(), self.trainer.global_step)
         if self.codec is None:
             return {**batch, "x": to_unit_range(batch["x"])}
         device = batch["moments" if self.latents else "x"].device
@@ -180,26 +181,12 @@ class ShardDataModule(L.LightningDataModule):
         rank = self.trainer.global_rank if self.trainer else 0
         return self.codec.encode(batch, generator(self.codec.device, self.seed, training, batch["position"], rank))
 
-    def _count_skipped(self, skipped: dict[str, int], trainer: L.Trainer) -> None:
-        """Report what was damaged, and stop where that is more than a nuisance."""
-        self.seen += self.batch_size
-        if not skipped:
-            return
-        self.skipped.update(skipped)
-        for logger in trainer.loggers:
-            logger.log_metrics({f"data/skipped/{reason}": n for reason, n in self.skipped.items()}, trainer.global_step)
-        if self.seen >= ENOUGH and self.skipped.total() > self.max_skip_ratio * self.seen:
-            raise UserError(
-                f"{self.skipped.total()} of {self.seen} samples were damaged ({dict(self.skipped)}), more than "
-                f"data.max_skip_ratio={self.max_skip_ratio}: the warnings above name some of them; mend the shards or raise it"
-            )
-
     def teardown(self, stage: str) -> None:
-        if stage == "fit" and self.skipped:
-            log.warning("%d of %d samples were damaged and skipped: %s", self.skipped.total(), self.seen, dict(self.skipped))
+        if stage == "fit" and self.skips.by_reason:
+            log.warning("%s", self.skips)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position, "samples": self.sizes, "seen": self.seen, "skipped": dict(self.skipped)}
+        return {"position": self.position, "samples": self.sizes, "skips": self.skips.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["samples"] != self.sizes:
@@ -208,8 +195,8 @@ class ShardDataModule(L.LightningDataModule):
                 state_dict["samples"], self.sizes,
             )  # fmt: skip
             return
-        self.position, self.seen = state_dict["position"], state_dict["seen"]
-        self.skipped = Counter(state_dict["skipped"])
+        self.position = state_dict["position"]
+        self.skips.load_state_dict(state_dict["skips"])
 
 
 def counts(facts: Sequence[Facts]) -> list[int]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lcm.core.random import generator
 from lcm.errors import UserError
 
-Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Optimizer = Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer]
 LRSchedule = Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler]
 
 LOOK_EVERY = 10  # optimizer steps between two looks at a GPU's gradient norm: each is a wait for the device
@@ -30,9 +30,15 @@ class TrainedModule(L.LightningModule):
         self.frozen: dict[str, nn.Module] = {}  # a plain dict: not in state_dict, DDP, EMA, nor the optimizer
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        optimizer = self.make_optimizer(self.parameter_groups())
+        for group in optimizer.param_groups:
+            group["lr"] *= group.pop("lr_scale", 1.0)
         schedule = self.make_lr_schedule(optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is trained; a group's "lr_scale" multiplies the optimizer's learning rate."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
     def on_fit_start(self) -> None:
         for network in self.frozen.values():

@@ -21,7 +21,8 @@ class ConsistencyModule(LatentModule):
 
     ema_decay: the paper's mu; 0 makes the student its own target, and no second copy exists.
     timesteps: `[N]` int64, those t that are trained. w is drawn from [w_min, w_max].
-    loss: the paper's d. zero_init: whether the projection of w starts at zero (the student then starts as `net`).
+    loss: the paper's d. zero_init: whether the projection of w starts at zero (the student then starts as `net`). w_lr_scale:
+    how many times faster than the rest it learns, which a short training needs to leave zero.
     """
 
     consistency = True
@@ -39,6 +40,7 @@ class ConsistencyModule(LatentModule):
         w_min: float = 2.0,
         w_max: float = 14.0,
         zero_init: bool = True,
+        w_lr_scale: float = 1.0,
         **kwargs: Any,
     ) -> None:
         if not 0 <= ema_decay < 1:
@@ -49,7 +51,13 @@ class ConsistencyModule(LatentModule):
         self.target_net = frozen_copy(self.net) if ema_decay else None
         self.register_buffer("timesteps", timesteps, persistent=False)
         self.objective, self.loss = objective, loss
-        self.ema_decay, self.w_min, self.w_max = ema_decay, w_min, w_max
+        self.ema_decay, self.w_min, self.w_max, self.w_lr_scale = ema_decay, w_min, w_max, w_lr_scale
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        [group] = super().parameter_groups()
+        projection = self.net.time_embedding.cond_proj.weight
+        rest = [p for p in group["params"] if p is not projection]
+        return [{"params": rest}, {"params": [projection], "lr_scale": self.w_lr_scale}]
 
     def networks(self) -> Networks:
         online = as_network(self.net)

@@ -120,7 +120,7 @@ def test_the_dataset_is_built_before_its_shards_are_looked_for(shards: Path) -> 
 
 def test_a_checkpoint_of_other_data_starts_its_order_anew(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = datamodule(shards)
-    data.load_state_dict({"position": 40, "samples": [9], "seen": 40, "skipped": {}})
+    data.load_state_dict({"position": 40, "samples": [9], "skips": {"seen": 40, "by_reason": {}}})
     assert data.position == 0
     assert "training data changed" in caplog.text
 
@@ -160,8 +160,8 @@ def test_skipped_samples_are_counted_logged_and_in_the_end_too_many(shards: Path
     data.trainer.loggers = [SimpleNamespace(log_metrics=lambda metrics, step: logged.append((metrics, step)))]
     data.on_after_batch_transfer({**batch, "skipped": {"image": 1, "json": 1}}, 0)
     assert logged == [({"data/skipped/image": 4, "data/skipped/json": 1}, 3)]
-    assert data.state_dict()["skipped"] == {"image": 4, "json": 1}
+    assert data.state_dict()["skips"] == {"seen": 200, "by_reason": {"image": 4, "json": 1}}
     for _ in range(7):
         data.on_after_batch_transfer({**batch, "skipped": {"image": 10}}, 0)
-    with pytest.raises(UserError, match=r"85 of 1000 samples were damaged .*data\.max_skip_ratio=0\.05"):
+    with pytest.raises(UserError, match=r"85 of 1000 samples were damaged and skipped .*data\.max_skip_ratio=0\.05"):
         data.on_after_batch_transfer({**batch, "skipped": {"image": 10}}, 0)

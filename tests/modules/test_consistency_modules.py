@@ -148,6 +148,17 @@ def test_the_saved_folder_is_the_trained_student(
     assert LatentModel.load(folder).latents(["rocket"], [0], steps=2, w=3.0).isfinite().all()
 
 
+def test_the_projection_of_w_learns_faster_by_its_scale(training: Make, data: Make, fit: Make) -> None:
+    """AdamW's first step from zero is the learning rate itself, wherever there is a gradient."""
+    plain, fast = training("distillation"), training("distillation", w_lr_scale=10.0)
+    for module in (plain, fast):
+        fit(module, data(), 1)
+    moved, further = (module.net.time_embedding.cond_proj.weight.detach() for module in (plain, fast))
+    assert torch.allclose(further, 10 * moved, rtol=1e-4)
+    assert moved.abs().max() == pytest.approx(1e-3, rel=1e-3)
+    assert torch.equal(fast.net.conv_in.weight, plain.net.conv_in.weight)
+
+
 def test_a_student_is_fine_tuned_as_it_is(training: Make, data: Make, fit: Make, tmp_path: Path) -> None:
     distilled = training("distillation")
     fit(distilled, data(), 2)
