@@ -189,10 +189,10 @@ class ShardDataModule(L.LightningDataModule):
         return {"position": self.position, "samples": self.sizes, "skips": self.skips.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["samples"] != self.sizes:
+        if state_dict.get("samples") != self.sizes:
             log.warning(
                 "the training data changed since the checkpoint (%s samples then, %s now): their order starts anew",
-                state_dict["samples"], self.sizes,
+                state_dict.get("samples"), self.sizes,
             )  # fmt: skip
             return
         self.position = state_dict["position"]

@@ -25,7 +25,7 @@ def test_distil_sample_evaluate_and_fine_tune(run, tiny, shards, tiny_pipeline, 
     pictures = {path.name for path in (run_dir / "samples").iterdir()}
     assert pictures == {"history.png", *(f"step-{n:06d}.png" for n in (0, 3, 6))}
     assert {"train/loss", "train/grad_norm", "val/loss"} <= set(rows(run_dir)[-1])
-    assert json.loads((run_dir / "model/lcm.json").read_text())["w_max"] == 4.0
+    assert json.loads((run_dir / "model/lcm.json").read_text())["w_max"] == 6.0
     LatentConsistencyModelPipeline.from_pretrained(run_dir / "model")
 
     done = run("sample.py", "prompts=[red apple,rocket]", "images_per_prompt=2", "steps=2", "w=1.5", "output=out")
