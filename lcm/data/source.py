@@ -117,8 +117,9 @@ class Source:
         file, known = self._file(), {}
         if file is not None and file.is_file():
             for line in file.read_text().splitlines():
-                entry: dict[str, Any] = json.loads(line)
-                known[entry["shard"]] = Facts(entry["samples"], entry["dropped"])
+                with contextlib.suppress(ValueError):  # a line that a killed run left half-written: its shard is counted again
+                    entry: dict[str, Any] = json.loads(line)
+                    known[entry["shard"]] = Facts(entry["samples"], entry["dropped"])
         return known
 
     @staticmethod

@@ -93,6 +93,7 @@ class ShardStream(IterableDataset):
         self.sources, self.order, self.decode, self.collate = sources, order, decode, collate
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.start, self.stop, self.ahead = start, stop, ahead
+        self.remote = any(is_remote(url) for source in sources for url in source.urls)
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
@@ -128,8 +129,9 @@ class ShardStream(IterableDataset):
         good = self._decoded(own, skipped)
         if self.stop is not None:
             return good
-        for _, place in self._share(batch + 1 + self.ahead // (self.batch_size * self.world_size)):
-            self.reader.prefetch(place)
+        if self.remote:
+            for _, place in self._share(batch + 1 + self.ahead // (self.batch_size * self.world_size)):
+                self.reader.prefetch(place)
         failed: Counter[str] = Counter()
         while not good:
             batch += 1

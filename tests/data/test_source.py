@@ -28,6 +28,14 @@ def test_shards_are_counted_once(urls: list[str], tmp_path: Path, monkeypatch: p
     assert Source(urls, index=str(tmp_path)).facts() == first
 
 
+def test_a_half_written_index_is_counted_again(urls: list[str], tmp_path: Path) -> None:
+    first = Source(urls, index=str(tmp_path)).facts()
+    [file] = tmp_path.iterdir()
+    file.write_text(file.read_text()[:-20])
+    for _ in range(2):  # also where the new line was appended to the torn one
+        assert Source(urls, index=str(tmp_path)).facts() == first
+
+
 def test_a_changed_shard_is_counted_again(tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "a.tar", pairs(0, 3))
     assert Source([shard], index=str(tmp_path / "index")).facts()[0].samples == 3
@@ -202,7 +210,7 @@ def test_a_remote_stream_is_the_local_one_without_its_dead_shard(server: Server,
     remote = [f"{server.url}/{number}.tar" for number in (0, 1, 2)]
     source = Source(remote, cache=cache(tmp_path))
     of = stream([str(tmp_path / f"www/{number}.tar") for number in range(3)])
-    of.sources = [source]
+    of.sources, of.remote = [source], True
     server.answers["1.tar"] = [failing]
     batches = take(of, 6, workers)
     assert {key[0] for key in keys(batches)} == {"0", "2"}
