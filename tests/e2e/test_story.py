@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from diffusers import LatentConsistencyModelPipeline
+from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
 from PIL import Image
 
 from tests.e2e.conftest import tiny_data
@@ -99,3 +99,32 @@ def test_multirun_sweeps_groups_and_values(run, tiny, tmp_path):
     assert len(configs) == 4
     assert sum("lcm.core.solvers.heun" in config for config in configs) == 2
     assert all((tmp_path / f"runs/lcd_mini/{i}/model/unet").is_dir() for i in range(4))
+
+
+def test_a_sweep_ends_with_one_table_and_one_plot(run, tiny, tmp_path):
+    done = run("train.py", "-m", *tiny, "trainer.max_steps=3", "model.ema_decay=0,0.95", "model/loss=l1,l2,huber")
+    assert done.returncode == 0, done.stderr
+    [folder] = (tmp_path / "runs/sweeps").iterdir()
+    head, _, *lines = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in (folder / "table.md").open()]
+    assert head == ["model.ema_decay", "model/loss", "val/loss", "run"]
+    assert [line[:2] for line in lines] == [[mu, loss] for mu in ("0", "0.95") for loss in ("l1", "l2", "huber")]
+    for _, _, loss, run_dir in lines:
+        logged = [row["val/loss"] for row in rows(tmp_path / run_dir) if row["val/loss"]]
+        assert float(loss) == pytest.approx(float(logged[-1]), rel=1e-3)
+    assert Image.open(folder / "plot.png").width > 300
+
+
+@pytest.mark.parametrize(("experiment", "steps"), [("guided_distill_mini", 8), ("cd_mini", 2), ("ct_mini", 2)])
+def test_a_baseline_trains_and_samples(experiment, steps, run, tiny_pipeline, shards, tmp_path):
+    base = "pipeline" if experiment == "ct_mini" else "teacher"
+    done = run(
+        "train.py", f"experiment={experiment}", f"model.{base}={tiny_pipeline}", *tiny_data(shards),
+        "trainer.max_steps=8", "callbacks=default",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = run("sample.py", "prompts=[red apple,rocket]", f"steps={steps}", "w=1.5", "output=out")
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "out/00001.png").size == (32, 32)
+    diffusers_opens = StableDiffusionPipeline.from_pretrained(tmp_path / "runs" / experiment / "0/model")
+    images = diffusers_opens("rocket", num_inference_steps=2, guidance_scale=1.0, output_type="np").images
+    assert images.shape == (1, 32, 32, 3)
