@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lcm.core.consistency import ConsistencyFn, Denoise, consistency_fn
 from lcm.core.schedule import NoiseSchedule
-from lcm.core.solvers import x0_step
+from lcm.core.solvers import eps_step, x0_step
 
 Noise = Callable[[], Tensor]
 
@@ -69,15 +69,35 @@ def ddpm(denoise: Denoise, z: Tensor, timesteps: list[int], *, schedule: NoiseSc
     return ddim(denoise, z, timesteps, schedule=schedule, noise=noise, eta=1.0)
 
 
+def dpm_solver_2m(denoise: Denoise, z: Tensor, timesteps: list[int], *, schedule: NoiseSchedule, noise: Noise) -> Tensor:
+    """DPM-Solver of second order (2206.00927) in multistep form: as `dpm_solver_pp_2m`, with eps in the place of x0."""
+    return _multistep(lambda z, t: denoise(z, t).eps, eps_step, z, timesteps, schedule)
+
+
 def dpm_solver_pp_2m(denoise: Denoise, z: Tensor, timesteps: list[int], *, schedule: NoiseSchedule, noise: Noise) -> Tensor:
-    """DPM-Solver++(2M) (2211.01095, Algorithm 2): second order at one network call a step, the first step of order one."""
-    previous: tuple[Tensor, Tensor] | None = None  # (x0, h) of the step before
-    for t, s in _steps(timesteps, z):
-        x0 = denoise(z, t).x0
+    """DPM-Solver++(2M) (2211.01095, Algorithm 2): second order at one network call a step."""
+    return _multistep(lambda z, t: denoise(z, t).x0, x0_step, z, timesteps, schedule)
+
+
+def _multistep(
+    read: Callable[[Tensor, Tensor], Tensor],
+    step: Callable[..., Tensor],
+    z: Tensor,
+    timesteps: list[int],
+    schedule: NoiseSchedule,
+) -> Tensor:
+    """`read` is what the step takes for constant; here it is continued along the line through the last two of it.
+
+    The first step is of order one, and, as in diffusers, the last of fewer than 15: a long way to extrapolate to the clean end.
+    """
+    previous: tuple[Tensor, Tensor] | None = None  # (what was read, h) of the step before
+    for i, (t, s) in enumerate(_steps(timesteps, z)):
+        now = read(z, t)
         h = (schedule.log_snr(s) - schedule.log_snr(t)).view(-1, *(1,) * (z.ndim - 1))
-        slope = x0 if previous is None else x0 + (x0 - previous[0]) * h / (2 * previous[1])
-        previous = (x0, h)
-        z = x0_step(z, slope, t, s, schedule)
+        last = len(timesteps) < 15 and i == len(timesteps) - 1
+        slope = now if previous is None or last else now + (now - previous[0]) * h / (2 * previous[1])
+        previous = (now, h)
+        z = step(z, slope, t, s, schedule)
     return z
 
 

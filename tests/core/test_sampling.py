@@ -73,21 +73,22 @@ def test_ddim_agrees_with_diffusers(prediction_type, eta):
 
 
 @every_type
-@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning", "ignore:.*dpmsolver:FutureWarning")
 @pytest.mark.parametrize("timesteps", [[999, 749, 499, 249], trailing_steps(20), [999, 700, 650, 300, 20]])
-def test_dpm_solver_pp_2m_agrees_with_diffusers(prediction_type, timesteps):
-    """Without lower_order_final, which makes the last of fewer than 15 steps one of first order."""
+@pytest.mark.parametrize(
+    ("algorithm", "sampler"), [("dpmsolver++", sampling.dpm_solver_pp_2m), ("dpmsolver", sampling.dpm_solver_2m)]
+)
+def test_multistep_solvers_agree_with_diffusers(algorithm, sampler, prediction_type, timesteps):
     scheduler = sd(
         DPMSolverMultistepScheduler,
         prediction_type=prediction_type,
-        algorithm_type="dpmsolver++",
+        algorithm_type=algorithm,
         solver_order=2,
         solver_type="midpoint",
         final_sigmas_type="sigma_min",
-        lower_order_final=False,
     )
     scheduler.set_timesteps(timesteps=timesteps)
-    z = ours(sampling.dpm_solver_pp_2m, timesteps, prediction_type=prediction_type)
+    z = ours(sampler, timesteps, prediction_type=prediction_type)
     torch.testing.assert_close(z, theirs(scheduler), rtol=1e-3, atol=1e-3)
 
 
