@@ -81,12 +81,15 @@ def write_config(cfg: DictConfig, trainer: Any) -> None:
 
 
 def find_pipeline(pipeline: str, runs: str) -> str:
-    """A pipeline folder, hub id or "mini" as given; for "last" the newest model that a run under `runs` saved."""
-    if pipeline != "last":
+    """A pipeline folder, hub id or "mini" as given; for "last" the newest model that a run under `runs` saved, for
+    "last:<name>" the newest of the runs of that name."""
+    last, _, name = pipeline.partition(":")
+    if last != "last":
         return pipeline
-    saved = sorted(Path(runs).glob("*/*/model/model_index.json"), key=lambda file: file.stat().st_mtime)
+    saved = sorted(Path(runs).glob(f"{name or '*'}/*/model/model_index.json"), key=lambda file: file.stat().st_mtime)
     if not saved:
         raise UserError(
-            f"no run under {runs}/ has saved a model yet: run `python train.py`, or set pipeline=<folder or hub id>"
+            f"no run under {Path(runs, name)}/ has saved a model yet: run `python train.py{f' experiment={name}' * bool(name)}`, "
+            "or set pipeline=<folder or hub id>"
         )
     return str(saved[-1].parent)
