@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
@@ -118,8 +118,9 @@ def plot(rows: Sequence[Row], metrics: Sequence[str], x: str, line: Callable[[Ro
             axes.minorticks_off()
             if metric in LOG_SCALED and min(row[metric] for row in rows) > 0:
                 axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes.yaxis.set_major_formatter(ScalarFormatter())
-                axes.yaxis.set_minor_formatter(NullFormatter())
+                axes.yaxis.set_minor_locator(NullLocator())
             axes.set(
                 xlabel=x,
                 ylabel=TITLES[metric],
