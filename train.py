@@ -3,7 +3,7 @@
 import lightning as L
 from omegaconf import DictConfig
 
-from lcm.command_line import build, program
+from lcm.command_line import build, build_all, program
 from lcm.runs import resume_path, start_run, write_config
 
 
@@ -14,7 +14,7 @@ def main(cfg: DictConfig) -> float | None:
     ckpt_path = resume_path(cfg)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule, model = build(cfg.data), build(cfg.model)
-    callbacks, loggers = list(build(cfg.callbacks).values()), list(build(cfg.logger).values())
+    callbacks, loggers = build_all(cfg.callbacks), build_all(cfg.logger)
     trainer = L.Trainer(**build(cfg.trainer), callbacks=callbacks, logger=loggers, default_root_dir=run_dir)
     write_config(cfg, trainer)
     trainer.fit(model, datamodule, ckpt_path=ckpt_path)

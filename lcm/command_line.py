@@ -132,6 +132,12 @@ def build(node: Any) -> Any:
         raise UserError(f"cannot build {where}: {type(cause).__name__}: {' '.join(str(cause).split())}") from cause
 
 
+def build_all(nodes: Any) -> list[Any]:
+    """What a group of named parts describes; numbers that an experiment sets for a part not chosen (callbacks=default) describe
+    nothing."""
+    return [build(node) for node in (nodes or {}).values() if node and "_target_" in node]
+
+
 def read_prompts(prompts: str | list[str], captions: Callable[[], list[str]]) -> list[str]:
     """A prompt, a list of them, a .txt file with one a line, or `val`: the validation captions."""
     if prompts == "val":

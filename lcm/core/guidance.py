@@ -5,10 +5,22 @@ import math
 import torch
 from torch import Tensor
 
+from lcm.errors import UserError
+
 
 def guide(cond: Tensor, uncond: Tensor, w: Tensor) -> Tensor:
     """LCM, eq. 6: `(1 + w) cond - w uncond`; cond, uncond: `[B, ...]`, w: `[B]`. w = 0 is the conditional prediction."""
     return cond + w.view(-1, *(1,) * (cond.ndim - 1)) * (cond - uncond)
+
+
+def draw_w(count: int, w_min: float, w_max: float, rng: torch.Generator) -> Tensor:
+    """w ~ U[w_min, w_max], `[count]`."""
+    return w_min + (w_max - w_min) * torch.rand(count, generator=rng, device=rng.device)
+
+
+def check_w_range(w_min: float, w_max: float) -> None:
+    if not 0 <= w_min <= w_max:
+        raise UserError(f"model.w_min={w_min} and model.w_max={w_max} are not a range of guidance weights")
 
 
 def embed_w(w: Tensor, dim: int = 256) -> Tensor:

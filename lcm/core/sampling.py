@@ -11,19 +11,27 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lcm.core.consistency import Denoise, consistency_fn
+from lcm.core.consistency import ConsistencyFn, Denoise, consistency_fn
 from lcm.core.schedule import NoiseSchedule
 from lcm.core.solvers import x0_step
 
 Noise = Callable[[], Tensor]
 
 
-def consistency(denoise: Denoise, z: Tensor, timesteps: list[int], *, schedule: NoiseSchedule, noise: Noise) -> Tensor:
-    """Multistep consistency sampling (LCM, Algorithm 3); one step draws no second noise."""
-    x0 = consistency_fn(denoise, z, _at(timesteps[0], z))
+def consistency(
+    denoise: Denoise,
+    z: Tensor,
+    timesteps: list[int],
+    *,
+    schedule: NoiseSchedule,
+    noise: Noise,
+    f: ConsistencyFn = consistency_fn,
+) -> Tensor:
+    """Multistep consistency sampling (LCM, Algorithm 3); one step draws no second noise. f: as the model was trained."""
+    x0 = f(denoise, z, _at(timesteps[0], z))
     for tau in timesteps[1:]:
         z = schedule.add_noise(x0, noise(), _at(tau, z))
-        x0 = consistency_fn(denoise, z, _at(tau, z))
+        x0 = f(denoise, z, _at(tau, z))
     return x0
 
 

@@ -1,8 +1,11 @@
 """Which timesteps are trained and sampled. Timesteps are integers everywhere; s < t; 0 is the (nearly) clean end."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from lcm.core.schedule import NoiseSchedule
 from lcm.errors import UserError
 
 
@@ -22,18 +25,40 @@ def full(num_timesteps: int = 1000, *, skip_steps: int = 20) -> Tensor:
     return torch.arange(skip_steps, num_timesteps)
 
 
+def karras(schedule: NoiseSchedule, *, points: int = 18, rho: float = 7.0) -> Tensor:
+    """At most `points` int64 ascending timesteps 0 .. T - 1, evenly spaced in `(sigma_t / alpha_t)^(1 / rho)`.
+
+    Those of Consistency Models (2206.00364, eq. 5), at the schedule's nearest integers.
+    """
+    if not 2 <= points <= schedule.num_timesteps:
+        raise UserError(f"points={points} does not fit {schedule.num_timesteps} timesteps: use 2 to {schedule.num_timesteps}")
+    root = (schedule.sigma / schedule.alpha) ** (1 / rho)
+    wanted = root[0] + (root[-1] - root[0]) * torch.arange(points, device=root.device) / (points - 1)
+    return (root[None] - wanted[:, None]).abs().argmin(dim=1).unique()
+
+
 def skip_pair(timesteps: Tensor, index: Tensor, skip_steps: int) -> tuple[Tensor, Tensor]:
     """Algorithm 1's (t_{n+k}, t_n) for drawn indices `[B]`: t = timesteps[index], s = t - k, not below 0."""
     t = timesteps[index]
     return t, (t - skip_steps).clamp_min(0)
 
 
-def consistency_steps(steps: int, num_timesteps: int = 1000, *, points: int = 50) -> list[int]:
-    """`steps` descending timesteps of the trained grid, from T - 1 on (the rule of diffusers' LCMScheduler)."""
-    times = grid(num_timesteps, points=points).flip(0)
-    if not 1 <= steps <= points:
-        raise UserError(f"steps={steps} does not fit the {points} points of the model's grid: use 1 to {points}")
-    return [int(times[points * i // steps]) for i in range(steps)]
+def neighbours(timesteps: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """(t_{n+1}, t_n) of a grid: t = timesteps[index] and the timestep before it, 0 before the first; ascending `[N - 1]`."""
+    return timesteps[index], torch.nn.functional.pad(timesteps, (1, 0))[index]
+
+
+def consistency_steps(
+    steps: int, num_timesteps: int = 1000, *, points: int = 50, trained: Sequence[int] | None = None
+) -> list[int]:
+    """`steps` descending timesteps of the trained grid, from T - 1 on (the rule of diffusers' LCMScheduler).
+
+    trained: the ascending timesteps above 0 that a model was trained at, if not `grid`'s.
+    """
+    times = grid(num_timesteps, points=points).tolist() if trained is None else trained
+    if not 1 <= steps <= len(times):
+        raise UserError(f"steps={steps} does not fit the {len(times)} points of the model's grid: use 1 to {len(times)}")
+    return [times[-1 - len(times) * i // steps] for i in range(steps)]
 
 
 def trailing_steps(steps: int, num_timesteps: int = 1000) -> list[int]:

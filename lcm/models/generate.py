@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from lcm.core import sampling
+from lcm.core.consistency import cm_consistency_fn
 from lcm.core.networks import conditioned, guided
 from lcm.core.random import ImageNoise
 from lcm.core.schedule import NoiseSchedule
@@ -25,21 +27,30 @@ Sampler = Callable[..., Tensor]
 
 @dataclass
 class LatentModel:
-    """A UNet with what it takes to make images: schedule and codec. `consistency`: a student, sampled by Algorithm 3."""
+    """A UNet with what it takes to make images: schedule and codec. `consistency`: a student, sampled by Algorithm 3.
+
+    facts: what `lcm.json` says of the training. students: those of guided distillation, by their number of steps.
+    """
 
     unet: UNet2DConditionModel
     schedule: NoiseSchedule
     codec: LatentCodec
     consistency: bool
     facts: dict[str, Any] = field(default_factory=dict)
+    students: dict[int, UNet2DConditionModel] = field(default_factory=dict)
 
     @classmethod
     def load(cls, pipeline: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "LatentModel":
         """dtype: of the UNet, which takes nearly all the time; solvers, VAE and text encoder stay in float32."""
-        unet = pipelines.load_unet(pipeline, dtype).to(device).eval().requires_grad_(False)
-        codec = pipelines.load_codec(pipeline).to(device)
+
+        def load(name: str) -> UNet2DConditionModel:
+            return pipelines.load_unet(pipeline, dtype, name=name).to(device).eval().requires_grad_(False)
+
+        unet, codec = load("unet"), pipelines.load_codec(pipeline).to(device)
         facts, consistency = pipelines.training_facts(pipeline), pipelines.is_consistency_model(pipeline)
-        return cls(unet, pipelines.load_schedule(pipeline).to(device), codec, consistency, facts)
+        *others, last = facts.get("students") or [None]
+        students = {n: load(f"unet_{n}") for n in others} | ({last: unet} if last else {})
+        return cls(unet, pipelines.load_schedule(pipeline).to(device), codec, consistency, facts, students)
 
     def check_w(self, w: float) -> None:
         """A student answers for the w it was trained on; a teacher for any."""
@@ -49,8 +60,19 @@ class LatentModel:
 
     def sampler(self, sampler: Sampler | None) -> tuple[Sampler, Callable[..., list[int]]]:
         """The given sampler, or the model's natural one, and the rule that places its timesteps."""
-        chosen = sampler or (sampling.consistency if self.consistency else sampling.ddim)
-        return chosen, consistency_steps if getattr(chosen, "func", chosen) is sampling.consistency else trailing_steps
+        chosen: Sampler = sampler or (sampling.consistency if self.consistency else sampling.ddim)
+        if getattr(chosen, "func", chosen) is not sampling.consistency:
+            return chosen, self.distilled_steps if self.students else trailing_steps
+        place = partial(consistency_steps, trained=self.facts.get("timesteps"))
+        if "sigma_data" not in self.facts:
+            return chosen, place
+        f = partial(cm_consistency_fn, schedule=self.schedule, sigma_data=self.facts["sigma_data"])
+        return partial(chosen, f=f), place
+
+    def distilled_steps(self, steps: int, num_timesteps: int = 1000) -> list[int]:
+        if steps not in self.students:
+            raise UserError(f"steps={steps}: this model was distilled for {', '.join(map(str, self.students))} steps")
+        return trailing_steps(steps, num_timesteps)
 
     @torch.no_grad()
     def latents(self, prompts: list[str], seeds: list[int], *, steps: int, w: float, sampler: Sampler | None = None) -> Tensor:
@@ -62,8 +84,8 @@ class LatentModel:
         noise = ImageNoise(seeds, (self.unet.config["in_channels"], *side), self.unet.device)
         cond = self.codec.encode_text(prompts)
         ws = torch.full((len(prompts),), float(w), device=self.unet.device)
-        net = as_network(self.unet)
-        if self.unet.config["time_cond_proj_dim"] is not None or w == 0:
+        net = as_network(self.students.get(steps, self.unet))
+        if self.consistency or self.unet.config["time_cond_proj_dim"] is not None or w == 0:
             denoise = conditioned(net, cond, self.schedule, ws)
         else:
             denoise = guided(net, cond, self.codec.uncond, self.schedule, ws)

@@ -3,9 +3,10 @@
 import copy
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -56,10 +57,14 @@ def explained(pipeline: str) -> Iterator[None]:
         raise UserError(f"cannot load {pipeline}: {' '.join(str(error).split())}") from error
 
 
-def load_unet(pipeline: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-    folder = find(pipeline, "unet", "scheduler")
+def load_unet(pipeline: str, dtype: torch.dtype = torch.float32, *, name: str = "unet") -> UNet2DConditionModel:
+    folder = find(pipeline, name, "scheduler")
     with explained(pipeline):
-        return UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True, torch_dtype=dtype)
+        return UNet2DConditionModel.from_pretrained(folder, subfolder=name, use_safetensors=True, torch_dtype=dtype)
+
+
+def save_unet(folder: str | Path, unet: UNet2DConditionModel, dtype: torch.dtype = torch.float16) -> None:
+    torch.nn.Module.to(copy.deepcopy(unet), dtype).save_pretrained(folder)
 
 
 def load_schedule(pipeline: str) -> NoiseSchedule:
@@ -104,8 +109,11 @@ def save_pipeline(
     consistency: bool,
     facts: dict[str, Any],
     dtype: torch.dtype = torch.float16,
+    more: Mapping[str, Path] = MappingProxyType({}),
 ) -> None:
     """Write a pipeline folder that diffusers opens unmodified; VAE, text encoder and tokenizer are copied from `base`.
+
+    more: further UNets' folders by the name they get in it.
 
     The folder is written beside its place and renamed, so it is whole or absent.
     """
@@ -115,7 +123,10 @@ def save_pipeline(
     for part in ("vae", "text_encoder", "tokenizer", "clip"):
         if (source / part).is_dir():
             shutil.copytree(source / part, partial / part)
-    torch.nn.Module.to(copy.deepcopy(unet), dtype).save_pretrained(partial / "unet")
+    for name, other in more.items():
+        shutil.copytree(other, partial / name)
+    save_unet(partial / "unet", unet, dtype)
+    takes_w = unet.config["time_cond_proj_dim"] is not None
     if consistency:
         scheduler = LCMScheduler(**schedule.config)
     else:  # steps_offset=1 is what StableDiffusionPipeline asks for; trailing spacing does not use it
@@ -123,7 +134,7 @@ def save_pipeline(
         scheduler = DDIMScheduler(**schedule.config, **options)
     scheduler.save_pretrained(partial / "scheduler")
     index = {
-        "_class_name": "LatentConsistencyModelPipeline" if consistency else "StableDiffusionPipeline",
+        "_class_name": "LatentConsistencyModelPipeline" if consistency and takes_w else "StableDiffusionPipeline",
         "_diffusers_version": diffusers.__version__,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],

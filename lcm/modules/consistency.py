@@ -1,4 +1,4 @@
-"""What distillation and fine-tuning share: a w-conditioned student, its target network, the draws of a step."""
+"""What consistency distillations and trainings share: a student, its target network, the draws of a step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,11 +8,12 @@ from torch import Tensor
 
 from lcm.core.batch import LatentBatch
 from lcm.core.ema import ema_update_
+from lcm.core.guidance import check_w_range
 from lcm.core.networks import Networks
 from lcm.core.objectives.consistency import Distance, draw
 from lcm.core.schedule import NoiseSchedule
 from lcm.errors import UserError
-from lcm.models.student import as_network, frozen_copy, make_student
+from lcm.models.student import as_network, frozen_copy, make_student, unet_like
 from lcm.modules.latent import LatentModule
 
 
@@ -21,11 +22,11 @@ class ConsistencyModule(LatentModule):
 
     ema_decay: the paper's mu; 0 makes the student its own target, and no second copy exists.
     timesteps: `[N]` int64, those t that are trained. w is drawn from [w_min, w_max].
-    loss: the paper's d. zero_init: whether the projection of w starts at zero (the student then starts as `net`). w_lr_scale:
-    how many times faster than the rest it learns, which a short training needs to leave zero.
+    loss: the paper's d. zero_init: whether the projection of w starts at zero (the student then starts as `net`).
     """
 
     consistency = True
+    guided = True  # whether the student takes w
     timesteps: Tensor
 
     def __init__(
@@ -40,24 +41,16 @@ class ConsistencyModule(LatentModule):
         w_min: float = 2.0,
         w_max: float = 14.0,
         zero_init: bool = True,
-        w_lr_scale: float = 1.0,
         **kwargs: Any,
     ) -> None:
         if not 0 <= ema_decay < 1:
             raise UserError(f"model.ema_decay={ema_decay} is not in [0, 1)")
-        if not 0 <= w_min <= w_max:
-            raise UserError(f"model.w_min={w_min} and model.w_max={w_max} are not a range of guidance weights")
-        super().__init__(make_student(net, zero_init=zero_init), schedule, **kwargs)
+        check_w_range(w_min, w_max)
+        super().__init__(make_student(net, zero_init=zero_init) if self.guided else unet_like(net), schedule, **kwargs)
         self.target_net = frozen_copy(self.net) if ema_decay else None
         self.register_buffer("timesteps", timesteps, persistent=False)
         self.objective, self.loss = objective, loss
-        self.ema_decay, self.w_min, self.w_max, self.w_lr_scale = ema_decay, w_min, w_max, w_lr_scale
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        [group] = super().parameter_groups()
-        projection = self.net.time_embedding.cond_proj.weight
-        rest = [p for p in group["params"] if p is not projection]
-        return [{"params": rest}, {"params": [projection], "lr_scale": self.w_lr_scale}]
+        self.ema_decay, self.w_min, self.w_max = ema_decay, w_min, w_max
 
     def networks(self) -> Networks:
         online = as_network(self.net)
@@ -87,4 +80,4 @@ class ConsistencyModule(LatentModule):
             ema_update_(self.target_net.parameters(), self.net.parameters(), self.ema_decay)
 
     def facts(self) -> dict[str, Any]:
-        return {**super().facts(), "w_min": self.w_min, "w_max": self.w_max}
+        return {**super().facts(), **({"w_min": self.w_min, "w_max": self.w_max} if self.guided else {})}

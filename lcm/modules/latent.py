@@ -1,5 +1,6 @@
 """What the modules on latents share: the UNet's housekeeping, sampling, saving a pipeline folder."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ class LatentModule(TrainedModule):
 
     pipeline: the folder or hub id whose VAE and text encoder `save_model` puts beside the trained UNet.
     eval_ema: decay of a second, averaged copy that is sampled, validated and saved in place of `net`; None keeps none.
-    compile: `torch.compile` the networks. gradient_checkpointing: recompute activations, for memory.
+    w_lr_scale: how many times faster than the rest a student's projection of w learns, which a short training needs to leave
+    zero. compile: `torch.compile` the networks. gradient_checkpointing: recompute activations, for memory.
     """
 
     consistency = False  # whether the trained network is sampled by Algorithm 3
@@ -31,16 +33,25 @@ class LatentModule(TrainedModule):
         *,
         pipeline: str,
         eval_ema: float | None = None,
+        w_lr_scale: float = 1.0,
         compile: bool = False,
         gradient_checkpointing: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.net, self.schedule, self.pipeline = net.train(), schedule, pipeline
-        self.eval_ema, self.compile_networks = eval_ema, compile
+        self.eval_ema, self.w_lr_scale, self.compile_networks = eval_ema, w_lr_scale, compile
         self.ema_net = frozen_copy(net) if eval_ema is not None else None
         if gradient_checkpointing:
             net.enable_gradient_checkpointing()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        [group] = super().parameter_groups()
+        projection = getattr(self.net.time_embedding.cond_proj, "weight", None)
+        if projection is None:
+            return [group]
+        rest = [p for p in group["params"] if p is not projection]
+        return [{"params": rest}, {"params": [projection], "lr_scale": self.w_lr_scale}]
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -70,5 +81,15 @@ class LatentModule(TrainedModule):
 
     def save_model(self, folder: str) -> None:
         save_pipeline(
-            folder, self.best_net, self.schedule, base=self.pipeline, consistency=self.consistency, facts=self.facts()
+            folder,
+            self.best_net,
+            self.schedule,
+            base=self.pipeline,
+            consistency=self.consistency,
+            facts=self.facts(),
+            more=self.more_networks(),
         )
+
+    def more_networks(self) -> dict[str, Path]:
+        """Folders of further UNets that belong to the saved pipeline, by name."""
+        return {}

@@ -13,7 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from lcm.command_line import CONF, build, check_overrides, compose, dotted_keys
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-FULL_SIZE = {"teacher_sd15": "sd15", "lcd_sd15": "sd15", "lcf_sd15": "sd15", "lcd_sd21_768": "sd21"}
+FULL_SIZE = {
+    "teacher_sd15": "sd15",
+    "lcd_sd15": "sd15",
+    "lcf_sd15": "sd15",
+    "lcd_sd21_768": "sd21",
+    "guided_distill_sd15": "sd15",
+}
 PARTS = [
     (group, path.stem)
     for group in ("solver", "loss", "timesteps", "lr_schedule", "optimizer", "net", "schedule", "objective")
@@ -84,7 +90,7 @@ def test_program_configs_compose(program):
 def test_every_part_can_be_swapped_in(group, option):
     base = {"net": "teacher_mini", "schedule": "teacher_mini", "objective": "lcd_mini"}.get(group, "lcd_mini")
     if group == "objective" and option != "lcd":
-        base = {"lcf": "lcf_mini", "denoising": "teacher_mini"}[option]
+        base = {"lcf": "lcf_mini", "denoising": "teacher_mini", "cd": "cd_mini", "ct": "ct_mini"}[option]
     cfg = composed(base, f"model/{group}={option}")
     with torch.device("meta"):
         assert build(cfg.model[group]) is not None

@@ -4,8 +4,9 @@ import pytest
 import torch
 from diffusers import LCMScheduler
 
-from lcm.core.consistency import boundary_scalings, consistency_fn
-from lcm.core.prediction import Denoised
+from lcm.core.consistency import boundary_scalings, cm_consistency_fn, cm_scalings, consistency_fn
+from lcm.core.prediction import PREDICTION_TYPES, Denoised
+from lcm.core.schedule import NoiseSchedule
 
 Z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -58,3 +59,35 @@ def test_each_sample_has_its_own_t():
     together = consistency_fn(denoise, Z, torch.tensor([0, 3]))
     alone = [consistency_fn(denoise, Z[i : i + 1], torch.tensor([t])) for i, t in enumerate((0, 3))]
     assert torch.equal(together, torch.cat(alone))
+
+
+# Consistency Models' own form
+
+
+@pytest.mark.parametrize(
+    ("sigma", "c_skip", "c_out"),
+    [(0.002, 1.0, 0.0), (0.5, 0.502004024, 0.352138482), (1.0, 0.200641922, 0.446319169), (80.0, 3.9066e-5, 0.499977734)],
+)
+def test_golden_scalings_of_consistency_models(sigma, c_skip, c_out):
+    """With the paper's sigma_data = 0.5 and epsilon = 0.002 (2303.01469, appendix C)."""
+    scalings = [c.item() for c in cm_scalings(torch.tensor(sigma, dtype=torch.float64), 0.002, sigma_data=0.5)]
+    assert scalings == pytest.approx((c_skip, c_out), rel=1e-4, abs=1e-12)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_the_boundary_of_consistency_models(sigma_data, prediction_type):
+    """f(x, sigma_min) = x, the sample in the VE process's units, however wrong the network."""
+    schedule = NoiseSchedule(prediction_type=prediction_type)
+    denoise, t = (lambda z, t: Denoised(1e6 * z.cos(), z)), torch.tensor([0, 0])
+    f = cm_consistency_fn(denoise, Z, t, schedule=schedule, sigma_data=sigma_data)
+    assert torch.equal(f, Z / schedule.alpha[0])
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_a_diffusion_model_is_a_consistency_model_to_start_from(sigma_data):
+    """Far from t_min the form gives back the network's x0."""
+    f = cm_consistency_fn(
+        lambda z, t: Denoised(z.cos(), z), Z, torch.tensor([800, 999]), schedule=NoiseSchedule(), sigma_data=sigma_data
+    )
+    torch.testing.assert_close(f, Z.cos(), rtol=0.02, atol=0.03)

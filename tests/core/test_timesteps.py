@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler
 
-from lcm.core.timesteps import consistency_steps, full, grid, skip_pair, trailing_steps
+from lcm.core.schedule import NoiseSchedule
+from lcm.core.timesteps import consistency_steps, full, grid, karras, neighbours, skip_pair, trailing_steps
 from lcm.errors import UserError
 
 
@@ -98,3 +99,52 @@ def test_too_few_or_too_many_steps(rule, most, beyond):
     steps = most + 1 if beyond else 0
     with pytest.raises(UserError, match=f"steps={steps} .*: use 1 to {most}"):
         rule(steps)
+
+
+@pytest.mark.parametrize("points", [2, 18, 40])
+def test_karras_points_are_even_in_the_seventh_root(points):
+    schedule, times = NoiseSchedule(), karras(NoiseSchedule(), points=points)
+    assert (times[0], times[-1], len(times)) == (0, 999, points)
+    ratio = (schedule.sigma / schedule.alpha).double()
+    root = ratio ** (1 / 7)
+    spacing = (root[-1] - root[0]) / (points - 1)
+    # Each within half a timestep of where it should be, which at the noisy end is the coarsest rounding.
+    off = (root[times] - root[0] - spacing * torch.arange(points)).abs()
+    nearest = root.diff()[(times - 1).clamp_min(0)] / 2
+    assert (off <= nearest + 1e-6).all() or (off < spacing / 2).all()
+
+
+def test_karras_agrees_with_the_formula():
+    """2303.01469: `t_i = (t_min^(1/7) + i / (N - 1) (t_max^(1/7) - t_min^(1/7)))^7`."""
+    schedule = NoiseSchedule()
+    ratio = (schedule.sigma / schedule.alpha).double()
+    low, high = ratio[0] ** (1 / 7), ratio[-1] ** (1 / 7)
+    wanted = [(low + i / 17 * (high - low)) ** 7 for i in range(18)]
+    got = ratio[karras(schedule, points=18)]
+    torch.testing.assert_close(got, torch.stack(wanted), rtol=0.06, atol=0)
+
+
+@pytest.mark.parametrize("points", [1, 1001])
+def test_karras_errors(points):
+    with pytest.raises(UserError, match=f"points={points}"):
+        karras(NoiseSchedule(), points=points)
+
+
+def test_a_fine_karras_grid_repeats_no_timestep():
+    times = karras(NoiseSchedule(), points=500)
+    assert (times.diff() > 0).all()
+
+
+def test_neighbours():
+    t, s = neighbours(torch.tensor([10, 30, 999]), torch.tensor([0, 1, 2, 2]))
+    assert t.tolist() == [10, 30, 999, 999]
+    assert s.tolist() == [0, 10, 30, 30]
+
+
+def test_steps_of_a_trained_grid():
+    trained = [2, 8, 21, 49, 999]
+    assert consistency_steps(1, trained=trained) == [999]
+    assert consistency_steps(2, trained=trained) == [999, 21]
+    assert consistency_steps(5, trained=trained) == trained[::-1]
+    with pytest.raises(UserError, match="use 1 to 5"):
+        consistency_steps(6, trained=trained)

@@ -11,6 +11,7 @@ import torch
 
 from lcm.core import losses, solvers, timesteps
 from lcm.core.batch import LatentBatch
+from lcm.core.objectives.consistency_models import consistency_distillation, consistency_training
 from lcm.core.objectives.denoising import denoising
 from lcm.core.objectives.distillation import latent_consistency_distillation
 from lcm.core.objectives.finetuning import latent_consistency_finetuning
@@ -20,9 +21,11 @@ from lcm.data.codec import LatentCodec
 from lcm.data.datamodule import ShardDataModule
 from lcm.models.pipeline import load_codec, load_unet
 from lcm.modules.base import TrainedModule
+from lcm.modules.consistency_models import ConsistencyModelDistillation, ConsistencyModelTraining
 from lcm.modules.diffusion import LatentDiffusion
 from lcm.modules.distillation import ConsistencyDistillation
 from lcm.modules.finetuning import ConsistencyFineTuning
+from lcm.modules.guided_distillation import GuidedDistillation
 from lcm.modules.lr_schedules import constant
 
 Make = Callable[..., Any]
@@ -35,13 +38,21 @@ def common(**options: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def training(tiny_pipeline: Path) -> Make:
-    """`training(kind, **options)`: a new module of one of the three kinds, always with the same initial weights."""
+    """`training(kind, **options)`: a new module of one of the kinds, always with the same initial weights."""
 
     def make(kind: str, **options: Any) -> TrainedModule:
         torch.manual_seed(0)
         base, net, options = str(tiny_pipeline), load_unet(str(tiny_pipeline)), common(**options)
         if kind == "diffusion":
             return LatentDiffusion(net, NoiseSchedule(), pipeline=base, **{"objective": denoising, "eval_ema": 0.9, **options})
+        if kind == "guided":
+            return GuidedDistillation(net, NoiseSchedule(), teacher=base, **{"steps": [4, 2, 1], **options})
+        if kind == "cd":
+            method = {"teacher": base, "objective": consistency_distillation, "solver": solvers.heun}
+            return ConsistencyModelDistillation(net, NoiseSchedule(), **{"loss": losses.l2, **method, **options})
+        if kind == "ct":
+            method = {"pipeline": base, "objective": consistency_training, "loss": losses.l2}
+            return ConsistencyModelTraining(net, NoiseSchedule(), **{**method, **options})
         grid = {"timesteps": timesteps.grid(), "loss": partial(losses.huber, c=0.1)}
         if kind == "distillation":
             method = {"teacher": base, "objective": latent_consistency_distillation, "solver": solvers.ddim}

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lcm.core.consistency import consistency_fn
+from lcm.core.consistency import ConsistencyFn, consistency_fn
+from lcm.core.guidance import draw_w
 from lcm.core.networks import Networks, conditioned
 from lcm.core.schedule import NoiseSchedule
 
@@ -26,19 +27,19 @@ def draw(z0: Tensor, rng: torch.Generator, *, timesteps: Tensor, w_min: float, w
     """eps ~ N(0, 1), n uniform, w ~ U[w_min, w_max]."""
     eps = torch.randn(z0.shape, generator=rng, device=z0.device)
     index = torch.randint(len(timesteps), (len(z0),), generator=rng, device=z0.device)
-    w = w_min + (w_max - w_min) * torch.rand(len(z0), generator=rng, device=z0.device)
-    return ConsistencyDraws(eps, index, w)
+    return ConsistencyDraws(eps, index, draw_w(len(z0), w_min, w_max, rng))
 
 
 def consistency_loss(
     nets: Networks,
     cond: Tensor,
-    w: Tensor,
+    w: Tensor | None,
     far: tuple[Tensor, Tensor],
     near: tuple[Tensor, Tensor],
     *,
     schedule: NoiseSchedule,
     distance: Distance,
+    f: ConsistencyFn = consistency_fn,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`d(f_theta(z_t, w, c, t), f_theta-(z_s, w, c, s))` for far = (z_t, t) and near = (z_s, s); mean over the batch.
 
@@ -46,7 +47,7 @@ def consistency_loss(
     """
     devices = [cond.device] if cond.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):
-        target = consistency_fn(conditioned(nets.target, cond, schedule, w), *near)
-    pred = consistency_fn(conditioned(nets.online, cond, schedule, w), *far)
+        target = f(conditioned(nets.target, cond, schedule, w), *near)
+    pred = f(conditioned(nets.online, cond, schedule, w), *far)
     loss = distance(pred, target).flatten(1).mean(1)
     return loss.mean(), {"consistency_l2": (pred.detach() - target).square().mean()}

@@ -1,0 +1,54 @@
+"""Guided distillation (2210.03142): the guided teacher in one network, then ever fewer steps of a deterministic sampler."""
+
+import torch
+from torch import Tensor
+
+from lcm.core.batch import LatentBatch
+from lcm.core.networks import Network, conditioned, guided
+from lcm.core.objectives.consistency import ConsistencyDraws
+from lcm.core.schedule import NoiseSchedule
+from lcm.core.solvers import ddim
+
+Loss = tuple[Tensor, dict[str, Tensor]]
+
+
+def match_guided_teacher(
+    student: Network, teacher: Network, batch: LatentBatch, draws: ConsistencyDraws, *, schedule: NoiseSchedule
+) -> Loss:
+    """Stage one (section 3.1): `omega(lambda_t) || x_teacher(z_t, c; w) - x_student(z_t, c, w) ||^2` at any t = draws.index."""
+    t = draws.index
+    z_t = schedule.add_noise(batch.z0, draws.eps, t)
+    with torch.no_grad():
+        target = guided(teacher, batch.cond, batch.uncond, schedule, draws.w)(z_t, t).x0
+    return x0_loss(student, batch.cond, draws.w, z_t, t, target, schedule)
+
+
+def halve_steps(
+    student: Network,
+    previous: Network,
+    batch: LatentBatch,
+    draws: ConsistencyDraws,
+    *,
+    schedule: NoiseSchedule,
+    timesteps: Tensor,
+) -> Loss:
+    """Stage two (section 3.2; 2202.00512, Algorithm 2): one DDIM step of the student is two of the student before it.
+
+    timesteps: `[2N + 1]` descending to 0, what the previous student's 2N steps pass; draws.index: of N.
+    """
+    t, middle, s = (timesteps[2 * draws.index + i] for i in range(3))
+    z_t = schedule.add_noise(batch.z0, draws.eps, t)
+    with torch.no_grad():
+        denoise = conditioned(previous, batch.cond, schedule, draws.w)
+        z_s = ddim(denoise, ddim(denoise, z_t, t, middle, schedule=schedule), middle, s, schedule=schedule)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t, z_t.ndim), schedule.at(s, z_t.ndim)
+        ratio = sigma_s / sigma_t
+        target = (z_s - ratio * z_t) / (alpha_s - ratio * alpha_t)  # the x0 whose one DDIM step leads to z_s
+    return x0_loss(student, batch.cond, draws.w, z_t, t, target, schedule)
+
+
+def x0_loss(student: Network, cond: Tensor, w: Tensor, z_t: Tensor, t: Tensor, target: Tensor, schedule: NoiseSchedule) -> Loss:
+    """Squared error of x0 under the "truncated SNR" weight `max(alpha^2 / sigma^2, 1)` (2202.00512, section 4)."""
+    error = (conditioned(student, cond, schedule, w)(z_t, t).x0 - target).square().flatten(1).mean(1)
+    weight = (2 * schedule.log_snr(t)).exp().clamp_min(1.0)
+    return (weight * error).mean(), {"x0_l2": error.detach().mean()}

@@ -1,0 +1,91 @@
+"""The older consistency models, without guidance: distillation and training (2303.01469, Algorithms 2 and 3)."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from lcm.core.consistency import cm_consistency_fn
+from lcm.core.schedule import NoiseSchedule
+from lcm.core.timesteps import karras
+from lcm.modules.consistency import ConsistencyModule
+
+
+class ConsistencyModel(ConsistencyModule):
+    """A student without w, in the paper's own parametrisation, on neighbours of a grid of `points` Karras timesteps.
+
+    sigma_data: standard deviation of the latents, see `cm_consistency_fn`.
+    """
+
+    guided = False
+
+    def __init__(
+        self,
+        net: UNet2DConditionModel,
+        schedule: NoiseSchedule,
+        *,
+        objective: Callable[..., Any],
+        points: int = 18,
+        sigma_data: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        f = partial(cm_consistency_fn, schedule=schedule, sigma_data=sigma_data)
+        super().__init__(
+            net,
+            schedule,
+            timesteps=karras(schedule, points=points)[1:],
+            objective=partial(objective, f=f),
+            w_min=0.0,
+            w_max=0.0,
+            **kwargs,
+        )
+        self.sigma_data = sigma_data
+
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts(), "sigma_data": self.sigma_data, "timesteps": self.timesteps.tolist()}
+
+
+class ConsistencyModelDistillation(ConsistencyModel):
+    """CD: distils the UNet of the pipeline `teacher`, whose ODE `solver` (the paper's Phi) follows without guidance."""
+
+    def __init__(
+        self,
+        net: UNet2DConditionModel,
+        schedule: NoiseSchedule,
+        *,
+        teacher: str,
+        objective: Callable[..., Any],
+        solver: Callable[..., Tensor],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(net, schedule, pipeline=teacher, objective=partial(objective, solver=solver), **kwargs)
+        self.frozen["teacher"] = net.eval()
+
+
+class ConsistencyModelTraining(ConsistencyModel):
+    """CT: without a teacher. The grid grows from `first_points` to `points`, and mu with it (appendix C).
+
+    `N(k) = ceil(sqrt(k / K ((s_1 + 1)^2 - s_0^2) + s_0^2) - 1) + 1`, `mu(k) = exp(s_0 log(mu_0) / N(k))`, mu_0 = ema_decay.
+    pipeline: the folder or hub id whose VAE and text encoder it is trained on.
+    """
+
+    def __init__(self, *args: Any, points: int = 150, first_points: int = 2, ema_decay: float = 0.9, **kwargs: Any) -> None:
+        super().__init__(*args, points=points, ema_decay=ema_decay, **kwargs)
+        self.first_points, self.points, self.first_decay = first_points, points, ema_decay
+        self.now = points
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        points = grid_points(self.global_step / self.trainer.max_steps, self.first_points, self.points)
+        if points != self.now:
+            self.now = points
+            self.timesteps = karras(self.schedule, points=points)[1:]
+        if self.target_net is not None:
+            self.ema_decay = math.exp(self.first_points * math.log(self.first_decay) / points)
+
+
+def grid_points(progress: float, first: int, last: int) -> int:
+    """N(k) at progress = k / K."""
+    return math.ceil(math.sqrt(progress * ((last + 1) ** 2 - first**2) + first**2) - 1) + 1

@@ -1,0 +1,110 @@
+"""Guided distillation (2210.03142): a w-conditioned student, then one of half its steps, and so on."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from lcm.core.batch import LatentBatch
+from lcm.core.ema import ema_update_
+from lcm.core.guidance import check_w_range
+from lcm.core.objectives.consistency import draw
+from lcm.core.objectives.guided_distillation import halve_steps, match_guided_teacher
+from lcm.core.schedule import NoiseSchedule
+from lcm.core.timesteps import trailing_steps
+from lcm.errors import UserError
+from lcm.models.pipeline import save_unet
+from lcm.models.student import as_network, frozen_copy, make_student
+from lcm.modules.latent import LatentModule
+
+
+class GuidedDistillation(LatentModule):
+    """Stage one: the student learns what the pipeline `teacher` answers under guidance, for any w in [w_min, w_max]. Then one
+    stage for each of `steps`: the student of N DDIM steps learns two of the student before it, which it starts from.
+
+    match_share: stage one's share of `trainer.max_steps`; the others share the rest alike. All students are saved in one
+    folder, which is sampled with any number of `steps`.
+    """
+
+    def __init__(
+        self,
+        net: UNet2DConditionModel,
+        schedule: NoiseSchedule,
+        *,
+        teacher: str,
+        steps: list[int],
+        match_share: float = 0.5,
+        w_min: float = 2.0,
+        w_max: float = 14.0,
+        zero_init: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        check_w_range(w_min, w_max)
+        if not steps or any(more != 2 * fewer for more, fewer in pairwise(steps)):
+            raise UserError(f"model.steps={steps}: each number must be half of the one before it, as in [8, 4, 2, 1]")
+        if not 0 < match_share < 1:
+            raise UserError(f"model.match_share={match_share} is not between 0 and 1")
+        super().__init__(make_student(net, zero_init=zero_init), schedule, pipeline=teacher, **kwargs)
+        self.previous = frozen_copy(self.net)  # the finished student of the stage before
+        self.steps, self.match_share, self.w_min, self.w_max = list(steps), match_share, w_min, w_max
+        self.stage = 0
+        self.frozen["teacher"] = net.eval()
+
+    def stage_at(self, step: int) -> int:
+        """0 is stage one, n is the stage of `steps[n - 1]`."""
+        first = self.match_share * self.trainer.max_steps
+        if step < first:
+            return 0
+        return min(1 + int(len(self.steps) * (step - first) / (self.trainer.max_steps - first)), len(self.steps))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        while self.stage < self.stage_at(self.global_step):
+            self.finish_stage()
+
+    def finish_stage(self) -> None:
+        """The student, as far as it came, is kept, and the next one starts from it."""
+        done = self.best_net
+        if self.stage and self.trainer.is_global_zero:
+            save_unet(self.folder_of(self.steps[self.stage - 1]), done)
+        for network in (self.previous, self.net):
+            ema_update_(network.parameters(), done.parameters(), 0.0)
+        self.stage += 1
+
+    def folder_of(self, steps: int) -> Path:
+        return Path(self.trainer.default_root_dir, "students", f"unet_{steps}")
+
+    def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
+        loss, logs = self.distillation_step(batch, batch_idx, "train")
+        self.log("train/stage", float(self.stage), batch_size=len(batch))
+        self.log_train(loss, logs, len(batch))
+        return loss
+
+    def validation_step(self, batch: LatentBatch, batch_idx: int) -> None:
+        loss, _ = self.distillation_step(batch, batch_idx, "val")
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
+
+    def distillation_step(self, batch: LatentBatch, batch_idx: int, stage: str) -> tuple[Tensor, dict[str, Tensor]]:
+        rng, student = self.draws(batch_idx, stage), as_network(self.net)
+        if self.stage == 0:
+            every = torch.arange(self.schedule.num_timesteps, device=self.device)
+            draws = draw(batch.z0, rng, timesteps=every, w_min=self.w_min, w_max=self.w_max)
+            return match_guided_teacher(student, as_network(self.frozen["teacher"]), batch, draws, schedule=self.schedule)
+        steps = self.steps[self.stage - 1]
+        passed = torch.tensor([*trailing_steps(2 * steps, self.schedule.num_timesteps), 0], device=self.device)
+        draws = draw(batch.z0, rng, timesteps=passed[:-1:2], w_min=self.w_min, w_max=self.w_max)
+        return halve_steps(student, as_network(self.previous), batch, draws, schedule=self.schedule, timesteps=passed)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["stage"] = self.stage
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.stage = checkpoint["stage"]
+
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts(), "w_min": self.w_min, "w_max": self.w_max, "students": self.steps}
+
+    def more_networks(self) -> dict[str, Path]:
+        return {f"unet_{steps}": self.folder_of(steps) for steps in self.steps[:-1]}
