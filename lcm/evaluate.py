@@ -73,11 +73,13 @@ class Chunk:
 def make_cells(cfg: DictConfig, extract: Extractor, device: str) -> list[Cell]:
     """Every entry x w x steps. Raises UserError, before any drawing, for what cannot be drawn."""
     models: dict[str, LatentModel] = {}
+    makes: dict[str, dict[str, Any]] = {}
     cells = []
     for name, entry in cfg.entries.items():
         path, sampler = find_pipeline(entry.pipeline, cfg.paths.runs), make_sampler(name, entry.get("solver"))
         if path not in models:
             models[path] = LatentModel.load(path, device=device, dtype=getattr(torch, cfg.dtype))
+            makes[path] = drawn_by(models[path], cfg.dtype)
         model, ws = models[path], listed(entry.get("w", cfg.w))
         for option, values in (("steps", listed(entry.steps)), ("w", ws)):
             if twice := [value for value, count in Counter(values).items() if count > 1]:
@@ -86,7 +88,7 @@ def make_cells(cfg: DictConfig, extract: Extractor, device: str) -> list[Cell]:
             check_w(name, model, w)
             for steps in listed(entry.steps):
                 model.sampler(sampler)[1](steps, model.schedule.num_timesteps)  # refuses a step count that does not fit
-                facts = {**drawn_by(model, cfg.dtype), "solver": plain(entry.get("solver")), "steps": steps, "w": float(w)}
+                facts = {**makes[path], "solver": plain(entry.get("solver")), "steps": steps, "w": float(w)}
                 folder = Path(cfg.features, digest([facts, extract.facts]))
                 cells.append(Cell(name, steps, float(w), model, sampler, folder))
     if not cells:
@@ -117,8 +119,9 @@ def drawn_by(model: LatentModel, dtype: str) -> dict[str, Any]:
     root = Path(lcm.__file__).parent
     files = [*sorted((root / "core").glob("*.py")), *sorted((root / "models").glob("*.py")), root / "data/codec.py"]
     return {
-        "weights": fingerprint(model.unet, model.codec.vae, model.codec.text_encoder),
+        "weights": fingerprint(model.unet, *model.students.values(), model.codec.vae, model.codec.text_encoder),
         "schedule": model.schedule.config,
+        "facts": model.facts,
         "consistency": model.consistency,
         "dtype": dtype,
         "code": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16],

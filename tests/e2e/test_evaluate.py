@@ -2,6 +2,7 @@
 
 import csv
 import json
+import subprocess
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lcm.evaluate import evaluate
 from lcm.models import generate
 from lcm.models.pipeline import load_unet, save_pipeline
 from lcm.models.student import make_student
+from tests.e2e.conftest import command, environment, tiny_data
 
 
 @pytest.fixture(scope="module")
@@ -238,3 +240,24 @@ def test_the_configuration_names_parameters_that_exist():
     for file in (CONF / "backbone").glob("*.yaml"):
         node = OmegaConf.load(file)
         assert {str(key) for key in node} - {"_target_"} <= parameters(node._target_), file
+
+
+@pytest.mark.slow
+def test_training_on_two_processes_measures_what_one_does(tiny_pipeline, shards, tmp_path):
+    """Weights stay as they are (lr = 0), so the figures must; 5 samples do not divide among 2 processes."""
+    found = []
+    for devices in (1, 2):
+        done = subprocess.run(
+            command(
+                "train.py", f"model.teacher={tiny_pipeline}", *tiny_data(shards), "trainer.max_steps=2", "callbacks=evaluation",
+                f"callbacks.evaluation.backbone.pipeline={tiny_pipeline}", "callbacks.evaluation.samples=5",
+                "callbacks.evaluation.every_n_steps=1", "model.optimizer.lr=0", "data.codec.dtype=null", "trainer=ddp",
+                "trainer.accelerator=cpu", f"trainer.devices={devices}", f"name=on{devices}", "callbacks.samples.steps=[1]",
+            ),
+            cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=500,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        rows = list(csv.DictReader((tmp_path / f"runs/on{devices}/0/metrics.csv").open()))
+        found.append([float(row["val/fid_4_steps"]) for row in rows if row.get("val/fid_4_steps")])
+    assert len(found[0]) == 2
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
