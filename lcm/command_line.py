@@ -157,7 +157,7 @@ def output_folder(path: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        (folder / ".writable").unlink(missing_ok=True)  # another process of the same program may have been first
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}): set output to a writable folder") from None
     return folder

@@ -1,123 +1,229 @@
-"""FID and CLIP score of models x step counts, with a picture: `python -m lcm.evaluate entries.LCM.pipeline=<folder>`."""
+"""FID, KID, CMMD and CLIP score of models x step counts x w: `python -m lcm.evaluate entries.LCM.pipeline=<folder>`.
 
-import json
-from dataclasses import asdict, dataclass
+Images become features in chunks, each a file named by all that it depends on. Any number of processes share out the chunks and
+meet in these files alone; what is there is not drawn again, after a kill or for other metrics.
+"""
+
+import hashlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
-from torch import Tensor
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file
 from tqdm import tqdm
 
-from lcm.command_line import build, output_folder, pick_device, program
-from lcm.data.captions import read_captions, read_images
+import lcm
+from lcm import report
+from lcm.command_line import CONF, build, output_folder, pick_device, program, read_prompts
+from lcm.data.captions import read_captions
 from lcm.errors import UserError
-from lcm.images import columns_to_rows, grid
-from lcm.metrics.clip import ClipBackbone, clip_score, fid
+from lcm.metrics.features import METRICS, Extractor, digest, fingerprint, joined, save, scores
 from lcm.models.generate import LatentModel, Sampler
 from lcm.runs import find_pipeline
 
+log = logging.getLogger(__name__)
+SHOWN = 32  # images of a cell that are kept for grids
 
-@dataclass
-class Column:
-    """One model at one step count."""
+
+@dataclass(frozen=True)
+class Cell:
+    """One model at one step count and w; `folder` has its features, a file a chunk."""
 
     name: str
     steps: int
-    fid: float = float("nan")
-    clip_score: float = float("nan")
+    w: float
+    model: LatentModel
+    sampler: Sampler | None
+    folder: Path
 
 
-class Scorer:
-    """FID against the real images of `shards`, and CLIP score, both on one backbone."""
+@dataclass(frozen=True)
+class Chunk:
+    """The images `[first, first + len(prompts))` of a cell; image i has seed `seed + i`."""
 
-    def __init__(self, backbone: ClipBackbone, shards: Any, resolution: int) -> None:
-        self.fid, self.clip_score, self.count = fid(backbone), clip_score(backbone), 0
-        for batch in read_images(shards, resolution=resolution):
-            x = batch["x"].to(backbone.mean.device)
-            self.fid.update(x, real=True)
-            self.clip_score.update(x, batch["captions"])
-            self.count += len(x)
-        self.real_clip_score = float(self.clip_score.compute())
+    cell: Cell
+    first: int
+    prompts: list[str]
+    seed: int
 
-    def score(self, images: Tensor, captions: list[str]) -> tuple[float, float]:
-        """(FID, CLIP score) of uint8 `[N, 3, H, W]`."""
-        self.fid.reset()
-        self.clip_score.reset()
-        for part, texts in zip(images.split(256), batched(captions, 256), strict=True):
-            self.fid.update(part, real=False)
-            self.clip_score.update(part, texts)
-        return float(self.fid.compute()), float(self.clip_score.compute())
+    @property
+    def file(self) -> Path:
+        return self.cell.folder / f"{self.first:06d}-{digest([self.prompts, self.seed])}.safetensors"
 
-
-def batched(items: list[str], size: int) -> list[list[str]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def draw(
-    model: LatentModel, column: Column, captions: list[str], cfg: DictConfig, sampler: Sampler | None, bar: tqdm
-) -> Tensor:
-    seeds = [cfg.seed + i for i in range(len(captions))]
-    parts = []
-    for part in model.images(captions, seeds, steps=column.steps, w=cfg.w, sampler=sampler, batch_size=cfg.batch_size):
-        parts.append(part)
-        bar.update(len(part) * column.steps)
-    return torch.cat(parts)
+    def draw(self, extract: Extractor, batch_size: int, bar: tqdm) -> None:
+        seeds = [self.seed + self.first + i for i in range(len(self.prompts))]
+        cell, shown, parts = self.cell, [], []
+        batches = cell.model.images(
+            self.prompts, seeds, steps=cell.steps, w=cell.w, sampler=cell.sampler, batch_size=batch_size
+        )
+        for i, images in enumerate(batches):
+            parts.append(extract(images, self.prompts[i * batch_size :][: len(images)]))
+            shown.append(images[: max(SHOWN - i * batch_size, 0)].cpu())
+            bar.update(len(images) * cell.steps)
+        kept = {"images": torch.cat(shown)} if self.first == 0 else {}
+        save(self.file, {**joined(parts), **kept}, {"name": cell.name, "steps": cell.steps, "w": cell.w, "seeds": seeds[0]})
 
 
-def table(columns: list[Column], footer: str) -> str:
-    """The paper's Table 1 in markdown: a row a method, FID and CLIP score at each step count."""
-    steps = sorted({column.steps for column in columns})
-    lines = [
-        "| | "
-        + " | ".join(f"FID, {n} step{'s'[: n > 1]}" for n in steps)
-        + " | "
-        + " | ".join(f"CLIP, {n}" for n in steps)
-        + " |",
-        "|---" * (1 + 2 * len(steps)) + "|",
-    ]
-    for name in dict.fromkeys(column.name for column in columns):
-        of = {column.steps: column for column in columns if column.name == name}
-        fids = [f"{of[n].fid:.2f}" if n in of else "" for n in steps]
-        scores = [f"{of[n].clip_score:.2f}" if n in of else "" for n in steps]
-        lines.append(f"| {name} | " + " | ".join(fids + scores) + " |")
-    return "\n".join([*lines, "", footer, ""])
+def make_cells(cfg: DictConfig, extract: Extractor, device: str) -> list[Cell]:
+    """Every entry x w x steps. Raises UserError, before any drawing, for what cannot be drawn."""
+    models: dict[str, LatentModel] = {}
+    makes: dict[str, dict[str, Any]] = {}
+    cells = []
+    for name, entry in cfg.entries.items():
+        path, sampler = find_pipeline(entry.pipeline, cfg.paths.runs), make_sampler(name, entry.get("solver"))
+        if path not in models:
+            models[path] = LatentModel.load(path, device=device, dtype=getattr(torch, cfg.dtype))
+            makes[path] = drawn_by(models[path], cfg.dtype)
+        model, ws = models[path], listed(entry.get("w", cfg.w))
+        for option, values in (("steps", listed(entry.steps)), ("w", ws)):
+            if twice := [value for value, count in Counter(values).items() if count > 1]:
+                raise UserError(f"entries.{name}.{option} has {twice[0]:g} twice: each belongs in the table once")
+        for w in ws:
+            check_w(name, model, w)
+            for steps in listed(entry.steps):
+                model.sampler(sampler)[1](steps, model.schedule.num_timesteps)  # refuses a step count that does not fit
+                facts = {**makes[path], "solver": plain(entry.get("solver")), "steps": steps, "w": float(w)}
+                folder = Path(cfg.features, digest([facts, extract.facts]))
+                cells.append(Cell(name, steps, float(w), model, sampler, folder))
+    if not cells:
+        raise UserError("there is nothing to evaluate: give entries, e.g. entries.LCM.pipeline=<folder>")
+    return cells
+
+
+def check_w(name: str, model: LatentModel, w: float) -> None:
+    if w != 0 and model.consistency and model.unet.config["time_cond_proj_dim"] is None:
+        raise UserError(
+            f"entries.{name} is a consistency model without an input for w, and its w = {w:g} is not 0: set entries.{name}.w=0"
+        )
+    model.check_w(w)
+
+
+def make_sampler(name: str, solver: Any) -> Sampler | None:
+    """solver: a name in conf/solver, a `_target_`, or None for the model's natural one."""
+    if isinstance(solver, str):
+        known = sorted(path.stem for path in (CONF / "solver").glob("*.yaml"))
+        if solver not in known:
+            raise UserError(f"entries.{name}.solver={solver} is none of {', '.join(known)}")
+        solver = OmegaConf.load(CONF / "solver" / f"{solver}.yaml")
+    return build(solver) or None
+
+
+def drawn_by(model: LatentModel, dtype: str) -> dict[str, Any]:
+    """What an image depends on besides prompt, seed, steps, w and solver: the weights and the code that draws."""
+    root = Path(lcm.__file__).parent
+    files = [*sorted((root / "core").glob("*.py")), *sorted((root / "models").glob("*.py")), root / "data/codec.py"]
+    return {
+        "weights": fingerprint(model.unet, *model.students.values(), model.codec.vae, model.codec.text_encoder),
+        "schedule": model.schedule.config,
+        "facts": model.facts,
+        "consistency": model.consistency,
+        "dtype": dtype,
+        "code": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16],
+    }
+
+
+def listed(values: Any) -> list[Any]:
+    return list(values) if OmegaConf.is_list(values) else [values]
+
+
+def plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def make_prompts(cfg: DictConfig) -> tuple[list[str], int]:
+    """`samples` prompts, the known ones again and again if they are fewer, and how many are different."""
+    known = read_prompts(cfg.prompts, lambda: read_captions(cfg.shards, cfg.samples))[: cfg.samples]
+    if not known:
+        raise UserError(f"there are no captions in prompts={cfg.prompts} (shards={cfg.shards}): give others")
+    return [known[i % len(known)] for i in range(cfg.samples)], len(known)
+
+
+def chunks_of(cell: Cell, prompts: list[str], cfg: DictConfig) -> list[Chunk]:
+    return [Chunk(cell, i, prompts[i : i + cfg.chunk], cfg.seed) for i in range(0, len(prompts), cfg.chunk)]
+
+
+def draw(chunks: Sequence[Chunk], extract: Extractor, batch_size: int, quiet: bool) -> None:
+    """The chunks that are not on disk."""
+    left = [chunk for chunk in chunks if not chunk.file.is_file()]
+    total = sum(len(chunk.prompts) * chunk.cell.steps for chunk in left)
+    with tqdm(total=total, unit="network step", desc="drawing", disable=quiet or not left) as bar:
+        for chunk in left:
+            bar.set_postfix_str(f"{chunk.cell.name}, {chunk.cell.steps} steps")
+            chunk.draw(extract, batch_size, bar)
+
+
+def wait(chunks: Sequence[Chunk], patience: float) -> None:
+    """Until the other processes' files are there. Raises UserError when none has come for `patience` seconds."""
+    missing = [chunk.file for chunk in chunks if not chunk.file.is_file()]
+    with tqdm(total=len(missing), unit="chunk", desc="other processes", disable=not missing) as bar:
+        last = time.monotonic()
+        while missing:
+            time.sleep(0.2)
+            count, missing = len(missing), [file for file in missing if not file.is_file()]
+            bar.update(count - len(missing))
+            last = time.monotonic() if len(missing) < count else last
+            if time.monotonic() - last > patience:
+                raise UserError(
+                    f"no other process has finished a chunk for {patience:g} s and {len(missing)} are missing: "
+                    "run the same command again, what is done is kept"
+                )
+
+
+def check(cfg: DictConfig) -> None:
+    if unknown := [name for name in cfg.metrics if name not in METRICS]:
+        raise UserError(f"metrics has {unknown[0]!r}, which is none of {', '.join(METRICS)}")
+    if cfg.samples < 2 or cfg.grid_rows > SHOWN:
+        raise UserError(f"samples={cfg.samples} and grid_rows={cfg.grid_rows}: at least 2 samples, at most {SHOWN} rows")
+
+
+def warnings(extract: Extractor, samples: int, real: int) -> list[str]:
+    dimensions = (extract.fid or extract.clip).num_features
+    found = []
+    if min(samples, real) <= dimensions:
+        found.append(f"{min(samples, real)} images do not fill the {dimensions} dimensions of the features: FID is too high")
+    if real < samples:
+        found.append(f"The reference set has {real} images, fewer than the {samples} drawn.")
+    for sentence in found:
+        log.warning(sentence)
+    return found
+
+
+def evaluate(cfg: DictConfig) -> None:
+    """Draw what is not drawn, score every cell, write the table, plots and grid; process `rank` > 0 only draws its share."""
+    check(cfg)
+    folder, device = output_folder(cfg.output), pick_device(cfg.device)
+    if device == "cuda":
+        torch.cuda.set_device(cfg.local_rank % torch.cuda.device_count())
+    prompts, different = make_prompts(cfg)
+    extract = Extractor(build(cfg.backbone), build(cfg.get("fid_backbone")) or None, resolution=cfg.resolution).to(device)
+    cells = make_cells(cfg, extract, device)
+    chunks = [chunk for cell in cells for chunk in chunks_of(cell, prompts, cfg)]
+    if cfg.rank:
+        return draw(chunks[cfg.rank :: cfg.world_size], extract, cfg.batch_size, quiet=True)
+    reference = cfg.get("reference") or cfg.shards
+    real = extract.reference(reference, cfg.reference_cache, option="reference" if cfg.reference else "shards")
+    found = warnings(extract, cfg.samples, len(real["clip"]))
+    draw(chunks[:: cfg.world_size], extract, cfg.batch_size, quiet=False)
+    wait(chunks, cfg.patience)
+    rows, shown = [], []
+    for cell in cells:
+        parts = [load_file(chunk.file) for chunk in chunks if chunk.cell is cell]
+        shown.append(parts[0].pop("images")[: cfg.grid_rows])
+        values = scores(joined(parts), real, cfg.metrics, device)
+        rows.append({"name": cell.name, "steps": cell.steps, "w": cell.w, **values})
+    footer = report.footer(cfg, extract, real=real, different=different, reference=str(reference), warnings=found)
+    report.write(folder, rows, footer, shown, prompts, cfg, list(build(cfg.get("logger")).values()))
 
 
 @program("evaluate")
 def main(cfg: DictConfig) -> None:
-    """Draw every column, score it, write table.md, table.json and grid.png."""
-    folder, device = output_folder(cfg.output), pick_device(cfg.device)
-    captions = read_captions(cfg.shards, cfg.samples)
-    if len(captions) < cfg.samples:
-        raise UserError(f"samples={cfg.samples}, but {cfg.shards} hold {len(captions)} captions: lower samples")
-    names = {name: find_pipeline(entry.pipeline, cfg.paths.runs) for name, entry in cfg.entries.items()}
-    models = {name: LatentModel.load(path, device=device, dtype=getattr(torch, cfg.dtype)) for name, path in names.items()}
-    samplers = {name: build(entry.get("solver")) or None for name, entry in cfg.entries.items()}
-    columns = [Column(name, steps) for name, entry in cfg.entries.items() for steps in entry.steps]
-    for column in columns:
-        models[column.name].sampler(samplers[column.name])[1](column.steps)  # refuses impossible step counts before any work
-    backbone = build(cfg.backbone).to(device)
-    scorer, shown = Scorer(backbone, cfg.shards, cfg.resolution), []
-    with tqdm(total=len(captions) * sum(column.steps for column in columns), unit="network step", desc="drawing") as bar:
-        for column in columns:
-            bar.set_postfix_str(f"{column.name}, {column.steps} steps")
-            images = draw(models[column.name], column, captions, cfg, samplers[column.name], bar)
-            column.fid, column.clip_score = scorer.score(images, captions)
-            shown.append(images[: cfg.grid_rows])
-    footer = (
-        f"{cfg.samples} images a cell, w = {cfg.w} (guidance_scale {cfg.w + 1}), {cfg.resolution} px, UNet in {cfg.dtype}. FID "
-        f"and CLIP score on {type(backbone.clip).__name__} of `{cfg.backbone.get('pipeline')}`, against {scorer.count} real "
-        f"images (whose own CLIP score is {scorer.real_clip_score:.2f})."
-    )
-    text = table(columns, footer)
-    Path(folder, "table.md").write_text(text)
-    record = {"columns": [asdict(column) for column in columns], "pipelines": names, "note": footer}
-    Path(folder, "table.json").write_text(json.dumps(record, indent=2))
-    labels = [f"{column.name}\n{column.steps} step{'s'[: column.steps > 1]}" for column in columns]
-    grid(columns_to_rows(shown), captions[: cfg.grid_rows], labels).save(folder / "grid.png")
-    print(f"\n{text}\ntable:   {folder}/table.md\npicture: {folder}/grid.png")
+    evaluate(cfg)
 
 
 if __name__ == "__main__":

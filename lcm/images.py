@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -14,6 +15,15 @@ from torch import Tensor
 def to_pil(image: Tensor) -> Image.Image:
     """uint8 `[3, H, W]` -> PIL."""
     return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+
+
+def resized(images: Tensor, size: int, *, antialias: bool = True) -> Tensor:
+    """uint8 `[B, 3, H, W]` -> uint8 `[B, 3, size, size]`: antialiased bicubic as in Pillow, or plain bilinear."""
+    if images.shape[-2:] == (size, size):
+        return images
+    mode = "bicubic" if antialias else "bilinear"
+    x = F.interpolate(images.float(), (size, size), mode=mode, antialias=antialias, align_corners=False)
+    return x.round().clamp(0, 255).byte()
 
 
 def save_png(image: Image.Image, path: Path, **settings: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 from torch import Tensor
 
 from lcm.images import columns_to_rows, grid
@@ -51,7 +52,12 @@ class ImageGrid(L.Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         picture.save(self.folder / f"step-{step:06d}.png")
         for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                logger.log_image("val/samples", [picture], step=step)
-            elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("val/samples", np.asarray(picture), step, dataformats="HWC")
+            log_picture(logger, "val/samples", picture, step)
+
+
+def log_picture(logger: Any, name: str, picture: Image.Image, step: int) -> None:
+    """To a logger that takes pictures; others are left alone."""
+    if hasattr(logger, "log_image"):
+        logger.log_image(name, [picture], step=step)
+    elif isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image(name, np.asarray(picture), step, dataformats="HWC")

@@ -75,17 +75,17 @@ class Source:
     def facts(self) -> list[Facts]:
         """Of every shard in the order of `urls`; shards that no earlier run has counted are opened now, with progress."""
         known = self._load()
-        new = [n for n, url in enumerate(self.urls) if self._stamp(url) not in known]
+        new = [n for n, url in enumerate(self.urls) if self.stamp(url) not in known]
         file = self._file()
         with ThreadPoolExecutor(8) as pool:
             counted = track(pool.map(self._count, new), "counting samples", total=len(new), disable=len(new) < 100)
             for number, facts in zip(new, counted, strict=True):
-                stamp = self._stamp(self.urls[number])
+                stamp = self.stamp(self.urls[number])
                 known[stamp] = facts
                 if file is not None and "shard" not in facts.dropped:  # one that could not be had is tried again next time
                     with file.open("a") as lines:
                         lines.write(json.dumps({"shard": stamp, **facts._asdict()}) + "\n")
-        return [known[self._stamp(url)] for url in self.urls]
+        return [known[self.stamp(url)] for url in self.urls]
 
     def _count(self, shard: int) -> Facts:
         expected = expected_samples(self.urls[shard])
@@ -123,7 +123,7 @@ class Source:
         return known
 
     @staticmethod
-    def _stamp(url: str) -> str:
+    def stamp(url: str) -> str:
         """What an index knows a shard by: a local one that was changed is another."""
         if is_remote(url):
             return redacted(url)

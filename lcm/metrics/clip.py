@@ -1,69 +1,81 @@
-"""CLIP as torchmetrics takes it: image features for FID, a model and a processor for CLIP score."""
+"""CLIP as a backbone of metrics: embeddings of images for distances, of captions for the CLIP score."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.multimodal.clip_score import CLIPScore
 from transformers import CLIPModel, CLIPTokenizer
 
+from lcm.errors import UserError
+from lcm.images import resized
 from lcm.models.pipeline import find
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's CLIP
+HALF = (0.5, 0.5, 0.5)
 
 
 class ClipBackbone(nn.Module):
-    """A CLIP with the preprocessing it was trained with: uint8 images `[B, 3, H, W]` -> image embeddings `[B, D]`.
+    """A CLIP with the preprocessing it was trained with: uint8 images `[B, 3, H, W]` -> image embeddings `[B, D]` float32.
 
-    mean, std: of the normalisation of [0, 1] pixels; the mini CLIP's is to [-1, 1].
+    name: what a table calls it. mean, std: of the normalisation of [0, 1] pixels; the mini CLIP's is to [-1, 1].
+    antialias: of the bicubic resize to the image tower's size; False is the plain bilinear one of old scores.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer, *, mean: Any = MEAN, std: Any = STD) -> None:
+    def __init__(
+        self, clip: CLIPModel, tokenizer: CLIPTokenizer, *, name: str, mean: Any = MEAN, std: Any = STD, antialias: bool = True
+    ) -> None:
         super().__init__()
-        self.clip, self.tokenizer, self.config = clip.eval().requires_grad_(False), tokenizer, clip.config
-        self.num_features = clip.config.projection_dim
-        self.size = clip.config.vision_config.image_size
+        self.clip, self.tokenizer, self.antialias = clip.eval().requires_grad_(False), tokenizer, antialias
+        self.num_features, self.size = clip.config.projection_dim, clip.config.vision_config.image_size
+        self.name = f"CLIP of {name} ({self.size} px, {'antialiased bicubic' if antialias else 'plain bilinear'} resize)"
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.get_image_features((images.float() / 255 - self.mean) / self.std)
+        x = resized(images, self.size, antialias=self.antialias).float() / 255
+        return self.clip.get_image_features((x - self.mean) / self.std).pooler_output.float()
 
-    def get_image_features(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.size:
-            x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True)
-        return self.clip.get_image_features(x).pooler_output.float()
-
-    def get_text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.clip.get_text_features(ids, mask).pooler_output.float()
-
-    def process(self, images: list[Tensor] | None = None, text: list[str] | None = None, **_: Any) -> dict[str, Tensor]:
-        """What torchmetrics asks of a processor; captions are cut to the tower's length with EOS kept."""
-        if images is not None:
-            x = torch.stack(images).to(self.mean.device)
-            return {"pixel_values": (x.float() / 255 - self.mean) / self.std}
-        return self.tokenizer(text, padding="max_length", truncation=True, return_tensors="pt")
+    def text(self, captions: list[str]) -> Tensor:
+        """`[B, D]` float32; captions are cut to the text tower's length with EOS kept."""
+        length = self.clip.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return self.clip.get_text_features(**tokens.to(self.mean.device)).pooler_output.float()
 
 
-def mini_clip(pipeline: str) -> ClipBackbone:
+def mini_clip(pipeline: str, *, antialias: bool = True) -> ClipBackbone:
     """The CLIP in the `clip` folder of a mini pipeline, trained on the pipeline's own data."""
     folder: Path = find(pipeline, "clip", "tokenizer")
     clip = CLIPModel.from_pretrained(folder / "clip", use_safetensors=True, dtype=torch.float32)
-    half = (0.5, 0.5, 0.5)
-    return ClipBackbone(clip, CLIPTokenizer.from_pretrained(folder / "tokenizer"), mean=half, std=half)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    return ClipBackbone(clip, tokenizer, name=str(pipeline), mean=HALF, std=HALF, antialias=antialias)
 
 
-def fid(backbone: ClipBackbone) -> FrechetInceptionDistance:
-    """Frechet distance between the backbone's image embeddings of real and generated images; its sums are float64."""
-    return FrechetInceptionDistance(feature=backbone, reset_real_features=False)
+def pretrained_clip(model: str, *, antialias: bool = True) -> ClipBackbone:
+    """A CLIP by folder or hub id, in transformers' format with safetensors. Raises UserError if it is not there."""
+    folder = Path(model)
+    if not folder.is_dir() and (len(model.split("/")) != 2 or model.startswith((".", "/"))):
+        raise UserError(
+            f"there is no CLIP folder {model!r}: put config.json, model.safetensors and the tokenizer's files of, for example, "
+            "openai/clip-vit-large-patch14 there, or give a hub id (owner/name)"
+        )
+    try:
+        clip = CLIPModel.from_pretrained(model, use_safetensors=True, dtype=torch.float32)
+        tokenizer = CLIPTokenizer.from_pretrained(model)
+    except Exception as error:  # whatever a hub's client or a broken file makes transformers raise
+        raise UserError(
+            f"cannot load the CLIP {model!r} ({' '.join(str(error).split())[:160]}): offline, copy its config.json, "
+            "model.safetensors (a pickled .bin is not read) and tokenizer files to a folder and give that"
+        ) from error
+    return ClipBackbone(clip, tokenizer, name=model.rstrip("/"), antialias=antialias, **normalisation(folder))
 
 
-def clip_score(backbone: ClipBackbone) -> CLIPScore:
-    """100 x cosine between image and caption embeddings, averaged."""
-    return CLIPScore(model_name_or_path=lambda: (backbone, backbone.process))
+def normalisation(folder: Path) -> dict[str, Any]:
+    """Mean and standard deviation of `preprocessor_config.json`, where a folder has one; else OpenAI's, which others share."""
+    file = folder / "preprocessor_config.json"
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    return {"mean": config.get("image_mean", MEAN), "std": config.get("image_std", STD)}

@@ -56,7 +56,7 @@ def test_distil_sample_evaluate_and_fine_tune(run, tiny, shards, tiny_pipeline, 
     table = (tmp_path / "outputs/evaluate/table.md").read_text()
     assert "| DDIM |" in table
     assert "| LCM |" in table
-    assert len(json.loads((tmp_path / "outputs/evaluate/table.json").read_text())["columns"]) == 4
+    assert len(json.loads((tmp_path / "outputs/evaluate/table.json").read_text())["rows"]) == 4
 
     done = run(
         "train.py", "experiment=lcf_mini", "model.student=runs/lcd_mini/0/model", *tiny_data(shards),

@@ -1,0 +1,104 @@
+"""FID and CLIP score during training, by the code of `python -m lcm.evaluate`."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lcm.data.captions import read_captions
+from lcm.errors import UserError
+from lcm.metrics.clip import ClipBackbone
+from lcm.metrics.features import Extractor, Features, scores
+from lcm.metrics.inception import InceptionBackbone
+from lcm.models.generate import LatentModel
+
+
+class Evaluation(L.Callback):
+    """Every `every_n_steps` optimizer steps, and at the end, draws `samples` captions of `shards` at each of `steps`.
+
+    Logs `val/<metric>_<steps>_steps` against all images of `shards`; with `_raw` appended for the trained network beside its
+    average.
+
+    A time costs `samples` x the sum of `steps` network calls (twice for a guided teacher, twice with an average), shared out
+    over the ranks. The backbones are no part of the module: no checkpoint, average or optimizer sees them.
+    """
+
+    def __init__(
+        self,
+        shards: str | list[str],
+        *,
+        backbone: ClipBackbone,
+        reference_cache: str,
+        steps: list[int],
+        w: float,
+        resolution: int,
+        samples: int = 128,
+        every_n_steps: int = 1000,
+        metrics: Sequence[str] = ("fid", "clip_score"),
+        fid_backbone: ClipBackbone | InceptionBackbone | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
+    ) -> None:
+        if not shards:
+            raise UserError("evaluation during training needs captions and images: set data.val_shards")
+        self.extract = Extractor(backbone, fid_backbone, resolution=resolution)
+        self.shards, self.reference_cache = shards, reference_cache
+        self.steps, self.w, self.samples, self.metrics = steps, w, samples, metrics
+        self.every_n_steps, self.batch_size, self.seed = every_n_steps, batch_size, seed
+        self.real: Features = {}
+        self.captions: list[str] = []
+        self.last = 0
+
+    def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
+        known = read_captions(self.shards, self.samples, option="callbacks.evaluation.shards")
+        if not known:
+            raise UserError(f"{self.shards} hold no captions: give others with callbacks.evaluation.shards")
+        self.captions = [known[i % len(known)] for i in range(self.samples)]
+        self.extract.to(module.device)
+        if trainer.is_global_zero:
+            self.real = self.extract.reference(self.shards, self.reference_cache, option="callbacks.evaluation.shards")
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
+        if trainer.global_step % self.every_n_steps == 0:
+            self.evaluate(trainer, module)
+
+    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
+        self.evaluate(trainer, module)
+
+    def evaluate(self, trainer: L.Trainer, module: Any) -> None:
+        if trainer.global_step == self.last:
+            return
+        self.last = trainer.global_step
+        model = module.latent_model(trainer.datamodule.codec)  # type: ignore[attr-defined]
+        models = {"": model} if model.unet is module.net else {"": model, "_raw": replace(model, unet=module.net)}
+        values: dict[str, float] = {}
+        for suffix, one in models.items():
+            for steps in self.steps:
+                features = self.features(trainer, one, steps)
+                if trainer.is_global_zero:
+                    found = scores(features, self.real, self.metrics)
+                    values |= {f"val/{metric}_{steps}_steps{suffix}": value for metric, value in found.items()}
+        values = trainer.strategy.broadcast(values)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+    def features(self, trainer: L.Trainer, model: LatentModel, steps: int) -> Features:
+        """Of all captions, on every rank: rank r of R draws r, r + R, ...; the last ones twice where R does not divide them, so
+        that all ranks bring as much to the gathering."""
+        world, rank = trainer.world_size, trainer.global_rank
+        mine = [i % self.samples for i in range(rank, -(-self.samples // world) * world, world)]
+        captions, seeds = [self.captions[i] for i in mine], [self.seed + i for i in mine]
+        training = model.unet.training
+        model.unet.eval()
+        batches = model.images(captions, seeds, steps=steps, w=self.w, batch_size=self.batch_size)
+        parts = [self.extract(images, captions[n * self.batch_size :][: len(images)]) for n, images in enumerate(batches)]
+        model.unet.train(training)
+        return {name: self.gathered(trainer, torch.cat([part[name] for part in parts])) for name in parts[0]}
+
+    def gathered(self, trainer: L.Trainer, own: Tensor) -> Tensor:
+        every = trainer.strategy.all_gather(own.to(trainer.strategy.root_device))
+        return every.reshape(trainer.world_size, *own.shape).transpose(0, 1).flatten(0, 1)[: self.samples].cpu()

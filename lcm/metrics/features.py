@@ -1,0 +1,104 @@
+"""Features of images: what every metric is computed from, kept on disk so that no image is drawn or read twice."""
+
+import hashlib
+import json
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lcm.data.captions import read_images
+from lcm.data.shards import expand_urls
+from lcm.data.source import Source
+from lcm.errors import UserError
+from lcm.images import resized
+from lcm.metrics import distances
+from lcm.metrics.clip import ClipBackbone
+from lcm.metrics.inception import InceptionBackbone
+
+Features = dict[str, Tensor]  # "clip" and "text" [N, D], "fid" [N, F] where that backbone is another one; float32
+METRICS = ("fid", "kid", "cmmd", "clip_score")
+
+
+class Extractor:
+    """The backbones of all metrics: `clip` for CMMD and CLIP score, `fid` for FID and KID (None: `clip` for these, too)."""
+
+    def __init__(self, clip: ClipBackbone, fid: ClipBackbone | InceptionBackbone | None = None, *, resolution: int) -> None:
+        self.clip, self.fid, self.resolution = clip, fid, resolution
+        self.weights = [fingerprint(backbone) for backbone in (clip, fid) if backbone is not None]
+        self.names = [backbone.name for backbone in (clip, fid) if backbone is not None]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What features depend on besides the images."""
+        return {"weights": self.weights, "backbones": self.names, "resolution": self.resolution}
+
+    def to(self, device: torch.device | str) -> "Extractor":
+        for backbone in (self.clip, self.fid):
+            if backbone is not None:
+                backbone.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, captions: list[str]) -> Features:
+        """uint8 `[B, 3, H, W]` and B captions -> features on the CPU; images of another size are first made `resolution`."""
+        images = resized(images.to(self.clip.mean.device), self.resolution)
+        features = {"clip": self.clip(images), "text": self.clip.text(captions)}
+        if self.fid is not None:
+            features["fid"] = self.fid(images)
+        return {name: value.cpu() for name, value in features.items()}
+
+    def reference(self, shards: str | list[str], folder: str | Path, *, option: str = "shards") -> Features:
+        """Features of all images of `shards`, kept in `folder` under what they depend on. Raises UserError for fewer than 2."""
+        urls = expand_urls(shards, option)
+        facts = {"shards": [Source.stamp(url) for url in urls], "crop": "centre", **self.facts}
+        file = Path(folder, f"{digest(facts)}.safetensors")
+        if not file.is_file():
+            bar = tqdm(read_images(shards, resolution=self.resolution), desc="real images", unit="batch")
+            parts = [self(batch["x"], batch["captions"]) for batch in bar]
+            if sum(len(part["clip"]) for part in parts) < 2:
+                raise UserError(f"{option}={shards} holds fewer than two images to compare with")
+            save(file, joined(parts), facts)
+        return load_file(file)
+
+
+def scores(features: Features, real: Features, metrics: Sequence[str] = METRICS, device: str = "cpu") -> dict[str, float]:
+    """`{metric: value}`; device: where the distances are computed, always in float64."""
+    made, real = ({name: value.to(device) for name, value in part.items()} for part in (features, real))
+    pairs = {
+        "fid": (made.get("fid", made["clip"]), real.get("fid", real["clip"])),
+        "kid": (made.get("fid", made["clip"]), real.get("fid", real["clip"])),
+        "cmmd": (made["clip"], real["clip"]),
+        "clip_score": (made["clip"], made["text"]),
+    }
+    return {metric: getattr(distances, metric)(*pairs[metric]) for metric in metrics}
+
+
+def joined(parts: Sequence[Features]) -> Features:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {"clip": torch.empty(0)}
+
+
+def save(file: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write safetensors in one rename, with the facts in its header."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, partial, {"facts": json.dumps(facts)})
+    partial.rename(file)
+
+
+def digest(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fingerprint(*networks: nn.Module) -> str:
+    """16 hex digits of the networks' weights and buffers."""
+    sha = hashlib.sha256()
+    for network in networks:
+        for name, value in sorted(network.state_dict().items()):
+            sha.update(name.encode() + value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:16]

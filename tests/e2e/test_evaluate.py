@@ -1,0 +1,263 @@
+"""The evaluation program: the same digits however it is run, nothing drawn twice, and what it refuses."""
+
+import csv
+import json
+import subprocess
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from lcm.command_line import compose
+from lcm.core.schedule import NoiseSchedule
+from lcm.errors import UserError
+from lcm.evaluate import evaluate
+from lcm.models import generate
+from lcm.models.pipeline import load_unet, save_pipeline
+from lcm.models.student import make_student
+from tests.e2e.conftest import command, environment, tiny_data
+
+
+@pytest.fixture(scope="module")
+def student(tiny_pipeline, tmp_path_factory):
+    folder, base = tmp_path_factory.mktemp("pipelines") / "student", str(tiny_pipeline)
+    unet = make_student(load_unet(base))
+    save_pipeline(folder, unet, NoiseSchedule(), base=base, consistency=True, facts={}, dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("reference")
+
+
+@pytest.fixture
+def run(tmp_path, tiny_pipeline, student, shards, cache):
+    """Evaluate in this process; returns the table's rows."""
+
+    def run(*overrides, output="a"):
+        entries = [f"entries.DDIM.pipeline={tiny_pipeline}", "entries.DDIM.steps=[1,2]", f"entries.LCM.pipeline={student}"]
+        sizes = [
+            "entries.LCM.steps=[1,2]",
+            "samples=8",
+            "chunk=3",
+            "batch_size=2",
+            "resolution=32",
+            "grid_rows=2",
+            "dtype=float32",
+        ]
+        where = [f"output={tmp_path / output}", f"shards={shards}/val-*.tar", f"reference_cache={cache}"]
+        cfg = compose("evaluate", [f"backbone.pipeline={tiny_pipeline}", "device=cpu", *entries, *sizes, *where, *overrides])
+        evaluate(cfg)
+        file = tmp_path / output / "table.json"
+        return json.loads(file.read_text())["rows"] if file.is_file() else None
+
+    return run
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The seeds of every image that is drawn."""
+    seeds, latents = [], generate.LatentModel.latents
+
+    def counted(self, prompts, batch, **kwargs):
+        seeds.extend(batch)
+        return latents(self, prompts, batch, **kwargs)
+
+    monkeypatch.setattr(generate.LatentModel, "latents", counted)
+    return seeds
+
+
+def test_twice_gives_the_same_digits_and_draws_once(run, drawn, tmp_path):
+    first = run()
+    assert sorted(set(drawn)) == list(range(8))
+    assert len(drawn) == 8 * 4
+    assert run() == first
+    assert len(drawn) == 8 * 4
+    assert run(output="b") == first
+    assert len(drawn) == 2 * 8 * 4
+
+    names = {path.name for path in (tmp_path / "a").iterdir()}
+    assert names == {"features", "grid.png", "plot.png", "table.csv", "table.json", "table.md"}
+    rows = list(csv.DictReader((tmp_path / "a/table.csv").open()))
+    assert [{name: row[name] if name == "name" else float(row[name]) for name in row} for row in rows] == first
+
+
+def test_other_metrics_and_more_samples_draw_only_what_is_new(run, drawn):
+    run("metrics=[clip_score]")
+    drawn.clear()
+    assert set(run("metrics=[fid,kid]")[0]) == {"name", "steps", "w", "fid", "kid"}
+    assert not drawn
+    run("samples=9")
+    assert sorted(drawn) == sorted([6, 7, 8] * 4)  # the chunk that was short
+
+
+def test_a_killed_run_goes_on_with_what_is_missing(run, drawn, monkeypatch):
+    whole = run(output="whole")
+    drawn.clear()
+    latents = generate.LatentModel.latents
+
+    def killed(self, *args, **kwargs):
+        if len(drawn) >= 14:
+            raise KeyboardInterrupt
+        return latents(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate.LatentModel, "latents", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    assert run() == whole
+    assert len(drawn) <= 8 * 4 + 3  # a chunk was lost at most
+
+
+def test_processes_share_out_the_chunks_and_give_the_same_digits(run, drawn):
+    alone = run(output="alone")
+    drawn.clear()
+    assert run("rank=1", "world_size=2") is None
+    share = len(drawn)
+    assert 0 < share < 8 * 4
+    assert run("rank=0", "world_size=2") == alone
+    assert len(drawn) == 8 * 4
+    assert run("rank=40", "world_size=50", output="many") is None  # more processes than chunks: it has nothing to do
+    with pytest.raises(UserError, match="run the same command again"):
+        run("rank=0", "world_size=50", "patience=0.5", output="many")  # the others never came
+    assert run(output="many") == alone
+
+
+def test_another_w_seed_solver_or_weight_is_drawn_anew(run, drawn, tmp_path, student):
+    run()
+    for change in ("w=1.0", "seed=1", "+entries.LCM.solver=ddim"):
+        drawn.clear()
+        run(change)
+        assert drawn, change
+    unet, other = load_unet(str(student)), tmp_path / "other"
+    unet.conv_out.bias.data[0] += 1e-3
+    save_pipeline(other, unet, NoiseSchedule(), base=str(student), consistency=True, facts={}, dtype=torch.float32)
+    drawn.clear()
+    run(f"entries.LCM.pipeline={other}")
+    assert len(drawn) == 8 * 2
+
+
+def test_w_lists_give_rows_and_curves_and_an_entry_may_have_its_own(run, tmp_path):
+    rows = run("w=[0,3]", "+entries.LCM.w=2", "metrics=[fid,clip_score]")
+    assert [(row["name"], row["steps"], row["w"]) for row in rows] == [
+        *(("DDIM", steps, w) for w in (0, 3) for steps in (1, 2)), ("LCM", 1, 2), ("LCM", 2, 2),
+    ]  # fmt: skip
+    table = (tmp_path / "a/table.md").read_text()
+    assert all(f"| {name} |" in table for name in ("DDIM, w = 0", "DDIM, w = 3", "LCM, w = 2"))
+    assert Image.open(tmp_path / "a/w.png").width > 500
+
+
+def test_more_samples_than_captions_go_round_with_new_seeds(run, drawn, tmp_path):
+    (tmp_path / "prompts.txt").write_text("red apple\nrocket\ndog face\n")
+    run(f"prompts={tmp_path}/prompts.txt", "~entries.LCM")
+    assert sorted(drawn) == sorted([*range(8)] * 2)
+    assert "8 images a cell of 3 captions" in (tmp_path / "a/table.md").read_text()
+
+
+def test_the_footer_says_what_the_numbers_are(run, tmp_path, shards):
+    run()
+    text = (tmp_path / "a/table.md").read_text()
+    for part in (
+        "w = 4",
+        "w + 1",
+        "CLIP of",
+        "antialiased bicubic",
+        "centre crop",
+        "UNet in float32",
+        "Commit",
+        f"{shards}/val-*",
+    ):
+        assert part in text, part
+
+
+def test_another_network_for_fid_leaves_the_clip_score(run, tiny_pipeline):
+    rows = run()
+    other = run(
+        "backbone@fid_backbone=mini", f"fid_backbone.pipeline={tiny_pipeline}", "fid_backbone.antialias=false", output="b"
+    )
+    assert [row["clip_score"] for row in other] == [row["clip_score"] for row in rows]
+
+
+def test_loggers_get_metrics_and_pictures(run, tmp_path):
+    run("logger=tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "a/tensorboard"))
+    events.Reload()
+    assert "fid/LCM" in events.Tags()["scalars"]
+    assert [event.step for event in events.Scalars("fid/LCM")] == [1, 2]
+    assert {"evaluate/grid", "evaluate/plot"} <= set(events.Tags()["images"])
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("entries.LCM.steps=[1,1]", "entries.LCM.steps has 1 twice"),
+        ("w=[2,2]", "entries.DDIM.w has 2 twice"),
+        ("entries.LCM.steps=[60]", "use 1 to 50"),
+        ("+entries.LCM.solver=dddim", "entries.LCM.solver=dddim is none of ddim"),
+        ("metrics=[fidd]", "metrics has 'fidd', which is none of fid, kid, cmmd, clip_score"),
+        ("samples=1", "at least 2 samples"),
+        ("shards=nowhere/*.tar", "no shards match"),
+        ("reference=nowhere/*.tar", "no shards match 'nowhere/*.tar': point reference at"),
+        ("~entries.LCM ~entries.DDIM", "nothing to evaluate"),
+        ("prompts=no.txt", "there is no prompt file no.txt"),
+        ("prompts=[]", "there are no captions in prompts="),
+        ("backbone@fid_backbone=clip fid_backbone.model=/nowhere", "there is no CLIP folder '/nowhere'"),
+        ("backbone@fid_backbone=inception", "torch-fidelity|no InceptionV3 weights at"),
+    ],
+)
+def test_wrong_input_is_refused_in_a_sentence_before_drawing(run, drawn, override, says):
+    with pytest.raises(UserError, match=says.replace("*", r"\*").replace("[", r"\[")):
+        run(*override.split(" "))
+    assert not drawn
+
+
+def test_an_unguided_consistency_model_is_not_asked_for_w(run, drawn, tiny_pipeline, tmp_path):
+    options = {"base": str(tiny_pipeline), "consistency": True, "facts": {}, "dtype": torch.float32}
+    save_pipeline(tmp_path / "cd", load_unet(str(tiny_pipeline)), NoiseSchedule(), **options)
+    with pytest.raises(UserError, match=r"set entries\.LCM\.w=0"):
+        run(f"entries.LCM.pipeline={tmp_path}/cd")
+    assert not drawn
+    run(f"entries.LCM.pipeline={tmp_path}/cd", "+entries.LCM.w=0")
+
+
+def test_too_few_images_are_warned_of_with_their_number(run, caplog, tmp_path):
+    with caplog.at_level("WARNING"):
+        run()
+    assert "8 images do not fill the 8 dimensions" in caplog.text
+    assert "8 images do not fill the 8 dimensions" in (tmp_path / "a/table.md").read_text()
+    with caplog.at_level("WARNING"):
+        run("samples=40", output="b")
+    assert "fewer than the 40 drawn" in caplog.text
+
+
+def test_the_configuration_names_parameters_that_exist():
+    from tests.conf.test_config import CONF, parameters
+
+    for file in (CONF / "backbone").glob("*.yaml"):
+        node = OmegaConf.load(file)
+        assert {str(key) for key in node} - {"_target_"} <= parameters(node._target_), file
+
+
+@pytest.mark.slow
+def test_training_on_two_processes_measures_what_one_does(tiny_pipeline, shards, tmp_path):
+    """Weights stay as they are (lr = 0), so the figures must; 5 samples do not divide among 2 processes."""
+    found = []
+    for devices in (1, 2):
+        done = subprocess.run(
+            command(
+                "train.py", f"model.teacher={tiny_pipeline}", *tiny_data(shards), "trainer.max_steps=2", "callbacks=evaluation",
+                f"callbacks.evaluation.backbone.pipeline={tiny_pipeline}", "callbacks.evaluation.samples=5",
+                "callbacks.evaluation.every_n_steps=1", "model.optimizer.lr=0", "data.codec.dtype=null", "trainer=ddp",
+                "trainer.accelerator=cpu", f"trainer.devices={devices}", f"name=on{devices}", "callbacks.samples.steps=[1]",
+            ),
+            cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=500,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        rows = list(csv.DictReader((tmp_path / f"runs/on{devices}/0/metrics.csv").open()))
+        found.append([float(row["val/fid_4_steps"]) for row in rows if row.get("val/fid_4_steps")])
+    assert len(found[0]) == 2
+    assert found[0] == pytest.approx(found[1], rel=1e-5)

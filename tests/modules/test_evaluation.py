@@ -1,0 +1,60 @@
+"""Evaluation during training: the digits of the program, for the average and the trained network, and no trace of it left."""
+
+import pytest
+import torch
+
+from lcm.callbacks.evaluation import Evaluation
+from lcm.data.captions import read_captions
+from lcm.errors import UserError
+from lcm.metrics.clip import mini_clip
+from lcm.metrics.features import Extractor, joined, scores
+
+
+@pytest.fixture
+def callback(tiny_pipeline, shards, tmp_path):
+    def make(**options):
+        options = {"steps": [1, 2], "w": 3.0, "samples": 6, "every_n_steps": 2, "batch_size": 4, "resolution": 32, **options}
+        backbone = mini_clip(str(tiny_pipeline))
+        return Evaluation(f"{shards}/val-*.tar", backbone=backbone, reference_cache=str(tmp_path / "reference"), **options)
+
+    return make
+
+
+def test_both_networks_are_measured_as_the_program_would(training, data, fit, callback, codec, shards, tiny_pipeline, tmp_path):
+    module, one = training("diffusion", eval_ema=0.9), callback()
+    metrics = fit(module, data(), 3, callbacks=[one]).callback_metrics
+    names = {f"val/{metric}_{n}_steps{raw}" for metric in ("fid", "clip_score") for n in (1, 2) for raw in ("", "_raw")}
+    assert names <= set(metrics)
+    assert metrics["val/fid_2_steps"] != metrics["val/fid_2_steps_raw"]
+
+    extract = Extractor(mini_clip(str(tiny_pipeline)), resolution=32)
+    captions = read_captions(f"{shards}/val-*.tar", 6)
+    images = module.latent_model(codec).images(captions, list(range(6)), steps=2, w=3.0, batch_size=6)
+    expected = scores(joined([extract(part, captions) for part in images]), extract.reference(f"{shards}/val-*.tar", tmp_path))
+    for metric in ("fid", "clip_score"):
+        assert float(metrics[f"val/{metric}_2_steps"]) == pytest.approx(expected[metric], rel=1e-4)
+
+
+def test_measuring_changes_nothing_of_the_training(training, data, fit, callback, tmp_path):
+    plain, measured = training("distillation", eval_ema=0.9), training("distillation", eval_ema=0.9)
+    fit(plain, data(), 4)
+    trainer = fit(measured, data(), 4, callbacks=[callback()])
+    for (name, a), (_, b) in zip(plain.state_dict().items(), measured.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    assert measured.net.training
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert not any("clip" in name for name in torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"])
+
+
+def test_it_happens_every_n_steps_and_at_the_end_once_each(training, data, fit, callback, monkeypatch):
+    one, at = callback(steps=[1]), []
+    monkeypatch.setattr(Evaluation, "features", lambda self, trainer, *_: at.append(trainer.global_step) or {})
+    monkeypatch.setattr("lcm.callbacks.evaluation.scores", lambda *_: {"fid": 1.0})
+    fit(training("distillation"), data(), 5, callbacks=[one], accumulate_grad_batches=2)
+    assert at == [2, 4, 5]
+
+
+def test_it_needs_held_out_shards(tiny_pipeline):
+    options = {"steps": [1], "w": 0.0, "resolution": 32, "reference_cache": "r"}
+    with pytest.raises(UserError, match=r"set data\.val_shards"):
+        Evaluation(None, backbone=mini_clip(str(tiny_pipeline)), **options)
