@@ -75,7 +75,8 @@ def test_a_large_epoch_takes_turns_evenly() -> None:
     assert max(shares) - min(shares) <= 3
     first = [order[number * 2].shape for number in range(1000)]
     assert first != sorted(first, key=SHAPES.index)
-    assert first != [order[number * 2].shape for number in range(1000, 2000)]
+    second = [order[number * 2].shape for number in range(1000, 2000)]
+    assert sum(a == b for a, b in zip(first, second, strict=True)) < 900
 
 
 def test_a_position_is_found_without_those_before_it_also_in_another_process() -> None:
