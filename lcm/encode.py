@@ -50,8 +50,8 @@ def gathered(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def encode_shard(source: Source, codec: LatentCodec, decode: Variants, target: Path, data: ShardDataModule, bar: tqdm) -> None:
     """One shard of images -> one of latents, which appears in one rename; `<stem>_stats.json` beside it says it is done."""
     [facts], skipped, written = source.facts(), Counter[str](), 0
-    order, options = Order([facts.samples]), {"batch_size": data.val_batch_size, "seed": data.seed}
-    stream = ShardStream([source], order, decode=decode, collate=gathered, stop=order.size, **options)
+    order, size = Order([facts.samples]), data.val_batch_size
+    stream = ShardStream([source], order, decode=decode, collate=gathered, batch_size=size, seed=data.seed, stop=order.size)
     partial = target.with_suffix(".partial")
     with wds.TarWriter(str(partial), mtime=0) as writer:
         for batch in DataLoader(stream, batch_size=None, num_workers=data.num_workers, worker_init_fn=one_thread):
@@ -88,6 +88,8 @@ def main(cfg: DictConfig) -> None:
     data: ShardDataModule = build(cfg.data)
     if data.codec is None:
         raise UserError("encoding needs a VAE: choose data with a codec, such as data=shards or data=openmoji")
+    if data.buckets:
+        raise UserError("latents are encoded at one shape: set data.buckets=null")
     data.prepare_data()
     codec = data.codec.to(device)
     claim(folder, {**stamp(codec.vae, data.resolution), "crops": cfg.crops, "flip": cfg.flip})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 from lcm.command_line import build, output_folder, program
@@ -29,6 +30,8 @@ def main(cfg: DictConfig) -> None:
         print(f"shards:   {len(facts)} with {used + dropped.total()} samples, of which {used} are used")
         for reason, count in dropped.most_common():
             print(f"          {count} ({count / (used + dropped.total()):.1%}) left out: {reason}")
+    for bucket in data.orders if data.buckets else ():
+        print(f"bucket:   {bucket.shape} with {bucket.size} samples")
     count = min(cfg.samples, sum(data.sizes))
     images: list[torch.Tensor] = []
     captions: list[str] = []
@@ -53,6 +56,8 @@ def main(cfg: DictConfig) -> None:
     print(f"captions: {quantiles(words)} words; {captions.count('')} of {len(captions)} empty")
     for reason, number in skipped.most_common():
         print(f"damaged:  {number} of {len(captions)}: {reason}")
+    side = max(max(image.shape) for image in images)
+    images = [pad(image, (0, side - image.shape[2], 0, side - image.shape[1]), value=255) for image in images]
     rows = [torch.stack(images[i : i + 4]) for i in range(0, len(images) - len(images) % 4, 4)]
     save_png(grid(rows, [" / ".join(captions[i : i + 4]) for i in range(0, 4 * len(rows), 4)]), folder / "grid.png")
     print(f"picture:  {Path(folder, 'grid.png')}")

@@ -32,7 +32,7 @@ class LatentCodec:
         self.vae = vae.to(dtype=dtype).eval().requires_grad_(False)
         self.text_encoder = text_encoder.to(dtype=dtype).eval().requires_grad_(False)
         self.tokenizer, self.chunk = tokenizer, chunk
-        self.cache: dict[str, Tensor] | None = {} if cache else None
+        self.cache: dict[tuple[str, int, int], Tensor] | None = {} if cache else None
         self._uncond: Tensor | None = None
 
     @property
@@ -52,7 +52,7 @@ class LatentCodec:
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any], rng: torch.Generator | None = None) -> LatentBatch:
-        """batch: `{"x": uint8 or [-1, 1] float [B, 3, S, S], "captions", "keys"}`, or "moments" `[B, 2C, h, w]` in place of x.
+        """batch: `{"x": uint8 or [-1, 1] float [B, 3, H, W], "captions", "keys"}`, or "moments" `[B, 2C, h, w]` in place of x.
 
         Returns a LatentBatch; rng draws the posterior.
         """
@@ -64,14 +64,15 @@ class LatentCodec:
 
     def posterior(self, x: Tensor, keys: list[str]) -> Tensor:
         """Mean and standard deviation of q(z|x), unscaled: `[B, 2C, H/f, W/f]` float32."""
-        if self.cache is not None and all(key in self.cache for key in keys):
-            return torch.stack([self.cache[key] for key in keys]).to(self.device).float()
+        names = [(key, *x.shape[2:]) for key in keys]
+        if self.cache is not None and all(name in self.cache for name in names):
+            return torch.stack([self.cache[name] for name in names]).to(self.device).float()
         moments = []
         for part in x.split(self.chunk):
             q = self.vae.encode(to_unit_range(part).to(self.vae.dtype)).latent_dist
             moments.append(torch.cat([q.mean, q.std], dim=1).float())
         if self.cache is not None:
-            self.cache.update(zip(keys, torch.cat(moments).half().cpu(), strict=True))
+            self.cache.update(zip(names, torch.cat(moments).half().cpu(), strict=True))
         return torch.cat(moments)
 
     @torch.no_grad()
@@ -88,7 +89,7 @@ class LatentCodec:
 
     @torch.no_grad()
     def decode(self, z0: Tensor) -> Tensor:
-        """Latents `[B, C, h, w]` -> images uint8 `[B, 3, S, S]`."""
+        """Latents `[B, C, h, w]` -> images uint8 `[B, 3, H, W]`."""
         images = []
         for part in z0.split(self.chunk):
             x = self.vae.decode((part / self.vae.config["scaling_factor"]).to(self.vae.dtype)).sample

@@ -11,14 +11,16 @@ from torch.utils.data import DataLoader
 
 from lcm.core.batch import LatentBatch
 from lcm.core.random import generator
+from lcm.data.buckets import aspect, shapes_of
 from lcm.data.cache import ShardCache
 from lcm.data.codec import LatentCodec, to_unit_range
+from lcm.data.epochs import training_order, validation_order
 from lcm.data.filters import Filters
 from lcm.data.latents import DecodeLatents, check_stamp, collate_latents, stamp
-from lcm.data.order import Mixture, Order
+from lcm.data.order import Places
 from lcm.data.shards import expand_urls
 from lcm.data.skips import Skips
-from lcm.data.source import Facts, Source, total_dropped
+from lcm.data.source import Source, total_dropped
 from lcm.data.stream import ShardStream
 from lcm.data.transforms import Decode, collate
 from lcm.errors import UserError
@@ -33,6 +35,7 @@ class ShardDataModule(L.LightningDataModule):
     val_shards: one ordered, complete pass; None disables validation. filters: which samples of both are used.
     build: called once per node before anything else, e.g. to draw a dataset that is made on the spot.
     latents: the shards hold what `python -m lcm.encode` made of images with this codec at this resolution.
+    buckets: batches of one shape, see `lcm.data.buckets.shapes_of`; None trains on squares of `resolution`.
     batch_size: per device. shuffle, lanes: see `lcm.data.order`. index: the folder that keeps the shards' sample counts.
     max_skip_ratio: more damaged samples than this share of those seen stop the training.
     A checkpoint holds the position in the order after the last consumed batch: a resumed run sees the next samples, none twice,
@@ -51,6 +54,7 @@ class ShardDataModule(L.LightningDataModule):
         cache: ShardCache | None = None,
         index: str | None = None,
         resolution: int = 512,
+        buckets: float | Sequence[Sequence[int]] | None = None,
         batch_size: int = 16,
         val_batch_size: int = 64,
         num_workers: int = 4,
@@ -83,11 +87,14 @@ class ShardDataModule(L.LightningDataModule):
         if codec is not None and codec.cache is not None and (random_crop or flip):
             raise UserError("data.codec.cache=true keeps one encoding per image: set data.random_crop=false data.flip=false")
         self.resolution, self.latents = resolution, latents
+        self.buckets = [] if buckets is None else shapes_of(buckets, resolution, 1 if codec is None else codec.factor)
         self.decode: Decode | DecodeLatents
         self.val_decode: Decode | DecodeLatents
         if latents:
-            if codec is None or random_crop or flip:
-                raise UserError("data.latents=true needs a codec, and crops and flips are stored by lcm.encode, not drawn here")
+            if codec is None or random_crop or flip or self.buckets:
+                raise UserError(
+                    "data.latents=true needs a codec, and lcm.encode chose crops, flips and shape: set none of them"
+                )
             self.decode = DecodeLatents(caption_dropout=caption_dropout, captions=captions)
             self.val_decode = DecodeLatents(captions=captions)
         else:
@@ -105,33 +112,34 @@ class ShardDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         self.train_sources = [self._source(urls, "data.shards") for urls, _ in self.weighted]
         self.val_sources = [] if self.val_shards is None else [self._source(self.val_shards, "data.val_shards")]
-        self.val_orders = [Order(counts(source.facts())) for source in self.val_sources]
-        facts = [source.facts() for source in self.train_sources]
-        orders = [
-            Order(counts(of), seed=f"{self.seed}/{number}", shuffle=self.shuffle, lanes=self.lanes, source=number)
-            for number, of in enumerate(facts)
-        ]
-        for source, of, order in zip(self.train_sources, facts, orders, strict=True):
-            if not order.size:
-                raise UserError(f"{len(source.urls)} shards hold no usable sample: left out are {dict(total_dropped(of))}")
-        self.order = orders[0] if len(orders) == 1 else Mixture(orders, [weight for _, weight in self.weighted], self.seed)
-        self.sizes = [order.size for order in orders]
+        self.val_orders = [validation_order(source.facts(), self.buckets) for source in self.val_sources]
+        facts, weights = [source.facts() for source in self.train_sources], [weight for _, weight in self.weighted]
+        options = {"seed": self.seed, "shuffle": self.shuffle, "lanes": self.lanes}
+        batch = self.batch_size * self.world[1]
+        self.order, self.orders = training_order(facts, weights, self.buckets, batch=batch, **options)
+        self.sizes = [order.size for order in self.orders]
         dropped = total_dropped([shard for of in facts for shard in of])
         if dropped and stage == "fit":
             log.warning("using %d training samples; left out: %s", sum(self.sizes), dict(dropped))
 
     def _source(self, urls: str | list[str], option: str) -> Source:
         found = expand_urls(urls, option)
-        source = Source(found, needs=self.decode.needs, filters=self.filters, cache=self.cache, index=self.index)
+        measure = aspect if self.buckets else None
+        source = Source(
+            found, needs=self.decode.needs, filters=self.filters, measure=measure, cache=self.cache, index=self.index
+        )
         source.check()
         if self.latents and self.codec is not None:
             check_stamp(found, stamp(self.codec.vae, self.resolution))
         return source
 
-    def _loader(
-        self, sources: list[Source], order: Order | Mixture, decode: Decode | DecodeLatents, **stream: Any
-    ) -> DataLoader:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+    @property
+    def world(self) -> tuple[int, int]:
+        """This rank, of how many."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _loader(self, sources: list[Source], order: Places, decode: Decode | DecodeLatents, **stream: Any) -> DataLoader:
+        rank, world_size = self.world
         dataset = ShardStream(
             sources,
             order,
@@ -153,15 +161,17 @@ class ShardDataModule(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader(
-            self.train_sources, self.order, self.decode, batch_size=self.batch_size, start=self.position, ahead=self.shuffle
-        )
+        size, start = self.batch_size, self.position
+        if self.buckets:  # with another global batch than before it goes on at the next one
+            start = -(-start // (size * self.world[1])) * size * self.world[1]
+        return self._loader(self.train_sources, self.order, self.decode, batch_size=size, start=start, ahead=self.shuffle)
 
     def val_dataloader(self) -> DataLoader | list[Any]:
         if not self.val_sources:
             return []
         [order] = self.val_orders
-        return self._loader(self.val_sources, order, self.val_decode, batch_size=self.val_batch_size, stop=order.size)
+        options = {"batch_size": self.val_batch_size, "stop": order.size, "cuts": order.cuts}
+        return self._loader(self.val_sources, order, self.val_decode, **options)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any] | LatentBatch:
         """Lightning calls this for each batch just before the step that consumes it."""
@@ -178,8 +188,7 @@ class ShardDataModule(L.LightningDataModule):
         device = batch["moments" if self.latents else "x"].device
         if self.codec.device != device:
             self.codec.to(device)
-        rank = self.trainer.global_rank if self.trainer else 0
-        return self.codec.encode(batch, generator(self.codec.device, self.seed, training, batch["position"], rank))
+        return self.codec.encode(batch, generator(self.codec.device, self.seed, training, batch["position"], self.world[0]))
 
     def teardown(self, stage: str) -> None:
         if stage == "fit" and self.skips.by_reason:
@@ -197,10 +206,6 @@ class ShardDataModule(L.LightningDataModule):
             return
         self.position = state_dict["position"]
         self.skips.load_state_dict(state_dict["skips"])
-
-
-def counts(facts: Sequence[Facts]) -> list[int]:
-    return [shard.samples for shard in facts]
 
 
 def one_thread(worker: int) -> None:

@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from lcm.errors import UserError
 
@@ -17,12 +17,22 @@ MIX = 1000  # positions over which several sources keep to their weights exactly
 
 
 class Place(NamedTuple):
-    """Sample number `sample` of shard number `shard` of source number `source`; `lane` is where in the order it lies."""
+    """Sample number `sample` of shard number `shard` of source number `source`; `lane` is where in the order it lies.
+
+    shape: (height, width) that its picture shall have, None for that of all.
+    """
 
     source: int
     lane: int
     shard: int
     sample: int
+    shape: tuple[int, int] | None = None
+
+
+class Places(Protocol):
+    """An order of any kind."""
+
+    def __getitem__(self, position: int) -> Place: ...
 
 
 class Order:
@@ -32,6 +42,9 @@ class Order:
     turns over the lanes, so that a batch mixes that many shards, and a rank that keeps to some lanes keeps to their shards.
     Within a lane, samples are shuffled in blocks of `shuffle`; 0 is the shards as they are, for one ordered pass.
     """
+
+    shape: tuple[int, int] | None = None  # of a bucket
+    cuts: Sequence[int] = ()  # positions at which a batch must end
 
     def __init__(
         self, counts: Sequence[int], *, seed: int | str = 0, shuffle: int = 0, lanes: int = 1, source: int = 0
@@ -51,7 +64,7 @@ class Order:
         which = bisect_right(ends, start + k)
         return Place(self.source, lane, shards[which], start + k - (ends[which - 1] if which else 0))
 
-    @lru_cache(16)  # noqa: B019 - an order lives as long as its process
+    @lru_cache(128)  # noqa: B019 - an order lives as long as its process; buckets have one each
     def _epoch(self, epoch: int) -> tuple[list[int], list[int]]:
         """The epoch's shards in their order, and where in the string of samples each ends."""
         shards = list(range(len(self.counts)))
@@ -83,12 +96,16 @@ class Mixture:
 
     @lru_cache(16)  # noqa: B019
     def _turns(self, block: int) -> list[tuple[int, int]]:
-        """Of each position of the block its source, and how many of that source came before it in the block."""
-        sources = [source for source, quota in enumerate(self.quota) for _ in range(quota)]
-        random.Random(f"{self.seed}/{block}").shuffle(sources)
-        before = [0] * len(self.quota)
-        turns = []
-        for source in sources:
-            turns.append((source, before[source]))
-            before[source] += 1
-        return turns
+        return shuffled_turns(self.quota, f"{self.seed}/{block}")
+
+
+def shuffled_turns(quota: Sequence[int], seed: str) -> list[tuple[int, int]]:
+    """Each number n `quota[n]` times, shuffled, with how many of n came before."""
+    numbers = [number for number, times in enumerate(quota) for _ in range(times)]
+    random.Random(seed).shuffle(numbers)
+    before = [0] * len(quota)
+    turns = []
+    for number in numbers:
+        turns.append((number, before[number]))
+        before[number] += 1
+    return turns

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from rich.progress import track
 
 from lcm.data.cache import ShardCache
 from lcm.data.filters import Filters
+from lcm.data.members import Sample
 from lcm.data.shards import CAPTIONS, IMAGES, Shard, is_remote, local, redacted
 from lcm.errors import UserError
 
@@ -23,14 +24,17 @@ log = logging.getLogger(__name__)
 
 
 class Facts(NamedTuple):
-    """What an index knows of a shard: usable samples, and how many others were left out for which reason."""
+    """What an index knows of a shard: usable samples, how many others were left out for which reason, and what was measured of
+    each usable one (a byte, see `lcm.data.buckets.aspect`), if anything was."""
 
     samples: int
     dropped: dict[str, int]
+    aspects: bytes = b""
 
 
 class Source:
-    """needs: extensions of which every sample must have one. index: the folder where counts are kept between runs."""
+    """needs: extensions of which every sample must have one. measure: `sample -> byte`, noted of each when it is counted.
+    index: the folder where counts are kept between runs."""
 
     def __init__(
         self,
@@ -38,10 +42,12 @@ class Source:
         *,
         needs: Sequence[str] = IMAGES,
         filters: Filters | None = None,
+        measure: Callable[[Sample], int] | None = None,
         cache: ShardCache | None = None,
         index: str | None = None,
     ) -> None:
-        self.urls, self.needs, self.filters, self.cache, self.index = list(urls), needs, filters, cache, index
+        self.urls, self.needs, self.filters, self.measure = list(urls), needs, filters, measure
+        self.cache, self.index = cache, index
 
     def path(self, shard: int) -> str:
         """Where the shard lies on this machine. Raises OSError if it cannot be brought here."""
@@ -84,18 +90,20 @@ class Source:
                 known[stamp] = facts
                 if file is not None and "shard" not in facts.dropped:  # one that could not be had is tried again next time
                     with file.open("a") as lines:
-                        lines.write(json.dumps({"shard": stamp, **facts._asdict()}) + "\n")
+                        entry = {"shard": stamp, "samples": facts.samples, "dropped": facts.dropped}
+                        lines.write(json.dumps({**entry, **({"aspects": facts.aspects.hex()} if self.measure else {})}) + "\n")
         return [known[self.stamp(url)] for url in self.urls]
 
     def _count(self, shard: int) -> Facts:
         expected = expected_samples(self.urls[shard])
-        if expected is not None and self.filters is None and is_remote(self.urls[shard]):
+        if expected is not None and self.filters is None and self.measure is None and is_remote(self.urls[shard]):
             return Facts(expected, {})  # a small file instead of the shard; what is broken in it shows when it is read
         try:
             opened = self.open(shard)
         except OSError as error:
             log.warning("leaving out shard %s: %s", redacted(self.urls[shard]), error)
             return Facts(0, {"shard": 1})
+        aspects = b"" if self.measure is None else bytes(map(self.measure, opened))
         opened.close()
         for key, reason in opened.broken.items():
             log.warning("leaving out sample %s of %s: %s", key, redacted(self.urls[shard]), reason)
@@ -103,13 +111,13 @@ class Source:
         if expected is not None and found < expected:
             opened.dropped["missing"] = expected - found
             log.warning("%s holds %d of its %d samples: it is cut or damaged", redacted(self.urls[shard]), found, expected)
-        return Facts(len(opened), dict(opened.dropped))
+        return Facts(len(opened), dict(opened.dropped), aspects)
 
     def _file(self) -> Path | None:
         if self.index is None:
             return None
-        how = json.dumps([list(self.needs), self.filters.signature() if self.filters else ""])
-        file = Path(self.index, f"{hashlib.sha256(how.encode()).hexdigest()[:16]}.jsonl")
+        how = [list(self.needs), self.filters.signature() if self.filters else "", *(["aspects"] if self.measure else [])]
+        file = Path(self.index, f"{hashlib.sha256(json.dumps(how).encode()).hexdigest()[:16]}.jsonl")
         file.parent.mkdir(parents=True, exist_ok=True)
         return file
 
@@ -119,7 +127,8 @@ class Source:
             for line in file.read_text().splitlines():
                 with contextlib.suppress(ValueError):  # a line that a killed run left half-written: its shard is counted again
                     entry: dict[str, Any] = json.loads(line)
-                    known[entry["shard"]] = Facts(entry["samples"], entry["dropped"])
+                    aspects = bytes.fromhex(entry.get("aspects", ""))
+                    known[entry["shard"]] = Facts(entry["samples"], entry["dropped"], aspects)
         return known
 
     @staticmethod

@@ -10,12 +10,13 @@ import random
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lcm.data.members import Sample, Skip
-from lcm.data.order import Mixture, Order, Place
+from lcm.data.order import Place, Places
 from lcm.data.shards import Shard, is_remote, redacted
 from lcm.data.source import Source
 from lcm.errors import UserError
@@ -46,7 +47,8 @@ class Reader:
         self.shards.move_to_end(key)
         if place.sample >= len(self.shards[key]):
             raise Skip("missing", f"sample {place.sample} of {self.shards[key].path}, which held more when it was counted")
-        return self.shards[key][place.sample]
+        sample = self.shards[key][place.sample]
+        return sample if place.shape is None else {**sample, "__shape__": place.shape}
 
     def _open(self, key: tuple[int, int]) -> Shard:
         source, shard = self.sources[key[0]], key[1]
@@ -69,7 +71,7 @@ class Reader:
 
 
 class ShardStream(IterableDataset):
-    """Batches of one rank: endless, or up to position `stop` and then with a partial last batch.
+    """Batches of one rank: endless, or up to position `stop` and then with a partial last batch, there and at `cuts`.
 
     decode: `(sample, rng) -> dict`, rng seeded by (seed, position); raises Skip on a damaged sample. collate: `list -> dict`.
     Each batch also holds "position": where the order goes on after it, and "skipped": `{reason: samples}` of this rank's share.
@@ -78,7 +80,7 @@ class ShardStream(IterableDataset):
     def __init__(
         self,
         sources: Sequence[Source],
-        order: Order | Mixture,
+        order: Places,
         *,
         decode: Callable[[Sample, random.Random], Sample],
         collate: Callable[[list[Sample]], Sample],
@@ -88,11 +90,16 @@ class ShardStream(IterableDataset):
         world_size: int = 1,
         start: int = 0,
         stop: int | None = None,
+        cuts: Sequence[int] = (),
         ahead: int = 4096,
     ) -> None:
         self.sources, self.order, self.decode, self.collate = sources, order, decode, collate
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.start, self.stop, self.ahead = start, stop, ahead
+        ends, size = [] if stop is None else sorted({*cuts, stop}), batch_size * world_size
+        self.batches = [
+            range(i, min(i + size, end)) for first, end in pairwise([start, *ends]) for i in range(first, end, size)
+        ]
         self.remote = any(is_remote(url) for source in sources for url in source.urls)
 
     def __iter__(self) -> Iterator[Sample]:
@@ -108,9 +115,10 @@ class ShardStream(IterableDataset):
                 yield {**self.collate(samples), "position": positions.stop, "skipped": dict(skipped)}
 
     def _positions(self, batch: int) -> range:
+        if self.stop is not None:
+            return self.batches[batch] if batch < len(self.batches) else range(0)
         size = self.batch_size * self.world_size
-        first = self.start + batch * size
-        return range(first, first + size if self.stop is None else min(first + size, self.stop))
+        return range(self.start + batch * size, self.start + (batch + 1) * size)
 
     def _share(self, batch: int) -> list[tuple[int, Place]]:
         """This rank's part of a global batch: neighbours by lane, so that ranks keep to their shards. Of a last, smaller batch
@@ -134,8 +142,9 @@ class ShardStream(IterableDataset):
                 self.reader.prefetch(place)
         failed: Counter[str] = Counter()
         while not good:
-            batch += 1
-            good = self._decoded(self._share(batch), failed)
+            batch += 1  # maybe one of another bucket, but of this one's shape: ranks shall have the same
+            later = [(position, place._replace(shape=own[0][1].shape)) for position, place in self._share(batch)]
+            good = self._decoded(later, failed)
             if failed.total() - failed["shard"] > PATIENCE or len(self.reader.dead) == sum(len(s.urls) for s in self.sources):
                 raise UserError(f"none of {failed.total()} samples in a row could be decoded, see the warnings above")
         return [good[i % len(good)] for i in range(len(own))]

@@ -1,4 +1,4 @@
-"""From the bytes of a shard's sample to a square RGB tensor and a caption."""
+"""From the bytes of a shard's sample to an RGB tensor of the size that is trained on, and a caption."""
 
 import io
 import random
@@ -26,6 +26,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+TURNED = (5, 6, 7, 8)  # orientations in which width and height are exchanged
 
 
 def opened(content: bytes) -> Image.Image:
@@ -58,9 +59,28 @@ def rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-class Square(NamedTuple):
+def lies(image: Image.Image) -> bool:
+    """Whether it is stored on its side, as its first bytes tell: for more of a PNG, Pillow would decode it."""
+    return (image.format != "PNG" or "exif" in image.info) and orientation(image) in TURNED
+
+
+def picture_of(sample: Sample) -> Image.Image:
+    """The sample's image, its pixels not decoded yet; raises `Skip`."""
+    name = first_of(sample, IMAGES)
+    if name is None:
+        raise Skip("no_image", f"only {', '.join(key for key in sample if not key.startswith('__'))}")
+    return opened(sample[name])
+
+
+def stored_size(sample: Sample) -> tuple[int, int]:
+    """(height, width) of the sample's image, upright, from its first bytes; raises `Skip`."""
+    image = picture_of(sample)
+    return image.size if lies(image) else (image.height, image.width)
+
+
+class Cropped(NamedTuple):
     """image: RGB; stored: (height, width) before any scaling, upright; turned: whether these were exchanged for that;
-    crop: (top, left) of the square in the whole picture as resized (and mirrored)."""
+    crop: (top, left) of the image in the whole picture as resized (and mirrored)."""
 
     image: Image.Image
     stored: tuple[int, int]
@@ -68,38 +88,46 @@ class Square(NamedTuple):
     crop: tuple[int, int]
 
 
-def square(image: Image.Image, size: int, *, random_crop: bool, flip: bool, rng: random.Random) -> Square:
-    """Upright RGB, cropped square, resized to `size` (antialiased), mirrored with p = 0.5 if `flip`.
+def cropped(image: Image.Image, shape: tuple[int, int], *, random_crop: bool, flip: bool, rng: random.Random) -> Cropped:
+    """Upright RGB, cropped to the proportions of `shape` (height, width), resized to it (antialiased), mirrored with p = 0.5 if
+    `flip`.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its scale where its shorter side keeps `size` pixels. libjpeg then leaves out the
-    high frequencies of each block, a low pass, which saves part of the decoding and most of the resizing.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its scale where `shape` still fits in it. libjpeg then leaves out the high
+    frequencies of each block, a low pass, which saves part of the decoding and most of the resizing.
     """
     stored = image.size
-    draft = image.draft("RGB", (size, size))  # a square is one whichever way the picture is turned
+    draft = image.draft("RGB", shape if lies(image) else shape[::-1])
     scale = draft[1][2] / stored[0] if draft else 1.0
     image.load()
     kind = orientation(image)
-    turned = kind in (5, 6, 7, 8)
+    turned = kind in TURNED
     width, height = reversed(stored) if turned else stored
-    side = min(stored)
-    left, top = (width - side) // 2, (height - side) // 2
+    high, wide = shape
+    # The whole width or the whole height of the picture is used, and it is resized by to / of.
+    to, of = (wide, width) if width * high <= height * wide else (high, height)
+    used = (wide * of / to, high * of / to)
+    left, top = int(width - used[0]) // 2, int(height - used[1]) // 2
     if random_crop:
-        left, top = rng.randint(0, width - side), rng.randint(0, height - side)
+        left, top = rng.randint(0, int(width - used[0])), rng.randint(0, int(height - used[1]))
     # Cropped as it lies in the file and turned thereafter: less work, and a scaled JPEG's last pixel may be a fraction of one,
     # which only there is the last. Cropped while it is resized: a thread of an image must not become a huge one.
-    x, y = (top, left) if turned else (left, top)
-    x = stored[0] - side - x if kind in (2, 3, 7, 8) else x
-    y = stored[1] - side - y if kind in (3, 4, 6, 7) else y
-    box = (x * scale, y * scale, (x + side) * scale, (y + side) * scale)
-    image = rgb(image).resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
+    x: float
+    y: float
+    lying, x, y = (used[::-1], top, left) if turned else (used, left, top)
+    x = stored[0] - lying[0] - x if kind in (2, 3, 7, 8) else x
+    y = stored[1] - lying[1] - y if kind in (3, 4, 6, 7) else y
+    right, bottom = min((x + lying[0]) * scale, image.width), min((y + lying[1]) * scale, image.height)
+    size = shape if turned else shape[::-1]
+    image = rgb(image).resize(size, Image.Resampling.BICUBIC, box=(x * scale, y * scale, right, bottom), reducing_gap=2.0)
     if kind in UPRIGHT:
         image = image.transpose(UPRIGHT[kind])
+    crop = top * to // of, left * to // of
     if flip and rng.random() < 0.5:
-        image, left = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), width - side - left
-    return Square(image, (height, width), turned, (top * size // side, left * size // side))
+        image, crop = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), (crop[0], (width - left) * to // of - wide)
+    return Cropped(image, (height, width), turned, crop)
 
 
-def original_size(meta: Mapping[str, Any], picture: Square) -> tuple[int, int]:
+def original_size(meta: Mapping[str, Any], picture: Cropped) -> tuple[int, int]:
     """(height, width) of the picture as published, which img2dataset notes before it scales; else as stored."""
     height, width = number(meta, "original_height"), number(meta, "original_width")
     if height is None or width is None or not 1 <= min(height, width) <= max(height, width) < 2**31:
@@ -108,8 +136,9 @@ def original_size(meta: Mapping[str, Any], picture: Square) -> tuple[int, int]:
 
 
 class Decode:
-    """`sample -> {"x": uint8 [3, size, size], "caption", "key", "original_size", "crop"}`.
+    """`sample -> {"x": uint8 [3, H, W], "caption", "key", "original_size", "crop"}`.
 
+    H, W: the sample's "__shape__" if it is in a bucket, else `resolution` both.
     caption_dropout, captions: see `CaptionChoice`.
     original_size: (height, width) in pixels as published, upright. crop: (top, left) of x in that picture resized to x's scale.
     Both and x's own size are SDXL's micro-conditioning (arXiv:2307.01952, 2.2). As in diffusers' SDXL scripts the picture is
@@ -132,12 +161,9 @@ class Decode:
         self.choose = CaptionChoice(caption_dropout, captions)
 
     def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
-        name = first_of(sample, IMAGES)
-        if name is None:
-            raise Skip("no_image", f"only {', '.join(key for key in sample if not key.startswith('__'))}")
-        image = opened(sample[name])
+        image, shape = picture_of(sample), sample.get("__shape__", (self.resolution, self.resolution))
         with skipping("image", Exception):  # whatever a broken file makes a decoder raise
-            picture = square(image, self.resolution, random_crop=self.random_crop, flip=self.flip, rng=rng)
+            picture = cropped(image, shape, random_crop=self.random_crop, flip=self.flip, rng=rng)
         return {
             "x": torch.from_numpy(np.asarray(picture.image).transpose(2, 0, 1).copy()),
             "caption": self.choose(sample, rng),
@@ -148,7 +174,7 @@ class Decode:
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """`{"x": uint8 [B, 3, S, S], "captions": list[str], "keys": list[str], "original_sizes", "crops": int64 [B, 2]}`."""
+    """`{"x": uint8 [B, 3, H, W], "captions": list[str], "keys": list[str], "original_sizes", "crops": int64 [B, 2]}`."""
     return {
         "x": torch.stack([sample["x"] for sample in samples]),
         "captions": [sample["caption"] for sample in samples],

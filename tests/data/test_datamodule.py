@@ -1,5 +1,6 @@
 """What the DataModule refuses, and which batches move its position."""
 
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from lcm.data.datamodule import ShardDataModule
 from lcm.data.filters import Filters
 from lcm.errors import UserError
 from lcm.models.pipeline import load_codec
+from tests.data.conftest import pairs, png, write_shard
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +141,61 @@ def test_sources_are_mixed_by_weight(shards: Path) -> None:
     data.setup("fit")
     batches = [batch for batch, _ in zip(data.train_dataloader(), range(10), strict=False)]
     assert sum(key.startswith(urls[0]) for batch in batches for key in batch["keys"]) == 750
+
+
+WIDE = {"buckets": [[32, 32], [24, 40]]}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 squares and 12 wide pictures for training; 5 and 3 to validate."""
+    root = tmp_path_factory.mktemp("wide")
+    for name, count in (("train-0", 32), ("val-0", 8)):
+        samples = pairs(0, count)
+        for number, sample in enumerate(samples):
+            sample["png"] = png((60, 36) if number % 8 < 3 else (40, 40))
+        write_shard(root / f"{name}.tar", samples)
+    return root
+
+
+def test_latent_batches_have_the_shapes_of_their_buckets(wide: Path, codec: LatentCodec) -> None:
+    data = datamodule(wide, codec=codec, batch_size=4, **WIDE)
+    train = data.train_dataloader()
+    shapes = [consume(data, batch, training=True).z0.shape for batch, _ in zip(train, range(16), strict=False)]
+    assert Counter(shapes) == {(4, 4, 8, 8): 10, (4, 4, 6, 10): 6}
+    assert [(order.shape, order.size) for order in data.orders] == [((32, 32), 20), ((24, 40), 12)]
+    held_out = [(len(batch["keys"]), batch["x"].shape[3]) for batch in data.val_dataloader()]
+    assert held_out == [(5, 32), (3, 40)]
+
+
+def test_buckets_go_on_where_a_checkpoint_left_them(wide: Path) -> None:
+    data, restored, other = (datamodule(wide, batch_size=size, **WIDE) for size in (4, 4, 3))
+    train = iter(data.train_dataloader())
+    consume(data, next(train), training=True)
+    for module in (restored, other):
+        module.load_state_dict(data.state_dict())
+    assert next(iter(restored.train_dataloader()))["keys"] == next(train)["keys"]
+    batch = next(iter(other.train_dataloader()))  # at the next batch of its own size
+    assert batch["position"] == 9
+    assert len(batch["keys"]) == 3
+
+
+def test_without_its_buckets_an_order_starts_anew(wide: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data, other = datamodule(wide, **WIDE), datamodule(wide)
+    consume(data, next(iter(data.train_dataloader())), training=True)
+    other.load_state_dict(data.state_dict())
+    assert other.position == 0
+    assert "training data changed" in caplog.text
+
+
+def test_a_bucket_off_the_vaes_grid_is_a_user_error(shards: Path, codec: LatentCodec) -> None:
+    with pytest.raises(UserError, match="24 x 42 is not made of multiples of the VAE's factor 4"):
+        datamodule(shards, codec=codec, buckets=[[24, 42]])
+
+
+def test_latents_have_no_buckets(shards: Path, codec: LatentCodec) -> None:
+    with pytest.raises(UserError, match=r"lcm\.encode chose crops, flips and shape"):
+        datamodule(shards, codec=codec, latents=True, buckets=2)
 
 
 def test_filters_hold_for_training_and_validation(shards: Path) -> None:

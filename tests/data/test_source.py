@@ -28,6 +28,21 @@ def test_shards_are_counted_once(urls: list[str], tmp_path: Path, monkeypatch: p
     assert Source(urls, index=str(tmp_path)).facts() == first
 
 
+def test_what_is_measured_is_kept_beside_the_counts(urls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def source(measure: Any) -> Source:
+        return Source(urls, measure=measure, index=str(tmp_path))
+
+    source(None).facts()
+    [plain] = tmp_path.iterdir()
+    before = plain.read_text()
+    first = source(lambda sample: int(sample["__key__"][2:])).facts()
+    assert first == [Facts(size, {}, bytes(range(size))) for size in SIZES]
+    assert plain.read_text() == before
+    monkeypatch.setattr(Source, "open", None)  # whoever opens a shard now, fails
+    assert source(len).facts() == first
+    assert source(None).facts() == [Facts(size, {}) for size in SIZES]
+
+
 def test_a_half_written_index_is_counted_again(urls: list[str], tmp_path: Path) -> None:
     first = Source(urls, index=str(tmp_path)).facts()
     [file] = tmp_path.iterdir()
@@ -221,6 +236,11 @@ def test_counts_of_remote_shards_come_from_img2datasets_statistics(server: Serve
     (tmp_path / "www/0_stats.json").write_text(json.dumps({"count": 10, "successes": 8}))
     assert Source([f"{server.url}/0.tar"], cache=cache(tmp_path)).facts() == [Facts(8, {})]
     assert "/0.tar" not in server.asked
+
+
+def test_remote_shards_are_measured_although_their_count_is_known(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "www/0_stats.json").write_text(json.dumps({"count": 10, "successes": 8}))
+    assert Source([f"{server.url}/0.tar"], cache=cache(tmp_path), measure=len).facts() == [Facts(8, {}, bytes([4] * 8))]
 
 
 def test_a_dead_remote_shard_is_left_out_and_tried_again_next_time(server: Server, tmp_path: Path) -> None:

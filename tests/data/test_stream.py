@@ -1,18 +1,21 @@
 """Batches in one order whatever the workers and ranks, from any position on, and what damage does to them."""
 
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lcm.data.buckets import aspect
+from lcm.data.epochs import training_order, validation_order
 from lcm.data.members import Skip
 from lcm.data.order import Mixture, Order
 from lcm.data.source import Source
 from lcm.data.stream import ShardStream
 from lcm.data.transforms import Decode, collate
 from lcm.errors import UserError
-from tests.data.conftest import SIZES, gather, keep, keys, pairs, stream, take, write_shard
+from tests.data.conftest import SIZES, gather, keep, keys, pairs, png, stream, take, write_shard
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 EVERY = [f"{shard}-{i:02d}" for shard, size in enumerate(SIZES) for i in range(size)]
@@ -226,3 +229,93 @@ def test_the_same_captions_are_dropped_again(urls: list[str]) -> None:
 @pytest.mark.parametrize(("dropout", "dropped"), [(0.0, 0), (1.0, 48)])
 def test_dropout_of_none_and_of_all(urls: list[str], dropout: float, dropped: int) -> None:
     assert sum(batch.count("") for batch in captions(urls, dropout, 6)) == dropped
+
+
+# Batches of one shape
+
+
+MIXED = [(40, 40), (40, 40), (64, 40), (40, 64), (40, 40), (120, 40)]  # (width, height)
+SHAPES = [(16, 16), (16, 24), (24, 16), (8, 32)]  # (height, width)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """45 pictures of these shapes in turn, of which 23 are squares."""
+    root, number, shards = tmp_path_factory.mktemp("mixed"), 0, []
+    for shard, size in enumerate(SIZES):
+        samples = pairs(shard, size)
+        for sample in samples:
+            sample["png"], number = png(MIXED[number % len(MIXED)]), number + 1
+        shards.append(write_shard(root / f"{shard:03d}.tar", samples))
+    return shards
+
+
+def bucketed(urls: list[str], *, batch_size: int = 4, world_size: int = 1, **options: Any) -> ShardStream:
+    source = Source(urls, measure=aspect)
+    batch = batch_size * world_size
+    order, _ = training_order([source.facts()], [1.0], SHAPES, batch=batch, seed=0, shuffle=16, lanes=3)
+    options = {"decode": Decode(16, random_crop=True, flip=True), "collate": collate, **options}
+    return ShardStream([source], order, batch_size=batch_size, world_size=world_size, **options)
+
+
+def content(batches: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [(batch["x"].numpy().tobytes(), batch["x"].shape, batch["keys"], batch["position"]) for batch in batches]
+
+
+def test_bucketed_batches_are_of_one_shape_and_none_is_lost(mixed: list[str]) -> None:
+    batches = take(bucketed(mixed, batch_size=1), 90)
+    seen = Counter(key for batch in batches for key in batch["keys"])
+    assert len(seen) == 45
+    assert set(seen.values()) == {2}
+    assert Counter(tuple(batch["x"].shape[2:]) for batch in batches) == {(16, 16): 46, (16, 24): 16, (24, 16): 14, (8, 32): 14}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_bucketed_batches_do_not_depend_on_the_workers(mixed: list[str], workers: int) -> None:
+    assert content(take(bucketed(mixed), 14, workers)) == content(take(bucketed(mixed), 14))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_share_out_the_same_bucketed_batches_at_one_shape(mixed: list[str], ranks: int) -> None:
+    whole = take(bucketed(mixed, batch_size=8), 14)
+    assert len({batch["x"].shape for batch in whole}) == 4
+    shares = [take(bucketed(mixed, batch_size=8 // ranks, rank=rank, world_size=ranks), 14) for rank in range(ranks)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert sorted(keys(parts)) == sorted(batch["keys"])
+        assert {(part["position"], part["x"].shape[2:]) for part in parts} == {(batch["position"], batch["x"].shape[2:])}
+
+
+def test_a_bucketed_stream_goes_on_from_the_position_of_any_batch(mixed: list[str]) -> None:
+    straight = take(bucketed(mixed), 26)
+    for done in range(0, 24, 3):
+        rest = take(bucketed(mixed, start=straight[done]["position"]), 2)
+        assert content(rest) == content(straight[done + 1 : done + 3])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_bucketed_validation_pass_is_complete_and_of_one_shape_a_batch(mixed: list[str], ranks: int, workers: int) -> None:
+    source = Source(mixed, measure=aspect)
+    order = validation_order(source.facts(), SHAPES)
+    options = {"batch_size": 4, "stop": order.size, "cuts": order.cuts, "decode": Decode(16), "collate": collate}
+    shares = [
+        take(ShardStream([source], order, rank=rank, world_size=ranks, **options), workers=workers) for rank in range(ranks)
+    ]
+    seen = keys([batch for share in shares for batch in share])
+    assert set(key.rpartition("/")[2] for key in seen) == set(EVERY)
+    assert len(seen) == (45 if ranks == 1 else len(seen))
+    for parts in zip(*shares, strict=True):
+        assert len({part["x"].shape[2:] for part in parts}) == 1
+    assert sum(-(-size // (4 * ranks)) for size in (23, 8, 7, 7)) == len(shares[0])
+
+
+def test_what_replaces_a_damaged_batch_is_of_its_shape(tmp_path: Path) -> None:
+    """The only tall pictures are broken behind their first bytes: others take their place, cropped tall."""
+    samples = pairs(0, 30)
+    for number in (3, 17):
+        samples[number]["png"] = png((16, 24))[:45]
+    shard = write_shard(tmp_path / "a.tar", samples)
+    batches = take(bucketed([shard], batch_size=2), 15)
+    tall = [batch for batch in batches if batch["skipped"]]
+    assert [tuple(batch["x"].shape) for batch in tall] == [(2, 3, 24, 16)]
+    assert sum(batch["x"].shape[2] == 24 for batch in batches) == 1

@@ -1,4 +1,4 @@
-"""Images of every kind become upright square RGB; chance comes from the given rng alone."""
+"""Images of every kind become upright RGB of one shape; chance comes from the given rng alone."""
 
 import io
 import json
@@ -268,6 +268,50 @@ def test_without_crop_and_flip_the_rng_does_not_matter() -> None:
     assert torch.equal(decode(noise(), seed=1), decode(noise(), seed=2))
 
 
+@pytest.mark.parametrize("shape", [(32, 48), (48, 32), (16, 64)])
+def test_a_picture_of_the_shape_is_not_touched_and_others_are_cut_on_one_side_only(shape: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    same = decoded({"png": encoded(Image.fromarray(pixels)), "txt": b"", "__shape__": shape})
+    assert np.array_equal(same["x"].permute(1, 2, 0).numpy(), pixels)
+    higher = np.concatenate([pixels[:4], pixels, pixels[:6]])
+    cut = decoded({"png": encoded(Image.fromarray(higher)), "txt": b"", "__shape__": shape})
+    assert np.array_equal(cut["x"].permute(1, 2, 0).numpy(), higher[5 : 5 + shape[0]])
+    assert cut["crop"] == (5, 0)
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 64)])
+def test_a_turned_and_drafted_file_is_cropped_like_its_upright_picture(
+    shape: tuple[int, int], orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content, sizes, resize = rotated(photo(389, 517), orientation), [], Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda image, *args, **kwargs: (sizes.append(image.size), resize(image, *args, **kwargs))[1]
+    )
+    options = {"random_crop": True, "flip": True, "seed": orientation}
+    turned = decoded({"jpg": content, "txt": b"", "__shape__": shape}, **options)
+    [drafted] = sizes
+    scale = 2 ** int(math.log2(min(517 / shape[0], 389 / shape[1], 8)))
+    assert sorted(drafted) == [math.ceil(389 / scale), math.ceil(517 / scale)]
+    without_draft(monkeypatch)
+    upright = decoded({"png": encoded(photo(389, 517)), "txt": b"", "__shape__": shape}, **options)
+    assert turned["x"].shape == (3, *shape)
+    assert (turned["x"].float() - upright["x"].float()).abs().mean() < 3
+    assert (turned["x"][..., 1:].float() - upright["x"][..., :-1].float()).abs().mean() > 5
+    assert (turned["crop"], turned["original_size"]) == (upright["crop"], upright["original_size"])
+
+
+def test_any_picture_becomes_any_shape() -> None:
+    rng = random.Random(0)
+    for seed in range(300):
+        picture, shape = [rng.choice([2, 3, 17, 64, 129, 400]) for _ in "wh"], tuple(rng.randint(1, 50) for _ in "hw")
+        content = rotated(Image.new("RGB", tuple(picture), "red"), rng.choice(list(STORED)))
+        x = decoded({"jpg": content, "txt": b"", "__shape__": shape}, seed=seed, random_crop=True, flip=True)["x"]
+        assert x.shape == (3, *shape)
+        assert x[0].min() > 200
+        assert x[1:].max() < 50
+
+
 def test_a_random_crop_is_a_window_of_the_resized_image() -> None:
     wide = decode(noise(96, 32), size=32, random_crop=True, seed=3)
     pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(noise(96, 32))))).permute(2, 0, 1)
@@ -288,14 +332,16 @@ def ramps(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("random_crop", [False, True])
+@pytest.mark.parametrize(("high", "wide"), [(SIZE, SIZE), (24, 40), (40, 24)])
 @pytest.mark.parametrize(("width", "height"), [(240, 96), (96, 240), (64, 64), (36, 24)])
-def test_the_crop_says_where_the_square_lies_in_the_resized_and_mirrored_picture(
-    width: int, height: int, random_crop: bool
+def test_the_crop_says_where_the_image_lies_in_the_resized_and_mirrored_picture(
+    width: int, height: int, high: int, wide: int, random_crop: bool
 ) -> None:
-    unit = SIZE / min(width, height)  # pixels of the resized picture in a pixel of the stored one
+    unit = max(wide / width, high / height)  # pixels of the resized picture in a pixel of the stored one
+    content = {"png": ramps(width, height), "txt": b"", "__shape__": (high, wide)}
     sides = set()
     for seed in range(24):
-        sample = decoded({"png": ramps(width, height), "txt": b""}, seed=seed, flip=True, random_crop=random_crop)
+        sample = decoded(content, seed=seed, flip=True, random_crop=random_crop)
         (top, left), (red, green, _) = sample["crop"], sample["x"].float()
         mirrored = bool(red[0, 0] > red[0, -1])
         sides.add(mirrored)
@@ -303,11 +349,11 @@ def test_the_crop_says_where_the_square_lies_in_the_resized_and_mirrored_picture
         columns = width * unit - columns if mirrored else columns
         rows = (green.mean(1) + 0.5) * unit
         inner = slice(3, -3)  # where the filter does not lean on the border
-        where = torch.arange(SIZE) + 0.5
-        torch.testing.assert_close(columns[inner], where[inner] + left, atol=max(1, unit), rtol=0)
-        torch.testing.assert_close(rows[inner], where[inner] + top, atol=max(1, unit), rtol=0)
-        assert 0 <= left <= width * unit - SIZE
-        assert 0 <= top <= height * unit - SIZE
+        down, right = torch.arange(high) + 0.5, torch.arange(wide) + 0.5
+        torch.testing.assert_close(columns[inner], right[inner] + left, atol=max(1.25, unit), rtol=0)
+        torch.testing.assert_close(rows[inner], down[inner] + top, atol=max(1.25, unit), rtol=0)
+        assert 0 <= left <= width * unit - wide + 1e-6
+        assert 0 <= top <= height * unit - high + 1e-6
     assert sides == {False, True}
 
 

@@ -1,0 +1,58 @@
+"""Aspect-ratio buckets: the shapes that batches have, and to which of them a picture is nearest."""
+
+import math
+from collections.abc import Sequence
+
+from lcm.data.members import Sample, Skip
+from lcm.data.transforms import stored_size
+from lcm.errors import UserError
+
+Shape = tuple[int, int]  # (height, width) in pixels
+SQUARE, STEPS = 128, 32  # an aspect ratio is a byte, this at 1:1, so many more each time the width doubles: +-1 %, up to 16:1
+
+
+def shapes_of(buckets: float | Sequence[Sequence[int]], resolution: int, factor: int = 1) -> list[Shape]:
+    """What `data.buckets` asks for: a list of [height, width], or as a number the largest ratio of sides, see `shapes_up_to`.
+
+    factor: what every side must be a multiple of. Raises UserError.
+    """
+    hint = f"data.buckets={buckets}: expected a ratio from 1 to 16, or at most 256 shapes such as [[512, 512], [640, 384]]"
+    if isinstance(buckets, int | float):
+        if isinstance(buckets, bool) or not 1 <= buckets <= 16:
+            raise UserError(hint)
+        buckets = shapes_up_to(buckets, resolution)
+    try:
+        shapes = [(height, width) for height, width in buckets]
+    except (TypeError, ValueError) as error:
+        raise UserError(hint) from error
+    if not 1 <= len(shapes) <= 256 or not all(isinstance(side, int) and side > 0 for shape in shapes for side in shape):
+        raise UserError(hint)
+    for height, width in shapes:
+        if height % factor or width % factor:
+            raise UserError(f"data.buckets: {height} x {width} is not made of multiples of the VAE's factor {factor}")
+    return shapes
+
+
+def shapes_up_to(ratio: float, resolution: int) -> list[Shape]:
+    """As SDXL has them (arXiv:2307.01952, appendix I): the square, and for each longer side the longest shorter one at which a
+    picture has at most `resolution` squared pixels. Sides are multiples of 64, of an eighth of a resolution below 512."""
+    step = max(1, min(64, resolution // 8))
+    longer = range(resolution - resolution % step + step, int(ratio * resolution) + 1, step)
+    sides = [(long, resolution**2 // long // step * step) for long in longer]
+    tall = [(long, short) for long, short in sides if long <= ratio * short]
+    return [(resolution, resolution), *tall, *((short, long) for long, short in tall)]
+
+
+def aspect(sample: Sample) -> int:
+    """The picture's width / height as a byte, from its first bytes: it is not decoded. A broken one passes for a square."""
+    try:
+        height, width = stored_size(sample)
+    except Skip:
+        return SQUARE
+    return min(max(SQUARE + round(STEPS * math.log2(width / height)), 0), 255)
+
+
+def nearest(code: int, shapes: Sequence[Shape]) -> int:
+    """Number of the shape to which a picture of this `aspect` is nearest, in the ratio of ratios."""
+    ratio = (code - SQUARE) / STEPS
+    return min(range(len(shapes)), key=lambda number: abs(math.log2(shapes[number][1] / shapes[number][0]) - ratio))
