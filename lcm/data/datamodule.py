@@ -121,6 +121,11 @@ class ShardDataModule(L.LightningDataModule):
         dropped = total_dropped([shard for of in facts for shard in of])
         if dropped and stage == "fit":
             log.warning("using %d training samples; left out: %s", sum(self.sizes), dict(dropped))
+        gone = (
+            [shard for source in self.train_sources for shard in source.manifests.gone(source.urls)] if stage == "fit" else []
+        )
+        if gone:
+            log.warning("%d shards are in their manifest, but not there, such as %s", len(gone), gone[0])
 
     def _source(self, urls: str | list[str], option: str) -> Source:
         found = expand_urls(urls, option, allow_pipe=self.allow_pipe)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from lcm.data.remote import connect
@@ -50,6 +51,14 @@ class Manifests:
             said["samples"] = stats.get("successes")
         sound: dict[str, Any] = {field: value for field, value in said.items() if isinstance(value, TYPES[field])}
         return Expected(**sound)
+
+    def gone(self, urls: Iterable[str]) -> list[str]:
+        """Local shards beside these that a manifest lists, but that are not there: a glob does not miss them."""
+        folders = sorted({local(url).rpartition("/")[0] or "." for url in urls if not is_remote(url)})
+        listed = [
+            f"{folder}/{name}" for folder in folders for name in columns(read_json(f"{folder}/{MANIFEST}")).get("samples", {})
+        ]
+        return [shard for shard in listed if not os.path.exists(shard)]
 
 
 def columns(content: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,11 +51,14 @@ def main(cfg: DictConfig) -> None:
 
 
 def write(folder: Path, shards: list[Path]) -> list[str]:
-    """List what is new or changed in the folder's manifest. Returns what is wrong with shards that lack samples: they stay
-    as they were listed, if they were."""
+    """List what is new or changed in the folder's manifest. Returns what is wrong with shards that lack samples: of them it
+    says no more than how many they should have."""
     content, manifests, saved = read_json(str(folder / MANIFEST)), Manifests(), time.monotonic()
     new = {shard: shard.stat().st_size for shard in shards if not is_listed(shard, manifests[str(shard)])}
     flaws = []
+    for field, shard in product(("bytes", "sha256"), new):
+        content.get(field, {}).pop(shard.name, None)  # stopped before it is measured, it shall not pass for unchanged
+    save(folder, content)
     try:
         with closing(each(lambda shard: measure(shard, manifests[str(shard)]), new, f"measuring {folder}")) as measured:
             for shard, found in measured:
@@ -81,21 +84,25 @@ def is_listed(shard: Path, entry: Expected) -> bool:
 
 
 def measure(shard: Path, said: Expected) -> Expected | str:
-    """What the manifest is to say, or how the shard is cut."""
-    opened = Shard(str(shard))
-    opened.close()
-    samples = len(opened) + opened.dropped.total()
-    if said.samples is not None and samples < said.samples:
-        return f"it holds {samples} of its {said.samples} samples"
-    if "cut" in opened.dropped:
-        return "it ends within a sample"
-    return Expected(samples, shard.stat().st_size, sha256_of(str(shard)))
+    """What the manifest is to say, or what is wrong with the shard."""
+    try:
+        opened = Shard(str(shard))
+        opened.close()
+        found = Expected(len(opened) + opened.dropped.total(), shard.stat().st_size, sha256_of(str(shard)))
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    if said.samples is not None and (found.samples or 0) < said.samples:
+        return f"it holds {found.samples} of its {said.samples} samples"
+    return "it ends within a sample" if "cut" in opened.dropped else found
 
 
 def save(folder: Path, content: Mapping[str, Any]) -> None:
     partial = folder / f"{MANIFEST}.partial"
-    partial.write_text(json.dumps(content, indent=2))
-    partial.rename(folder / MANIFEST)
+    try:
+        partial.write_text(json.dumps(content, indent=2))
+        partial.rename(folder / MANIFEST)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): a manifest lies beside its shards") from error
 
 
 def verify(source: Source) -> list[str]:
@@ -113,10 +120,7 @@ def verify(source: Source) -> list[str]:
     sizes = {shard: source.manifests[url].bytes or 0 for shard, url in enumerate(source.urls)}
     with closing(each(flaw, sizes, "verifying")) as found:
         flaws = [f"{redacted(source.urls[shard])}: {flaw}" for shard, flaw in found if flaw]
-    folders = {Path(local(url)).parent for url in source.urls if not is_remote(url)}
-    for folder in sorted(folders):
-        listed = read_json(str(folder / MANIFEST)).get("sha256", {})
-        flaws += [f"{folder / name}: it is not there" for name in listed if not (folder / name).exists()]
+    flaws += [f"{shard}: it is not there" for shard in source.manifests.gone(source.urls)]
     if not flaws:
         print(f"verified: {len(sizes)} shards are what {MANIFEST} says")
     return flaws

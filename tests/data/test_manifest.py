@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from lcm.data import manifest
+from lcm.data.datamodule import ShardDataModule
 from lcm.data.manifest import verify, write
 from lcm.data.source import Facts, Source
+from lcm.errors import UserError
 from tests.data.conftest import SIZES, pairs, png, write_shard
 
 
@@ -75,6 +77,15 @@ def test_lost_and_unlisted_shards_are_named(shards: list[Path], tmp_path: Path) 
     assert flaws == [f"{shards[3]}: not in manifest.json", f"{shards[1]}: it is not there"]
 
 
+def test_a_lost_shard_is_missed_when_training_starts(shards: list[Path], caplog: pytest.LogCaptureFixture) -> None:
+    made(shards)
+    for lost in (False, True):
+        data = ShardDataModule(f"{shards[0].parent}/*.tar", resolution=8, num_workers=0)
+        data.setup("fit")
+        assert (f"not there, such as {shards[2]}" in caplog.text) == lost
+        shards[2].unlink(missing_ok=True)
+
+
 def test_only_what_is_new_or_changed_is_measured_again(shards: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     first = made(shards[:3])
     write_shard(shards[1], pairs(1, 20))
@@ -127,3 +138,22 @@ def test_what_was_measured_is_kept_when_it_is_stopped(shards: list[Path], monkey
     with pytest.raises(KeyboardInterrupt):
         write(shards[0].parent, shards)
     assert set(json.loads(shards[0].with_name("manifest.json").read_text())["samples"]) == {"000.tar", "001.tar"}
+
+
+def test_a_changed_shard_is_not_forgotten_by_a_stopped_run(shards: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    made(shards)
+    flip(shards[2], "2-03")  # of the same size, and older than what the stopped run writes
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "each", lambda *_: (_ for _ in ()))
+        write(shards[0].parent, shards)
+    assert verified(shards) == [f"{shards[2]}: not in manifest.json"]
+    made(shards)
+    assert verified(shards) == []
+
+
+def test_what_cannot_be_read_or_written_is_said(shards: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "folder.tar"
+    folder.mkdir()
+    assert write(tmp_path, [*shards, folder]) == [f"{folder}: it cannot be read (Is a directory)"]
+    with pytest.raises(UserError, match="cannot write to"):
+        manifest.save(tmp_path / "nowhere", {})
