@@ -53,7 +53,7 @@ def encode_shard(source: Source, codec: LatentCodec, decode: Variants, target: P
     order, size = Order([facts.samples]), data.val_batch_size
     stream = ShardStream([source], order, decode=decode, collate=gathered, batch_size=size, seed=data.seed, stop=order.size)
     partial = target.with_suffix(".partial")
-    with wds.TarWriter(str(partial), mtime=0) as writer:
+    with partial.open("wb") as file, wds.TarWriter(file, mtime=0) as writer:
         for batch in DataLoader(stream, batch_size=None, num_workers=data.num_workers, worker_init_fn=one_thread):
             moments = codec.posterior(batch["x"].flatten(0, 1).to(codec.device), []).unflatten(0, batch["x"].shape[:2])
             for members, variants in zip(batch["members"], moments.half().cpu().numpy(), strict=True):

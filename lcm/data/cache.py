@@ -6,10 +6,10 @@ import hashlib
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import fsspec
-
+from lcm.data.remote import bring
 from lcm.data.shards import redacted
 
 log = logging.getLogger(__name__)
@@ -26,8 +26,9 @@ class ShardCache:
         self.folder, self.max_gb = Path(folder), max_gb
         self.attempts, self.pause, self.timeout = attempts, pause, timeout
 
-    def fetch(self, url: str) -> str:
-        """The local path of `url`'s content. Raises OSError when every attempt failed."""
+    def fetch(self, url: str, flaw: Callable[[str], str | None] = lambda file: None) -> str:
+        """The local path of `url`'s content. Raises OSError when every attempt failed; one of which `flaw` says what is wrong
+        with the file that came has failed, too."""
         path = self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.tar"
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(path.with_suffix(".lock"), "w") as lock:
@@ -35,15 +36,16 @@ class ShardCache:
             if path.is_file():
                 os.utime(path)
             else:
-                self._download(url, path)
+                self._download(url, path, flaw)
         return str(path)
 
-    def _download(self, url: str, path: Path) -> None:
+    def _download(self, url: str, path: Path, flaw: Callable[[str], str | None]) -> None:
         partial = path.with_suffix(".partial")
         for attempt in range(1, self.attempts + 1):
             try:
-                remote, name = fsspec.url_to_fs(url, **options(url, self.timeout))
-                remote.get_file(name, str(partial))
+                bring(url, partial, self.timeout)
+                if wrong := flaw(str(partial)):
+                    raise OSError(wrong)
                 break
             except Exception as error:  # whatever a file system's client raises for a bad connection
                 partial.unlink(missing_ok=True)
@@ -63,13 +65,3 @@ class ShardCache:
             if total > self.max_gb * 1e9:
                 with contextlib.suppress(FileNotFoundError):  # another process made room; who has it open reads on
                     file.unlink()
-
-
-def options(url: str, timeout: float) -> dict[str, object]:
-    if not url.startswith("http"):
-        return {}
-    import aiohttp
-
-    # Nothing heard for so long is a failure; the whole may take longer. No cache of clients: it would keep the first timeout.
-    limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
-    return {"client_kwargs": {"timeout": limits}, "skip_instance_cache": True}

@@ -32,6 +32,7 @@ class ShardDataModule(L.LightningDataModule):
     """Streams webdataset shards; with a codec its batches are `LatentBatch`, without one `{"x": [-1, 1], "captions", ...}`.
 
     shards: paths or URLs of .tar files, globs, braces, @list files; or sources: `[{"urls", "weight"}, ...]`, taken by weight.
+    allow_pipe: also `pipe:<command>`, of which the output is a shard.
     val_shards: one ordered, complete pass; None disables validation. filters: which samples of both are used.
     build: called once per node before anything else, e.g. to draw a dataset that is made on the spot.
     latents: the shards hold what `python -m lcm.encode` made of images with this codec at this resolution.
@@ -53,6 +54,7 @@ class ShardDataModule(L.LightningDataModule):
         filters: Filters | None = None,
         cache: ShardCache | None = None,
         index: str | None = None,
+        allow_pipe: bool = False,
         resolution: int = 512,
         buckets: float | Sequence[Sequence[int]] | None = None,
         batch_size: int = 16,
@@ -79,7 +81,7 @@ class ShardDataModule(L.LightningDataModule):
         self.weighted: list[tuple[str | list[str], float]] = [(source["urls"], source["weight"]) for source in sources]
         self.val_shards, self.build, self.codec, self.filters, self.cache = val_shards, build, codec, filters, cache
         self.index, self.batch_size, self.val_batch_size = index, batch_size, val_batch_size
-        self.num_workers, self.timeout = num_workers, timeout
+        self.num_workers, self.timeout, self.allow_pipe = num_workers, timeout, allow_pipe
         self.shuffle, self.lanes, self.seed = shuffle, lanes, seed
         self.position, self.skips = 0, Skips(max_skip_ratio)
         if codec is not None and resolution % codec.factor:
@@ -121,9 +123,14 @@ class ShardDataModule(L.LightningDataModule):
         dropped = total_dropped([shard for of in facts for shard in of])
         if dropped and stage == "fit":
             log.warning("using %d training samples; left out: %s", sum(self.sizes), dict(dropped))
+        gone = (
+            [shard for source in self.train_sources for shard in source.manifests.gone(source.urls)] if stage == "fit" else []
+        )
+        if gone:
+            log.warning("%d shards are in their manifest, but not there, such as %s", len(gone), gone[0])
 
     def _source(self, urls: str | list[str], option: str) -> Source:
-        found = expand_urls(urls, option)
+        found = expand_urls(urls, option, allow_pipe=self.allow_pipe)
         measure = aspect if self.buckets else None
         source = Source(
             found, needs=self.decode.needs, filters=self.filters, measure=measure, cache=self.cache, index=self.index

@@ -56,6 +56,12 @@ def score(*names: str) -> Callable[[str | None, Fields], float | None]:
     return lambda _, fields: number(fields, *names)
 
 
+def unsafe(_: str | None, fields: Fields) -> float | None:
+    """A classifier's probability; without one, what LAION's textual NSFW column stands for."""
+    found = number(fields, "punsafe", "nsfw_score_opennsfw2")
+    return NSFW.get(str(fields.get("nsfw")).strip().upper()) if found is None else found
+
+
 def identities(_: str | None, fields: Fields) -> frozenset[str] | None:
     """What a removal list may call the sample: its `hash`, `sha256`, `md5`, its `url`, or the url's sha256."""
     digests = (fields.get(name) for name in ("hash", "sha256", "md5"))
@@ -74,11 +80,12 @@ class Rule(NamedTuple):
     span: tuple[float, float] = (0.0, math.inf)
 
 
+NSFW = {"UNLIKELY": 0.0, "UNSURE": 0.75, "NSFW": 1.0}  # the default limit drops what was not called safe
 AESTHETIC = score("aesthetic_score", "aesthetic", "aesthetic_score_laion_v2")
 # In the order of their use: a sample is counted under the first rule that it fails. The last name of a score is COYO's.
 RULES = {
     "removal_list": Rule("removal", identities, frozenset.isdisjoint),
-    "max_unsafe": Rule("unsafe", score("punsafe", "nsfw_score_opennsfw2"), operator.le, (0, 1)),
+    "max_unsafe": Rule("unsafe", unsafe, operator.le, (0, 1)),
     "max_watermark": Rule("watermark", score("pwatermark", "watermark_score"), operator.le, (0, 1)),
     "min_aesthetic": Rule("aesthetic", AESTHETIC, operator.ge, (0, 10)),
     "min_similarity": Rule("similarity", score("similarity", "clip_similarity_vitb32"), operator.ge, (-1, 1)),
@@ -93,9 +100,10 @@ class Filters:
     """Which samples of a shard are used, by their metadata; each rule is off at None.
 
     min_side: pixels, max_aspect: longer / shorter side, both of the picture as published. min_aesthetic: LAION's predictor, 0
-    to 10; the paper's recipes are 6 and 6.5. max_watermark, max_unsafe: probabilities. min_similarity: CLIP's cosine.
-    min_caption, max_caption: characters. Limits are included. removal_list: a text file of samples to leave out, one a line: an
-    img2dataset `sha256` or `md5` of the image, LAION's `hash`, the URL or its sha256 (`#` begins a comment line).
+    to 10; the paper's recipes are 6 and 6.5. max_watermark, max_unsafe: probabilities; where LAION's NSFW column is all there
+    is, UNLIKELY counts as 0, UNSURE as 0.75, NSFW as 1. min_similarity: CLIP's cosine. min_caption, max_caption: characters.
+    Limits are included. removal_list: a text file of samples to leave out, one a line: an img2dataset `sha256` or `md5` of the
+    image, LAION's `hash`, the URL or its sha256 (`#` begins a comment line).
     missing: whether a sample that lacks what an active rule needs is kept or dropped.
     Raises `UserError` for a setting that makes no sense.
     """

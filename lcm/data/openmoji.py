@@ -151,7 +151,7 @@ def build(
         samples.sort(key=lambda sample: hashlib.sha256(sample["__key__"].encode()).digest())
         for start in range(0, len(samples), samples_per_shard):
             name = f"{split}-{start // samples_per_shard:05d}.tar"
-            with wds.TarWriter(str(partial / name), mtime=0) as writer:
+            with (partial / name).open("wb") as file, wds.TarWriter(file, mtime=0) as writer:
                 for sample in samples[start : start + samples_per_shard]:
                     writer.write(sample)
             counts[name] = len(samples[start : start + samples_per_shard])

@@ -7,6 +7,7 @@ sound one, and only the samples that it hit are lost.
 
 import contextlib
 import glob
+import hashlib
 import io
 import os
 import tarfile
@@ -28,15 +29,21 @@ MAX_BYTES = 64 * 2**20  # of a sample: no image that is trained on comes near it
 Filter = Callable[[str | None, Mapping[str, Any]], str | None]
 
 
-def expand_urls(shards: str | Sequence[str], option: str = "data.shards") -> list[str]:
-    """Shard paths or URLs from globs, `{000..123}` braces and list files (`@shards.txt`, one a line); local ones must exist."""
+def expand_urls(shards: str | Sequence[str], option: str = "data.shards", *, allow_pipe: bool = False) -> list[str]:
+    """Shard paths or URLs from globs, `{000..123}` braces and list files (`@shards.txt`, one a line); local ones must exist.
+
+    allow_pipe: also `pipe:<command that prints a shard>`, but never from a list file, which may be another's.
+    """
     urls: list[str] = []
     for pattern in [shards] if isinstance(shards, str) else shards:
         if pattern.startswith("@"):
             urls += expand_urls(list_file(pattern[1:], option), option)
             continue
         for url in braceexpand(pattern):
-            if (scheme := scheme_of(url)) not in SCHEMES:
+            scheme = scheme_of(url)
+            if scheme == "pipe" and not allow_pipe:
+                raise UserError(f"{option}: pipe: URLs run a command: only data.allow_pipe=true allows that, and no list file")
+            if scheme not in (*SCHEMES, "pipe"):
                 raise UserError(f"{option}: {scheme}: URLs are not read, only local paths and {', '.join(SCHEMES[2:])}")
             found = [url] if is_remote(url) else sorted(glob.glob(local(url)))
             urls += found
@@ -67,7 +74,11 @@ def local(url: str) -> str:
 
 
 def redacted(url: str) -> str:
-    """The URL without user, password and query, for messages: pre-signed URLs carry a secret there."""
+    """The URL without user, password and query, for messages: pre-signed URLs carry a secret there. Of a command its program
+    and a digest are left."""
+    if scheme_of(url) == "pipe":
+        program = url.partition(":")[2].split()[:1]
+        return f"pipe:{' '.join(program)} [{hashlib.sha256(url.encode()).hexdigest()[:12]}]"
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.hostname}{parts.path}" if is_remote(url) else url
 

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
 from rich.progress import track
 
 from lcm.data.cache import ShardCache
+from lcm.data.expected import Manifests
 from lcm.data.filters import Filters
 from lcm.data.members import Sample
 from lcm.data.shards import CAPTIONS, IMAGES, Shard, is_remote, local, redacted
@@ -47,7 +47,7 @@ class Source:
         index: str | None = None,
     ) -> None:
         self.urls, self.needs, self.filters, self.measure = list(urls), needs, filters, measure
-        self.cache, self.index = cache, index
+        self.cache, self.index, self.manifests = cache, index, Manifests()
 
     def path(self, shard: int) -> str:
         """Where the shard lies on this machine. Raises OSError if it cannot be brought here."""
@@ -56,7 +56,7 @@ class Source:
             return local(url)
         if self.cache is None:
             raise OSError(f"{redacted(url)} needs a cache folder: set data.cache.folder")
-        return self.cache.fetch(url)
+        return self.cache.fetch(url, lambda file: self.manifests[url].flaw(file))
 
     def open(self, shard: int) -> Shard:
         return Shard(self.path(shard), needs=self.needs, keep=self.filters)
@@ -95,22 +95,25 @@ class Source:
         return [known[self.stamp(url)] for url in self.urls]
 
     def _count(self, shard: int) -> Facts:
-        expected = expected_samples(self.urls[shard])
-        if expected is not None and self.filters is None and self.measure is None and is_remote(self.urls[shard]):
-            return Facts(expected, {})  # a small file instead of the shard; what is broken in it shows when it is read
+        url = self.urls[shard]
+        samples, size, _ = self.manifests[url]
+        if samples is not None and self.filters is None and self.measure is None and is_remote(url):
+            return Facts(samples, {})  # a small file instead of the shard; what is broken in it shows when it is read
         try:
             opened = self.open(shard)
         except OSError as error:
-            log.warning("leaving out shard %s: %s", redacted(self.urls[shard]), error)
+            log.warning("leaving out shard %s: %s", redacted(url), error)
             return Facts(0, {"shard": 1})
         aspects = b"" if self.measure is None else bytes(map(self.measure, opened))
         opened.close()
         for key, reason in opened.broken.items():
-            log.warning("leaving out sample %s of %s: %s", key, redacted(self.urls[shard]), reason)
+            log.warning("leaving out sample %s of %s: %s", key, redacted(url), reason)
         found = len(opened) + opened.dropped.total()
-        if expected is not None and found < expected:
-            opened.dropped["missing"] = expected - found
-            log.warning("%s holds %d of its %d samples: it is cut or damaged", redacted(self.urls[shard]), found, expected)
+        if samples is not None and found < samples:
+            opened.dropped["missing"] = samples - found
+            log.warning("%s holds %d of its %d samples: it is cut or damaged", redacted(url), found, samples)
+        elif size not in (None, actual := os.path.getsize(opened.path)):
+            log.warning("%s has %d bytes, %d in its manifest: it is cut, damaged or another", redacted(url), actual, size)
         return Facts(len(opened), dict(opened.dropped), aspects)
 
     def _file(self) -> Path | None:
@@ -138,19 +141,6 @@ class Source:
             return redacted(url)
         stat = os.stat(local(url))
         return f"{os.path.abspath(local(url))} {stat.st_size} {stat.st_mtime_ns}"
-
-
-def expected_samples(url: str) -> int | None:
-    """What the dataset itself says of a shard: `manifest.json` beside it, else img2dataset's `<shard>_stats.json`."""
-    folder, _, name = local(url).rpartition("/")
-    for file, entry in (("manifest.json", ("samples", name)), (f"{name.removesuffix('.tar')}_stats.json", ("successes",))):
-        with contextlib.suppress(Exception):  # absent or of another make: then nothing is known
-            with fsspec.open(f"{folder}/{file}" if folder else file, "r") as stream:
-                value = json.load(stream)
-            for key in entry:
-                value = value[key]
-            return int(value)
-    return None
 
 
 def total_dropped(facts: Sequence[Facts]) -> Counter[str]:

@@ -81,7 +81,7 @@ def test_every_yaml_key_is_a_parameter_of_its_target(overrides):
         assert given <= accepted, f"{path}: {node._target_} takes no {given - accepted}"
 
 
-@pytest.mark.parametrize("program", ["train", "sample", "evaluate", "encode", "inspect"])
+@pytest.mark.parametrize("program", ["train", "sample", "evaluate", "encode", "inspect", "manifest"])
 def test_program_configs_compose(program):
     assert "hydra" not in compose(program, [])
 

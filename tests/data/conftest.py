@@ -26,7 +26,7 @@ def png(size: tuple[int, int] = (8, 8)) -> bytes:
 
 
 def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> str:
-    with wds.TarWriter(str(path), mtime=0) as writer:
+    with path.open("wb") as file, wds.TarWriter(file, mtime=0) as writer:
         for sample in samples:
             writer.write(sample)
     return str(path)

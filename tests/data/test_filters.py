@@ -126,6 +126,24 @@ def test_unsafe_samples_are_dropped_by_default_and_unscored_ones_are_not() -> No
     assert Filters(missing="drop")(CAPTION, {}) == "missing_unsafe"
 
 
+@pytest.mark.parametrize(
+    ("tag", "limit", "reason"),
+    [
+        ("UNLIKELY", 0.0, None),
+        ("UNSURE", 0.5, "unsafe"),
+        ("UNSURE", 0.98, None),
+        ("NSFW", 0.98, "unsafe"),
+        (" nsfw", 0.98, "unsafe"),
+        ("?", 0.0, "missing_unsafe"),
+        (None, 0.0, "missing_unsafe"),
+    ],
+)
+@pytest.mark.parametrize("name", ["NSFW", "nsfw"])
+def test_the_textual_tag_of_laion_is_read(name, tag, limit, reason) -> None:
+    assert judge({name: tag}, max_unsafe=limit, missing="drop") == reason
+    assert judge({name: "NSFW", "punsafe": 0.1}, max_unsafe=0.5) is None, "a probability says more"
+
+
 def test_sides_are_those_of_the_published_picture() -> None:
     blown_up = {"width": 512, "height": 512, "original_width": 100, "original_height": 300}
     assert judge(blown_up, min_side=256) == "side"

@@ -53,18 +53,34 @@ def test_missing_shards_are_a_user_error_that_names_the_option(urls: list[str], 
         expand_urls(str(Path(urls[0]).with_name(pattern)), "data.val_shards")
 
 
-@pytest.mark.parametrize(
-    "url", ["pipe:touch {}", "pipe:touch {} file://x.tar", "PIPE:touch {}; echo ://", "ftp://a/{}.tar", "memory://{}"]
-)
-def test_schemes_that_are_not_known_to_be_safe_are_refused(tmp_path: Path, url: str) -> None:
+@pytest.mark.parametrize("url", ["ftp://a/{}.tar", "memory://{}"])
+@pytest.mark.parametrize("allow_pipe", [False, True])
+def test_schemes_that_are_not_known_to_be_safe_are_refused(url: str, allow_pipe: bool) -> None:
     with pytest.raises(UserError, match="URLs are not read"):
-        expand_urls(url.format(tmp_path / "ran"))
+        expand_urls(url, allow_pipe=allow_pipe)
+
+
+@pytest.mark.parametrize("url", ["pipe:touch {}", "pipe:touch {} file://x.tar", "PIPE:touch {}; echo ://"])
+def test_a_command_needs_a_flag_and_is_never_read_from_a_list_file(tmp_path: Path, url: str) -> None:
+    url = url.format(tmp_path / "ran")
+    (tmp_path / "list.txt").write_text(url)
+    for patterns, allow_pipe in ((url, False), (f"@{tmp_path}/list.txt", False), (f"@{tmp_path}/list.txt", True)):
+        with pytest.raises(UserError, match=r"data\.allow_pipe=true"):
+            expand_urls(patterns, allow_pipe=allow_pipe)
+    assert expand_urls(url, allow_pipe=True) == [url]
     assert not (tmp_path / "ran").exists()
+
+
+def test_braces_in_a_command_make_one_of_each_shard() -> None:
+    assert expand_urls("pipe:cat {8..10}.tar", allow_pipe=True) == [f"pipe:cat {n}.tar" for n in (8, 9, 10)]
 
 
 def test_messages_hold_no_secret_of_a_url() -> None:
     assert redacted("https://me:secret@host/a/b.tar?X-Signature=secret") == "https://host/a/b.tar"
     assert redacted("a/b?c.tar") == "a/b?c.tar"
+    commands = [redacted(f"pipe:curl -H 'token: secret' https://host/{n}.tar?secret") for n in (0, 1)]
+    assert all(command.startswith("pipe:curl [") and "secret" not in command for command in commands)
+    assert len(set(commands)) == 2, "an index knows shards by these"
 
 
 def test_samples_are_found_by_number(urls: list[str]) -> None:

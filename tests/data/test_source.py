@@ -1,5 +1,6 @@
 """Counting usable samples once, and bringing remote shards here from servers that are slow, drop or lie."""
 
+import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from lcm.data.cache import ShardCache
+from lcm.data.filters import Filters
 from lcm.data.shards import Shard
 from lcm.data.source import Facts, Source
 from lcm.errors import UserError
@@ -66,6 +68,19 @@ def test_a_cut_shard_is_found_out_by_its_manifest(tmp_path: Path, made_by: str, 
     (tmp_path / made_by).write_text(json.dumps(entry))
     assert Source([shard]).facts() == [Facts(5, {"missing": 3})]
     assert "holds 5 of its 8 samples" in caplog.text
+
+
+def test_a_shard_of_another_length_is_named_when_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shard = Path(write_shard(tmp_path / "a.tar", pairs(0, 2)))
+    (tmp_path / "manifest.json").write_text(json.dumps({"bytes": {"a.tar": shard.stat().st_size + 1}}))
+    assert Source([str(shard)]).facts() == [Facts(2, {})]
+    assert "it is cut, damaged or another" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"samples": 3}', '{"samples": {"a.tar": "3"}, "bytes": {"a.tar": null}}'])
+def test_a_manifest_of_another_make_says_nothing(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    assert Source([write_shard(tmp_path / "a.tar", pairs(0, 2))]).facts() == [Facts(2, {})]
 
 
 def test_broken_samples_are_named_when_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -241,6 +256,52 @@ def test_counts_of_remote_shards_come_from_img2datasets_statistics(server: Serve
 def test_remote_shards_are_measured_although_their_count_is_known(server: Server, tmp_path: Path) -> None:
     (tmp_path / "www/0_stats.json").write_text(json.dumps({"count": 10, "successes": 8}))
     assert Source([f"{server.url}/0.tar"], cache=cache(tmp_path), measure=len).facts() == [Facts(8, {}, bytes([4] * 8))]
+
+
+def entry(file: Path) -> dict[str, Any]:
+    size, digest = file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()
+    return {"samples": {file.name: 8}, "bytes": {file.name: size}, "sha256": {file.name: digest}}
+
+
+def cut(handler: BaseHTTPRequestHandler, content: bytes) -> None:
+    whole(handler, content[: len(content) // 2])
+
+
+def flipped(handler: BaseHTTPRequestHandler, content: bytes) -> None:
+    whole(handler, content[:600] + bytes([content[600] ^ 4]) + content[601:])
+
+
+@pytest.mark.parametrize("trouble", [cut, flipped])
+def test_a_download_is_checked_against_the_manifest(server: Server, tmp_path: Path, trouble: Answer) -> None:
+    """A proxy that answers with another file, and says that this is all of it, looks like any other download."""
+    (tmp_path / "www/manifest.json").write_text(json.dumps(entry(tmp_path / "www/0.tar")))
+    server.answers["0.tar"] = [trouble, whole]
+    source = Source([f"{server.url}/{n}.tar" for n in (0, 1)], cache=cache(tmp_path), filters=Filters())
+    assert source.facts() == [Facts(8, {}), Facts(8, {})]
+    assert Path(source.path(0)).read_bytes() == (tmp_path / "www/0.tar").read_bytes()
+
+
+@pytest.mark.parametrize("trouble", [cut, flipped])
+def test_a_remote_shard_that_never_is_what_its_manifest_says_is_left_out(
+    server: Server, tmp_path: Path, trouble: Answer, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "www/manifest.json").write_text(json.dumps(entry(tmp_path / "www/0.tar")))
+    server.answers["0.tar"] = [trouble]
+    source = Source([f"{server.url}/{n}.tar" for n in (0, 1)], cache=cache(tmp_path), filters=Filters())
+    assert source.facts() == [Facts(0, {"shard": 1}), Facts(8, {})]
+    assert "bytes instead of" in caplog.text or "another sha256" in caplog.text
+    assert server.asked.count("/0.tar") == 3
+
+
+def test_a_manifest_that_cannot_be_had_is_missed_aloud(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for content, answer in (({}, failing), ([], whole)):
+        (tmp_path / "www/manifest.json").write_text(json.dumps(content))
+        server.answers["manifest.json"] = [answer]
+        caplog.clear()
+        assert Source([f"{server.url}/0.tar"], cache=cache(tmp_path)).facts() == [Facts(8, {})]
+        assert ("manifest.json cannot be read" in caplog.text) == (answer is failing)
 
 
 def test_a_dead_remote_shard_is_left_out_and_tried_again_next_time(server: Server, tmp_path: Path) -> None:
