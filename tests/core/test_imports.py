@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FILES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "lcm").rglob("*.py"))]
-LAYERS = [{"errors", "images"}, {"core"}, {"data"}, {"models"}, {"modules"}, {"metrics", "callbacks"}]
+LAYERS = [{"errors", "files", "images"}, {"core"}, {"data"}, {"models"}, {"modules"}, {"metrics", "callbacks"}]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PROGRAMS = len(LAYERS)  # lcm/*.py
 
