@@ -103,6 +103,9 @@ class Source:
         if expected is not None and found < expected:
             opened.dropped["missing"] = expected - found
             log.warning("%s holds %d of its %d samples: it is cut or damaged", redacted(self.urls[shard]), found, expected)
+        elif not found:
+            opened.dropped["shard"] = 1
+            log.warning("%s holds no samples: it is no webdataset shard", redacted(self.urls[shard]))
         return Facts(len(opened), dict(opened.dropped))
 
     def _file(self) -> Path | None:
