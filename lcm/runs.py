@@ -88,8 +88,8 @@ def find_pipeline(pipeline: str, runs: str) -> str:
         return pipeline
     saved = sorted(Path(runs).glob(f"{name or '*'}/*/model/model_index.json"), key=lambda file: file.stat().st_mtime)
     if not saved:
+        train = f"python train.py experiment={name}" if name else "python train.py"
         raise UserError(
-            f"no run under {Path(runs, name)}/ has saved a model yet: run `python train.py{f' experiment={name}' * bool(name)}`, "
-            "or set pipeline=<folder or hub id>"
+            f"no run under {Path(runs, name)}/ has saved a model yet: run `{train}`, or set pipeline=<folder or hub id>"
         )
     return str(saved[-1].parent)

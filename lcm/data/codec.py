@@ -1,5 +1,6 @@
 """The frozen VAE and text encoder: pixels and captions in, `(z0, cond)` out (Algorithm 1's `D_z`)."""
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ class LatentCodec:
     chunk: images a VAE call takes at a time, which bounds its memory.
     cache: remember each sample's posterior in host memory (float16) the first time it is encoded: 4 kB a 64 px image and
         64 kB a 512 px one, so for datasets that fit and transforms without a random crop or flip.
+    text_cache: megabytes of text states to remember on the device, those of the captions used last: 6 kB a caption of the mini
+        model, 118 kB one of SD 1.5 (bfloat16).
     """
 
     def __init__(
@@ -28,12 +31,14 @@ class LatentCodec:
         dtype: torch.dtype | None = None,
         chunk: int = 64,
         cache: bool = False,
+        text_cache: float = 256,
     ) -> None:
         self.vae = vae.to(dtype=dtype).eval().requires_grad_(False)
         self.text_encoder = text_encoder.to(dtype=dtype).eval().requires_grad_(False)
         self.tokenizer, self.chunk = tokenizer, chunk
         self.cache: dict[tuple[str, int, int], Tensor] | None = {} if cache else None
-        self._uncond: Tensor | None = None
+        self.text_cache = text_cache
+        self.texts: OrderedDict[str, Tensor] = OrderedDict()
 
     @property
     def factor(self) -> int:
@@ -47,12 +52,13 @@ class LatentCodec:
     def to(self, device: torch.device | str) -> "LatentCodec":
         self.vae.to(device)
         self.text_encoder.to(device)
-        self._uncond = None
+        self.texts = OrderedDict((caption, states.to(device)) for caption, states in self.texts.items())
         return self
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any], rng: torch.Generator | None = None) -> LatentBatch:
-        """batch: `{"x": uint8 or [-1, 1] float [B, 3, H, W], "captions", "keys"}`, or "moments" `[B, 2C, h, w]` in place of x.
+        """batch: `{"x": uint8 or [-1, 1] float [B, 3, H, W], "captions", "keys"}`, or "moments" `[B, 2C, h, w]` in place of x,
+        and possibly "text" `[B, L, D]`, the captions' states.
 
         Returns a LatentBatch; rng draws the posterior.
         """
@@ -60,32 +66,49 @@ class LatentCodec:
         mean, std = moments.chunk(2, dim=1)
         noise = torch.randn(mean.shape, generator=rng, device=mean.device)
         z0 = (mean + std * noise) * self.vae.config["scaling_factor"]
-        return LatentBatch(z0, self.encode_text(batch["captions"]), self.uncond, batch["captions"], batch["keys"])
+        captions = batch["captions"]
+        if "text" not in batch:
+            states = self.encode_text([*captions, ""])
+            return LatentBatch(z0, states[:-1], states[-1:], captions, batch["keys"])
+        uncond, said = self.uncond, torch.tensor([caption != "" for caption in captions], device=z0.device)
+        cond = torch.where(said[:, None, None], batch["text"].float(), uncond)  # a dropped caption has the null prompt's states
+        return LatentBatch(z0, cond, uncond, captions, batch["keys"])
 
-    def posterior(self, x: Tensor, keys: list[str]) -> Tensor:
-        """Mean and standard deviation of q(z|x), unscaled: `[B, 2C, H/f, W/f]` float32."""
-        names = [(key, *x.shape[2:]) for key in keys]
-        if self.cache is not None and all(name in self.cache for name in names):
+    def posterior(self, x: Tensor, keys: list[str] | None = None) -> Tensor:
+        """Mean and standard deviation of q(z|x), unscaled: `[B, 2C, H/f, W/f]` float32; remembered by key, if at all."""
+        names = [(key, *x.shape[2:]) for key in keys or ()]
+        if self.cache is not None and names and all(name in self.cache for name in names):
             return torch.stack([self.cache[name] for name in names]).to(self.device).float()
-        moments = []
+        parts = []
         for part in x.split(self.chunk):
             q = self.vae.encode(to_unit_range(part).to(self.vae.dtype)).latent_dist
-            moments.append(torch.cat([q.mean, q.std], dim=1).float())
-        if self.cache is not None:
-            self.cache.update(zip(names, torch.cat(moments).half().cpu(), strict=True))
-        return torch.cat(moments)
+            parts.append(torch.cat([q.mean, q.std], dim=1).float())
+        moments = torch.cat(parts)
+        if self.cache is not None and names:
+            moments = moments.half().float()  # as the cache will give them: a resumed run has yet to fill it
+            self.cache.update(zip(names, moments.half().cpu(), strict=True))
+        return moments
 
     @torch.no_grad()
     def encode_text(self, captions: list[str]) -> Tensor:
-        """`[B, L, D]` float32 text states, captions cut to the text tower's length (EOS kept)."""
-        ids = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return self.text_encoder(ids.to(self.device))[0].float()
+        """`[B, L, D]` float32 text states, captions cut to the text tower's length (EOS kept); each one not remembered is
+        encoded, once."""
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self.texts]
+        if new:
+            ids = self.tokenizer(new, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            for caption, states in zip(new, self.text_encoder(ids.to(self.device))[0], strict=True):
+                self.texts[caption] = states.clone()  # a view would keep all of its batch
+        for caption in captions:
+            self.texts.move_to_end(caption)
+        batch = torch.stack([self.texts[caption] for caption in captions])
+        while len(self.texts) * batch[0].nbytes > self.text_cache * 1e6:
+            self.texts.popitem(last=False)
+        return batch.float()
 
     @property
     def uncond(self) -> Tensor:
-        if self._uncond is None:
-            self._uncond = self.encode_text([""])
-        return self._uncond
+        """`[1, L, D]` float32 text states of the null prompt."""
+        return self.encode_text([""])
 
     @torch.no_grad()
     def decode(self, z0: Tensor) -> Tensor:

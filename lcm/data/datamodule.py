@@ -16,7 +16,7 @@ from lcm.data.cache import ShardCache
 from lcm.data.codec import LatentCodec, to_unit_range
 from lcm.data.epochs import training_order, validation_order
 from lcm.data.filters import Filters
-from lcm.data.latents import DecodeLatents, check_stamp, collate_latents, stamp
+from lcm.data.latents import DecodeLatents, check_stamp, collate_latents
 from lcm.data.order import Places
 from lcm.data.shards import expand_urls
 from lcm.data.skips import Skips
@@ -88,7 +88,7 @@ class ShardDataModule(L.LightningDataModule):
             raise UserError(f"data.resolution={resolution} is not a multiple of the VAE's factor {codec.factor}")
         if codec is not None and codec.cache is not None and (random_crop or flip):
             raise UserError("data.codec.cache=true keeps one encoding per image: set data.random_crop=false data.flip=false")
-        self.resolution, self.latents = resolution, latents
+        self.resolution, self.latents, self.captions = resolution, latents, captions
         self.buckets = [] if buckets is None else shapes_of(buckets, resolution, 1 if codec is None else codec.factor)
         self.decode: Decode | DecodeLatents
         self.val_decode: Decode | DecodeLatents
@@ -137,7 +137,7 @@ class ShardDataModule(L.LightningDataModule):
         )
         source.check()
         if self.latents and self.codec is not None:
-            check_stamp(found, stamp(self.codec.vae, self.resolution))
+            check_stamp(found, self.codec, self.resolution, self.captions)
         return source
 
     @property

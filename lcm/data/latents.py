@@ -10,60 +10,81 @@ from typing import Any
 import fsspec
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 
+from lcm.data.codec import LatentCodec
 from lcm.data.members import CaptionChoice, Sample, Skip, skipping
-from lcm.data.shards import local, redacted
+from lcm.data.shards import first_of, local, redacted
 from lcm.errors import UserError
 
-LATENT = "latent.npy"
+POSTERIOR, DRAWN, TEXT = "latent.npy", "sample.npy", "text.npy"
+CONTENT = {POSTERIOR: "posterior mean and std, unscaled, float16", DRAWN: "a sample of the posterior, unscaled, float16"}
 STAMP = "latents.json"
 
 
 class DecodeLatents:
     """`sample -> {"moments": float16 [2C, h, w], "caption", "key"}`: mean and standard deviation of q(z|x), unscaled.
 
-    A member `latent.npy` is `[V, 2C, h, w]`: V crops or mirrored copies, of which one is drawn.
+    A member `latent.npy` is `[V, 2C, h, w]`: V crops or mirrored copies, of which one is drawn. A member `sample.npy`
+    `[V, C, h, w]` is a draw of each posterior: the mean of one without width. With a member `text.npy` there is "text", the
+    float16 `[L, D]` text states of the .txt member, whether that is dropped or not.
     """
 
-    needs = (LATENT,)
+    needs = (POSTERIOR, DRAWN)
 
     def __init__(self, *, caption_dropout: float = 0.0, captions: Mapping[str, float] | None = None) -> None:
         self.choose = CaptionChoice(caption_dropout, captions)
 
     def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
-        with skipping("latent", ValueError, EOFError, OSError):
-            variants = np.load(io.BytesIO(sample[LATENT]), allow_pickle=False)
-        if variants.ndim != 4 or not np.isfinite(variants).all():
-            raise Skip("latent", f"shape {variants.shape}, or not finite")
+        name = first_of(sample, self.needs)
+        variants = array(sample, name or POSTERIOR, 4)
         moments = variants[rng.randrange(len(variants)) if len(variants) > 1 else 0]
         return {
-            "moments": torch.from_numpy(moments),
+            "moments": torch.from_numpy(np.concatenate([moments, np.zeros_like(moments)]) if name == DRAWN else moments),
             "caption": self.choose(sample, rng),
             "key": f"{sample['__url__']}/{sample['__key__']}",
+            **({"text": torch.from_numpy(array(sample, TEXT, 2))} if TEXT in sample else {}),
         }
 
 
+def array(sample: Sample, name: str, dims: int) -> np.ndarray:
+    """Raises `Skip`."""
+    with skipping("latent", ValueError, EOFError, OSError, KeyError):
+        content = np.load(io.BytesIO(sample[name]), allow_pickle=False)
+    if content.ndim != dims or not np.isfinite(content).all():
+        raise Skip("latent", f"{name} of shape {content.shape}, or not finite")
+    return content
+
+
 def collate_latents(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """`{"moments": float16 [B, 2C, h, w], "captions": list[str], "keys": list[str]}`."""
+    """`{"moments": float16 [B, 2C, h, w], "captions": list[str], "keys": list[str]}`, and "text" `[B, L, D]` if all have it."""
+    tensors = ["moments"] + ["text"] * all("text" in sample for sample in samples)
     return {
-        "moments": torch.stack([sample["moments"] for sample in samples]),
+        **{name: torch.stack([sample[name] for sample in samples]) for name in tensors},
         "captions": [sample["caption"] for sample in samples],
         "keys": [sample["key"] for sample in samples],
     }
 
 
-def stamp(vae: AutoencoderKL, resolution: int) -> dict[str, Any]:
-    """What latents depend on: another VAE, size or convention makes others."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
+def stamp(codec: LatentCodec, resolution: int, *, drawn: bool = False, text: bool = False) -> dict[str, Any]:
+    """What latents depend on: another VAE, size or convention makes others. drawn, text: what `lcm.encode` stores."""
+    found = {"vae": weights_hash(codec.vae), "resolution": resolution, "content": CONTENT[DRAWN if drawn else POSTERIOR]}
+    vocabulary = json.dumps(sorted(codec.tokenizer.get_vocab().items()))
+    return {**found, "text_encoder": weights_hash(codec.text_encoder, vocabulary)} if text else found
+
+
+def weights_hash(network: torch.nn.Module, more: str = "") -> str:
+    digest = hashlib.sha256(more.encode())
+    for name, tensor in sorted(network.state_dict().items()):
         # In bfloat16, so that the hash is the same whether the weights were loaded in float32, float16 or bfloat16.
         digest.update(name.encode() + tensor.cpu().to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
-    return {"vae": digest.hexdigest(), "resolution": resolution, "content": "posterior mean and std, unscaled, float16"}
+    return digest.hexdigest()
 
 
-def check_stamp(urls: Sequence[str], expected: Mapping[str, Any]) -> None:
-    """Refuse latents that were not made by this VAE at this size. Raises UserError."""
+def check_stamp(urls: Sequence[str], codec: LatentCodec, resolution: int, captions: Mapping[str, float] | None = None) -> None:
+    """Refuse latents that this codec did not make at this size, and a choice of captions where states are stored of one.
+
+    Raises UserError.
+    """
     for folder in sorted({local(url).rpartition("/")[0] or "." for url in urls}):
         try:
             with fsspec.open(f"{folder}/{STAMP}", "r") as file:
@@ -72,7 +93,13 @@ def check_stamp(urls: Sequence[str], expected: Mapping[str, Any]) -> None:
             raise UserError(
                 f"{redacted(folder)} has no readable {STAMP}: make latent shards with python -m lcm.encode"
             ) from error
-        for name, value in expected.items():
+        drawn, text = found.get("content") == CONTENT[DRAWN], "text_encoder" in found
+        if text and captions is not None:
+            raise UserError(
+                f"data.captions chooses among captions, but the latents in {redacted(folder)} hold the text states of one of "
+                "them: leave it out, or encode the images again with text=false"
+            )
+        for name, value in stamp(codec, resolution, drawn=drawn, text=text).items():
             if found.get(name) != value:
                 raise UserError(
                     f"the latents in {redacted(folder)} have {name} = {found.get(name)}, but data.codec and data.resolution "

@@ -112,6 +112,9 @@ class Source:
         if samples is not None and found < samples:
             opened.dropped["missing"] = samples - found
             log.warning("%s holds %d of its %d samples: it is cut or damaged", redacted(url), found, samples)
+        elif not found:
+            opened.dropped["shard"] = 1
+            log.warning("%s holds no samples: it is no webdataset shard", redacted(url))
         elif size not in (None, actual := os.path.getsize(opened.path)):
             log.warning("%s has %d bytes, %d in its manifest: it is cut, damaged or another", redacted(url), actual, size)
         return Facts(len(opened), dict(opened.dropped), aspects)

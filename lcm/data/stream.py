@@ -85,7 +85,7 @@ class ShardStream(IterableDataset):
         decode: Callable[[Sample, random.Random], Sample],
         collate: Callable[[list[Sample]], Sample],
         batch_size: int,
-        seed: int = 0,
+        seed: int | str = 0,
         rank: int = 0,
         world_size: int = 1,
         start: int = 0,

@@ -8,6 +8,7 @@ from PIL import Image
 
 from lcm.callbacks.checkpoint import AtomicCheckpointIO
 from lcm.callbacks.csv_logger import CSVLogger
+from lcm.errors import UserError
 from lcm.images import grid, save_png, to_pil, wrap
 
 
@@ -20,10 +21,11 @@ def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match=r"last\.ckpt cannot be written whole \(No space left on device\): make room"):
         io.save_checkpoint({"step": 2}, path)
     monkeypatch.undo()
     assert io.load_checkpoint(path) == {"step": 1}
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_a_pickled_object_is_refused(tmp_path):

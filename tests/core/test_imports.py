@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FILES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "lcm").rglob("*.py"))]
-LAYERS = [{"errors", "images", "command_line"}, {"core"}, {"data"}, {"models"}, {"modules"}, {"metrics", "callbacks"}]
+LAYERS = [
+    {"errors", "files", "images", "command_line"}, {"core"}, {"data"}, {"models"}, {"modules"}, {"metrics", "callbacks"}
+]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PROGRAMS = len(LAYERS)  # lcm/*.py
 

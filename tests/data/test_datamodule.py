@@ -1,5 +1,6 @@
 """What the DataModule refuses, and which batches move its position."""
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,6 +100,30 @@ def test_a_restored_datamodule_goes_on_after_the_last_batch(shards: Path) -> Non
     consume(data, next(train), training=True)
     restored.load_state_dict(data.state_dict())
     assert next(iter(restored.train_dataloader()))["keys"] == next(train)["keys"]
+
+
+def steps(shards: Path, ranks: int, count: int, state: dict[str, Any] | None = None) -> tuple[list[list[str]], dict[str, Any]]:
+    """What so many ranks train on in each of `count` steps, all of them together, and rank 0's state thereafter."""
+    taken, states = [], []
+    for rank in range(ranks):
+        data = datamodule(shards, batch_size=8 // ranks, val_shards=None)
+        if state is not None:
+            data.load_state_dict(state)
+        data.trainer = SimpleNamespace(training=True, global_rank=rank, world_size=ranks, loggers=[], global_step=0)
+        batches = [
+            data.on_after_batch_transfer(batch, 0) for batch, _ in zip(data.train_dataloader(), range(count), strict=False)
+        ]
+        taken.append([batch["keys"] for batch in batches])
+        states.append(data.state_dict())
+    return [sorted(itertools.chain(*parts)) for parts in zip(*taken, strict=True)], states[0]
+
+
+@pytest.mark.parametrize(("before", "after", "done"), [(1, 4, 1), (4, 2, 6), (2, 8, 30)])  # 30 is in the second epoch
+def test_at_one_global_batch_a_run_goes_on_with_other_ranks(shards: Path, before: int, after: int, done: int) -> None:
+    straight, _ = steps(shards, 1, done + 3)
+    first, state = steps(shards, before, done)
+    rest, _ = steps(shards, after, 3, state)
+    assert first + rest == straight
 
 
 def test_validation_is_the_whole_held_out_set_without_dropout(shards: Path) -> None:

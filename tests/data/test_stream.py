@@ -1,8 +1,11 @@
 """Batches in one order whatever the workers and ranks, from any position on, and what damage does to them."""
 
+import copy
+import itertools
 import random
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,19 +30,49 @@ def test_epochs_follow_each_other_without_loss(urls: list[str]) -> None:
         assert sorted(batches[start : start + 45]) == EVERY
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize(("workers", "context"), [(1, "fork"), (2, "fork"), (4, "fork"), (2, "spawn"), (4, "spawn")])
 def test_the_order_and_the_draws_do_not_depend_on_the_workers(urls: list[str], workers: int, context: str) -> None:
     assert take(stream(urls), 14, workers, context) == take(stream(urls), 14)
 
 
+def in_turns(whole: ShardStream, count: int | None, workers: int, patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The batches of a DataLoader with so many workers, without processes."""
+    turns = []
+    for number in range(max(workers, 1)):
+        info = SimpleNamespace(id=number, num_workers=workers) if workers else None
+        own = iter(copy.copy(whole))
+        with patch.context() as patched:
+            patched.setattr("lcm.data.stream.get_worker_info", lambda info=info: info)
+            first = list(itertools.islice(own, 1))  # a worker learns its number with its first batch
+        turns.append(itertools.chain(first, own))
+    batches = (next(turn, None) for turn in itertools.cycle(turns))
+    return list(itertools.islice(itertools.takewhile(bool, batches), count))
+
+
+def test_workers_in_turns_are_those_of_a_loader(urls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert in_turns(stream(urls), 14, 3, monkeypatch) == take(stream(urls), 14, 3)
+    assert in_turns(stream(urls, shuffle=0), None, 2, monkeypatch) == take(stream(urls, shuffle=0), None, 2)
+
+
 @pytest.mark.parametrize("ranks", range(1, 9))
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_every_sample_once_an_epoch_over_ranks_and_workers(urls: list[str], ranks: int, workers: int) -> None:
-    shares = [take(stream(urls, batch_size=5, rank=rank, world_size=ranks), 9, workers) for rank in range(ranks)]
-    seen = [key for share in shares for key in keys(share)]
-    assert len(seen) == 45 * ranks
-    assert all(seen.count(key) == ranks for key in EVERY)
+@pytest.mark.parametrize("workers", range(5))
+def test_every_sample_once_an_epoch_over_ranks_and_workers(
+    urls: list[str], ranks: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = [stream(urls, batch_size=5, rank=rank, world_size=ranks) for rank in range(ranks)]
+    seen = Counter(key for share in of for key in keys(in_turns(share, 9, workers, monkeypatch)))
+    assert seen == dict.fromkeys(EVERY, ranks)  # as many epochs
+
+    of = [stream(urls, batch_size=3, shuffle=0, rank=rank, world_size=ranks) for rank in range(ranks)]
+    seen = Counter(key for share in of for key in keys(in_turns(share, None, workers, monkeypatch)))
+    assert set(seen) == set(EVERY)
+    assert seen.total() - len(EVERY) < ranks  # no rank is left without a last batch
+
+
+@pytest.mark.parametrize(("ranks", "workers", "context"), [(8, 1, "fork"), (2, 4, "fork"), (2, 1, "spawn")])
+def test_every_sample_once_an_epoch_over_processes(urls: list[str], ranks: int, workers: int, context: str) -> None:
+    of = [stream(urls, batch_size=5, rank=rank, world_size=ranks) for rank in range(ranks)]
+    assert Counter(key for share in of for key in keys(take(share, 9, workers, context))) == dict.fromkeys(EVERY, ranks)
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])

@@ -50,14 +50,22 @@ def test_encoding_goes_on_where_it_was_stopped(run, encode, tmp_path):
     assert changed == {"train-00001.tar"}
 
 
-def test_crops_and_mirrored_copies_are_stored(encode, tmp_path):
-    assert encode("crops=2", "flip=true", "data.val_shards=null").returncode == 0
+@pytest.mark.parametrize(
+    ("options", "heads"),
+    [
+        (["crops=2", "flip=true"], {"latent.npy": b"(4, 8, 8, 8)"}),
+        (["sample=true", "text=true"], {"sample.npy": b"(1, 4, 8, 8)", "text.npy": b"(16, 16)"}),
+    ],
+)
+def test_what_is_asked_for_is_stored(encode, tmp_path, options, heads):
+    assert encode(*options, "data.val_shards=null").returncode == 0
     with tarfile.open(tmp_path / "latents/train-00000.tar") as tar:
-        content = tar.extractfile(next(name for name in tar.getnames() if name.endswith(".latent.npy"))).read()
-    assert b"(4, 8, 8, 8)" in content[:128]
+        arrays = {name.partition(".")[2]: tar.extractfile(name).read() for name in tar.getnames() if name.endswith(".npy")}
+    assert arrays.keys() == heads.keys()
+    assert all(head in arrays[name][:128] for name, head in heads.items())
     other = encode()
     assert other.returncode == 1
-    assert "holds latents of another VAE, size or crop" in other.stderr
+    assert "holds latents of another VAE, size, crop or content" in other.stderr
 
 
 def test_processes_share_out_the_shards(encode, tmp_path):

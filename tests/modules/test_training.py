@@ -14,6 +14,7 @@ from lcm.callbacks.checkpoint import AtomicCheckpointIO
 from lcm.core.batch import LatentBatch
 from lcm.core.random import generator
 from lcm.errors import UserError
+from lcm.models.pipeline import load_codec
 from lcm.modules.base import TrainedModule
 
 Make = Callable[..., Any]
@@ -64,6 +65,22 @@ def test_resuming_across_the_border_of_an_epoch(training: Make, data: Make, fit:
     fit(second, data(batch_size=32), 9, ckpt_path=tmp_path / "6.ckpt")
     assert whole.order.size < whole.position < 2 * whole.order.size
     assert_equal(weights(second), weights(straight))
+
+
+def test_resuming_at_any_point_with_other_workers_equals_not_stopping(
+    training: Make, data: Make, fit: Make, tmp_path: Path, tiny_pipeline: Path
+) -> None:
+    """Early, in the middle of a shard and behind an epoch's border, which is in batch 8; a cache of posteriors starts empty."""
+
+    def cached(workers: int) -> Any:
+        return data(codec=load_codec(str(tiny_pipeline), cache=True), batch_size=32, num_workers=workers)
+
+    straight, checkpoint = training("distillation"), ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(straight, cached(1), 10, callbacks=[checkpoint], enable_checkpointing=True)
+    for step, workers in [(2, 0), (5, 2), (9, 1)]:
+        resumed = training("distillation")
+        fit(resumed, cached(workers), 10, ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert_equal(weights(resumed), weights(straight))
 
 
 def test_validation_changes_neither_weights_nor_data(training: Make, data: Make, fit: Make, shards: Path) -> None:

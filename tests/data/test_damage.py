@@ -1,0 +1,118 @@
+"""The damage that stream readers lose samples by in silence: here only what is bad is lost, and each loss is told."""
+
+import io
+import random
+import re
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lcm.data.transforms import Decode, collate
+from tests.data.conftest import keys, pairs, stream, take, write_shard
+
+COUNT, BAD = 20, 10  # samples a shard, and which of the middle one's is hit
+EVERY = [f"{shard}-{i:02d}" for shard in range(3) for i in range(COUNT)]
+
+
+def surviving(urls: list[str]) -> set[str]:
+    """Keys of a validation pass that decodes."""
+    batches = take(stream(urls, shuffle=0, decode=Decode(8), collate=collate))
+    return {key.rpartition("/")[2] for key in keys(batches)}
+
+
+@pytest.fixture
+def middle(tmp_path: Path) -> tuple[list[str], Path]:
+    """Three shards, and the one to be damaged."""
+    urls = [write_shard(tmp_path / f"{number}.tar", pairs(number, COUNT)) for number in range(3)]
+    return urls, Path(urls[1])
+
+
+def member(shard: Path, extension: str = "png") -> tarfile.TarInfo:
+    with tarfile.open(shard) as tar:
+        return tar.getmember(f"1-{BAD:02d}.{extension}")
+
+
+@pytest.mark.parametrize("extension", ["png", "txt"])
+@pytest.mark.parametrize("length", [1, 512])
+def test_a_damaged_header_costs_its_sample(middle: Any, extension: str, length: int, caplog: pytest.LogCaptureFixture) -> None:
+    urls, shard = middle
+    content, start, rng = bytearray(shard.read_bytes()), member(shard, extension).offset, random.Random(0)
+    if length == 1:
+        content[start + 3] ^= 4  # of the name: the checksum no longer holds
+    else:
+        content[start : start + 512] = rng.randbytes(512)
+    shard.write_bytes(content)
+    assert surviving(urls) == set(EVERY) - {f"1-{BAD:02d}"}
+    assert f"leaving out sample 1-{BAD:02d} of {shard}" in caplog.text
+
+
+def test_a_flipped_bit_anywhere_costs_one_sample_which_is_named(middle: Any, caplog: pytest.LogCaptureFixture) -> None:
+    urls, shard = middle
+    content, rng = shard.read_bytes(), random.Random(1)
+    for _ in range(40):
+        damaged = bytearray(content)
+        damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        shard.write_bytes(damaged)
+        caplog.clear()
+        lost = set(EVERY) - surviving(urls)
+        named = set(re.findall(r"(?:leaving out sample|skipping) (\S+) of", caplog.text))
+        assert len(lost) <= 1
+        assert lost == named
+
+
+@pytest.mark.parametrize("part", ["content", "boundary"])
+def test_a_cut_costs_the_rest_of_its_shard_which_is_told(middle: Any, part: str, caplog: pytest.LogCaptureFixture) -> None:
+    urls, shard = middle
+    info = member(shard)
+    shard.write_bytes(shard.read_bytes()[: info.offset_data + info.size // 2 if part == "content" else info.offset])
+    shard.with_name("1_stats.json").write_text(f'{{"successes": {COUNT}}}')  # of img2dataset
+    assert surviving(urls) == set(EVERY) - {f"1-{i:02d}" for i in range(BAD, COUNT)}
+    assert f"holds {BAD + (part == 'content')} of its {COUNT} samples" in caplog.text
+    assert (f"leaving out sample 1-{BAD:02d}" in caplog.text) == (part == "content")
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>" * 99, bytes(10240)], ids=["empty", "html", "no members"])
+def test_what_is_no_shard_costs_itself_and_is_named(middle: Any, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    urls, shard = middle
+    shard.write_bytes(content)
+    assert surviving(urls) == {key for key in EVERY if not key.startswith("1-")}
+    assert f"{shard} holds no samples" in caplog.text
+
+
+def jpeg(side: int = 64) -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise((side, side), 50).convert("RGB").save(file, "JPEG")
+    return file.getvalue()
+
+
+def bomb() -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (12_000, 12_000)).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: {"png": jpeg()[:-40]}, "image"),
+        (lambda: {"png": b"GIF89a?"}, "image"),
+        (lambda: {"png": bomb()}, "pixels"),
+        (lambda: {"json": b"{"}, "json"),
+        (lambda: {"txt": b"\xff\xfe\xfa"}, "caption_encoding"),
+    ],
+    ids=["cut jpeg", "no image", "bomb", "json", "not UTF-8"],
+)
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_a_bad_sample_costs_itself_and_is_named(
+    middle: Any, make: Callable[[], dict[str, bytes]], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    urls, shard = middle
+    samples = pairs(1, COUNT)
+    samples[BAD] |= make()
+    write_shard(shard, samples)
+    assert surviving(urls) == set(EVERY) - {f"1-{BAD:02d}"}
+    assert f"skipping 1-{BAD:02d} of {shard}: {reason}" in caplog.text

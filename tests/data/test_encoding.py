@@ -1,0 +1,204 @@
+"""Shards of latents: what they hold, what training makes of it, what is refused, and disks that are full."""
+
+import errno
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import webdataset as wds
+from tqdm import tqdm
+
+from lcm.core.batch import LatentBatch
+from lcm.data.codec import LatentCodec
+from lcm.data.datamodule import ShardDataModule
+from lcm.data.encoding import Encoder, Variants
+from lcm.data.latents import DRAWN, POSTERIOR, TEXT, DecodeLatents, stamp
+from lcm.data.shards import Shard
+from lcm.data.source import Source
+from lcm.data.transforms import Decode
+from lcm.encode import claim, done_file, encode_shard
+from lcm.errors import UserError
+from lcm.models.pipeline import load_codec
+from tests.data.conftest import write_shard
+
+Encode = Callable[..., Path]
+SAMPLES = 9
+
+
+@pytest.fixture(scope="module")
+def codec(tiny_pipeline: Path) -> LatentCodec:
+    return load_codec(str(tiny_pipeline))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    """A few OpenMoji pictures, each with two captions."""
+    folder = tmp_path_factory.mktemp("images")
+    samples = [dict(sample) for sample, _ in zip(Shard(str(next(shards.glob("train-*.tar")))), range(SAMPLES), strict=False)]
+    for sample in samples:
+        sample["json"] = {"blip": f"not {sample['txt'].decode()}"}
+    write_shard(folder / "0.tar", samples)
+    return folder
+
+
+@pytest.fixture
+def encode(tmp_path: Path, images: Path, codec: LatentCodec) -> Encode:
+    """`encode(name, seed=0, drawn=False, text=False, captions=None)`: the folder of latents."""
+
+    def make(name: str = "latents", *, seed: int = 0, captions: Any = None, **content: bool) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        claim(folder, stamp(codec, 32, **content), 0)
+        data = ShardDataModule(f"{images}/0.tar", codec=codec, resolution=32, num_workers=0, val_batch_size=4)
+        encoder = Encoder(codec, seed, content.get("drawn", False), content.get("text", False))
+        decode = Variants(Decode(32, captions=captions), 1, False)
+        with torch.inference_mode():
+            encode_shard(Source([f"{images}/0.tar"]), encoder, decode, folder / "0.tar", data, tqdm(disable=True))
+        return folder
+
+    return make
+
+
+def latents(folder: Path) -> Shard:
+    return Shard(str(folder / "0.tar"), needs=DecodeLatents.needs)
+
+
+def batch(codec: LatentCodec, folder: Path, **options: Any) -> LatentBatch:
+    """All samples in their order; another seed draws other posteriors."""
+    options = {"resolution": 32, "num_workers": 0, "batch_size": SAMPLES, "shuffle": 0, **options}
+    data = ShardDataModule(f"{folder}/0.tar", codec=codec, **options)
+    data.prepare_data()
+    return data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+
+
+def test_latents_give_the_batches_that_their_images_give(codec: LatentCodec, images: Path, encode: Encode) -> None:
+    options = {"caption_dropout": 0.4, "seed": 5}
+    expected, got = batch(codec, images, **options), batch(codec, encode(), latents=True, **options)
+    assert got.captions == expected.captions
+    assert 0 < got.captions.count("") < SAMPLES
+    torch.testing.assert_close(got.z0, expected.z0, rtol=2e-3, atol=2e-3)  # stored in float16
+    assert torch.equal(got.cond, expected.cond)
+
+
+def test_a_drawn_sample_is_one_of_the_posterior_whatever_the_seed_of_training(codec: LatentCodec, encode: Encode) -> None:
+    posterior, drawn = latents(encode()), encode("drawn", drawn=True)
+    assert [set(sample) & {POSTERIOR, DRAWN, TEXT} for sample in latents(drawn)] == SAMPLES * [{DRAWN}]
+    first, second = (batch(codec, drawn, latents=True, seed=seed) for seed in (1, 2))
+    assert torch.equal(first.z0, second.z0)
+    data = ShardDataModule(f"{drawn.parent}/latents/0.tar", codec=codec, latents=True, resolution=32)
+    moments = torch.stack([data.decode(sample, random.Random(0))["moments"] for sample in posterior]).float()
+    mean, std = moments.chunk(2, dim=1)
+    noise = (first.z0 / codec.vae.config["scaling_factor"] - mean) / std
+    assert abs(noise.mean()) < 0.1
+    assert abs(noise.std() - 1) < 0.1
+
+
+def test_draws_are_a_function_of_seed_shard_and_key(codec: LatentCodec, encode: Encode) -> None:
+    folders = [encode("a", drawn=True), encode("b", drawn=True), encode("c", drawn=True, seed=1)]
+    first, same, other = ((folder / "0.tar").read_bytes() for folder in folders)
+    assert first == same
+    assert first != other
+
+
+def test_stored_text_states_take_the_text_encoders_place(
+    codec: LatentCodec, images: Path, encode: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, options = encode(text=True), {"caption_dropout": 0.4, "seed": 5}
+    expected = batch(codec, images, **options)
+    encoded: list[list[str]] = []
+    plain = codec.encode_text
+    monkeypatch.setattr(codec, "encode_text", lambda captions: encoded.append(captions) or plain(captions))
+    got = batch(codec, folder, latents=True, **options)
+    assert encoded == [[""]]
+    assert got.captions == expected.captions
+    torch.testing.assert_close(got.cond, expected.cond, rtol=1e-3, atol=1e-3)
+
+
+def test_a_dropped_caption_has_the_states_of_the_null_prompt_all_the_same(codec: LatentCodec, encode: Encode) -> None:
+    got = batch(codec, encode(text=True), latents=True, caption_dropout=0.5, seed=5)
+    assert 0 < got.captions.count("") < SAMPLES
+    for caption, states in zip(got.captions, got.cond, strict=True):
+        assert torch.equal(states, got.uncond[0]) == (caption == "")
+
+
+def test_states_are_those_of_the_caption_chosen(codec: LatentCodec, encode: Encode) -> None:
+    got = batch(codec, encode(text=True, captions={"txt": 1, "blip": 1}), latents=True)
+    assert 0 < sum(caption.startswith("not ") for caption in got.captions) < SAMPLES
+    torch.testing.assert_close(got.cond, codec.encode_text(got.captions), rtol=1e-3, atol=1e-3)
+
+
+def test_a_choice_of_captions_is_refused_where_states_of_one_are_stored(codec: LatentCodec, encode: Encode) -> None:
+    batch(codec, encode(), latents=True, captions={"blip": 1})
+    with pytest.raises(UserError, match=r"data\.captions chooses among captions, but the latents in .* hold the text states"):
+        batch(codec, encode("text", text=True), latents=True, captions={"blip": 1})
+
+
+@pytest.mark.parametrize(("content", "refused"), [({}, False), ({"drawn": True}, False), ({"text": True}, True)])
+def test_another_text_encoder_refuses_what_holds_its_states(
+    tiny_pipeline: Path, encode: Encode, content: dict[str, bool], refused: bool
+) -> None:
+    folder, other = encode(**content), load_codec(str(tiny_pipeline))
+    next(other.text_encoder.parameters()).add_(0.1)
+    if refused:
+        with pytest.raises(UserError, match="have text_encoder = "):
+            batch(other, folder, latents=True)
+    else:
+        assert len(batch(other, folder, latents=True)) == SAMPLES
+
+
+def test_a_folder_keeps_to_what_it_holds(encode: Encode) -> None:
+    encode()
+    for content in ({"drawn": True}, {"text": True}):
+        with pytest.raises(UserError, match="holds latents of another VAE, size, crop or content"):
+            encode(**content)
+
+
+def test_a_stored_array_that_is_damaged_costs_that_sample(codec: LatentCodec, encode: Encode) -> None:
+    folder = encode(text=True)
+    samples = list(latents(folder))
+    samples[2][TEXT], samples[4][POSTERIOR] = samples[2][TEXT][:-8], b""
+    write_shard(folder / "0.tar", samples)
+    done_file(folder / "0.tar").unlink()
+    data = ShardDataModule(f"{folder}/0.tar", codec=codec, latents=True, resolution=32, num_workers=0, batch_size=SAMPLES)
+    data.prepare_data()
+    assert next(iter(data.train_dataloader()))["skipped"] == {"latent": 2}
+
+
+class FullDisk:
+    """A file that takes so many bytes, then no more."""
+
+    def __init__(self, file: Any, space: int) -> None:
+        self.file, self.left = file, space
+
+    def write(self, content: bytes) -> int:
+        self.left -= len(content)
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.file.write(content)
+
+
+@pytest.mark.parametrize("space", [0, 12_000])
+def test_a_full_disk_is_one_sentence_and_leaves_no_shard(
+    encode: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, space: int
+) -> None:
+    writer = wds.TarWriter
+    monkeypatch.setattr(wds, "TarWriter", lambda file, **options: writer(FullDisk(file, space), **options))
+    with pytest.raises(UserError, match=r"0\.tar cannot be written whole \(No space left on device\): make room") as caught:
+        encode()
+    monkeypatch.undo()
+    assert "\n" not in str(caught.value)
+    assert [file.name for file in (tmp_path / "latents").iterdir()] == ["latents.json"]
+    assert len(latents(encode())) == SAMPLES
+
+
+def test_what_a_killed_encoding_left_is_written_anew(encode: Encode, tmp_path: Path) -> None:
+    whole = (encode("whole") / "0.tar").read_bytes()
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents/0.partial").write_bytes(whole[: len(whole) // 2])
+    folder = encode()
+    assert (folder / "0.tar").read_bytes() == whole
+    assert sorted(file.name for file in folder.iterdir()) == ["0.tar", "0_stats.json", "latents.json"]
