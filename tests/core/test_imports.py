@@ -12,6 +12,7 @@ FILES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "lcm").rglob("*.
 LAYERS = [{"errors", "images"}, {"core"}, {"data"}, {"models"}, {"modules"}, {"metrics", "callbacks"}]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PROGRAMS = len(LAYERS)  # lcm/*.py
+RANK["bench"] = PROGRAMS  # a program of several files
 
 
 def imports(file):
