@@ -62,7 +62,7 @@ def distillation_step(module: ConsistencyDistillation, codec: LatentCodec, dtype
     options = {"schedule": module.schedule, "timesteps": module.timesteps, "distance": module.loss}
 
     def step(pixels: Tensor, captions: list[str]) -> float:
-        batch = codec.encode({"x": pixels, "captions": captions, "keys": captions}, rng)
+        batch = codec.encode({"x": pixels.to(module.device), "captions": captions, "keys": captions}, rng)
         draws = draw(batch.z0, rng, timesteps=module.timesteps, w_min=module.w_min, w_max=module.w_max)
         with torch.autocast(module.device.type, dtype, enabled=dtype != torch.float32):
             loss, _ = module.objective(networks, batch, draws, **options)

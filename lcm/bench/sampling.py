@@ -11,6 +11,7 @@ from diffusers import LatentConsistencyModelPipeline
 from torch import Tensor
 
 from lcm.bench.measure import Table, in_turn
+from lcm.command_line import pick_device
 from lcm.core.random import ImageNoise
 from lcm.models.generate import LatentModel
 from lcm.models.pipeline import load_schedule, load_unet, save_pipeline
@@ -59,7 +60,7 @@ def measure(
     with TemporaryDirectory() as folder:
         student = student_of(pipeline, Path(folder, "student"))
         makers = {
-            f"{name}, {str(dtype).removeprefix('torch.')}": make(student, dtype, device)
+            f"{name}, {str(dtype).removeprefix('torch.')}": make(student, dtype, pick_device(device))
             for dtype in (torch.float32, torch.bfloat16)
             for name, make in (("diffusers", diffusers), ("ours", ours))
         }

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lcm.bench import peers
 from lcm.bench.measure import Table, best_seconds, in_turn
 from lcm.bench.shards import write_latents
-from lcm.command_line import build, compose
+from lcm.command_line import build, compose, pick_device
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.shards import expand_urls
 
@@ -36,7 +36,9 @@ class Steps(NamedTuple):
 
 
 def now() -> tuple[float, float]:
-    """The clock's seconds, and this process's."""
+    """The clock's seconds, and this process's, when the device has done its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter(), time.process_time()
 
 
@@ -97,7 +99,9 @@ class Training:
 def peer_training(overrides: list[str], *, shard: str, dtype: torch.dtype, steps: int) -> Callable[[], Steps]:
     """The same networks, batch size and images as a `Training` of distillation, trained as the peers' script does it."""
     cfg = compose("train", overrides)
-    data, module = build(cfg.data), build(cfg.model)
+    data, module, device = build(cfg.data), build(cfg.model), pick_device("auto")
+    for part in (module, module.frozen["teacher"], data.codec):
+        part.to(device)
     data.codec.vae.to(dtype)
     data.codec.text_encoder.to(dtype)
     batches = peers.image_loader(shard, size=data.resolution, batch_size=data.batch_size, workers=data.num_workers)
@@ -116,7 +120,7 @@ def peer_training(overrides: list[str], *, shard: str, dtype: torch.dtype, steps
 
 def matmul_tflops(dtype: torch.dtype, size: int) -> float:
     """The ceiling: square matmuls, TFLOP/s."""
-    a = torch.randn(size, size).to("cuda" if torch.cuda.is_available() else "cpu", dtype)
+    a = torch.randn(size, size).to(pick_device("auto"), dtype)
 
     def run() -> None:
         (a @ a)[0, 0].item()  # waits for the device
