@@ -122,4 +122,4 @@ class LatentCodec:
 
 def to_unit_range(x: Tensor) -> Tensor:
     """uint8 pixels -> float32 in [-1, 1]; a float tensor is returned as it is."""
-    return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
+    return x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x

@@ -81,7 +81,12 @@ def test_every_yaml_key_is_a_parameter_of_its_target(overrides):
         assert given <= accepted, f"{path}: {node._target_} takes no {given - accepted}"
 
 
-@pytest.mark.parametrize("program", ["train", "sample", "evaluate", "encode", "inspect", "manifest"])
+def test_every_part_of_the_bench_is_given_what_it_takes():
+    for node in compose("bench", []).part.values():
+        assert {str(key) for key in node if not str(key).startswith("_")} == parameters(node._target_)
+
+
+@pytest.mark.parametrize("program", ["train", "sample", "evaluate", "encode", "inspect", "manifest", "bench"])
 def test_program_configs_compose(program):
     assert "hydra" not in compose(program, [])
 

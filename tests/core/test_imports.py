@@ -14,6 +14,7 @@ LAYERS = [
 ]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PROGRAMS = len(LAYERS)  # lcm/*.py
+RANK["bench"] = PROGRAMS  # a program of several files
 
 
 def imports(file):

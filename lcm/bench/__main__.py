@@ -1,0 +1,38 @@
+"""Measurements on this machine, each a table: `python -m lcm.bench parts=[data,soak,step,sampling]`."""
+
+import json
+import shlex
+import sys
+import time
+from dataclasses import asdict
+
+from omegaconf import DictConfig
+
+from lcm.bench.measure import machine
+from lcm.command_line import build, output_folder, program
+from lcm.errors import UserError
+
+
+@program("bench")
+def main(cfg: DictConfig) -> None:
+    """Run the parts one after the other; each prints its table and writes <part>.md and <part>.json."""
+    if unknown := set(cfg.parts) - set(cfg.part):
+        raise UserError(f"parts={unknown.pop()} is not measured: choose among {', '.join(cfg.part)}")
+    folder = output_folder(cfg.output)
+    if cfg.dataset is not None:
+        build(cfg.dataset)()
+    for name in cfg.parts:
+        started = time.monotonic()
+        table = build(cfg.part[name])()
+        command = shlex.join(["python", "-m", "lcm.bench", f"parts=[{name}]", *(a for a in sys.argv[1:] if "parts=" not in a)])
+        seconds, facts = round(time.monotonic() - started), machine()
+        where = ", ".join(f"{key} {value}" for key, value in facts.items())
+        text = f"{table.markdown()}\n`{command}`: {seconds} s; {where}.\n"
+        (folder / f"{name}.md").write_text(text)
+        record = {**asdict(table), "command": command, "seconds": seconds, "machine": facts}
+        (folder / f"{name}.json").write_text(json.dumps(record, indent=2))
+        print(f"{text}\ntable:   {folder / name}.md\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

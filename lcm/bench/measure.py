@@ -1,0 +1,100 @@
+"""How everything here is measured, and the tables that hold it."""
+
+import multiprocessing
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass
+class Table:
+    """rows: one dict a row, with the same keys; numbers are shown with three digits, None as an empty cell."""
+
+    title: str
+    rows: list[dict[str, Any]]
+    note: str
+
+    def markdown(self) -> str:
+        head = list(self.rows[0])
+        lines = [head, ["---"] * len(head), *([shown(row[name]) for name in head] for row in self.rows)]
+        return "\n".join([f"## {self.title}", "", *(f"| {' | '.join(line)} |" for line in lines), "", self.note, ""])
+
+
+def shown(value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def machine() -> dict[str, str]:
+    """What the figures hold for."""
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    facts = {"cpu": names[0] if names else platform.machine(), "cores": str(os.cpu_count()), "torch": torch.__version__}
+    return {**facts, "gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else facts
+
+
+def in_turn(contenders: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[Any]]:
+    """Each contender's results; they take turns, so that what disturbs the machine for a while disturbs them all."""
+    results: dict[str, list[Any]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, run in contenders.items():
+            results[name].append(run())
+    return results
+
+
+def best_seconds(run: Callable[[], Any], repeats: int) -> float:
+    """Of one call, the fastest of `repeats` after one that is not counted."""
+    run()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+class Rate(NamedTuple):
+    """Samples a second by the clock, and a second of this process's processor time."""
+
+    wall: float
+    cpu: float
+
+
+def reading_rate(batches: Iterator[int], *, seconds: float, warm_up: int) -> Rate:
+    """Of an iterator over batch sizes, without its first `warm_up` batches."""
+    for _ in range(warm_up):
+        next(batches)
+    count, started, cpu = 0, time.perf_counter(), time.process_time()
+    while time.perf_counter() - started < seconds:
+        count += next(batches)
+    return Rate(count / (time.perf_counter() - started), count / (time.process_time() - cpu))
+
+
+def children() -> list[int]:
+    return [child.pid for child in multiprocessing.active_children() if child.pid is not None]
+
+
+def resident_mb(process: int) -> float:
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * PAGE / 1e6
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,87 @@
+"""What a user would run instead: data and training step as in diffusers' scripts for latent consistency distillation."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset as wds
+from PIL import Image
+from torch import Tensor
+
+from lcm.core.networks import Network
+from lcm.core.objectives.consistency import draw
+from lcm.core.random import generator
+from lcm.data.codec import LatentCodec
+from lcm.models.student import as_network
+from lcm.modules.distillation import ConsistencyDistillation
+
+
+def as_tensor(image: Image.Image, size: int, resample: Image.Resampling) -> Tensor:
+    """Decoded in full, the shorter side resized to `size`, a random crop, float32 in [-1, 1]: torchvision's calls on PIL."""
+    width, height = image.size
+    short = min(width, height)
+    image = image.resize((int(size * width / short), int(size * height / short)), resample)
+    left = int(torch.randint(image.width - size + 1, ()))
+    top = int(torch.randint(image.height - size + 1, ()))
+    image = image.crop((left, top, left + size, top + size))
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
+    return (x - 0.5) / 0.5
+
+
+def image_loader(
+    shard: str, *, size: int, batch_size: int, workers: int, resample: Image.Resampling = Image.Resampling.BILINEAR
+) -> Iterator[Any]:
+    """Batches of (pixels `[B, 3, size, size]` float32, captions), shards drawn with replacement, endless."""
+    stages = [wds.decode("pilrgb"), wds.rename(image="jpg;png;webp", text="txt"), wds.to_tuple("image", "text")]
+    return _loader(shard, [*stages, wds.map_tuple(lambda image: as_tensor(image, size, resample))], batch_size, workers)
+
+
+def latent_loader(shard: str, *, batch_size: int, workers: int) -> Iterator[Any]:
+    """Batches of (moments, captions) by webdataset's own decoder of .npy."""
+    stages = [wds.decode(), wds.to_tuple("latent.npy", "txt"), wds.map_tuple(torch.from_numpy)]
+    return _loader(shard, stages, batch_size, workers)
+
+
+def _loader(shard: str, stages: list[Any], batch_size: int, workers: int) -> Iterator[Any]:
+    batches = wds.batched(batch_size, partial=False, collation_fn=torch.utils.data.default_collate)
+    pipeline = wds.DataPipeline(wds.ResampledShards([shard]), wds.tarfile_to_samples(), wds.shuffle(100), *stages, batches)
+    return iter(wds.WebLoader(pipeline, batch_size=None, num_workers=workers))
+
+
+def distillation_step(module: ConsistencyDistillation, codec: LatentCodec, dtype: torch.dtype) -> Callable[..., float]:
+    """`(pixels, captions) -> loss`: one update of the module's student, by our mathematics in their order of work.
+
+    Images and captions are encoded each time, the float32 teacher is called for the condition and once more without, AdamW is
+    not fused, the target moves tensor by tensor, the loss is read each step. dtype: of autocast; float32 is none.
+    """
+    assert module.target_net is not None
+    net, target, rng = module.net, module.target_net, generator(module.device, "peers")
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6)
+    networks = module.networks()._replace(teacher=twice(as_network(module.frozen["teacher"])))
+    options = {"schedule": module.schedule, "timesteps": module.timesteps, "distance": module.loss}
+
+    def step(pixels: Tensor, captions: list[str]) -> float:
+        batch = codec.encode({"x": pixels.to(module.device), "captions": captions, "keys": captions}, rng)
+        draws = draw(batch.z0, rng, timesteps=module.timesteps, w_min=module.w_min, w_max=module.w_max)
+        with torch.autocast(module.device.type, dtype, enabled=dtype != torch.float32):
+            loss, _ = module.objective(networks, batch, draws, **options)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), module.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for average, online in zip(target.parameters(), net.parameters(), strict=True):
+            average.detach().mul_(module.ema_decay).add_(online.detach(), alpha=1 - module.ema_decay)
+        return loss.item()
+
+    return step
+
+
+def twice(teacher: Network) -> Network:
+    """A pass of a doubled batch as two passes."""
+
+    def net(z: Tensor, t: Tensor, cond: Tensor, w: Tensor | None = None) -> Tensor:
+        halves = zip(z.chunk(2), t.chunk(2), cond.chunk(2), strict=True)
+        return torch.cat([teacher(*half, None) for half in halves])
+
+    return net

@@ -1,0 +1,50 @@
+"""Shards to read: photographs that are made up on the spot, and latents as `lcm.encode` makes them."""
+
+import io
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import webdataset as wds
+from PIL import Image
+from tqdm import tqdm
+
+from lcm.core.random import generator
+from lcm.data.codec import LatentCodec
+from lcm.data.datamodule import ShardDataModule
+from lcm.data.latents import stamp
+from lcm.data.source import Source
+from lcm.data.transforms import Decode
+from lcm.encode import Variants, claim, encode_shard
+
+
+def photo(size: int, rng: torch.Generator) -> bytes:
+    """A square JPEG of quality 90 with a photograph's spectrum, a little smoothed: noise in every octave, mostly grey."""
+    picture, cells = torch.zeros(1, 3, size, size), 2
+    while cells <= size:
+        noise = torch.randn(1, 1, cells, cells, generator=rng) + 0.3 * torch.randn(1, 3, cells, cells, generator=rng)
+        picture += F.interpolate(noise, (size, size), mode="bicubic", align_corners=False) / cells**0.4
+        cells *= 2
+    picture = (picture - picture.mean()) / picture.std() * 50 + 120
+    file = io.BytesIO()
+    Image.fromarray(picture[0].permute(1, 2, 0).clamp(0, 255).byte().numpy()).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def write_photos(path: Path, *, count: int, size: int) -> str:
+    """One shard of `count` photos in img2dataset's layout."""
+    rng = generator("cpu", "photos", size)
+    with wds.TarWriter(str(path), mtime=0) as writer:
+        for number in range(count):
+            writer.write({"__key__": f"{number:09d}", "jpg": photo(size, rng), "txt": f"a made-up photo, number {number}"})
+    return str(path)
+
+
+def write_latents(shard: str, folder: Path, *, codec: LatentCodec, resolution: int) -> str:
+    """The latent shard of one shard of images: what `python -m lcm.encode` does of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder, stamp(codec.vae, resolution))
+    target, data = folder / Path(shard).name, ShardDataModule(shard, resolution=resolution, num_workers=0)
+    with torch.inference_mode():
+        encode_shard(Source([shard]), codec, Variants(Decode(resolution), 1, False), target, data, tqdm(disable=True))
+    return str(target)

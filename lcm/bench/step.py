@@ -1,0 +1,189 @@
+"""Training steps of the mini experiments as `train.py` runs them, beside the peers' step, all in one run."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.profilers import SimpleProfiler
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lcm.bench import peers
+from lcm.bench.measure import Table, best_seconds, in_turn
+from lcm.bench.shards import write_latents
+from lcm.command_line import build, compose, pick_device
+from lcm.data.datamodule import ShardDataModule
+from lcm.data.shards import expand_urls
+
+WARM_UP = 2  # steps that are not timed
+
+
+class Steps(NamedTuple):
+    """Of one step: seconds, seconds of processor time, those in which it waits for the loader, those in the encoders; FLOP."""
+
+    seconds: float
+    cpu: float
+    waiting: float | None = None
+    encoding: float | None = None
+    flop: float | None = None
+
+
+def now() -> tuple[float, float]:
+    """The clock's seconds, and this process's, when the device has done its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter(), time.process_time()
+
+
+def elapsed(start: tuple[float, float], end: tuple[float, float], steps: int) -> tuple[float, float]:
+    return (end[0] - start[0]) / steps, (end[1] - start[1]) / steps
+
+
+class Clock(L.Callback):
+    """Times the steps after the first `WARM_UP`; counts the FLOP of the very first, with attention as plain matmuls."""
+
+    def __init__(self) -> None:
+        self.ends: list[tuple[float, float]] = []
+        self.counting = ExitStack()
+        self.counter = FlopCounterMode(display=False)
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        if not self.ends:
+            self.counting.enter_context(sdpa_kernel(SDPBackend.MATH))
+            self.counting.enter_context(self.counter)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.counting.close()
+        self.ends.append(now())
+
+
+class Training:
+    """An experiment on given data; each call trains it a few steps more."""
+
+    def __init__(self, overrides: list[str], *, steps: int, prefill: bool = False) -> None:
+        self.cfg, self.steps = compose("train", overrides), steps
+        self.data: ShardDataModule = build(self.cfg.data)
+        self.module = build(self.cfg.model)
+        if prefill:
+            self.prefill()
+
+    @torch.no_grad()
+    def prefill(self) -> None:
+        """An epoch of encoding, so that the codec's cache has every sample."""
+        self.data.setup()
+        assert self.data.codec is not None
+        for batch in islice(self.data.train_dataloader(), -(-sum(self.data.sizes) // self.data.batch_size)):
+            self.data.codec.posterior(batch["x"], batch["keys"])
+
+    def __call__(self) -> Steps:
+        clock, profiler = Clock(), SimpleProfiler()
+        silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+        options = {**build(self.cfg.trainer), **silent, "max_steps": WARM_UP + self.steps}
+        L.Trainer(**options, callbacks=[clock], profiler=profiler).fit(self.module, self.data)
+        spent = {name: sum(times[WARM_UP:]) / self.steps for name, times in profiler.recorded_durations.items()}
+        return Steps(
+            *elapsed(clock.ends[WARM_UP - 1], clock.ends[-1], self.steps),
+            spent["[_TrainingEpochLoop].train_dataloader_next"],
+            spent["[LightningDataModule]ShardDataModule.on_after_batch_transfer"],
+            clock.counter.get_total_flops(),
+        )
+
+
+def peer_training(overrides: list[str], *, shard: str, dtype: torch.dtype, steps: int) -> Callable[[], Steps]:
+    """The same networks, batch size and images as a `Training` of distillation, trained as the peers' script does it."""
+    cfg = compose("train", overrides)
+    data, module, device = build(cfg.data), build(cfg.model), pick_device("auto")
+    for part in (module, module.frozen["teacher"], data.codec):
+        part.to(device)
+    data.codec.vae.to(dtype)
+    data.codec.text_encoder.to(dtype)
+    batches = peers.image_loader(shard, size=data.resolution, batch_size=data.batch_size, workers=data.num_workers)
+    step = peers.distillation_step(module, data.codec, dtype)
+
+    def run() -> Steps:
+        for batch in islice(batches, WARM_UP):
+            step(*batch)
+        started = now()
+        for batch in islice(batches, steps):
+            step(*batch)
+        return Steps(*elapsed(started, now(), steps))
+
+    return run
+
+
+def matmul_tflops(dtype: torch.dtype, size: int) -> float:
+    """The ceiling: square matmuls, TFLOP/s."""
+    a = torch.randn(size, size).to(pick_device("auto"), dtype)
+
+    def run() -> None:
+        (a @ a)[0, 0].item()  # waits for the device
+
+    return 2 * size**3 / best_seconds(run, 5) / 1e12
+
+
+def measure(
+    *,
+    shards: str,
+    resolution: int,
+    experiments: dict[str, list[str]],
+    peers_of: str,
+    steps: int,
+    repeats: int,
+    matmul_size: int,
+) -> Table:
+    """experiments: names with the overrides of `train.py`; peers_of: the distillation that the peers' step trains, too."""
+    shard = expand_urls(shards)[0]
+    common = [f"data.resolution={resolution}", *(f"data.{k}=null" for k in ("val_shards", "build", "index"))]
+    with TemporaryDirectory() as folder:
+        contenders: dict[str, Callable[[], Steps]] = {}
+        for name, overrides in experiments.items():
+            of = [*overrides, *common]
+            codec = build(compose("train", [*of, "data.codec.cache=false"]).data.codec)
+            latents = write_latents(shard, Path(folder, name), codec=codec, resolution=resolution)
+            images = [*of, f"data.shards={shard}"]
+            if name == peers_of:
+                fresh = [*images, "data.codec.cache=false"]
+                for dtype in (torch.float32, torch.bfloat16):
+                    key = f"{name}|peers, {str(dtype).removeprefix('torch.')}"
+                    contenders[key] = peer_training(fresh, shard=shard, dtype=dtype, steps=steps)
+            ways = {
+                "encoded each time": Training([*images, "data.codec.cache=false"], steps=steps),
+                "encodings cached": Training([*images, "data.codec.cache=true"], steps=steps, prefill=True),
+                "latent shards": Training([*of, f"data.shards={latents}", "+data.latents=true"], steps=steps),
+            }
+            contenders |= {f"{name}|ours, {way}": training for way, training in ways.items()}
+        batch_sizes = {key.partition("|")[0]: c.data.batch_size for key, c in contenders.items() if isinstance(c, Training)}
+        best = {key: min(found, key=lambda of: of.seconds) for key, found in in_turn(contenders, repeats).items()}
+    ceiling = matmul_tflops(torch.bfloat16, matmul_size)
+    peer = min((found.seconds for key, found in best.items() if "|peers" in key), default=None)
+    rows = [row(key, batch_sizes[key.partition("|")[0]], of, ceiling, peer, peers_of) for key, of in best.items()]
+    note = (
+        f"Best of {repeats} x {steps} steps, taken in turn, after {WARM_UP} that do not count, with {torch.get_num_threads()} "
+        f"threads; ours under Lightning's Trainer as `train.py` has it. FLOP are counted from a step of the model (attention "
+        f"as matmuls), without the encoders; the ceiling is a bfloat16 matmul of {matmul_size} in the same run: {ceiling:.2f} "
+        "TFLOP/s. Peers: the way of diffusers' LCM distillation script (images encoded each time, the teacher called twice, "
+        "unfused AdamW, the average tensor by tensor); the ratio is to the faster of its precisions."
+    )
+    return Table("Training steps", rows, note)
+
+
+def row(key: str, batch_size: int, of: Steps, ceiling: float, peer: float | None, peers_of: str) -> dict[str, Any]:
+    share = partial(round, ndigits=1)
+    experiment, _, way = key.partition("|")
+    tflops = None if of.flop is None else of.flop / of.seconds / 1e12
+    return {
+        "training": experiment, "step": way, "ms a step": 1e3 * of.seconds, "images/s": batch_size / of.seconds,
+        "images per CPU second": batch_size / of.cpu,
+        "of the peers' rate": peer / of.seconds if peer is not None and experiment == peers_of else None,
+        "GFLOP an image": None if of.flop is None else of.flop / batch_size / 1e9, "TFLOP/s": tflops,
+        "% of a matmul": None if tflops is None else share(100 * tflops / ceiling),
+        "% waiting for data": None if of.waiting is None else share(100 * of.waiting / of.seconds),
+        "% encoding": None if of.encoding is None else share(100 * of.encoding / of.seconds),
+    }  # fmt: skip

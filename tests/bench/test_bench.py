@@ -1,0 +1,112 @@
+"""The measurements run on tiny settings and say what they claim; how fast anything is, no test asks."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lcm.bench import data, peers, sampling, soak, step
+from lcm.bench.measure import Table, in_turn
+from lcm.bench.shards import photo
+from lcm.core.random import generator
+
+
+def check(table: Table) -> None:
+    """One line a row, as many cells as columns; every figure is finite and not negative."""
+    lines = [line for line in table.markdown().splitlines() if line.startswith("|")]
+    assert len(lines) == len(table.rows) + 2
+    assert {line.count("|") for line in lines} == {len(table.rows[0]) + 1}
+    numbers = [value for row in table.rows for value in row.values() if isinstance(value, float)]
+    assert numbers
+    assert np.isfinite(numbers).all()
+
+
+def test_reading_is_measured(tiny_pipeline: Path, shards: Path):
+    options = {"photo_size": 64, "photo_resolution": 32, "photos": 8, "batch_size": 4, "workers": 1}
+    table = data.measure(
+        shards=f"{shards}/train-*.tar", pipeline=str(tiny_pipeline), resolution=32, seconds=0.01, repeats=1, **options
+    )
+    check(table)
+    assert min(row["images/s a core (CPU time)"] for row in table.rows) > 0
+    assert sum("ours" in row["pipeline"] for row in table.rows) == 6
+
+
+def test_memory_is_measured(tiny_pipeline: Path, shards: Path):
+    options = {"photo_size": 64, "photos": 8, "samples": 96, "batch_size": 4}
+    table = soak.measure(shards=f"{shards}/train-*.tar", pipeline=str(tiny_pipeline), resolution=32, **options)
+    check(table)
+    assert [row["samples an epoch"] for row in table.rows][1:] == [8, 32]
+    assert all(row["MB at first"] > 50 for row in table.rows)
+
+
+def test_the_slope_is_that_of_the_memory_after_the_warm_up():
+    read = np.arange(0, 100_000, 500)
+    memory = np.where(read < 20_000, read / 100, 200 + 3e-5 * read)
+    assert soak.slope(read, memory) * 1e5 == pytest.approx(3.0)
+
+
+@pytest.mark.slow
+def test_steps_are_measured(tiny_pipeline: Path, shards: Path):
+    batch = ["data.batch_size=4", "trainer.precision=32-true", "data.num_workers=0", "model.w_lr_scale=1"]
+    lcd = ["experiment=lcd_mini", f"model.teacher={tiny_pipeline}", *batch]
+    net = [f"model.pipeline={tiny_pipeline}", "model/net=pipeline"]
+    teacher = ["experiment=teacher_mini", *net, *batch[:-1]]
+    table = step.measure(
+        shards=f"{shards}/train-*.tar",
+        resolution=32,
+        experiments={"lcd": lcd, "teacher": teacher},
+        peers_of="lcd",
+        steps=1,
+        repeats=1,
+        matmul_size=16,
+    )
+    check(table)
+    assert [row["training"] for row in table.rows] == ["lcd"] * 5 + ["teacher"] * 3
+    flop = {row["training"]: row["GFLOP an image"] for row in table.rows}
+    assert flop["lcd"] / flop["teacher"] == pytest.approx(2, rel=0.05)  # 6 forwards of a UNet for 3
+
+
+def test_sampling_is_measured_and_both_make_the_same_images(tiny_pipeline: Path):
+    table = sampling.measure(
+        pipeline=str(tiny_pipeline), prompt="red apple", w=4.0, steps=[2], batch_sizes=[3], repeats=1, device="cpu"
+    )
+    check(table)
+    assert {row["sampler"]: row["largest difference"] for row in table.rows}["ours, float32"] <= 1
+
+
+def test_the_peers_two_passes_are_our_one():
+    z, t, cond = torch.randn(6, 4, 2, 2), torch.arange(6), torch.randn(6, 3, 5)
+    passes = []
+
+    def net(z: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, w: None) -> torch.Tensor:
+        passes.append(len(z))
+        return z * t.view(-1, 1, 1, 1) + cond.sum((1, 2)).view(-1, 1, 1, 1)
+
+    assert torch.equal(peers.twice(net)(z, t, cond), net(z, t, cond, None))
+    assert passes == [3, 3, 6]
+
+
+@pytest.mark.parametrize("size", [(40, 64), (64, 40), (48, 48)])
+def test_the_peers_pixels_are_torchvision_s(size: tuple[int, int]):
+    tv = pytest.importorskip("torchvision.transforms")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
+    torch.manual_seed(0)
+    ours = peers.as_tensor(image, 32, Image.Resampling.BILINEAR)
+    torch.manual_seed(0)
+    resized = tv.functional.resize(image, 32, interpolation=tv.InterpolationMode.BILINEAR)
+    left, top = (int(torch.randint(side - 32 + 1, ())) for side in resized.size)
+    theirs = tv.functional.normalize(tv.functional.to_tensor(tv.functional.crop(resized, top, left, 32, 32)), [0.5], [0.5])
+    assert torch.equal(ours, theirs)
+
+
+def test_photos_are_as_hard_to_decode_as_photos():
+    """About 2 bits a pixel, which is what a camera's picture takes at this quality."""
+    assert 1.0 < 8 * len(photo(256, generator("cpu", 0))) / 256**2 < 4.0
+
+
+def test_contenders_take_turns():
+    order: list[str] = []
+    found = in_turn({"a": lambda: order.append("a") or len(order), "b": lambda: order.append("b") or len(order)}, 2)
+    assert (order, found) == (["a", "b", "a", "b"], {"a": [1, 3], "b": [2, 4]})
