@@ -16,7 +16,7 @@ from lcm.bench.measure import Rate, Table, in_turn, one_thread, reading_rate
 from lcm.bench.shards import write_latents, write_photos
 from lcm.data.codec import LatentCodec
 from lcm.data.datamodule import ShardDataModule
-from lcm.data.latents import LATENT
+from lcm.data.latents import POSTERIOR
 from lcm.data.shards import IMAGES, Shard, expand_urls, first_of
 from lcm.models.pipeline import load_codec
 
@@ -55,7 +55,7 @@ def bare_decode(shard: str) -> Loader:
 
 
 def sample_kb(shard: str) -> float:
-    samples = itertools.islice(Shard(shard, needs=(*IMAGES, LATENT)), 100)
+    samples = itertools.islice(Shard(shard, needs=(*IMAGES, POSTERIOR)), 100)
     return statistics.mean(sum(len(v) for v in sample.values() if isinstance(v, bytes)) for sample in samples) / 1e3
 
 

@@ -12,10 +12,11 @@ from tqdm import tqdm
 from lcm.core.random import generator
 from lcm.data.codec import LatentCodec
 from lcm.data.datamodule import ShardDataModule
+from lcm.data.encoding import Encoder, Variants
 from lcm.data.latents import stamp
 from lcm.data.source import Source
 from lcm.data.transforms import Decode
-from lcm.encode import Variants, claim, encode_shard
+from lcm.encode import claim, encode_shard
 
 
 def photo(size: int, rng: torch.Generator) -> bytes:
@@ -43,8 +44,9 @@ def write_photos(path: Path, *, count: int, size: int) -> str:
 def write_latents(shard: str, folder: Path, *, codec: LatentCodec, resolution: int) -> str:
     """The latent shard of one shard of images: what `python -m lcm.encode` does of it."""
     folder.mkdir(parents=True, exist_ok=True)
-    claim(folder, stamp(codec.vae, resolution))
+    claim(folder, stamp(codec, resolution), rank=0)
     target, data = folder / Path(shard).name, ShardDataModule(shard, resolution=resolution, num_workers=0)
     with torch.inference_mode():
-        encode_shard(Source([shard]), codec, Variants(Decode(resolution), 1, False), target, data, tqdm(disable=True))
+        encoder, decode = Encoder(codec, data.seed, drawn=False, text=False), Variants(Decode(resolution), 1, False)
+        encode_shard(Source([shard]), encoder, decode, target, data, tqdm(disable=True))
     return str(target)
