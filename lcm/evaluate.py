@@ -18,7 +18,6 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-import lcm
 from lcm import report
 from lcm.command_line import CONF, build, output_folder, pick_device, program, read_prompts
 from lcm.data.captions import read_captions
@@ -116,7 +115,7 @@ def make_sampler(name: str, solver: Any) -> Sampler | None:
 
 def drawn_by(model: LatentModel, dtype: str) -> dict[str, Any]:
     """What an image depends on besides prompt, seed, steps, w and solver: the weights and the code that draws."""
-    root = Path(lcm.__file__).parent
+    root = Path(__file__).parent
     files = [*sorted((root / "core").glob("*.py")), *sorted((root / "models").glob("*.py")), root / "data/codec.py"]
     return {
         "weights": fingerprint(model.unet, *model.students.values(), model.codec.vae, model.codec.text_encoder),
