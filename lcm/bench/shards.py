@@ -35,7 +35,7 @@ def photo(size: int, rng: torch.Generator) -> bytes:
 def write_photos(path: Path, *, count: int, size: int) -> str:
     """One shard of `count` photos in img2dataset's layout."""
     rng = generator("cpu", "photos", size)
-    with wds.TarWriter(str(path), mtime=0) as writer:
+    with path.open("wb") as file, wds.TarWriter(file, mtime=0) as writer:
         for number in range(count):
             writer.write({"__key__": f"{number:09d}", "jpg": photo(size, rng), "txt": f"a made-up photo, number {number}"})
     return str(path)

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from lcm.errors import UserError
 
 Fields = Mapping[str, Any]
+READING = 2  # raised when a rule reads other fields than before: what was counted with it is counted again
 
 
 def lowered(meta: Mapping[str, Any]) -> Fields:
@@ -147,7 +148,7 @@ class Filters:
     def signature(self) -> str:
         """16 hex digits that change with the rules in force, also with what the removal list says: the key of an index."""
         limits = {option: sorted(limit) if isinstance(limit, frozenset) else limit for option, limit in self.limits.items()}
-        return hashlib.sha256(json.dumps([self.missing, limits], sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([READING, self.missing, limits], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def limit_of(option: str, setting: Any) -> float | frozenset[str]:

@@ -8,9 +8,10 @@ pytestmark = pytest.mark.slow
 
 def test_inspect_says_what_passes_and_draws_it(run, shards, tmp_path):
     done = run("lcm.data.inspect", f"data.shards={shards}/train-*.tar", "data.resolution=32", "data.num_workers=1",
-               "data.filters.max_caption=40", "samples=40", "shown=8")  # fmt: skip
+               "data.filters.max_caption=40", "data.buckets=2", "samples=40", "shown=8")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "left out: caption_long" in done.stdout
+    assert "bucket:   (32, 32) with" in done.stdout
     assert "samples/s with 1 workers" in done.stdout
     with Image.open(tmp_path / "outputs/inspect/grid.png") as grid:
         assert grid.height > 2 * 128
