@@ -105,6 +105,8 @@ def explain(config_name: str, message: str) -> str:
         key = match[1]
         groups = ["/".join(path.relative_to(CONF).parts) for path in CONF.rglob("*") if path.is_dir()]
         known = groups + dotted_keys(compose(config_name, []))
+        if key in known:
+            return f"{key} is a group of configs: choose one, {key}=<name>, or set a key in it, such as +{key}.name=..."
         near = difflib.get_close_matches(key, known, n=1)
         return f"there is no config key '{key}'" + (f", did you mean '{near[0]}'?" if near else "")
     if re.search(r"mismatched input|no viable alternative|extraneous input|token recognition", message):
