@@ -76,7 +76,8 @@ def reading_rate(batches: Iterator[int], *, seconds: float, warm_up: int) -> Rat
     """Of an iterator over batch sizes, without its first `warm_up` batches."""
     for _ in range(warm_up):
         next(batches)
-    count, started, cpu = 0, time.perf_counter(), time.process_time()
+    started, cpu = time.perf_counter(), time.process_time()
+    count = next(batches)
     while time.perf_counter() - started < seconds:
         count += next(batches)
     return Rate(count / (time.perf_counter() - started), count / (time.process_time() - cpu))
