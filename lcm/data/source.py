@@ -21,6 +21,7 @@ from lcm.data.shards import CAPTIONS, IMAGES, Shard, is_remote, local, redacted
 from lcm.errors import UserError
 
 log = logging.getLogger(__name__)
+TRIED = 8  # shards that may be dead before the first that is looked into
 
 
 class Facts(NamedTuple):
@@ -62,21 +63,28 @@ class Source:
         return Shard(self.path(shard), needs=self.needs, keep=self.filters)
 
     def check(self) -> None:
-        """Refuse, before any training, shards of which the first lacks images or captions. Raises UserError."""
-        url = redacted(self.urls[0])
-        try:
-            first = self.open(0)
-        except OSError as error:
-            raise UserError(f"{url} cannot be opened ({error})") from error
-        first.close()
-        if not first.extensions:
-            raise UserError(f"{url} is not a readable webdataset shard: expected a .tar of <key>.jpg + <key>.txt members")
-        if not first.extensions & set(self.needs):
-            raise UserError(
-                f"{url} has no images: its samples hold {sorted(first.extensions)}, expected one of {list(self.needs)}"
-            )
-        if not first.extensions & set(CAPTIONS):
-            raise UserError(f"{url} has no captions: its samples hold {sorted(first.extensions)}, expected .txt or .json")
+        """Refuse, before any training, shards without images or captions, as one of the first few that can be read shows.
+
+        Raises UserError.
+        """
+        flaws: list[str] = []
+        for number, url in enumerate(map(redacted, self.urls[:TRIED])):
+            try:
+                with contextlib.closing(self.open(number)) as shard:
+                    extensions = shard.extensions
+            except OSError as error:
+                flaws.append(f"{url} cannot be opened ({error})")
+                continue
+            if not extensions:
+                flaws.append(f"{url} is not a readable webdataset shard: expected a .tar of <key>.jpg + <key>.txt members")
+                continue
+            held = f"its samples hold {sorted(extensions)}"
+            if not extensions & set(self.needs):
+                raise UserError(f"{url} has no images: {held}, expected one of {list(self.needs)}")
+            if not extensions & set(CAPTIONS):
+                raise UserError(f"{url} has no captions: {held}, expected .txt or .json")
+            return
+        raise UserError(flaws[0] + f", nor can the {len(flaws) - 1} shards after it be read" * (len(flaws) > 1))
 
     def facts(self) -> list[Facts]:
         """Of every shard in the order of `urls`; shards that no earlier run has counted are opened now, with progress."""
@@ -140,8 +148,9 @@ class Source:
     @staticmethod
     def stamp(url: str) -> str:
         """What an index knows a shard by: a local one that was changed is another."""
-        if is_remote(url):
-            return redacted(url)
+        if is_remote(url):  # what a query asks for may be the shard itself; a digest keeps its secrets
+            query = hashlib.sha256(url.encode()).hexdigest()[:12] if "?" in url else ""
+            return f"{redacted(url)} {query}".rstrip()
         stat = os.stat(local(url))
         return f"{os.path.abspath(local(url))} {stat.st_size} {stat.st_mtime_ns}"
 

@@ -109,6 +109,21 @@ def test_what_is_not_a_shard_is_refused(tmp_path: Path, content: bytes) -> None:
         Source([str(tmp_path / "a.tar")]).check()
 
 
+def test_a_dead_first_shard_does_not_hide_the_others(tmp_path: Path) -> None:
+    sound = write_shard(tmp_path / "b.tar", [{"__key__": "a", "png": png(), "txt": "a cat"}])
+    (tmp_path / "a.tar").write_bytes(b"<html>404</html>")
+    Source([str(tmp_path / "a.tar"), str(tmp_path / "gone.tar"), sound]).check()
+    with pytest.raises(UserError, match=r"a\.tar is not a readable .*, nor can the 1 shards after it be read"):
+        Source([str(tmp_path / "a.tar"), str(tmp_path / "gone.tar")]).check()
+
+
+def test_shards_that_only_a_query_tells_apart_are_counted_apart() -> None:
+    one, other = (Source.stamp(f"https://user:secret@host/get?shard={n}&token=secret") for n in (0, 1))
+    assert one != other
+    assert "secret" not in one
+    assert Source.stamp("https://user:secret@host/0.tar") == "https://host/0.tar"
+
+
 def test_remote_shards_need_a_cache() -> None:
     with pytest.raises(UserError, match=r"set data\.cache"):
         Source(["https://localhost/a.tar"]).check()
