@@ -68,8 +68,11 @@ FILTER_CHOICES = [
     ["experiment=lcd_sd15", f"data/filters={path.stem}"] for path in sorted((CONF / "data/filters").glob("*.yaml"))
 ]
 
+SEARCHES = sorted(path.stem for path in (CONF / "hparams_search").glob("*.yaml"))
+OTHER_CHOICES = [["callbacks=evaluation"], *([f"hparams_search={name}"] for name in SEARCHES)]
 
-@pytest.mark.parametrize("overrides", [*EXPERIMENT_CHOICES, *DATA_CHOICES, *FILTER_CHOICES], ids=" ".join)
+
+@pytest.mark.parametrize("overrides", [*EXPERIMENT_CHOICES, *DATA_CHOICES, *FILTER_CHOICES, *OTHER_CHOICES], ids=" ".join)
 def test_every_yaml_key_is_a_parameter_of_its_target(overrides):
     for path, node in targets(compose("train", overrides)):
         accepted = parameters(node._target_)
@@ -89,6 +92,14 @@ def test_every_part_of_the_bench_is_given_what_it_takes():
 @pytest.mark.parametrize("program", ["train", "sample", "evaluate", "encode", "inspect", "manifest", "bench"])
 def test_program_configs_compose(program):
     assert "hydra" not in compose(program, [])
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_every_alternative_of_a_search_composes(name):
+    params = OmegaConf.load(CONF / f"hparams_search/{name}.yaml").hydra.sweeper.params
+    for key, values in params.items():
+        for value in str(values).split(","):
+            compose("train", [f"hparams_search={name}", f"{key}={value}"])
 
 
 @pytest.mark.parametrize(("group", "option"), PARTS)
