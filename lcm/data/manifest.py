@@ -19,6 +19,7 @@ from lcm.data.expected import MANIFEST, Expected, Manifests, read_json, sha256_o
 from lcm.data.shards import Shard, expand_urls, is_remote, local, redacted
 from lcm.data.source import Source
 from lcm.errors import UserError
+from lcm.files import whole_file
 
 SAVED_EVERY = 30.0  # seconds
 Item = TypeVar("Item")
@@ -97,10 +98,9 @@ def measure(shard: Path, said: Expected) -> Expected | str:
 
 
 def save(folder: Path, content: Mapping[str, Any]) -> None:
-    partial = folder / f"{MANIFEST}.partial"
     try:
-        partial.write_text(json.dumps(content, indent=2))
-        partial.rename(folder / MANIFEST)
+        with whole_file(folder / MANIFEST) as file:
+            file.write(json.dumps(content, indent=2).encode())
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}): a manifest lies beside its shards") from error
 

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-import uuid
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -16,6 +17,7 @@ from lcm.data.captions import read_images
 from lcm.data.shards import expand_urls
 from lcm.data.source import Source
 from lcm.errors import UserError
+from lcm.files import whole_file
 from lcm.images import resized
 from lcm.metrics import distances
 from lcm.metrics.clip import ClipBackbone
@@ -84,11 +86,12 @@ def joined(parts: Sequence[Features]) -> Features:
 
 
 def save(file: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write safetensors in one rename, with the facts in its header."""
+    """Write safetensors, whole or not at all, with the facts in its header; other processes may write the same."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, partial, {"facts": json.dumps(facts)})
-    partial.rename(file)
+    with whole_file(file, f".{os.getpid()}") as stream:
+        stream.write(
+            safetensors.torch.save({name: v.contiguous() for name, v in tensors.items()}, {"facts": json.dumps(facts)})
+        )
 
 
 def digest(facts: Any) -> str:
