@@ -8,6 +8,7 @@ import torch
 import webdataset as wds
 from PIL import Image
 from torch import Tensor
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from lcm.core.networks import Network
 from lcm.core.objectives.consistency import draw
@@ -15,6 +16,8 @@ from lcm.core.random import generator
 from lcm.data.codec import LatentCodec
 from lcm.models.student import as_network
 from lcm.modules.distillation import ConsistencyDistillation
+
+READING = (tar_file_expander, group_by_keys)  # what wds.tarfile_to_samples does with an opened shard
 
 
 def as_tensor(image: Image.Image, size: int, resample: Image.Resampling) -> Tensor:
@@ -43,9 +46,16 @@ def latent_loader(shard: str, *, batch_size: int, workers: int) -> Iterator[Any]
     return _loader(shard, stages, batch_size, workers)
 
 
+def opened(shards: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """webdataset's own opener takes no path in its secure mode, which this program sets."""
+    for shard in shards:
+        with open(shard["url"], "rb") as stream:
+            yield {**shard, "stream": stream}
+
+
 def _loader(shard: str, stages: list[Any], batch_size: int, workers: int) -> Iterator[Any]:
     batches = wds.batched(batch_size, partial=False, collation_fn=torch.utils.data.default_collate)
-    pipeline = wds.DataPipeline(wds.ResampledShards([shard]), wds.tarfile_to_samples(), wds.shuffle(100), *stages, batches)
+    pipeline = wds.DataPipeline(wds.ResampledShards([shard]), opened, *READING, wds.shuffle(100), *stages, batches)
     return iter(wds.WebLoader(pipeline, batch_size=None, num_workers=workers))
 
 

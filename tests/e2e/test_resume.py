@@ -14,7 +14,7 @@ from tests.e2e.conftest import command, environment
 
 pytestmark = pytest.mark.slow
 STEPS = [
-    "trainer.max_steps=30",
+    "trainer.max_steps=60",
     "callbacks.checkpoint.every_n_train_steps=3",
     "callbacks.samples.steps=[1]",
     "data.num_workers=1",
@@ -36,7 +36,7 @@ def interrupt(args: list[str], cwd: Path, when: Path, sign: signal.Signals) -> i
             assert process.poll() is None, (cwd / "log").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        time.sleep(0.3)
+        time.sleep(0.1)
         if sign is signal.SIGKILL:
             os.killpg(process.pid, sign)
         else:
