@@ -64,6 +64,12 @@ class Clock(L.Callback):
         self.ends.append(now())
 
 
+class Profiler(SimpleProfiler):
+    """Lightning's, without the page that it prints at the end."""
+
+    def describe(self) -> None: ...
+
+
 class Training:
     """An experiment on given data; each call trains it a few steps more."""
 
@@ -83,7 +89,7 @@ class Training:
             self.data.codec.posterior(batch["x"], batch["keys"])
 
     def __call__(self) -> Steps:
-        clock, profiler = Clock(), SimpleProfiler()
+        clock, profiler = Clock(), Profiler()
         silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
         options = {**build(self.cfg.trainer), **silent, "max_steps": WARM_UP + self.steps}
         L.Trainer(**options, callbacks=[clock], profiler=profiler).fit(self.module, self.data)
