@@ -18,7 +18,7 @@ demo: .venv/installed
 	  "         $(BIN)/python train.py experiment=lcf_mini model.student=$$model   (another style, no teacher)"
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal   # most tests, and the programs they start, keep to one thread
 
 lint: .venv/installed
 	$(BIN)/ruff check .
