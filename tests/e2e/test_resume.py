@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tests.e2e.conftest import command, environment
 
 pytestmark = pytest.mark.slow
 STEPS = [
-    "trainer.max_steps=60",
+    "trainer.max_steps=30",
     "callbacks.checkpoint.every_n_train_steps=3",
     "callbacks.samples.steps=[1]",
     "data.num_workers=1",
@@ -30,13 +31,16 @@ def losses(run_dir: Path) -> dict[int, str]:
 def interrupt(args: list[str], cwd: Path, when: Path, sign: signal.Signals) -> int:
     """Start training, wait for the first checkpoint and a little more, send `sign`; the exit code."""
     with (cwd / "log").open("w") as log:
-        process = subprocess.Popen(args, cwd=cwd, env=environment(), stdout=log, stderr=log, start_new_session=True)
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a suite that runs in the background inherits deafness
+        process = subprocess.Popen(
+            args, cwd=cwd, env=environment(), stdout=log, stderr=log, start_new_session=True, preexec_fn=heard
+        )
         deadline = time.monotonic() + 120
         while not when.is_file():
             assert process.poll() is None, (cwd / "log").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        time.sleep(0.1)
+        time.sleep(0.3)
         if sign is signal.SIGKILL:
             os.killpg(process.pid, sign)
         else:
