@@ -51,6 +51,7 @@ class GuidedDistillation(LatentModule):
         self.previous = frozen_copy(self.net)  # the finished student of the stage before
         self.steps, self.match_share, self.w_min, self.w_max = list(steps), match_share, w_min, w_max
         self.stage = 0
+        self.passed: dict[int, Tensor] = {}
         self.frozen["teacher"] = net.eval()
 
     def stage_at(self, step: int) -> int:
@@ -93,9 +94,16 @@ class GuidedDistillation(LatentModule):
             draws = draw(batch.z0, rng, timesteps=every, w_min=self.w_min, w_max=self.w_max)
             return match_guided_teacher(student, as_network(self.frozen["teacher"]), batch, draws, schedule=self.schedule)
         steps = self.steps[self.stage - 1]
-        passed = torch.tensor([*trailing_steps(2 * steps, self.schedule.num_timesteps), 0], device=self.device)
+        passed = self.passed_by(2 * steps)
         draws = draw(batch.z0, rng, timesteps=passed[:-1:2], w_min=self.w_min, w_max=self.w_max)
         return halve_steps(student, as_network(self.previous), batch, draws, schedule=self.schedule, timesteps=passed)
+
+    def passed_by(self, steps: int) -> Tensor:
+        """The timesteps on the way of so many DDIM steps, and 0; copied to the device once, since each copy waits for it."""
+        if steps not in self.passed:
+            times = [*trailing_steps(steps, self.schedule.num_timesteps), 0]
+            self.passed[steps] = torch.tensor(times, device=self.device)
+        return self.passed[steps]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["stage"] = self.stage
