@@ -3,15 +3,21 @@
 import itertools
 import json
 import os
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lcm.errors import UserError
+from lcm.files import LAST, PREVIOUS, damage, remove, whole_file
+from lcm.redaction import redacted
 
-LAST = "checkpoints/last.ckpt"
+CHECKPOINTS = "checkpoints"
 
 
 def start_run(cfg: DictConfig) -> Path:
@@ -21,25 +27,37 @@ def start_run(cfg: DictConfig) -> Path:
     """
     parent = Path(cfg.paths.runs) / cfg.name
     run_id = cfg.paths.run_id
+    if run_id is not None and HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        run_id = f"{run_id}-{HydraConfig.get().job.num}"  # one job may run a whole sweep
     if run_id is None and "LOCAL_RANK" in os.environ:
         run_id = os.environ.get("LCM_RUN_ID")  # this process was launched by the one that chose
     if run_id is None and cfg.ckpt_path == "last":
-        run_id = next((n for n in reversed(run_numbers(parent)) if (parent / str(n) / LAST).is_file()), None)
+        run_id = next((n for n in reversed(run_numbers(parent)) if saved(parent / str(n) / CHECKPOINTS)), None)
     try:
         run_dir = parent / str(run_id) if run_id is not None else next_run(parent)
         run_dir.mkdir(parents=True, exist_ok=True)
-        identity = run_dir / "run.json"
-        if not identity.is_file():
-            identity.write_text(json.dumps({"id": uuid.uuid4().hex[:8]}))
+        wandb_id = identify(run_dir)
     except OSError as error:
         raise UserError(
             f"cannot write the run directory under {parent} ({error.strerror}): set paths.runs to a writable folder"
         ) from None
     os.environ["LCM_RUN_ID"] = run_dir.name
     with open_dict(cfg):
-        cfg.paths.run_dir, cfg.paths.wandb_id = str(run_dir), json.loads(identity.read_text())["id"]
-    print(f"run:     {run_dir}", flush=True)
+        cfg.paths.run_dir, cfg.paths.wandb_id = str(run_dir), wandb_id
     return run_dir
+
+
+@rank_zero_only
+def identify(run_dir: Path) -> str:
+    """The run's id in wandb, kept in run.json from its first start on; None on other ranks, which write nothing."""
+    for litter in list(run_dir.rglob("*.partial")):  # of a start that was killed
+        remove(litter)
+    identity = run_dir / "run.json"
+    if not identity.is_file():
+        with whole_file(identity) as file:
+            file.write(json.dumps({"id": uuid.uuid4().hex[:8]}).encode())
+    print(f"run:     {run_dir}", flush=True)
+    return json.loads(identity.read_text())["id"]
 
 
 def run_numbers(parent: Path) -> list[int]:
@@ -59,25 +77,60 @@ def next_run(parent: Path) -> Path:
 
 
 def resume_path(cfg: DictConfig) -> str | None:
-    """The checkpoint to go on from: a path, or the newest one of this run for `last` (a fresh start if there is none yet)."""
-    if cfg.ckpt_path is None:
-        return None
-    if "://" in str(cfg.ckpt_path):
+    """The checkpoint to go on from: a path, or for `last` the newest whole one of this run (a fresh start if there is none).
+
+    A job that SLURM started again goes on with its own, if it has one, whatever it began from. Every rank reads the same files
+    and comes to the same answer: none writes before all have started.
+    """
+    if "SLURM_RESTART_COUNT" in os.environ and saved(Path(cfg.paths.run_dir, CHECKPOINTS)):
+        cfg.ckpt_path = "last"
+    return None if cfg.ckpt_path is None else checkpoint_path(Path(cfg.paths.run_dir), cfg.ckpt_path)
+
+
+def checkpoint_path(run_dir: Path, ckpt_path: str) -> str | None:
+    """A whole checkpoint: the one given, or for `last` the newest of the run. Raises UserError for a damaged one."""
+    if "://" in str(ckpt_path):
         raise UserError("ckpt_path must be a local file: copy the checkpoint here first")
-    path = Path(cfg.paths.run_dir, LAST) if cfg.ckpt_path == "last" else Path(cfg.ckpt_path)
-    if path.is_file():
-        return str(path)
-    if cfg.ckpt_path == "last":
-        return None
-    raise UserError(f"ckpt_path={cfg.ckpt_path} is not a file; ckpt_path=last goes on with the newest run of this name")
+    if ckpt_path == "last":
+        return newest_whole(run_dir / CHECKPOINTS)
+    path = Path(ckpt_path)
+    if not path.exists():
+        raise UserError(f"ckpt_path={path} is not a file; ckpt_path=last goes on with the newest run of this name")
+    if reason := damage(path):
+        others = [other for other in saved(path.parent) if other.resolve() != path.resolve() and not damage(other)]
+        instead = f"give ckpt_path={others[0]}, which is whole" if others else "no other checkpoint beside it is whole"
+        raise UserError(f"ckpt_path={path} is damaged ({reason}): {instead}")
+    return str(path)
+
+
+def saved(folder: Path) -> list[Path]:
+    """A run's checkpoints, first the one to go on from: last.ckpt, the one before it, then others as they were written.
+
+    By name first: copying a run does not keep the times of its files.
+    """
+    files = [path for path in folder.glob("*.ckpt") if path.exists()]
+    return sorted(files, key=lambda path: (path.name == LAST, path.name == PREVIOUS, path.stat().st_mtime), reverse=True)
+
+
+def newest_whole(folder: Path) -> str | None:
+    """Raises UserError where there are checkpoints, but no whole one: a fresh start would overwrite them."""
+    files = saved(folder)
+    for path in files:
+        reason = damage(path)
+        if reason is None:
+            return str(path)
+        print(f"warning: {path} is damaged ({reason}): it is left out, the one before it is used", file=sys.stderr, flush=True)
+    if files:
+        raise UserError(f"no checkpoint in {folder} is whole: put a copy there, or move the folder away to start anew")
+    return None
 
 
 def write_config(cfg: DictConfig, trainer: Any) -> None:
-    """Keep the run's configuration beside its results and in its loggers."""
+    """Keep the run's configuration, without secrets, beside its results and in its loggers."""
     if trainer.is_global_zero:
-        OmegaConf.save(cfg, Path(cfg.paths.run_dir, "config.yaml"))
+        OmegaConf.save(redacted(OmegaConf.to_container(cfg)), Path(cfg.paths.run_dir, "config.yaml"))
         for logger in trainer.loggers:
-            logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+            logger.log_hyperparams(redacted(OmegaConf.to_container(cfg, resolve=True)))
 
 
 def find_pipeline(pipeline: str, runs: str) -> str:

@@ -1,0 +1,156 @@
+"""What can befall a training: killed at random moments, a full disk, a stuck worker, no wandb."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from lcm.runs import newest_whole
+from tests.e2e.conftest import command, environment
+from tests.e2e.test_errors import complaint
+from tests.e2e.test_resume import losses
+
+pytestmark = pytest.mark.slow
+ROUNDS = int(os.environ.get("LCM_ROUNDS", "2"))
+SAVE = "callbacks.checkpoint.every_n_train_steps={}".format
+
+
+@pytest.fixture
+def start(tmp_path):
+    """`start(*overrides)`: train.py in a session of its own, output in tmp_path/log; what is left of it dies with the test."""
+    started = []
+
+    def start(*args: str, **env: str) -> subprocess.Popen:
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a suite in the background inherits deafness
+        with (tmp_path / "log").open("w") as log:
+            process = subprocess.Popen(
+                command("train.py", *args),
+                cwd=tmp_path,
+                env=environment(TMPDIR="/dev/shm", **env),  # another filesystem, from which a move is a copy
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=heard,
+            )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def wait(tmp_path):
+    """`wait(process, condition)`: until it holds, while the process lives."""
+
+    def wait(process: subprocess.Popen, condition: Callable[[], object], pause: float = 0.01) -> None:
+        deadline = time.monotonic() + 240
+        while not condition():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(pause)
+
+    return wait
+
+
+def finished(process: subprocess.Popen, log: Path) -> subprocess.CompletedProcess:
+    code = process.wait(timeout=120)
+    return subprocess.CompletedProcess(process.args, code, "", log.read_text())
+
+
+def loaded(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_killed_again_and_again_it_ends_as_the_uninterrupted_run(run, tiny, start, wait, tmp_path):
+    """LCM_ROUNDS=50 for the figure: in turn after a new checkpoint and inside the write of one, now and then while starting."""
+    steps = ["trainer.max_steps=" + str(20 + 8 * ROUNDS), SAVE(1), "callbacks.samples.steps=[1]", "data.num_workers=1"]
+    straight = run("train.py", *tiny, *steps, "name=straight")
+    assert straight.returncode == 0, straight.stderr
+    run_dir = tmp_path / "runs/cut/0"
+    folder, reached, inside = run_dir / "checkpoints", 0, 0
+    last, partial_file = folder / "last.ckpt", folder / "last.partial"
+    for n in range(ROUNDS):
+        before = last.stat().st_ino if last.exists() else None
+        asynchronous = f"async_checkpoints={'true' if n // 2 % 2 else 'false'}"
+        process = start(*tiny, *steps, "name=cut", "ckpt_path=last", asynchronous)
+        if n % 10 == 9:
+            wait(process, lambda: "run:" in (tmp_path / "log").read_text())
+        else:
+            wait(process, lambda before=before: last.exists() and last.stat().st_ino != before)
+        completed = loaded(last)["global_step"] if last.exists() else reached
+        if n % 2:
+            wait(process, partial_file.exists, pause=0)
+        else:
+            time.sleep(random.uniform(0, 0.5))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        inside += partial_file.exists()
+        reached = loaded(newest_whole(folder))["global_step"]
+        assert reached >= completed
+    print(f"{ROUNDS} kills up to step {reached}, {inside} of them inside a write")
+    assert not (run_dir / "model").exists(), "it finished before the last kill: raise max_steps"
+
+    resumed = run("train.py", *tiny, *steps, "name=cut", "ckpt_path=last", "async_checkpoints=true")
+    assert resumed.returncode == 0, resumed.stderr
+    found, expected = losses(run_dir), losses(tmp_path / "runs/straight/0")
+    assert found.items() <= expected.items()
+    assert len(found) >= len(expected) - ROUNDS  # a step's row is written after its checkpoint
+    one, other = (loaded(tmp_path / f"runs/{name}/0/checkpoints/last.ckpt")["state_dict"] for name in ("cut", "straight"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert not list((tmp_path / "runs").rglob("*.partial"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A filesystem with room for two of the tiny checkpoints, but not for a third."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a small filesystem needs root and CAP_SYS_ADMIN: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_ends_the_training_and_leaves_the_checkpoint(run, tiny, small_disk):
+    says = complaint(run("train.py", *tiny, "trainer.max_steps=30", SAVE(1), f"paths.runs={small_disk}"))
+    folder = small_disk / "lcd_mini/0/checkpoints"
+    assert f"{folder}/last.ckpt cannot be written whole (No space left on device): make room" in says
+    assert loaded(newest_whole(folder))["global_step"] >= 1
+    assert not list(small_disk.rglob("*.partial"))
+
+
+def test_a_stuck_worker_ends_the_training_with_a_sentence(start, wait, tiny, tmp_path):
+    """Also the interpreter's end does not wait for it. A killed one: tests/data/test_datamodule.py."""
+    options = ["trainer.max_steps=100000", "trainer.val_check_interval=100000"]
+    process = start(*tiny, *options, SAVE(1), "data.num_workers=1", "+data.timeout=5")
+    wait(process, (tmp_path / "runs/lcd_mini/0/checkpoints/previous.ckpt").exists)
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert children
+    for child in children:
+        os.kill(child, signal.SIGSTOP)
+    said = complaint(finished(process, tmp_path / "log"))
+    assert "no data came for 5 seconds" in said
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def test_without_wandb_training_goes_on(run, tiny, tmp_path):
+    options = ["logger=many", "logger.wandb.settings.init_timeout=3", "trainer.max_steps=3"]
+    nobody = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0123456789" * 4}
+    done = run("train.py", *tiny, *options, **nobody)
+    assert done.returncode == 0, done.stderr
+    assert "warning: wandb does not answer: the run is kept on disk, send it later with `wandb sync " in done.stderr
+    [folder] = (tmp_path / "runs/lcd_mini/0/wandb").glob("offline-run-*")
+    assert list(folder.glob("*.wandb"))
+    assert (tmp_path / "runs/lcd_mini/0/model").is_dir()
