@@ -1,15 +1,27 @@
 """Exponential moving averages of parameters."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 @torch.no_grad()
-def ema_update_(average: Iterable[Tensor], online: Iterable[Tensor], decay: float) -> None:
-    """`average <- decay * average + (1 - decay) * online` in place, one fused call for all tensors."""
-    torch._foreach_lerp_(list(average), list(online), 1 - decay)
+def ema_update_(average: Iterable[Tensor], online: Iterable[Tensor], decay: float, gate: Tensor | None = None) -> None:
+    """`average <- decay * average + (1 - decay) * online` in place, one fused call for all tensors.
+
+    gate: a scalar on their device; where it is 0 the average stays as it is, and the host need not know.
+    """
+    averages, weight = own_shards(average), 1 - decay
+    weights: Any = weight if gate is None else [(weight * gate).to(averages[0].dtype)] * len(averages)
+    torch._foreach_lerp_(averages, own_shards(online), weights)
+
+
+def own_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Of sharded tensors what this process holds: elementwise work needs no more."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def warmed_up(decay: float, step: int) -> float:

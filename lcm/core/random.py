@@ -11,6 +11,12 @@ def generator(device: torch.device | str, *keys: int | str) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+def own_rows(drawn: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
+    """One rank's of the rows drawn for all ranks, in the order in which they share a batch: what a sample is given then depends
+    on its place in the batch, not on the number of ranks."""
+    return drawn.chunk(world_size)[rank]
+
+
 class ImageNoise:
     """Standard normals `[B, *shape]` float32 for a batch of images, each from its own seed.
 

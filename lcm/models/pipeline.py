@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from types import MappingProxyType
 from typing import Any
 
@@ -53,7 +54,7 @@ def explained(pipeline: str) -> Iterator[None]:
     """A library's complaint about a part's files as one sentence."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
         raise UserError(f"cannot load {pipeline}: {' '.join(str(error).split())}") from error
 
 

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from lcm.core.random import own_rows
 from lcm.modules.base import TrainedModule
 
 
@@ -26,8 +28,9 @@ class Autoencoder(TrainedModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         x = batch["x"]
         posterior = self.vae.encode(x).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=self.draws(batch_idx), device=self.device)
-        error = self.vae.decode(posterior.mean + posterior.std * noise).sample.float() - x
+        mean, world_size = posterior.mean, self.world_size
+        noise = torch.randn(world_size * len(x), *mean.shape[1:], generator=self.rng(batch_idx), device=self.device)
+        error = self.vae.decode(mean + posterior.std * own_rows(noise, self.global_rank, world_size)).sample.float() - x
         kl = posterior.kl().float().mean()
         loss = error.abs().mean() + error.square().mean() + self.kl_weight * kl
         self.log_train(loss, {"psnr": psnr(error), "kl": kl}, len(x))
@@ -46,6 +49,7 @@ class Autoencoder(TrainedModule):
         mean, square = (torch.stack(values).mean() for values in zip(*self._validated, strict=True))
         self.latent_std.copy_((square - mean**2).sqrt())
 
+    @rank_zero_only
     def save_model(self, folder: str) -> None:
         """Write `folder/vae`, its scaling factor making the latents unit-variance, as Stable Diffusion's does."""
         self.vae.register_to_config(scaling_factor=round(1 / float(self.latent_std), 5))

@@ -1,17 +1,19 @@
 """What every LightningModule here shares: optimizer, clipping, the non-finite guard, checkpoints of trained tensors only."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from lcm.core.random import generator
+from lcm.core.random import generator, own_rows
 from lcm.errors import UserError
 
 Optimizer = Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer]
 LRSchedule = Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler]
+Draws = TypeVar("Draws")  # a dataclass of tensors, a row a sample
 
 LOOK_EVERY = 10  # optimizer steps between two looks at a GPU's gradient norm: each is a wait for the device
 
@@ -21,13 +23,30 @@ class TrainedModule(L.LightningModule):
 
     optimizer: `params -> Optimizer`; lr_schedule: `(optimizer, max_steps) -> LRScheduler`, stepped every optimizer step.
     clip_norm: gradients are scaled to at most this total norm (by hand: Lightning refuses to clip for a fused optimizer).
+    skip_non_finite: so many updates in a row may have a loss or gradient that is not finite; they are left out and counted,
+    one more stops the training. Data and learning rate go on with the step's number, as if the update had been made.
     """
 
-    def __init__(self, *, optimizer: Optimizer, lr_schedule: LRSchedule, clip_norm: float = 1.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        optimizer: Optimizer,
+        lr_schedule: LRSchedule,
+        clip_norm: float = 1.0,
+        skip_non_finite: int = 0,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         self.make_optimizer, self.make_lr_schedule = optimizer, lr_schedule
-        self.clip_norm, self.seed = clip_norm, seed
+        self.clip_norm, self.skip_non_finite, self.seed = clip_norm, skip_non_finite, seed
+        self.left_out = False  # whether the host knows that the last update was left out
+        self.gate: Tensor | None = None  # 0 where the device alone knows, else 1
         self.frozen: dict[str, nn.Module] = {}  # a plain dict: not in state_dict, DDP, EMA, nor the optimizer
+
+    def configure_model(self) -> None:
+        """Where a strategy that shards (`trainer=fsdp`) has its networks sharded; nothing for the others."""
+        if self.device_mesh is not None:
+            raise UserError(f"{type(self).__name__} cannot be sharded: train it with trainer=ddp")
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.parameter_groups())
@@ -43,36 +62,85 @@ class TrainedModule(L.LightningModule):
     def on_fit_start(self) -> None:
         for network in self.frozen.values():
             network.to(self.device).requires_grad_(False).eval()
+        self.skipped = self.in_a_row = torch.zeros((), device=self.device)  # updates left out since this start, and just now
 
-    def draws(self, batch_idx: int, stage: str = "train") -> torch.Generator:
-        """The randomness of one step: a function of (seed, stage, batch, rank), not of what ran before."""
-        return generator(self.device, self.seed, stage, batch_idx, self.global_rank)
+    def on_train_start(self) -> None:
+        steps = self.all_gather(torch.tensor(self.global_step, device=self.device))
+        assert isinstance(steps, Tensor)
+        if steps.min() != steps.max():
+            raise UserError(
+                f"the ranks start at different steps, {sorted(set(steps.tolist()))}: all must see one folder paths.runs"
+            )
+
+    def draws(self, draw: Callable[..., Draws], z0: Tensor, batch_idx: int, stage: str = "train", **options: Any) -> Draws:
+        """This rank's rows of `draw(z0 of all ranks, generator, **options)`.
+
+        A function of (seed, stage, batch) and of a sample's place in the global batch, not of what ran before nor of how many
+        ranks share the batch: each draws for all, 64 kB a 512 px sample.
+        """
+        rank, world_size = self.global_rank, self.world_size
+        everyone = z0[:1].expand(world_size * len(z0), *z0.shape[1:])
+        drawn = draw(everyone, self.rng(batch_idx, stage), **options)
+        return type(drawn)(**{name: own_rows(values, rank, world_size) for name, values in vars(drawn).items()})
+
+    @property
+    def world_size(self) -> int:
+        return 1 if self._trainer is None else self._trainer.world_size
+
+    def rng(self, batch_idx: int, stage: str = "train") -> torch.Generator:
+        return generator(self.device, self.seed, stage, batch_idx, 0)
 
     def log_train(self, loss: Tensor, logs: Mapping[str, Tensor], batch_size: int) -> None:
+        if self.world_size > 1 and (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            loss = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")  # `sync_dist` would wait for all ranks each step
         self.log("train/loss", loss, prog_bar=True, batch_size=batch_size)
         self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=batch_size)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        """Clip, and let a fused optimizer skip a non-finite update on the device; the host looks when it waits anyway."""
+        """Clip, and leave a non-finite update out: on the device for a fused optimizer, where the host looks now and then.
+
+        A gradient is averaged over the ranks, so that all find the same. Once too many were bad, all are left out until the
+        host looks.
+        """
         norm = nn.utils.clip_grad_norm_(self.parameters(), self.clip_norm)
-        inner = getattr(optimizer, "optimizer", optimizer)
-        fused = inner.defaults.get("fused", False)
-        if fused:
-            inner.found_inf = (~norm.isfinite()).float()
+        if isinstance(norm, DTensor):  # of sharded gradients: the same on every rank
+            norm = norm.full_tensor()
         self.log("train/grad_norm", norm)
-        look = not fused or norm.device.type == "cpu" or self.global_step % LOOK_EVERY == 0
-        if look and not norm.isfinite():
+        bad = ~norm.isfinite()
+        self.in_a_row = (self.in_a_row + bad) * (bad | (self.in_a_row > self.skip_non_finite))
+        self.skipped = self.skipped + bad
+        if self.skip_non_finite:
+            self.log("train/skipped_steps", self.skipped)
+
+        inner, step = getattr(optimizer, "optimizer", optimizer), self.global_step + 1
+        on_device = self.skips_on_device(inner)
+        if not on_device or step % LOOK_EVERY == 0 or step == self.trainer.max_steps:
+            self.look()
+        self.left_out = not on_device and bool(bad)
+        if on_device:
+            inner.found_inf = (self.in_a_row > 0).float()
+            self.gate = 1 - inner.found_inf
+        elif self.left_out:
+            inner.zero_grad(set_to_none=True)  # an optimizer passes over parameters without a gradient
+
+    def skips_on_device(self, optimizer: torch.optim.Optimizer) -> bool:
+        return bool(optimizer.defaults.get("fused")) and self.device.type != "cpu"
+
+    def look(self) -> None:
+        if self.in_a_row > self.skip_non_finite:
+            many = f" {self.skip_non_finite + 1} times in a row" if self.skip_non_finite else ""
             raise UserError(
-                f"the loss or a gradient became non-finite at step {self.global_step}; no weight was updated with it and the "
-                "last checkpoint is sound: lower model.optimizer.lr or set trainer.precision=32-true, then go on with "
-                "ckpt_path=last"
+                f"the loss or a gradient became non-finite{many} at step {self.global_step}; no weight was updated with it and "
+                "the last checkpoint is sound: lower model.optimizer.lr, set trainer.precision=32-true or leave such steps out "
+                "with model.skip_non_finite=3, then go on with ckpt_path=last"
             )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        self.after_optimizer_step()
+        if not self.left_out:
+            self.after_optimizer_step()
 
     def after_optimizer_step(self) -> None:
-        """Once per optimizer step, also under gradient accumulation: where moving averages move."""
+        """Once per optimizer step, also under gradient accumulation: where moving averages move, by no more than `gate`."""

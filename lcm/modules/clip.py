@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
@@ -58,6 +59,7 @@ class Clip(TrainedModule):
         hits = (texts @ images.T).argmax(dim=1) == torch.arange(len(texts), device=self.device)
         self.log("val/retrieval_top1", hits.float().mean(), prog_bar=True)
 
+    @rank_zero_only
     def save_model(self, folder: str) -> None:
         """Write `folder/clip`, and its text tower and tokenizer as the pipeline's `text_encoder` and `tokenizer`."""
         clip = copy.deepcopy(self.clip).half()

@@ -13,7 +13,7 @@ from lcm.core.networks import Networks
 from lcm.core.objectives.consistency import Distance, draw
 from lcm.core.schedule import NoiseSchedule
 from lcm.errors import UserError
-from lcm.models.student import as_network, frozen_copy, make_student, unet_like
+from lcm.models.student import frozen_copy, make_student, unet_like
 from lcm.modules.latent import LatentModule
 
 
@@ -53,10 +53,10 @@ class ConsistencyModule(LatentModule):
         self.ema_decay, self.w_min, self.w_max = ema_decay, w_min, w_max
 
     def networks(self) -> Networks:
-        online = as_network(self.net)
+        online = self.network(self.net)
         teacher = self.frozen.get("teacher")
-        target = online if self.target_net is None else as_network(self.target_net)
-        return Networks(online, target, None if teacher is None else as_network(teacher))
+        target = online if self.target_net is None else self.network(self.target_net)
+        return Networks(online, target, None if teacher is None else self.network(teacher))
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
         loss, logs = self.consistency_step(batch, batch_idx, "train")
@@ -68,8 +68,8 @@ class ConsistencyModule(LatentModule):
         self.log("val/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
 
     def consistency_step(self, batch: LatentBatch, batch_idx: int, stage: str) -> tuple[Tensor, dict[str, Tensor]]:
-        rng = self.draws(batch_idx, stage)
-        draws = draw(batch.z0, rng, timesteps=self.timesteps, w_min=self.w_min, w_max=self.w_max)
+        options = {"timesteps": self.timesteps, "w_min": self.w_min, "w_max": self.w_max}
+        draws = self.draws(draw, batch.z0, batch_idx, stage, **options)
         return self.objective(
             self.networks(), batch, draws, schedule=self.schedule, timesteps=self.timesteps, distance=self.loss
         )
@@ -77,7 +77,7 @@ class ConsistencyModule(LatentModule):
     def after_optimizer_step(self) -> None:
         super().after_optimizer_step()
         if self.target_net is not None:
-            ema_update_(self.target_net.parameters(), self.net.parameters(), self.ema_decay)
+            ema_update_(self.target_net.parameters(), self.net.parameters(), self.ema_decay, self.gate)
 
     def facts(self) -> dict[str, Any]:
         return {**super().facts(), **({"w_min": self.w_min, "w_max": self.w_max} if self.guided else {})}

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from lcm.core.batch import LatentBatch
 from lcm.core.objectives.denoising import draw
-from lcm.models.student import as_network
 from lcm.modules.latent import LatentModule
 
 
@@ -22,12 +21,12 @@ class LatentDiffusion(LatentModule):
         self.objective, self.offset_noise = objective, offset_noise
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
-        draws = draw(batch.z0, self.draws(batch_idx), schedule=self.schedule, offset_noise=self.offset_noise)
-        loss, logs = self.objective(as_network(self.net), batch, draws, schedule=self.schedule)
+        draws = self.draws(draw, batch.z0, batch_idx, schedule=self.schedule, offset_noise=self.offset_noise)
+        loss, logs = self.objective(self.network(self.net), batch, draws, schedule=self.schedule)
         self.log_train(loss, logs, len(batch))
         return loss
 
     def validation_step(self, batch: LatentBatch, batch_idx: int) -> None:
-        draws = draw(batch.z0, self.draws(batch_idx, "val"), schedule=self.schedule)
-        loss, _ = self.objective(as_network(self.best_net), batch, draws, schedule=self.schedule)
+        draws = self.draws(draw, batch.z0, batch_idx, "val", schedule=self.schedule)
+        loss, _ = self.objective(self.network(self.best_net), batch, draws, schedule=self.schedule)
         self.log("val/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)

@@ -17,7 +17,8 @@ from lcm.core.schedule import NoiseSchedule
 from lcm.core.timesteps import trailing_steps
 from lcm.errors import UserError
 from lcm.models.pipeline import save_unet
-from lcm.models.student import as_network, frozen_copy, make_student
+from lcm.models.sharding import whole
+from lcm.models.student import frozen_copy, make_student
 from lcm.modules.latent import LatentModule
 
 
@@ -68,8 +69,8 @@ class GuidedDistillation(LatentModule):
     def finish_stage(self) -> None:
         """The student, as far as it came, is kept, and the next one starts from it."""
         done = self.best_net
-        if self.stage and self.trainer.is_global_zero:
-            save_unet(self.folder_of(self.steps[self.stage - 1]), done)
+        if self.stage and (student := whole(done)) is not None and self.trainer.is_global_zero:
+            save_unet(self.folder_of(self.steps[self.stage - 1]), student)
         for network in (self.previous, self.net):
             ema_update_(network.parameters(), done.parameters(), 0.0)
         self.stage += 1
@@ -88,15 +89,15 @@ class GuidedDistillation(LatentModule):
         self.log("val/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
 
     def distillation_step(self, batch: LatentBatch, batch_idx: int, stage: str) -> tuple[Tensor, dict[str, Tensor]]:
-        rng, student = self.draws(batch_idx, stage), as_network(self.net)
+        student, w = self.network(self.net), {"w_min": self.w_min, "w_max": self.w_max}
         if self.stage == 0:
             every = torch.arange(self.schedule.num_timesteps, device=self.device)
-            draws = draw(batch.z0, rng, timesteps=every, w_min=self.w_min, w_max=self.w_max)
-            return match_guided_teacher(student, as_network(self.frozen["teacher"]), batch, draws, schedule=self.schedule)
+            draws = self.draws(draw, batch.z0, batch_idx, stage, timesteps=every, **w)
+            return match_guided_teacher(student, self.network(self.frozen["teacher"]), batch, draws, schedule=self.schedule)
         steps = self.steps[self.stage - 1]
         passed = self.passed_by(2 * steps)
-        draws = draw(batch.z0, rng, timesteps=passed[:-1:2], w_min=self.w_min, w_max=self.w_max)
-        return halve_steps(student, as_network(self.previous), batch, draws, schedule=self.schedule, timesteps=passed)
+        draws = self.draws(draw, batch.z0, batch_idx, stage, timesteps=passed[:-1:2], **w)
+        return halve_steps(student, self.network(self.previous), batch, draws, schedule=self.schedule, timesteps=passed)
 
     def passed_by(self, steps: int) -> Tensor:
         """The timesteps on the way of so many DDIM steps, and 0; copied to the device once, since each copy waits for it."""

@@ -5,13 +5,16 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import Tensor
 
 from lcm.core.ema import ema_update_, warmed_up
+from lcm.core.networks import Network
 from lcm.core.schedule import NoiseSchedule
 from lcm.data.codec import LatentCodec
 from lcm.models.generate import LatentModel
 from lcm.models.pipeline import save_pipeline
-from lcm.models.student import frozen_copy
+from lcm.models.sharding import is_sharded, shard, whole
+from lcm.models.student import as_network, frozen_copy
 from lcm.modules.base import TrainedModule
 
 
@@ -25,6 +28,7 @@ class LatentModule(TrainedModule):
     """
 
     consistency = False  # whether the trained network is sampled by Algorithm 3
+    calls: list[tuple[UNet2DConditionModel, torch.Size, torch.Size, bool]] | None = None  # of networks, where they are noted
 
     def __init__(
         self,
@@ -44,6 +48,15 @@ class LatentModule(TrainedModule):
         self.ema_net = frozen_copy(net) if eval_ema is not None else None
         if gradient_checkpointing:
             net.enable_gradient_checkpointing()
+
+    def configure_model(self) -> None:
+        """Under `trainer=fsdp` every UNet is sharded: the student, its averages and the teacher, which is as large."""
+        if self.device_mesh is None or is_sharded(self.net):
+            return
+        compute = torch.bfloat16 if self.trainer.precision.startswith("bf16") else None
+        for network in (*self.children(), *self.frozen.values()):
+            if isinstance(network, UNet2DConditionModel):
+                shard(network, self.device_mesh, compute)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         [group] = super().parameter_groups()
@@ -65,7 +78,18 @@ class LatentModule(TrainedModule):
     def after_optimizer_step(self) -> None:
         if self.ema_net is not None and self.eval_ema is not None:
             decay = warmed_up(self.eval_ema, self.global_step)
-            ema_update_(self.ema_net.parameters(), self.net.parameters(), decay)
+            ema_update_(self.ema_net.parameters(), self.net.parameters(), decay, self.gate)
+
+    def network(self, unet: UNet2DConditionModel) -> Network:
+        """A UNet as the objectives call it; `calls` notes shapes and whether gradients are kept, for its arithmetic."""
+        net = as_network(unet)
+
+        def noted(z_t: Tensor, t: Tensor, cond: Tensor, w: Tensor | None = None) -> Tensor:
+            if self.calls is not None:
+                self.calls.append((unet, z_t.shape, cond.shape, torch.is_grad_enabled()))
+            return net(z_t, t, cond, w)
+
+        return noted
 
     @property
     def best_net(self) -> UNet2DConditionModel:
@@ -79,16 +103,20 @@ class LatentModule(TrainedModule):
         """What `lcm.json` of the saved folder says."""
         return {"method": type(self).__name__, "pipeline": self.pipeline, "steps": self.global_step}
 
-    def save_model(self, folder: str) -> None:
-        save_pipeline(
-            folder,
-            self.best_net,
-            self.schedule,
-            base=self.pipeline,
-            consistency=self.consistency,
-            facts=self.facts(),
-            more=self.more_networks(),
-        )
+    def save_model(self, folder: str, net: UNet2DConditionModel | None = None, *, dtype: torch.dtype = torch.float16) -> None:
+        """Write a pipeline folder with `net`, by default the best one; called by every process, written by the first."""
+        net = whole(net or self.best_net)
+        if net is not None and self.global_rank == 0:
+            save_pipeline(
+                folder,
+                net,
+                self.schedule,
+                base=self.pipeline,
+                consistency=self.consistency,
+                facts=self.facts(),
+                dtype=dtype,
+                more=self.more_networks(),
+            )
 
     def more_networks(self) -> dict[str, Path]:
         """Folders of further UNets that belong to the saved pipeline, by name."""

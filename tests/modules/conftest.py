@@ -39,28 +39,28 @@ def common(**options: Any) -> dict[str, Any]:
 @pytest.fixture
 def training(tiny_pipeline: Path) -> Make:
     """`training(kind, **options)`: a new module of one of the kinds, always with the same initial weights."""
+    return partial(new_module, tiny_pipeline)
 
-    def make(kind: str, **options: Any) -> TrainedModule:
-        torch.manual_seed(0)
-        base, net, options = str(tiny_pipeline), load_unet(str(tiny_pipeline)), common(**options)
-        if kind == "diffusion":
-            return LatentDiffusion(net, NoiseSchedule(), pipeline=base, **{"objective": denoising, "eval_ema": 0.9, **options})
-        if kind == "guided":
-            return GuidedDistillation(net, NoiseSchedule(), teacher=base, **{"steps": [4, 2, 1], **options})
-        if kind == "cd":
-            method = {"teacher": base, "objective": consistency_distillation, "solver": solvers.heun}
-            return ConsistencyModelDistillation(net, NoiseSchedule(), **{"loss": losses.l2, **method, **options})
-        if kind == "ct":
-            method = {"pipeline": base, "objective": consistency_training, "loss": losses.l2}
-            return ConsistencyModelTraining(net, NoiseSchedule(), **{**method, **options})
-        grid = {"timesteps": timesteps.grid(), "loss": partial(losses.huber, c=0.1)}
-        if kind == "distillation":
-            method = {"teacher": base, "objective": latent_consistency_distillation, "solver": solvers.ddim}
-            return ConsistencyDistillation(net, NoiseSchedule(), **{**grid, **method, **options})
-        method = {"student": base, "objective": latent_consistency_finetuning}
-        return ConsistencyFineTuning(net, NoiseSchedule(), **{**grid, **method, **options})
 
-    return make
+def new_module(tiny_pipeline: Path, kind: str, **options: Any) -> TrainedModule:
+    torch.manual_seed(0)
+    base, net, options = str(tiny_pipeline), load_unet(str(tiny_pipeline)), common(**options)
+    if kind == "diffusion":
+        return LatentDiffusion(net, NoiseSchedule(), pipeline=base, **{"objective": denoising, "eval_ema": 0.9, **options})
+    if kind == "guided":
+        return GuidedDistillation(net, NoiseSchedule(), teacher=base, **{"steps": [4, 2, 1], **options})
+    if kind == "cd":
+        method = {"teacher": base, "objective": consistency_distillation, "solver": solvers.heun}
+        return ConsistencyModelDistillation(net, NoiseSchedule(), **{"loss": losses.l2, **method, **options})
+    if kind == "ct":
+        method = {"pipeline": base, "objective": consistency_training, "loss": losses.l2}
+        return ConsistencyModelTraining(net, NoiseSchedule(), **{**method, **options})
+    grid = {"timesteps": timesteps.grid(), "loss": partial(losses.huber, c=0.1)}
+    if kind == "distillation":
+        method = {"teacher": base, "objective": latent_consistency_distillation, "solver": solvers.ddim}
+        return ConsistencyDistillation(net, NoiseSchedule(), **{**grid, **method, **options})
+    method = {"student": base, "objective": latent_consistency_finetuning}
+    return ConsistencyFineTuning(net, NoiseSchedule(), **{**grid, **method, **options})
 
 
 @pytest.fixture(scope="session")

@@ -58,3 +58,26 @@ def test_it_needs_held_out_shards(tiny_pipeline):
     options = {"steps": [1], "w": 0.0, "resolution": 32, "reference_cache": "r"}
     with pytest.raises(UserError, match=r"set data\.val_shards"):
         Evaluation(None, backbone=mini_clip(str(tiny_pipeline)), **options)
+
+
+def test_the_checkpoint_of_the_best_value_is_kept_whatever_the_restarts(training, data, fit, callback, monkeypatch, tmp_path):
+    def run(until, values, **options):
+        found = iter(values)
+        monkeypatch.setattr(Evaluation, "features", lambda *_: {})
+        monkeypatch.setattr("lcm.callbacks.evaluation.scores", lambda *_: {"fid": next(found)})
+        one = callback(steps=[4], keep_best="val/fid_4_steps", folder=str(tmp_path))
+        last = tmp_path / "last.ckpt"
+        fit(training("distillation"), data(), until, callbacks=[one], **options).save_checkpoint(last)
+        return last, torch.load(tmp_path / "best.ckpt", weights_only=True)["global_step"]
+
+    last, best = run(6, [3.0, 1.0, 2.0])
+    assert best == 4
+    assert run(8, [1.5], ckpt_path=last)[1] == 4
+    assert run(10, [0.5], ckpt_path=last)[1] == 10
+
+
+def test_best_by_what_is_not_measured_is_a_user_error(training, data, fit, callback):
+    with pytest.raises(
+        UserError, match=r"keep_best=val/fid is not measured: choose of val/fid_1_steps, val/fid_2_steps, val/cl"
+    ):
+        fit(training("distillation"), data(), 1, callbacks=[callback(keep_best="val/fid")])

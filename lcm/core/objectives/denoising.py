@@ -1,6 +1,6 @@
 """Training of the latent diffusion teacher: denoising score matching (Latent Diffusion, eq. 2)."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from lcm.core.networks import Network
 from lcm.core.schedule import NoiseSchedule
 
 
-class DenoisingDraws(NamedTuple):
+@dataclass
+class DenoisingDraws:
     """The randomness of a step: eps `[B, C, H, W]`, t `[B]` int64."""
 
     eps: Tensor

@@ -1,0 +1,78 @@
+"""A model from a checkpoint: `python -m lcm.export run=runs/lcd_sd15/0 weights=target dtype=bfloat16 output=model`."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from diffusers import UNet2DConditionModel
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import save
+
+from lcm.callbacks.checkpoint import AtomicCheckpointIO
+from lcm.command_line import build, output_folder, program
+from lcm.errors import UserError
+from lcm.files import whole_file
+from lcm.modules.latent import LatentModule
+from lcm.runs import checkpoint_path
+
+DTYPES = ("float16", "bfloat16", "float32")
+FORMATS = ("pipeline", "unet")
+WEIGHTS = {"trained": "net", "average": "ema_net", "target": "target_net"}  # of a module
+
+
+def trained(run: Path, checkpoint: str) -> LatentModule:
+    """The module of a run as it was when the checkpoint was written."""
+    config = run / "config.yaml"
+    if not config.is_file():
+        raise UserError(f"{run} is not the folder of a run: it has no config.yaml")
+    found = checkpoint_path(run, checkpoint)
+    if found is None:
+        raise UserError(f"{run} has no checkpoint: give one with checkpoint=<path>")
+    module: Any = build(OmegaConf.load(config).model)
+    if not isinstance(module, LatentModule):
+        raise UserError(
+            f"{run} trained a {type(module).__name__}, which has nothing to export: train.py saved it in {run}/model"
+        )
+    content = AtomicCheckpointIO().load_checkpoint(found, map_location="cpu", weights_only=True)
+    module.load_state_dict(content["state_dict"])
+    silent: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    trainer = L.Trainer(accelerator="cpu", devices=1, default_root_dir=run, **silent)
+    trainer.fit_loop.load_state_dict(content["loops"]["fit_loop"])  # so that the module knows its step
+    module.trainer = trainer
+    return module
+
+
+def chosen(module: LatentModule, weights: str) -> UNet2DConditionModel:
+    if weights == "best":
+        return module.best_net
+    net = getattr(module, WEIGHTS[weights], None)
+    if net is None:
+        raise UserError(f"weights={weights}: this run kept no such weights; weights=best are those that train.py saves")
+    return net
+
+
+@program("export")
+def main(cfg: DictConfig) -> None:
+    """Read, choose, write."""
+    for key, known in (("dtype", DTYPES), ("format", FORMATS), ("weights", ("best", *WEIGHTS))):
+        if cfg[key] not in known:
+            raise UserError(f"{key}={cfg[key]}: choose among {', '.join(known)}")
+    run, output, dtype = Path(cfg.run), Path(cfg.output), getattr(torch, cfg.dtype)
+    output_folder(str(output.parent))
+    module = trained(run, cfg.checkpoint)
+    net = chosen(module, cfg.weights)
+    if cfg.format == "pipeline":
+        module.save_model(str(output), net, dtype=dtype)
+    else:
+        output = output.with_suffix(".safetensors")
+        with whole_file(output) as file:
+            state = {name: value.to(dtype).contiguous() for name, value in net.state_dict().items()}
+            file.write(save(state, metadata={"format": "pt"}))
+    print(f"model:   {output}   ({cfg.weights} weights of step {module.global_step}, {cfg.dtype})")
+
+
+if __name__ == "__main__":
+    main()

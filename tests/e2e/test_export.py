@@ -1,0 +1,47 @@
+"""A run under `trainer=fsdp` on two processes, stopped, gone on with, and exported: the same files as train.py wrote."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+FSDP = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "name=sharded", "callbacks.samples.steps=[1]"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_sharded_run_goes_on_and_is_exported_as_train_saves_it(run, tiny, tmp_path):
+    folders = "trainer.strategy.sharded_checkpoints=true"
+    first = run("train.py", *tiny, *FSDP, folders, "trainer.max_steps=4")
+    assert first.returncode == 0, first.stderr
+    run_dir = tmp_path / "runs/sharded/0"
+    last = run_dir / "checkpoints/last.ckpt"
+    assert len(list(last.glob("shard-*.safetensors"))) == 2
+    assert sorted(path.name for path in run_dir.glob("samples/*")) == ["history.png", "step-000000.png", "step-000004.png"]
+
+    resumed = run("train.py", *tiny, *FSDP, folders, "ckpt_path=last")
+    assert resumed.returncode == 0, resumed.stderr
+    assert sorted(path.name for path in last.parent.iterdir()) == ["last.ckpt", "previous.ckpt"]
+
+    assert (done := run("lcm.export", f"run={run_dir}")).returncode == 0, done.stderr
+    assert contents(run_dir / "export") == contents(run_dir / "model")
+    assert json.loads((run_dir / "export/lcm.json").read_text())["steps"] == 6
+    LatentConsistencyModelPipeline.from_pretrained(run_dir / "export")
+
+    target = run("lcm.export", f"run={run_dir}", "weights=target", "dtype=float32", "format=unet", "output=target")
+    assert target.returncode == 0, target.stderr
+    found = load_file(tmp_path / "target.safetensors")
+    best = UNet2DConditionModel.from_pretrained(run_dir / "export", subfolder="unet", torch_dtype=torch.float32)
+    best.load_state_dict(found)
+    assert all(value.dtype == torch.float32 for value in found.values())
+
+    shard = next(last.glob("shard-*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    before = run("lcm.export", f"run={run_dir}", "output=before", "format=unet")
+    assert "of step 4" in before.stdout, before.stderr

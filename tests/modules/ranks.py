@@ -1,0 +1,147 @@
+"""What a strategy makes of given batches: run as one of several processes by test_strategies.py, and by it for one process.
+
+`python -m tests.modules.ranks <tiny pipeline> <folder>` with LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from lcm.callbacks.checkpoint import AtomicCheckpointIO
+from lcm.callbacks.fsdp import FullySharded
+from lcm.core.batch import LatentBatch
+from lcm.core.random import generator
+from lcm.errors import UserError
+from lcm.modules.base import TrainedModule
+from tests.modules.conftest import new_module
+
+RANKS, STEPS, HALF = 2, 4, 2
+STRATEGIES = {
+    "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
+    "fsdp": FullySharded,
+    "folder": lambda: FullySharded(sharded_checkpoints=True),
+    "hsdp": lambda: FullySharded(replicas=2),
+}
+
+
+class Batches(IterableDataset):
+    """Without a length, as ours: Lightning counts the batches before a checkpoint as read from what it is given."""
+
+    def __init__(self, batches: list[LatentBatch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[LatentBatch]:
+        return iter(self.batches)
+
+
+def batch(index: int, rank: int | None) -> LatentBatch:
+    """Two samples of the rank, or those of all ranks."""
+    rng = generator("cpu", "batch", index)
+    z0, cond = (torch.randn(2 * RANKS, *shape, generator=rng) for shape in ((4, 8, 8), (16, 16)))
+    rows = slice(None) if rank is None else slice(2 * rank, 2 * rank + 2)
+    names = list("abcdefgh"[: 2 * RANKS])[rows]
+    return LatentBatch(z0[rows], cond[rows], torch.ones(1, 16, 16), names, names)
+
+
+class Losses(L.Callback):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.losses.append(float(outputs["loss"]))
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
+
+
+def whole(state: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value.clone() for name, value in state.items()}
+
+
+def train(
+    pipeline: Path,
+    kind: str,
+    folder: Path,
+    strategy: str | None = None,
+    *,
+    steps: int = STEPS,
+    accumulate: int = 1,
+    resume: Path | None = None,
+    save: Path | None = None,
+    poisoned: int | None = None,
+    precision: str = "32-true",
+    validate: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Losses (of this process), gradient norms and weights after `steps`.
+
+    strategy None: this process trains on the batches of all. resume: a checkpoint of `HALF` steps.
+    """
+    # With AdamW's usual eps of 1e-8 the order of a sum decides the step of a weight whose gradient is nearly zero.
+    optimizer = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0, eps=1e-6, fused=True)
+    module = new_module(pipeline, kind, clip_norm=0.05, **{"optimizer": optimizer, **options})
+    rank = int(os.environ["LOCAL_RANK"]) if strategy else None
+    own = [batch(i, rank) for i in range(HALF * accumulate if resume else 0, STEPS * accumulate)]
+    if poisoned is not None and rank == 1:
+        own[poisoned].z0.fill_(float("nan"))
+    watch = Losses()
+    trainer = L.Trainer(
+        accelerator="cpu", devices=RANKS if strategy else 1, strategy=STRATEGIES[strategy]() if strategy else "auto",
+        max_steps=steps, max_epochs=-1, accumulate_grad_batches=accumulate, callbacks=[watch], precision=precision,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, num_sanity_val_steps=0, default_root_dir=folder, plugins=[AtomicCheckpointIO()],
+        check_val_every_n_epoch=None, val_check_interval=2 if validate else None,
+    )  # fmt: skip
+    loaders = [DataLoader(Batches(part), batch_size=None) for part in (own, own[:1])[: 1 + validate]]
+    stopped = None
+    try:
+        trainer.fit(module, *loaders, ckpt_path=resume)
+    except UserError as error:
+        stopped = str(error)
+    if save:
+        trainer.save_checkpoint(save)
+    result = {"losses": watch.losses, "norms": watch.norms, "stopped": stopped, "weights": whole(module.state_dict())}
+    return {**result, "sizes": sizes(module)}
+
+
+def sizes(module: TrainedModule) -> dict[str, int]:
+    """Bytes of each network that this process holds."""
+    networks = {**dict(module.named_children()), **module.frozen}
+    local = {name: [getattr(p, "_local_tensor", p) for p in network.parameters()] for name, network in networks.items()}
+    return {name: sum(p.untyped_storage().nbytes() for p in tensors) for name, tensors in local.items()}
+
+
+SCENARIOS: dict[str, dict[str, Any]] = {
+    **{f"{kind}-{s}-{k}": {"kind": kind, "strategy": s, "accumulate": k}
+       for kind in ("distillation", "diffusion") for s in ("ddp", "fsdp") for k in (1, 2)},
+    "hsdp": {"kind": "distillation", "strategy": "hsdp"},
+    "recomputed": {"kind": "distillation", "strategy": "fsdp", "gradient_checkpointing": True, "validate": True},
+    "poisoned": {"kind": "distillation", "strategy": "fsdp", "poisoned": 2},
+    "bf16": {"kind": "distillation", "strategy": "fsdp", "precision": "bf16-mixed"},
+    **{f"half-{s}": {"kind": "distillation", "strategy": s, "steps": HALF, "save": f"half-{s}.ckpt"}
+       for s in ("ddp", "fsdp", "folder")},
+    **{f"resumed-{s}-{of}": {"kind": "distillation", "strategy": s, "resume": f"half-{of}.ckpt"}
+       for s, of in (("fsdp", "fsdp"), ("folder", "folder"), ("fsdp", "ddp"), ("ddp", "fsdp"), ("ddp", "folder"))},
+}  # fmt: skip
+
+
+def main() -> None:
+    pipeline, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    for name, options in SCENARIOS.items():
+        files = {key: folder / options[key] for key in ("resume", "save") if key in options}
+        result = train(pipeline, folder=folder / name, **{**options, **files})
+        torch.save(result, folder / f"{name}-{os.environ['LOCAL_RANK']}.pt")
+
+
+if __name__ == "__main__":
+    main()

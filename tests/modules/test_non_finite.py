@@ -1,0 +1,160 @@
+"""A loss that is not finite changes nothing: no weight, average or optimizer state, on no rank; training stops or goes on."""
+
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+
+from lcm.errors import UserError
+from lcm.files import whole_file
+from lcm.modules.base import LOOK_EVERY, TrainedModule
+from lcm.modules.lr_schedules import cosine
+from tests.modules.conftest import Make
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def state(trainer: L.Trainer, module: TrainedModule) -> dict[str, Tensor]:
+    """All that an update may change: weights, averages, the optimizer's moments and its own count of steps."""
+    [optimizer] = trainer.optimizers
+    moments = optimizer.state_dict()["state"]
+    tensors = {f"{i}.{name}": value for i, values in moments.items() for name, value in values.items()}
+    return {name: value.clone() for name, value in {**module.state_dict(), **tensors}.items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+class Poison(L.Callback):
+    """Spoils the batches of some numbers on one rank, and keeps the state after each optimizer step."""
+
+    def __init__(self, *batches: int, value: str = "nan", rank: int = 0, folder: Path | None = None) -> None:
+        self.batches, self.value, self.rank, self.folder = batches, float(value), rank, folder
+        self.after: dict[int, dict[str, Tensor]] = {}
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx in self.batches and trainer.global_rank == self.rank:
+            batch.z0.fill_(self.value)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
+        if trainer.global_step not in self.after:
+            self.after[trainer.global_step] = state(trainer, module)
+        if self.folder and trainer.global_step == trainer.max_steps:
+            self.write(trainer, None)
+
+    def attach(self, monkeypatch: pytest.MonkeyPatch) -> "Poison":
+        """Keeps also the state in which a rank gives up (Lightning tells callbacks of it in the first process only)."""
+        look = TrainedModule.look
+
+        def watched(module: TrainedModule) -> None:
+            try:
+                look(module)
+            except UserError as error:
+                self.on_error(module.trainer, module, error)
+                raise
+
+        monkeypatch.setattr(TrainedModule, "look", watched)
+        return self
+
+    def on_error(self, trainer: L.Trainer, module: Any, error: UserError) -> None:
+        self.after["error"] = state(trainer, module)  # type: ignore[index]
+        if self.folder:
+            self.write(trainer, str(error))
+            deadline = time.monotonic() + 120  # the first rank to end takes the others with it
+            while len(list(self.folder.glob("rank*.pt"))) < trainer.world_size and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+    def write(self, trainer: L.Trainer, error: str | None) -> None:
+        with whole_file(self.folder / f"rank{trainer.global_rank}.pt") as file:  # the others count names: whole ones only
+            torch.save({"after": self.after, "error": error}, file)
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}], ids=str)
+@pytest.mark.parametrize("where", ["host", "host, not fused", "device"])
+def test_a_skipped_update_changes_nothing_but_the_step(
+    where: str, options: dict[str, Any], training: Make, data: Make, fit: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainedModule, "skips_on_device", lambda *_: where == "device")
+    kind = {"fused": where != "host, not fused", "eval_ema": 0.9, "lr_schedule": cosine, "skip_non_finite": 1}
+    poison, module = Poison(4), training("distillation", **kind)
+    trainer = fit(module, data(), 6, callbacks=[poison], **options)
+    bad = 4 // options.get("accumulate_grad_batches", 1)
+    changed = [step for step in range(2, 7) if not same(poison.after[step], poison.after[step - 1])]
+    assert changed == [step for step in range(2, 7) if step != bad + 1]
+    assert all(value.isfinite().all() for value in poison.after[6].values())
+    assert trainer.callback_metrics["train/skipped_steps"] == 1
+    assert trainer.global_step == 6
+    healthy = fit(training("distillation", **kind), data(), 6, **options)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == healthy.optimizers[0].param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_more_in_a_row_than_allowed_stop_the_training(
+    where: str, training: Make, data: Make, fit: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainedModule, "skips_on_device", lambda *_: where == "device")
+    module, poison = training("distillation", skip_non_finite=2), Poison(1, 2, 4, 5)
+    assert fit(module, data(), 7, callbacks=[poison]).callback_metrics["train/skipped_steps"] == 4
+
+    poison = Poison(2, 3, 4).attach(monkeypatch)
+    seen = 4 if where == "host" else LOOK_EVERY - 1  # the device leaves the updates out, the host hears of it at its next look
+    with pytest.raises(UserError, match=f"non-finite 3 times in a row at step {seen}; no weight"):
+        fit(training("distillation", skip_non_finite=2), data(), 14, callbacks=[poison])
+    assert same(poison.after["error"], poison.after[2])
+
+
+def test_on_the_device_one_bad_step_holds_the_training_still_until_the_host_looks(
+    training: Make, data: Make, fit: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainedModule, "skips_on_device", lambda *_: True)
+    poison = Poison(3).attach(monkeypatch)
+    with pytest.raises(UserError, match=f"non-finite at step {LOOK_EVERY - 1}"):
+        fit(training("distillation"), data(), 14, callbacks=[poison])
+    assert same(poison.after["error"], poison.after[3])
+
+    poison = Poison(3)
+    with pytest.raises(UserError, match="non-finite at step 5"):
+        fit(training("distillation"), data(), 6, callbacks=[poison])  # no run ends without a look
+
+
+@pytest.mark.parametrize(
+    ("world", "value", "accumulate", "allowed"), [(4, "nan", 1, 0), (2, "inf", 2, 0), (4, "inf", 1, 1), (2, "nan", 2, 1)]
+)
+def test_all_ranks_leave_out_what_one_rank_spoils(
+    world: int,
+    value: str,
+    accumulate: int,
+    allowed: int,
+    training: Make,
+    data: Make,
+    fit: Make,
+    monkeypatch: Any,
+    tmp_path: Path,
+) -> None:
+    poison = Poison(4, value=value, rank=1, folder=tmp_path).attach(monkeypatch)
+    bad, steps = 4 // accumulate, 4 // accumulate + 3
+    options = {"devices": world, "strategy": DDPStrategy(start_method="fork", process_group_backend="gloo")}
+    module = training("distillation", skip_non_finite=allowed, eval_ema=0.9)
+    stopped = allowed == 0
+    with pytest.raises(Exception, match="non-finite at step") if stopped else nullcontext():
+        fit(module, data(), steps, callbacks=[poison], accumulate_grad_batches=accumulate, **options)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+    for rank in ranks:
+        after = rank["after"]
+        end = "error" if stopped else bad + 1
+        assert same(after[end], after[bad])
+        assert not same(after[bad], after[bad - 1])
+        if stopped:
+            assert rank["error"].startswith(f"the loss or a gradient became non-finite at step {bad};")
+            assert bad + 1 not in after
+        else:
+            assert not same(after[steps], after[bad])
+            assert all(value.isfinite().all() for value in after[steps].values())
+        assert all(same(after[step], ranks[0]["after"][step]) for step in after)
