@@ -1,9 +1,14 @@
 """Train what the configuration describes: `python train.py experiment=lcd_mini model/solver=dpm_solver_pp_2 model.w_max=8`."""
 
+from lcm import signals
+
+signals.listen(signals.SIGUSR1)  # before imports that take seconds; a SIGTERM ends the program until there is something to save
+
 import lightning as L
 from omegaconf import DictConfig
 
 from lcm.command_line import build, build_all, program
+from lcm.data.workers import workers_watched
 from lcm.runs import resume_path, start_run, write_config
 
 
@@ -17,11 +22,12 @@ def main(cfg: DictConfig) -> float | None:
     callbacks, loggers = build_all(cfg.callbacks), build_all(cfg.logger)
     trainer = L.Trainer(**build(cfg.trainer), callbacks=callbacks, logger=loggers, default_root_dir=run_dir)
     write_config(cfg, trainer)
-    trainer.fit(model, datamodule, ckpt_path=ckpt_path)
+    with workers_watched():
+        trainer.fit(model, datamodule, ckpt_path=ckpt_path)
     if trainer.interrupted:
         return None
+    model.save_model(f"{run_dir}/model")
     if trainer.is_global_zero:
-        model.save_model(f"{run_dir}/model")
         print(f"model:   {run_dir}/model")
     metric = trainer.callback_metrics.get(cfg.optimized_metric or "")
     return None if metric is None else float(metric)

@@ -2,15 +2,18 @@
 
 import difflib
 import logging
+import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, NoReturn
 
 import hydra
 import torch
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
@@ -19,8 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lcm.errors import UserError
-
-CONF = Path(__file__).parent.parent / "conf"
+from lcm.redaction import hide_in_logs, redacted
+from lcm.targets import CONF, check_targets
 
 
 def program(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
@@ -30,19 +33,27 @@ def program(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
         def checked(cfg: DictConfig) -> Any:
             quiet()
             if missing := sorted(OmegaConf.missing_keys(cfg)):
-                sys.exit(f"error: {missing[0]} has no default: give it on the command line, {missing[0]}=...")
+                refuse(f"{missing[0]} has no default: give it on the command line, {missing[0]}=...")
             try:
                 return main(cfg)
             except UserError as error:
-                sys.exit(f"error: {error}")
+                refuse(error)
+            except UnpicklingError:
+                refuse("a file to be loaded holds code, not tensors alone, and is refused: give one that this program wrote")
 
         def run() -> None:
+            hide_in_logs()  # Hydra's launchers log a sweep's overrides
+            warnings.filterwarnings("ignore", r"\s*'hydra/launcher/.* ConfigStore")  # conf/ fills in a plugin's own schema
             check_overrides(config_name, sys.argv[1:])
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(checked)()
 
         return run
 
     return decorate
+
+
+def refuse(reason: object) -> NoReturn:
+    sys.exit(f"error: {redacted(str(reason))}")
 
 
 def quiet() -> None:
@@ -54,27 +65,67 @@ def quiet() -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in ("Checkpoint directory", "Found .* eval mode", "isinstance.treespec", "The '.*' does not have many workers"):
+    for message in (
+        "Checkpoint directory",
+        "Found .* eval mode",
+        "isinstance.treespec",
+        "The '.*' does not have many workers",
+        "The `srun` command is available",  # it goes on with the command line, secrets included
+        "torch.distributed is disabled",
+    ):
         warnings.filterwarnings("ignore", f".*{message}")
 
 
-def compose(config_name: str, overrides: list[str]) -> DictConfig:
+def compose(config_name: str, overrides: list[str], **options: Any) -> DictConfig:
+    """options: `return_hydra_config=True` keeps what Hydra itself is configured with."""
     if GlobalHydra.instance().is_initialized():  # within a program, whose search path is this one
-        return hydra.compose(config_name, overrides)
+        return hydra.compose(config_name, overrides, **options)
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return hydra.compose(config_name, overrides)
+        return hydra.compose(config_name, overrides, **options)
 
 
 def check_overrides(config_name: str, args: list[str]) -> None:
-    """Exit with one sentence, naming the nearest valid key, where Hydra would print a page."""
-    overrides = [arg for arg in args if arg not in ("-m", "--multirun")]
-    if any(arg.startswith("-") for arg in overrides):
-        return  # --help, --cfg job and other options are Hydra's to answer
+    """Exit with one sentence, naming the nearest valid key, where Hydra would print a page or build what is not allowed."""
+    options = get_args_parser().parse_args(args)
+    if options.experimental_rerun or options.config_path:
+        refuse("--experimental-rerun unpickles a file and --config-path replaces conf/: give overrides, or --config-dir")
+    name, overrides = options.config_name or config_name, options.overrides
+    if options.config_dir:
+        if any(override.lstrip("+").startswith("hydra.searchpath=") for override in overrides):
+            refuse("--config-dir and hydra.searchpath say the same: give all folders with hydra.searchpath=[...]")
+        overrides = [f"hydra.searchpath=['file://{os.path.abspath(options.config_dir)}']", *overrides]
     try:
         for single in single_runs(overrides):
-            compose(config_name, single)
+            check_composed(compose(name, single, return_hydra_config=True))
+    except UserError as error:
+        refuse(error)
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {explain(config_name, str(error))}")
+        if not (options.help or options.hydra_help or options.cfg or options.info or options.shell_completion):
+            refuse(explain(name, str(error)))  # those are Hydra's to answer
+
+
+def check_composed(cfg: DictConfig) -> None:
+    """Raises UserError for a `_target_` that is not allowed, also where Hydra builds it before the program starts."""
+    if cfg.hydra.output_subdir is not None:
+        raise UserError("hydra.output_subdir would hold secrets of the overrides: leave it null, config.yaml says what was run")
+    found = plain(cfg)
+    for part in ("job_logging", "hydra_logging"):
+        check_targets(found["hydra"].pop(part), f"hydra.{part}", logs=True)
+    check_targets(found)
+
+
+def plain(node: Any) -> Any:
+    """Containers without interpolations; what cannot be resolved yet, such as the run's folder, is None."""
+    if OmegaConf.is_config(node):
+        keys = list(node) if OmegaConf.is_dict(node) else range(len(node))
+        found = {}
+        for key in keys:
+            try:
+                found[key] = plain(node[key])
+            except OmegaConfBaseException:
+                found[key] = None
+        return found if OmegaConf.is_dict(node) else list(found.values())
+    return node
 
 
 def single_runs(overrides: list[str]) -> Iterator[list[str]]:
@@ -125,9 +176,13 @@ def dotted_keys(node: Any, prefix: str = "") -> list[str]:
 
 
 def build(node: Any) -> Any:
-    """`instantiate` with plain containers; a constructor's complaint becomes a UserError."""
+    """`instantiate` of what is allowed, with plain containers; a constructor's complaint becomes a UserError."""
+    if not node:
+        return {}
+    node = node if OmegaConf.is_config(node) else OmegaConf.create(node, flags={"allow_objects": True})
+    check_targets(plain(node))
     try:
-        return instantiate(node, _convert_="all") if node else {}
+        return instantiate(node, _convert_="all")
     except InstantiationException as error:
         cause: BaseException = error
         while cause.__cause__ is not None and not isinstance(cause, UserError):

@@ -1,7 +1,6 @@
 """One progress line over optimizer steps: what is done, how fast, when it ends."""
 
 import sys
-import time
 from typing import Any
 
 from lightning.pytorch.callbacks import ProgressBar
@@ -21,6 +20,8 @@ class Progress(ProgressBar):
     def enable(self) -> None: ...
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
         self.bar = tqdm(
             desc="training",
             initial=trainer.global_step,
@@ -29,17 +30,15 @@ class Progress(ProgressBar):
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 10,
         )
-        self.started, self.images = time.monotonic(), 0
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.bar is None:
             return
-        self.images += trainer.world_size * len(batch["x"] if isinstance(batch, dict) else batch)
         if trainer.global_step > self.bar.n:
-            metrics = {k: f"{float(v):.4g}" for k, v in trainer.progress_bar_metrics.items() if k != "v_num"}
-            rate = self.images / (time.monotonic() - self.started)
             if trainer.global_step % trainer.log_every_n_steps == 0:
-                self.bar.set_postfix({**metrics, "images/s": f"{rate:.1f}"}, refresh=False)
+                shown = {name.removeprefix("perf/"): value for name, value in trainer.progress_bar_metrics.items()}
+                shown.pop("v_num", None)
+                self.bar.set_postfix({name: f"{float(value):.4g}" for name, value in shown.items()}, refresh=False)
             self.bar.update(trainer.global_step - self.bar.n)
 
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:

@@ -1,0 +1,57 @@
+"""Signals that ask a run to stop: noted when they come, acted on between two batches by `lcm.callbacks.stop`.
+
+The standard library only: `train.py` listens before its other imports, which take seconds.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, SIGUSR1, SIGUSR2
+from types import FrameType
+
+_process = 0
+_asked = 0
+
+
+def listen(*signals: int) -> None:
+    """Note these signals from now on, those too that were held back since before the program began (`env --block-signal`)."""
+    global _process
+    _process = os.getpid()
+    for signum in signals:
+        signal.signal(signum, _note)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+
+
+def _note(signum: int, frame: FrameType | None) -> None:
+    global _asked
+    if os.getpid() != _process:  # a forked loader worker inherits the handler, and has nothing to save
+        return
+    if signum == SIGINT:
+        if _asked:  # nothing is lost: what is being written has another name until it is whole
+            signal.signal(SIGINT, SIG_DFL)
+            os.kill(_process, SIGINT)
+        print("\nstopping after this step with a checkpoint; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+    _asked = max(_asked, signum)
+
+
+def asked() -> int:
+    """The highest signal noted, 0 for none: SIGTERM, which ends a job, outranks SIGUSR1, after which it goes on."""
+    return _asked
+
+
+def leave_to_parent() -> None:
+    """For a loader worker: only the process that started it may end it. SLURM signals every process of a job, a terminal every
+    one in the foreground, and the main one still needs batches to come to the end of a step."""
+    for signum in (SIGINT, SIGUSR1, SIGUSR2):  # the last is submitit's
+        signal.signal(signum, SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {SIGTERM})
+    threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    parent = multiprocessing.parent_process()
+    while parent is None or signal.sigwaitinfo({SIGTERM}).si_pid != parent.pid:
+        pass
+    os._exit(0)

@@ -1,0 +1,118 @@
+"""Stopping and watching, without a cluster: tests/slurm has the same on one."""
+
+import logging
+import os
+import time
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from lcm import signals
+from lcm.callbacks.checkpoint import AtomicCheckpointIO
+from lcm.callbacks.stop import StopOnSignal, requeue
+from lcm.callbacks.watchdog import Watchdog
+from lcm.runs import resume_path
+from tests.callbacks.test_checkpoint import content
+
+
+def rank(number: int, folder: Path, asked: int) -> None:
+    """One of two: says at which step it saved, and with which code it left."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=2)
+    stop = StopOnSignal("unused", every_n_steps=2)
+    stop.group = dist.new_group(backend="gloo")
+    saved = folder / f"saved-{number}"
+    trainer = SimpleNamespace(
+        global_step=0,
+        val_check_batch=None,
+        num_val_batches=[],
+        training=False,
+        loggers=[],
+        is_global_zero=number == 0,
+        save_checkpoint=lambda path: saved.write_text(str(trainer.global_step)),
+        strategy=SimpleNamespace(checkpoint_io=SimpleNamespace(teardown=lambda: None)),
+    )
+    stop.on_train_start(trainer, None)
+    for step in range(1, 9):
+        trainer.global_step = step
+        if step == 3 and number == 1:
+            signals._asked = asked
+        stop.on_train_batch_end(trainer, None, None, None, step - 1)
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    spawn = get_context("spawn")
+    ranks = [spawn.Process(target=rank, args=(number, tmp_path, signals.SIGTERM)) for number in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(240)
+        if process.is_alive():
+            process.kill()
+    assert [process.exitcode for process in ranks] == [143, 143]
+    assert [(tmp_path / f"saved-{number}").read_text() for number in range(2)] == ["4", "4"]
+
+
+def test_a_step_before_a_validation_leaves_stopping_to_it(monkeypatch):
+    monkeypatch.setattr(signals, "_asked", signals.SIGTERM)
+    stopped = []
+    stop = StopOnSignal("unused", every_n_steps=1)
+    monkeypatch.setattr(stop, "stop_if_asked", lambda trainer: stopped.append(trainer.global_step))
+    for batches, expected in (([1], [1, 2, 4, 5]), ([0], [1, 2, 3, 4, 5, 6])):
+        stopped.clear()
+        stop.last = 0
+        for step in range(1, 7):
+            trainer = SimpleNamespace(global_step=step, val_check_batch=3, num_val_batches=batches)
+            stop.on_train_batch_end(trainer, None, None, None, step - 1)
+        assert stopped == expected
+
+
+def test_a_job_is_requeued_by_its_number(tmp_path, monkeypatch):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert not requeue()
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert requeue()
+    assert (tmp_path / "asked").read_text() == "requeue 17\n"
+    scontrol.write_text("#!/bin/sh\nexit 1\n")
+    assert not requeue()
+    monkeypatch.setenv("PATH", "/nowhere")  # a container: the batch script does it
+    assert requeue()
+
+
+def test_a_restarted_job_goes_on_with_its_own_checkpoint_whatever_it_began_from(tmp_path, monkeypatch):
+    cfg = OmegaConf.create({"ckpt_path": None, "paths": {"run_dir": str(tmp_path)}})
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert resume_path(cfg.copy()) is None
+    (tmp_path / "checkpoints").mkdir()
+    AtomicCheckpointIO().save_checkpoint(content(1), tmp_path / "checkpoints/last.ckpt")
+    assert resume_path(cfg.copy()) == f"{tmp_path}/checkpoints/last.ckpt"
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    assert resume_path(cfg.copy()) is None
+
+
+@pytest.mark.parametrize(
+    ("places", "silent", "speaker", "told"),
+    [
+        ([9, 8, 9], (), 0, "not arrived: rank 1 on n1"),
+        ([8, 9, 8], (), 1, "not arrived: rank 0 on n0, rank 2 on n2"),
+        ([9, 9, 9], (2,), 0, "not arrived: rank 2 on n2 (it does not answer)"),
+        ([9, 9, 9], (), 0, "all ranks are in it"),
+    ],
+)
+def test_the_watchdog_names_who_is_late_once(places, silent, speaker, told, caplog):
+    now = time.time()
+    beats = {number: (place, f"n{number}", now - 100 * (number in silent)) for number, place in enumerate(places)}
+    for number in range(3):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            Watchdog(timeout=10).tell(number, 3, beats)
+        assert (told in caplog.text) == (number == speaker)
+        assert bool(caplog.text) == (number == speaker)

@@ -1,0 +1,132 @@
+"""A real SLURM of two nodes on this machine, and jobs on it. Skipped where its packages or root are missing."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import ROOT, environment
+from tests.e2e.conftest import tiny as tiny
+
+LOCAL = ROOT / "tests/slurm/local.sh"
+PATIENCE = 1800  # seconds for what takes some on an idle machine
+
+
+def wait_for(what: Callable[[], object], message: Callable[[], str], patience: float = PATIENCE) -> None:
+    deadline = time.monotonic() + patience
+    while not what():
+        assert time.monotonic() < deadline, message()
+        time.sleep(0.05)
+
+
+class Job:
+    """One submission of docker/train.sbatch."""
+
+    def __init__(self, cluster: "Cluster", number: str, log: Path) -> None:
+        self.cluster, self.number, self.file = cluster, number, log
+
+    @property
+    def log(self) -> str:
+        return self.file.read_text() if self.file.is_file() else ""
+
+    def facts(self) -> dict[str, str]:
+        """What `scontrol show job` knows: JobState, Restarts, ExitCode, ..."""
+        return dict(re.findall(r"(\w+)=(\S*)", self.cluster.run("scontrol", "show", "job", self.number)))
+
+    def logged(self, text: str) -> None:
+        """Wait until the log has it."""
+        wait_for(lambda: text in self.log or self.ended(), lambda: f"no {text!r} in:\n{self.log}")
+        assert text in self.log, self.log
+
+    def ended(self) -> bool:
+        return self.facts()["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+    def end(self, patience: float = PATIENCE) -> dict[str, str]:
+        wait_for(self.ended, lambda: f"job {self.number} does not end:\n{self.log}", patience)
+        return self.facts()
+
+    def pids(self, rank: int) -> list[int]:
+        """The processes of a rank, the main one first."""
+        wanted = {f"SLURM_JOB_ID={self.number}", f"SLURM_PROCID={rank}"}
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                known = set((folder / "environ").read_bytes().decode(errors="replace").split("\0"))
+                line = (folder / "cmdline").read_bytes()
+                if wanted <= known and b"train.py" in line and not line.startswith(b"env"):  # which is yet to block signals
+                    found.append(int(folder.name))
+            except OSError:
+                continue  # it ended, or is a thread of the kernel
+        return sorted(found)
+
+    def signal(self, signum: signal.Signals) -> None:
+        """To every process of every step, as SLURM does before the time limit."""
+        self.cluster.run("scancel", f"--signal={signum.name.removeprefix('SIG')}", self.number)
+
+
+class Cluster:
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.env = folder, environment(SLURM_CONF=f"{folder}/slurm.conf", PYTHON=sys.executable)
+
+    def run(self, *command: str, **env: str) -> str:
+        """A program that uses the cluster, run in the checkout; its output."""
+        done = subprocess.run(command, cwd=ROOT, env={**self.env, **env}, capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def submit(self, *overrides: str, nodes: int = 2, tasks: int = 1, log: Path, **env: str) -> Job:
+        """`sbatch docker/train.sbatch` with options for this small cluster; tasks: per node."""
+        options = [f"--nodes={nodes}", f"--ntasks-per-node={tasks}", "--cpus-per-task=1", "--gres=none", "--time=60"]
+        number = self.run(
+            "sbatch",
+            "--parsable",
+            *options,
+            f"--output={log}",
+            "docker/train.sbatch",
+            "trainer.accelerator=cpu",
+            *overrides,
+            **env,
+        )
+        return Job(self, number.strip(), log)
+
+    def lose(self, node: str) -> None:
+        """Kill a node's daemon and all that runs on it."""
+        daemon = int((self.folder / f"run/slurmd.{node}.pid").read_text())
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                line, files = (folder / "cmdline").read_bytes(), list((folder / "fd").iterdir())
+                task = f"SLURMD_NODENAME={node}".encode() in (folder / "environ").read_bytes().split(b"\0")
+                stepd = line.startswith(b"slurmstepd: [") and any(f"slurmd.{node}" in os.readlink(file) for file in files)
+                if task or stepd or int(folder.name) == daemon:
+                    os.kill(int(folder.name), signal.SIGKILL)
+            except OSError:
+                continue
+
+    def bring_back(self, node: str) -> None:
+        self.run("slurmd", "-N", node, "-f", self.env["SLURM_CONF"])
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """n1 and n2 with 8 pretended CPUs each."""
+    missing = [name for name in ("slurmctld", "slurmd", "srun", "munged") if shutil.which(name) is None]
+    if missing or os.geteuid():
+        lack = f"has no {', '.join(missing)} (Debian: slurmctld slurmd slurm-client munge)" if missing else "needs root"
+        pytest.skip(f"no local SLURM: this machine {lack}")
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    port = 25000 + os.getpid() % 700 * 10  # two workers' clusters do not meet; below the ports that the kernel gives out
+    start = {**os.environ, "SLURM_LOCAL_PORT": str(port), "SLURM_LOCAL_KILL_WAIT": "600"}  # a busy machine saves slowly
+    try:
+        subprocess.run([LOCAL, "start", folder], env=start, check=True, timeout=120)
+        yield Cluster(folder)
+    finally:
+        subprocess.run([LOCAL, "stop", folder], timeout=120)
+        shutil.rmtree(folder, ignore_errors=True)
