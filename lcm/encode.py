@@ -8,20 +8,20 @@ from typing import Any
 import torch
 import webdataset as wds
 from omegaconf import DictConfig
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lcm.command_line import build, output_folder, pick_device, program
-from lcm.data.datamodule import ShardDataModule, one_thread
+from lcm.data.datamodule import ShardDataModule
 from lcm.data.encoding import Encoder, Variants, gathered
 from lcm.data.latents import STAMP, stamp
 from lcm.data.order import Order
-from lcm.data.shards import redacted
 from lcm.data.source import Source
 from lcm.data.stream import ShardStream
 from lcm.data.transforms import Decode
+from lcm.data.workers import Loader
 from lcm.errors import UserError
 from lcm.files import whole_file
+from lcm.redaction import redacted
 
 
 def encode_shard(source: Source, encoder: Encoder, decode: Variants, target: Path, data: ShardDataModule, bar: tqdm) -> None:
@@ -30,7 +30,7 @@ def encode_shard(source: Source, encoder: Encoder, decode: Variants, target: Pat
     order, seed, size = Order([facts.samples]), f"{data.seed}/{target.name}", data.val_batch_size
     stream = ShardStream([source], order, decode=decode, collate=gathered, batch_size=size, seed=seed, stop=order.size)
     with whole_file(target) as file, wds.TarWriter(file, mtime=0) as writer:
-        for batch in DataLoader(stream, batch_size=None, num_workers=data.num_workers, worker_init_fn=one_thread):
+        for batch in Loader(stream, num_workers=data.num_workers, patience=data.timeout):
             for sample in encoder(batch, target.name):
                 writer.write(sample)
             skipped.update(batch["skipped"])

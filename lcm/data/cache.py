@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lcm.data.remote import bring
-from lcm.data.shards import redacted
+from lcm.data.remote import TooLarge, bring
+from lcm.redaction import redacted
 
 log = logging.getLogger(__name__)
 
 
 class ShardCache:
-    """A folder of at most about `max_gb` gigabytes; the shards used longest ago make room.
+    """A folder of at most about `max_gb` gigabytes; the shards used longest ago make room. A larger one is not brought.
 
     A download is tried `attempts` times with growing pauses (1, 2, 4, ... seconds times `pause`), appears in one rename, and
     files are named by the whole URL: shards of one basename do not mix.
@@ -43,14 +43,14 @@ class ShardCache:
         partial = path.with_suffix(".partial")
         for attempt in range(1, self.attempts + 1):
             try:
-                bring(url, partial, self.timeout)
+                bring(url, partial, self.timeout, self.max_gb * 1e9)
                 if wrong := flaw(str(partial)):
                     raise OSError(wrong)
                 break
             except Exception as error:  # whatever a file system's client raises for a bad connection
                 partial.unlink(missing_ok=True)
                 message = f"{redacted(url)}: {type(error).__name__}: {str(error).replace(url, redacted(url))}"
-                if attempt == self.attempts or isinstance(error, ImportError):
+                if attempt == self.attempts or isinstance(error, ImportError | TooLarge):
                     raise OSError(message) from None
                 log.warning("attempt %d of %d failed, %s", attempt, self.attempts, message)
                 time.sleep(self.pause * 2 ** (attempt - 1))

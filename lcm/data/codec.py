@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lcm.core.batch import LatentBatch
+from lcm.core.random import own_rows
 
 
 class LatentCodec:
@@ -56,15 +57,15 @@ class LatentCodec:
         return self
 
     @torch.no_grad()
-    def encode(self, batch: dict[str, Any], rng: torch.Generator | None = None) -> LatentBatch:
+    def encode(self, batch: dict[str, Any], rng: torch.Generator | None = None, world: tuple[int, int] = (0, 1)) -> LatentBatch:
         """batch: `{"x": uint8 or [-1, 1] float [B, 3, H, W], "captions", "keys"}`, or "moments" `[B, 2C, h, w]` in place of x,
         and possibly "text" `[B, L, D]`, the captions' states.
 
-        Returns a LatentBatch; rng draws the posterior.
+        Returns a LatentBatch; rng draws the posterior, for all ranks; world: (this one, of how many).
         """
         moments = batch["moments"].float() if "moments" in batch else self.posterior(batch["x"], batch["keys"])
         mean, std = moments.chunk(2, dim=1)
-        noise = torch.randn(mean.shape, generator=rng, device=mean.device)
+        noise = own_rows(torch.randn(world[1] * len(mean), *mean.shape[1:], generator=rng, device=mean.device), *world)
         z0 = (mean + std * noise) * self.vae.config["scaling_factor"]
         captions = batch["captions"]
         if "text" not in batch:

@@ -1,7 +1,6 @@
 """One DataModule for every module: shards -> decoded batches -> (frozen codec) -> `LatentBatch`."""
 
 import logging
-import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from lcm.data.skips import Skips
 from lcm.data.source import Source, total_dropped
 from lcm.data.stream import ShardStream
 from lcm.data.transforms import Decode, collate
+from lcm.data.workers import Loader
 from lcm.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ class ShardDataModule(L.LightningDataModule):
     latents: the shards hold what `python -m lcm.encode` made of images with this codec at this resolution.
     buckets: batches of one shape, see `lcm.data.buckets.shapes_of`; None trains on squares of `resolution`.
     batch_size: per device. shuffle, lanes: see `lcm.data.order`. index: the folder that keeps the shards' sample counts.
+    timeout: seconds without data after which the training ends with an error.
     max_skip_ratio: more damaged samples than this share of those seen stop the training.
     A checkpoint holds the position in the order after the last consumed batch: a resumed run sees the next samples, none twice,
     with any number of workers and ranks.
@@ -157,14 +158,11 @@ class ShardDataModule(L.LightningDataModule):
             world_size=world_size,
             **stream,
         )
-        workers = self.num_workers
-        return DataLoader(
+        return Loader(
             dataset,
-            batch_size=None,
-            num_workers=workers,
-            timeout=self.timeout if workers else 0,
+            num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=one_thread if workers else None,
+            patience=self.timeout,
         )
 
     def train_dataloader(self) -> DataLoader:
@@ -195,7 +193,8 @@ class ShardDataModule(L.LightningDataModule):
         device = batch["moments" if self.latents else "x"].device
         if self.codec.device != device:
             self.codec.to(device)
-        return self.codec.encode(batch, generator(self.codec.device, self.seed, training, batch["position"], self.world[0]))
+        rng = generator(self.codec.device, self.seed, training, batch["position"], 0)
+        return self.codec.encode(batch, rng, self.world)
 
     def teardown(self, stage: str) -> None:
         if stage == "fit" and self.skips.by_reason:
@@ -213,9 +212,3 @@ class ShardDataModule(L.LightningDataModule):
             return
         self.position = state_dict["position"]
         self.skips.load_state_dict(state_dict["skips"])
-
-
-def one_thread(worker: int) -> None:
-    """Decoding scales over workers, not over threads within one."""
-    torch.set_num_threads(1)
-    random.seed(worker)

@@ -58,8 +58,10 @@ def main(cfg: DictConfig) -> None:
         print(f"damaged:  {number} of {len(captions)}: {reason}")
     side = max(max(image.shape) for image in images)
     images = [pad(image, (0, side - image.shape[2], 0, side - image.shape[1]), value=255) for image in images]
-    rows = [torch.stack(images[i : i + 4]) for i in range(0, len(images) - len(images) % 4, 4)]
-    save_png(grid(rows, [" / ".join(captions[i : i + 4]) for i in range(0, 4 * len(rows), 4)]), folder / "grid.png")
+    wide = min(len(images), 4)
+    starts = range(0, len(images) - len(images) % wide, wide)
+    rows = [torch.stack(images[i : i + wide]) for i in starts]
+    save_png(grid(rows, [" / ".join(captions[i : i + wide]) for i in starts]), folder / "grid.png")
     print(f"picture:  {Path(folder, 'grid.png')}")
 
 

@@ -21,6 +21,8 @@ import webdataset as wds
 from PIL import Image
 from rich.progress import track
 
+from lcm.errors import UserError
+
 BACKGROUNDS = {
     "color": {
         "white": "#ffffff",
@@ -136,6 +138,8 @@ def build(
     manifest = target / "manifest.json"
     if manifest.is_file() and json.loads(manifest.read_text())["settings"] == settings:
         return
+    if not manifest.is_file() and target.is_dir() and any(target.iterdir()):
+        raise UserError(f"{target} holds something else, which OpenMoji would replace: set data.build.root=<a new folder>")
     partial = target.with_name(f"{target.name}.{socket.gethostname()}-{os.getpid()}.partial")  # nodes may share the folder
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -1,5 +1,6 @@
 """One remote file brought here, with no second try: through fsspec, or by the user's own command (`pipe:` URLs)."""
 
+import math
 import os
 import re
 import shlex
@@ -11,17 +12,39 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.callbacks import Callback
 
 from lcm.data.shards import scheme_of
 
 
-def bring(url: str, file: Path, timeout: float) -> None:
-    """Raises what the file system's client raises, or OSError for a command that fails."""
+class TooLarge(OSError):
+    """What comes does not end where it should."""
+
+
+class Limit(Callback):
+    """Ends a download of more than so many bytes."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def call(self, *args: Any, **kwargs: Any) -> None:
+        check_size(max(self.size or 0, self.value), self.limit)
+
+
+def check_size(size: int, limit: float) -> None:
+    if size > limit:
+        raise TooLarge(f"it is larger than {limit / 1e9:g} GB, all that the cache may hold (data.cache.max_gb)")
+
+
+def bring(url: str, file: Path, timeout: float, limit: float = math.inf) -> None:
+    """limit: of its bytes. Raises what the file system's client raises, TooLarge, or OSError for a command that fails."""
     if scheme_of(url) == "pipe":
-        run(url.partition(":")[2], file, timeout)
+        run(url.partition(":")[2], file, timeout, limit)
     else:
         remote, name = connect(url, timeout)
-        remote.get_file(name, str(file))
+        remote.get_file(name, str(file), callback=Limit(limit))
+    check_size(file.stat().st_size, limit)
 
 
 def connect(url: str, timeout: float) -> tuple[Any, str]:
@@ -35,7 +58,7 @@ def connect(url: str, timeout: float) -> tuple[Any, str]:
     return fsspec.url_to_fs(url, client_kwargs={"timeout": limits}, skip_instance_cache=True)
 
 
-def run(command: str, file: Path, timeout: float) -> None:
+def run(command: str, file: Path, timeout: float, limit: float = math.inf) -> None:
     """The command's output becomes the file. There is no shell: `sh -c '...'` is one. Raises OSError with its last line of
     errors, without its own arguments, if it fails, or if it is silent for `timeout` seconds."""
     words = shlex.split(command)
@@ -47,6 +70,7 @@ def run(command: str, file: Path, timeout: float) -> None:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(timeout)
                 before, size = size, os.fstat(output.fileno()).st_size
+                check_size(size, limit)
         finally:
             silent = process.poll() is None
             if silent:

@@ -7,7 +7,6 @@ sound one, and only the samples that it hit are lost.
 
 import contextlib
 import glob
-import hashlib
 import io
 import os
 import tarfile
@@ -15,7 +14,6 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
 
 from braceexpand import braceexpand
 
@@ -73,16 +71,6 @@ def local(url: str) -> str:
     return url[len("file://") :] if url.startswith("file://") else url
 
 
-def redacted(url: str) -> str:
-    """The URL without user, password and query, for messages: pre-signed URLs carry a secret there. Of a command its program
-    and a digest are left."""
-    if scheme_of(url) == "pipe":
-        program = url.partition(":")[2].split()[:1]
-        return f"pipe:{' '.join(program)} [{hashlib.sha256(url.encode()).hexdigest()[:12]}]"
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.hostname}{parts.path}" if is_remote(url) else url
-
-
 def first_of(sample: Mapping[str, Any], extensions: Sequence[str]) -> str | None:
     return next((extension for extension in extensions if extension in sample), None)
 
@@ -93,7 +81,7 @@ def members(file: BinaryIO) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
         tar = tarfile.open(fileobj=file, mode="r:", ignore_zeros=True)  # noqa: SIM115 - the file is the caller's
         while (info := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # it would keep a kilobyte a member
-            folder, _, name = info.name.rpartition("/")
+            folder, _, name = info.name.lstrip("/").rpartition("/")
             stem, _, extension = name.partition(".")
             if info.isfile() and extension:
                 yield (f"{folder}/{stem}" if folder else stem), extension.lower(), info
@@ -117,7 +105,7 @@ class Shard:
         size = os.fstat(self.file.fileno()).st_size
         for key, extensions, start, end in self._grouped():
             self.extensions |= extensions
-            flaw = self._flaw(extensions, needs, end - start, end > size)
+            flaw = self._flaw(key, extensions, needs, end - start, end > size)
             if flaw is not None:
                 self.broken[key] = flaw
             if reason := flaw or self._unwanted(start, end):
@@ -140,7 +128,9 @@ class Shard:
             yield key, extensions, start, end
 
     @staticmethod
-    def _flaw(extensions: set[str], needs: Sequence[str], size: int, cut: bool) -> str | None:
+    def _flaw(key: str, extensions: set[str], needs: Sequence[str], size: int, cut: bool) -> str | None:
+        if ".." in key.split("/"):
+            return "name"  # nothing is extracted here, but names are passed on to shards that others may extract
         if cut:
             return "cut"
         if size > MAX_BYTES:

@@ -17,8 +17,9 @@ from lcm.data.cache import ShardCache
 from lcm.data.expected import Manifests
 from lcm.data.filters import Filters
 from lcm.data.members import Sample
-from lcm.data.shards import CAPTIONS, IMAGES, Shard, is_remote, local, redacted
+from lcm.data.shards import CAPTIONS, IMAGES, Shard, is_remote, local
 from lcm.errors import UserError
+from lcm.redaction import redacted
 
 log = logging.getLogger(__name__)
 TRIED = 8  # shards that may be dead before the first that is looked into

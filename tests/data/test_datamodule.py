@@ -1,7 +1,11 @@
 """What the DataModule refuses, and which batches move its position."""
 
 import itertools
+import multiprocessing
+import os
+import signal
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +17,7 @@ from lcm.core.batch import LatentBatch
 from lcm.data.codec import LatentCodec
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.filters import Filters
+from lcm.data.workers import kill, workers_watched
 from lcm.errors import UserError
 from lcm.models.pipeline import load_codec
 from tests.data.conftest import pairs, png, write_shard
@@ -247,3 +252,32 @@ def test_skipped_samples_are_counted_logged_and_in_the_end_too_many(shards: Path
         data.on_after_batch_transfer({**batch, "skipped": {"image": 10}}, 0)
     with pytest.raises(UserError, match=r"85 of 1000 samples were damaged and skipped .*data\.max_skip_ratio=0\.05"):
         data.on_after_batch_transfer({**batch, "skipped": {"image": 10}}, 0)
+
+
+def lose(workers: list[Any], sign: signal.Signals, batches: Iterator[Any]) -> None:
+    for worker in workers[:1] if sign is signal.SIGKILL else workers:
+        os.kill(worker.pid, sign)
+    for _ in batches:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("sign", "says"), [(signal.SIGKILL, "a data worker died"), (signal.SIGSTOP, "no data came for 1 seconds")], ids=str
+)
+def test_a_lost_worker_is_a_user_error(shards: Path, sign: signal.Signals, says: str) -> None:
+    data = datamodule(shards, num_workers=2, timeout=1)
+    data.setup()
+    batches = iter(data.train_dataloader())
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    with pytest.raises(UserError, match=says), workers_watched():
+        lose(workers, sign, batches)
+    if sign is signal.SIGSTOP:  # else those that live end with their loader
+        assert not any(worker.is_alive() for worker in workers)
+    kill(workers)
+
+
+def test_another_error_is_not_taken_for_a_workers() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), workers_watched():
+        raise RuntimeError("shapes do not fit")

@@ -32,6 +32,12 @@ def test_one_of_the_variants_is_drawn_and_may_be_written_to():
     moments += 1
 
 
+def zipped(values: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, values)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -43,6 +49,10 @@ def test_one_of_the_variants_is_drawn_and_may_be_written_to():
         npy(MOMENTS[0]),
         npy(MOMENTS * np.float16(np.inf)),
         saved(np.array([[[[{}]]]], dtype=object), allow_pickle=True),
+        saved(np.full((1, 8, 4, 4), "text")),
+        npy(MOMENTS).replace(b"(2, 8, 4, 4)", b"(8, 9**12,4)"),  # no literal
+        npy(MOMENTS).replace(b"(2, 8, 4, 4), }         ", b"(2, 8, 4, 4000000000), }"),  # terabytes
+        zipped(MOMENTS),
     ],
 )
 def test_what_is_not_a_latent_is_skipped(content: bytes):

@@ -11,6 +11,7 @@ import pytest
 from lcm.data import openmoji
 from lcm.data.captions import read_samples
 from lcm.data.openmoji import STYLE_SHEETS, all_captions, build, build_styles, captioned_svgs, draw, is_held_out
+from lcm.errors import UserError
 
 
 def captions(folder: Path, split: str) -> list[str]:
@@ -54,6 +55,13 @@ def test_the_shards_are_usable_and_counted_in_the_manifest(shards: Path) -> None
 def test_an_emoji_has_as_many_captions_as_backgrounds(shards: Path) -> None:
     every = captions(shards, "train") + captions(shards, "val")
     assert len(set(every)) == len(every)
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"holds something else, .*: set data\.build\.root"):
+        small(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
 @pytest.mark.usefixtures("in_process")

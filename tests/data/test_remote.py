@@ -70,6 +70,14 @@ def test_a_silent_command_is_ended_with_all_that_it_started(tmp_path: Path) -> N
     assert not (tmp_path / "alive").exists()
 
 
+@pytest.mark.parametrize("command", ["head -c 9000 /dev/zero", "cat /dev/zero"])
+def test_a_command_without_end_cannot_fill_the_disk(tmp_path: Path, command: str) -> None:
+    small = ShardCache(str(tmp_path / "cache"), max_gb=8e-6, timeout=0.05)
+    with pytest.raises(OSError, match=r"TooLarge: it is larger than 8e-06 GB, all that the cache may hold"):
+        small.fetch(f"pipe:{command}")
+    assert not [file for file in (tmp_path / "cache").iterdir() if file.suffix != ".lock"]
+
+
 @pytest.mark.parametrize("url", ["pipe:cat /dev/null", "a.tar"])
 def test_webdataset_itself_opens_nothing(url: str) -> None:
     """It would run a command through a shell."""

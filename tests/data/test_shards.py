@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from lcm.data.shards import Shard, expand_urls, redacted
+from lcm.data.shards import Shard, expand_urls
 from lcm.errors import UserError
+from lcm.redaction import redacted
 from tests.data.conftest import SIZES, pairs, png, write_shard
 
 

@@ -1,5 +1,6 @@
 """Counting usable samples once, and bringing remote shards here from servers that are slow, drop or lie."""
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -239,6 +240,26 @@ def test_the_cache_makes_room_for_what_is_new(server: Server, tmp_path: Path) ->
     for number in range(3):
         cache(tmp_path, max_gb=2.5 * size / 1e9).fetch(f"{server.url}/{number}.tar")
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 2
+
+
+def unending(handler: BaseHTTPRequestHandler, content: bytes) -> None:
+    """Without a length, as long as someone listens."""
+    handler.send_response(200)
+    handler.end_headers()
+    with contextlib.suppress(OSError):
+        while True:
+            handler.wfile.write(bytes(2**20))
+
+
+@pytest.mark.parametrize("trouble", [whole, unending])
+def test_a_shard_larger_than_the_cache_is_asked_for_once_and_leaves_nothing(
+    server: Server, tmp_path: Path, trouble: Answer
+) -> None:
+    server.answers["0.tar"] = [trouble]
+    with pytest.raises(OSError, match=r"0\.tar: TooLarge: it is larger than 8e-06 GB, all that the cache may hold"):
+        cache(tmp_path, max_gb=8e-6).fetch(f"{server.url}/0.tar")
+    assert server.asked == ["/0.tar"]
+    assert not [file for file in (tmp_path / "cache").iterdir() if file.suffix != ".lock"]
 
 
 def test_no_secret_of_a_url_reaches_a_message(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

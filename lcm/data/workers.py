@@ -1,0 +1,92 @@
+"""A loader's workers: what they may touch, and what a user sees when one dies or hangs."""
+
+import multiprocessing
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from lcm import signals
+from lcm.errors import UserError
+
+DIED = "a data worker died: if memory ran out, set a smaller data.num_workers, data.shuffle or data.batch_size"
+
+
+class Loader(DataLoader):
+    """Ready batches of a stream, for one of which it waits no longer than `patience` seconds; raises UserError.
+
+    The DataLoader's own timeout does not cover it all: a worker that stops with a batch half handed over blocks its reader for
+    ever. So does one in its shutdown: those left are killed.
+    """
+
+    def __init__(self, stream: IterableDataset, *, num_workers: int, patience: float, pin_memory: bool = False) -> None:
+        init = one_thread if num_workers else None
+        super().__init__(stream, batch_size=None, num_workers=num_workers, pin_memory=pin_memory, worker_init_fn=init)
+        self.patience = patience
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches = super().__iter__()
+        if not self.num_workers or threading.current_thread() is not threading.main_thread():
+            yield from batches
+            return
+        while True:
+            try:
+                with alarm(self.patience):
+                    batch = next(batches)
+            except StopIteration:
+                return
+            except (UserError, ConnectionError, EOFError) as error:
+                kill(multiprocessing.active_children())
+                if isinstance(error, UserError) or "in DataLoader worker process" in str(error):
+                    raise
+                raise UserError(DIED) from error  # with a batch half handed over
+            yield batch
+
+
+def kill(workers: list[Any]) -> None:
+    """SIGKILL, since one that is stopped does not hear SIGTERM; torch tells of their end by an error wherever one is."""
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        with suppress(RuntimeError):
+            worker.join()
+
+
+def one_thread(worker: int) -> None:
+    """Decoding scales over workers, not over threads within one."""
+    signals.leave_to_parent()
+    torch.set_num_threads(1)
+    random.seed(worker)
+
+
+@contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    def ring(*args: Any) -> None:
+        raise UserError(
+            f"no data came for {seconds:g} seconds: a worker, or the storage under data.shards, hangs (+data.timeout=<seconds> "
+            "waits longer)"
+        )
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def workers_watched() -> Iterator[None]:
+    """Turns a worker's death, of which torch tells wherever the training is just then, into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if str(error).startswith("DataLoader worker (pid"):
+            raise UserError(DIED) from error
+        raise
