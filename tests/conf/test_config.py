@@ -69,7 +69,13 @@ FILTER_CHOICES = [
 ]
 
 SEARCHES = sorted(path.stem for path in (CONF / "hparams_search").glob("*.yaml"))
-OTHER_CHOICES = [["callbacks=evaluation"], *([f"hparams_search={name}"] for name in SEARCHES)]
+OTHER_CHOICES = [
+    ["callbacks=evaluation"],
+    ["callbacks=best", "callbacks/keep=every"],
+    ["logger=many"],
+    *([f"trainer={path.stem}"] for path in sorted((CONF / "trainer").glob("*.yaml"))),
+    *([f"hparams_search={name}"] for name in SEARCHES),
+]
 
 
 @pytest.mark.parametrize("overrides", [*EXPERIMENT_CHOICES, *DATA_CHOICES, *FILTER_CHOICES, *OTHER_CHOICES], ids=" ".join)
@@ -81,15 +87,21 @@ def test_every_yaml_key_is_a_parameter_of_its_target(overrides):
             accepted |= parameters("lcm.data.codec.LatentCodec")
         if node._target_.endswith("build_styles"):
             accepted |= parameters("lcm.data.openmoji.build")
+        if node._target_.endswith("WandbLogger"):
+            accepted |= parameters("wandb.init")
         assert given <= accepted, f"{path}: {node._target_} takes no {given - accepted}"
 
 
-def test_every_part_of_the_bench_is_given_what_it_takes():
-    for node in compose("bench", []).part.values():
+@pytest.mark.parametrize("size", ["mini", "sd15"])
+def test_every_part_of_the_bench_is_given_what_it_takes(size):
+    cfg = compose("bench", [f"size={size}"])
+    for overrides in (cfg.lcd, cfg.teacher):
+        compose("train", list(overrides))
+    for node in cfg.part.values():
         assert {str(key) for key in node if not str(key).startswith("_")} == parameters(node._target_)
 
 
-@pytest.mark.parametrize("program", ["train", "sample", "evaluate", "encode", "inspect", "manifest", "bench"])
+@pytest.mark.parametrize("program", ["train", "sample", "evaluate", "encode", "inspect", "manifest", "bench", "export"])
 def test_program_configs_compose(program):
     assert "hydra" not in compose(program, [])
 

@@ -1,0 +1,99 @@
+"""Planted secrets are found nowhere, hostile files do nothing: with the real programs."""
+
+import re
+import tarfile
+
+import pytest
+
+from lcm.callbacks.checkpoint import AtomicCheckpointIO
+from tests.security.test_hostile_files import Trap, hostile_tar
+
+pytestmark = pytest.mark.slow
+
+ENVIRONMENT = {
+    "WANDB_API_KEY": "planted-0123456789abcdef0123456789abcdef-wandb",
+    "HF_TOKEN": "planted-hf",
+    "AWS_SECRET_ACCESS_KEY": "planted-aws",
+}
+OVERRIDES = [
+    "+note.api_key=planted-key",
+    "+note.url='https://user:planted-password@host/a.tar?token=planted-query'",
+    "+note.copy=${oc.env:AWS_SECRET_ACCESS_KEY}",
+    "+note.command='pipe:curl -H planted-header https://host/a.tar'",
+]
+
+
+def planted(done, folder) -> dict[str, list[str]]:
+    """Where which secret is."""
+    places = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    places |= {"stdout": done.stdout.encode(), "stderr": done.stderr.encode()}
+    return {name: words for name, content in places.items() if (words := re.findall(rb"planted[\w-]*", content))}
+
+
+def test_no_secret_is_in_what_a_run_leaves(run, tiny, tmp_path):
+    options = ["logger=many", "logger.wandb.offline=true", "trainer.max_steps=2", "trainer.val_check_interval=2"]
+    [shards] = [override for override in tiny if override.startswith("data.shards=")]
+    dead = "https://user:planted-user@127.0.0.1:9/a.tar?token=planted-query"
+    cache = ["+data.cache={_target_:lcm.data.cache.ShardCache,folder:cache,attempts:2,pause:0.01}"]
+    options += [f"data.shards=['{shards.partition('=')[2]}','{dead}']", *cache]
+    done = run("train.py", *tiny, *options, *OVERRIDES, **ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert "leaving out shard https://127.0.0.1:9/a.tar" in done.stdout
+    run_dir = tmp_path / "runs/lcd_mini/0"
+    for file in ("config.yaml", "checkpoints/last.ckpt", "wandb/*/*.wandb", "tensorboard/*tfevents*", "model/lcm.json"):
+        assert list(run_dir.glob(file)), file
+    assert planted(done, tmp_path) == {}
+    assert (run_dir / "config.yaml").read_text().count("[redacted]") == 1
+
+
+def test_no_secret_is_in_what_a_sweep_leaves(run, tiny, tmp_path):
+    swept = ["trainer.max_steps=2", "callbacks=default", "+note.token=planted-one,planted-two"]
+    done = run("train.py", "-m", *tiny[:-1], *swept, *OVERRIDES, **ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    [folder] = (tmp_path / "runs/sweeps").iterdir()
+    assert {path.name for path in folder.iterdir()} >= {"multirun.yaml", "run-0000.json", "run-0001.json"}
+    assert planted(done, tmp_path) == {}
+
+
+def test_no_secret_is_in_a_complaint(run, tiny, tmp_path):
+    done = run("train.py", *tiny, "+logger.csv.api_key=planted-key", "+note.url=https://planted@host/", **ENVIRONMENT)
+    assert done.returncode == 1
+    assert "error: cannot build logger.csv: " in done.stderr
+    assert planted(done, tmp_path) == {}
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(run, tiny, tmp_path):
+    trap = Trap(tmp_path / "ran")
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "global_step": 0, "trap": trap}, tmp_path / "evil.ckpt")
+    done = run("train.py", *tiny, "ckpt_path=evil.ckpt")
+    assert done.returncode == 1, done.stderr
+    assert "error: a file to be loaded holds code" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_target_that_is_not_allowed_ends_the_program_before_it_starts(run, tiny, tmp_path):
+    done = run("train.py", *tiny, "+hydra.callbacks.x={_target_:lcm.data.remote.run,command:'touch ran',file:out,timeout:9}")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: hydra.callbacks.x._target_=lcm.data.remote.run is not allowed")
+    assert not list(tmp_path.iterdir())
+
+
+def test_hostile_members_are_read_and_passed_on_by_no_bad_name(run, tiny_pipeline, tmp_path):
+    folder = tmp_path / "in/a/folder"
+    folder.mkdir(parents=True)
+    data = [f"data.shards={hostile_tar(folder / 'a.tar')}", "data.resolution=32", "data.num_workers=1"]
+    done = run("lcm.data.inspect", *data, "samples=3", "shown=4", "data.batch_size=1")
+    assert done.returncode == 0, done.stderr
+    assert "left out: name" in done.stdout
+    done = run(
+        "lcm.encode", *data, "data.build=null", "data.val_shards=null", f"data.codec.pipeline={tiny_pipeline}", "out=latents"
+    )
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(tmp_path / "latents/a.tar") as tar:
+        names = tar.getnames()
+    assert len(names) == 6
+    assert not [name for name in names if name.startswith("/") or ".." in name]
+    written = {str(path.relative_to(tmp_path)).partition("/")[0] for path in tmp_path.rglob("*")}
+    assert written <= {"in", "data", "latents", "outputs"}
+    assert [path.name for path in (tmp_path / "in").rglob("*") if path.is_file()] == ["a.tar"]

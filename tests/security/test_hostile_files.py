@@ -1,0 +1,176 @@
+"""Files made to run code, to be written elsewhere or to fill memory: none of it happens."""
+
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from lcm.command_line import build
+from lcm.data.datamodule import ShardDataModule
+from lcm.data.manifest import write
+from lcm.errors import UserError
+from lcm.metrics.inception import check
+from lcm.models.pipeline import load_codec, load_unet
+from lcm.runs import resume_path
+from tests.data.conftest import keys, pairs, png, stream, take, write_shard
+
+
+class Trap:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return open, (str(self.marker), "w")
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Iterator[Path]:
+    """Must not be there in the end; that traps work is checked first."""
+    marker = tmp_path / "ran"
+    pickle.loads(pickle.dumps(Trap(marker)))
+    torch.save(Trap(marker), tmp_path / "trap")
+    marker.unlink()
+    torch.load(tmp_path / "trap", weights_only=False)
+    marker.unlink()
+    yield marker
+    assert not marker.exists()
+
+
+PARTS = {
+    "unet": ("diffusion_pytorch_model", load_unet),
+    "vae": ("diffusion_pytorch_model", load_codec),
+    "text_encoder": ("pytorch_model", load_codec),
+    "clip": ("pytorch_model", lambda folder: build({"_target_": "lcm.metrics.clip.mini_clip", "pipeline": folder})),
+}
+
+
+@pytest.mark.parametrize("indexed", [False, True], ids=["alone", "by an index"])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_pipeline_folder_with_pickled_weights_is_refused(
+    part: str, indexed: bool, tiny_pipeline: Path, tmp_path: Path, marker: Path
+) -> None:
+    name, load = PARTS[part]
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "teacher")
+    for file in (folder / part).glob("*.safetensors"):
+        file.unlink()
+    torch.save(Trap(marker), folder / part / f"{name}.bin")
+    if indexed:
+        index = {"metadata": {"total_size": 1}, "weight_map": {"conv_in.weight": f"{name}.bin"}}
+        stem = "model" if name == "pytorch_model" else name
+        (folder / part / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"cannot (load|build)"):
+        load(str(folder))
+
+
+def test_a_tokenizer_brings_no_code_of_its_own(tiny_pipeline: Path, tmp_path: Path, marker: Path) -> None:
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "teacher")
+    file = folder / "tokenizer/tokenizer_config.json"
+    config = {**json.loads(file.read_text()), "auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}
+    file.write_text(json.dumps(config))
+    (folder / "tokenizer/evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Tokenizer: ...\n")
+    load_codec(str(folder))
+
+
+def test_weights_of_inception_that_are_more_than_weights_are_refused(tmp_path: Path, marker: Path) -> None:
+    pytest.importorskip("torch_fidelity")
+    torch.save(Trap(marker), tmp_path / "w.pth")
+    with pytest.raises(UserError, match="not a file of weights only"):
+        check(str(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize(
+    "url", ["https://host/a.ckpt", "http://host/a", "s3://bucket/a.ckpt", "file:///tmp/a.ckpt", "hf://a/b"]
+)
+def test_a_checkpoint_is_a_file_of_this_machine(url: str) -> None:
+    with pytest.raises(UserError, match="ckpt_path must be a local file"):
+        resume_path(OmegaConf.create({"ckpt_path": url, "paths": {"run_dir": "runs"}}))
+
+
+def data(shard: str, **options: Any) -> ShardDataModule:
+    module = ShardDataModule([shard], resolution=8, num_workers=0, batch_size=4, **options)
+    module.prepare_data()
+    return module
+
+
+def test_members_that_webdataset_would_unpickle_are_bytes(tmp_path: Path, marker: Path) -> None:
+    torch.save(Trap(marker), buffer := io.BytesIO())
+    traps = {name: pickle.dumps(Trap(marker)) for name in ("pyd", "pickle", "pkl", "cls.pyd")} | {"pth": buffer.getvalue()}
+    samples = [{**sample, **traps} for sample in pairs(0, 4)]
+    batch = next(iter(data(write_shard(tmp_path / "a.tar", samples)).train_dataloader()))
+    assert sorted(batch["captions"]) == [f"sample {i} of 0" for i in range(4)]
+
+
+def hostile_tar(path: Path) -> str:
+    """Two sound samples among members that, extracted, would be elsewhere; the absolute one is sound, too."""
+    with tarfile.open(path, "w") as tar:
+        for stem in ("../../up", "sound/../../../around", str(path.parent / "absolute"), "sound/a", "sound/b"):
+            for extension, content in (("png", png()), ("txt", b"text")):
+                info = tarfile.TarInfo(f"{stem}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        for kind, name in ((tarfile.SYMTYPE, "link.png"), (tarfile.LNKTYPE, "hard.png"), (tarfile.CHRTYPE, "device.png")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+    return str(path)
+
+
+def test_no_member_is_written_anywhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "deep/er"
+    folder.mkdir(parents=True)
+    shard = hostile_tar(folder / "a.tar")
+    batch = next(iter(data(shard).train_dataloader()))
+    inside = {key.removeprefix(f"{shard}/") for key in batch["keys"]}
+    assert inside == {str(folder / "absolute").lstrip("/"), "sound/a", "sound/b"}
+    for name in ("../../up", "sound/../../../around"):
+        assert f"leaving out sample {name} of {shard}: name" in caplog.text
+    assert write(folder, [Path(shard)]) == []
+    assert {file for file in tmp_path.rglob("*") if file.is_file()} == {Path(shard), folder / "manifest.json"}
+
+
+def bomb(side: int) -> bytes:
+    """All of its pixels are there."""
+    file = io.BytesIO()
+    Image.new("L", (side, side)).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def reads(shard: str, answer: Any) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    from lcm.data.transforms import Decode, collate
+
+    found = keys(take(stream([shard], shuffle=0, decode=Decode(8), collate=collate)))
+    answer.put((found, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+
+
+@pytest.mark.filterwarnings("ignore:Image size", "ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("side", [12_000, 16_000], ids=["Pillow warns", "Pillow refuses"])
+def test_a_picture_that_would_fill_memory_costs_none(side: int, tmp_path: Path) -> None:
+    """432 or 768 MB, if it were decoded; a process of its own has a peak of its own."""
+    samples = pairs(0, 8)
+    samples[3]["png"] = bomb(side)
+    shard = write_shard(tmp_path / "a.tar", samples)
+    assert os.path.getsize(shard) < 2 * 2**20
+    context = multiprocessing.get_context("fork")
+    answer = context.Queue()
+    process = context.Process(target=reads, args=(shard, answer))
+    process.start()
+    found, megabytes = answer.get(timeout=120)
+    process.join()
+    assert len(found) == 7
+    assert f"{shard}/0-03" not in found
+    assert megabytes < 150
