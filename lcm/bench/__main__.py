@@ -1,4 +1,4 @@
-"""Measurements on this machine, each a table: `python -m lcm.bench parts=[data,soak,step,sampling]`."""
+"""Measurements on this machine, each a table: `python -m lcm.bench parts=[data,soak,step,components,sampling,memory]`."""
 
 import json
 import shlex
@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from lcm.bench.measure import machine
 from lcm.command_line import build, output_folder, program
 from lcm.errors import UserError
+from lcm.redaction import redacted
 
 
 @program("bench")
@@ -19,12 +20,15 @@ def main(cfg: DictConfig) -> None:
     if unknown := set(cfg.parts) - set(cfg.part):
         raise UserError(f"parts={unknown.pop()} is not measured: choose among {', '.join(cfg.part)}")
     folder = output_folder(cfg.output)
-    if cfg.dataset is not None:
-        build(cfg.dataset)()
+    for made in (cfg.dataset, cfg.untrained):
+        if made is not None:
+            build(made)()
     for name in cfg.parts:
         started = time.monotonic()
         table = build(cfg.part[name])()
-        command = shlex.join(["python", "-m", "lcm.bench", f"parts=[{name}]", *(a for a in sys.argv[1:] if "parts=" not in a)])
+        command = shlex.join(
+            ["python", "-m", "lcm.bench", f"parts=[{name}]", *(redacted(a) for a in sys.argv[1:] if "parts=" not in a)]
+        )
         seconds, facts = round(time.monotonic() - started), machine()
         where = ", ".join(f"{key} {value}" for key, value in facts.items())
         text = f"{table.markdown()}\n`{command}`: {seconds} s; {where}.\n"

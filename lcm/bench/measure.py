@@ -54,17 +54,6 @@ def in_turn(contenders: Mapping[str, Callable[[], Any]], repeats: int) -> dict[s
     return results
 
 
-def best_seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Of one call, the fastest of `repeats` after one that is not counted."""
-    run()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
 class Rate(NamedTuple):
     """Samples a second by the clock, and a second of this process's processor time."""
 

@@ -35,7 +35,7 @@ def ours(folder: str, dtype: torch.dtype, device: str) -> Callable[..., Tensor]:
 
 def diffusers(folder: str, dtype: torch.dtype, device: str) -> Callable[..., Tensor]:
     """An image's generator gives it the noise that `ours` gives it."""
-    pipe = LatentConsistencyModelPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
+    pipe = LatentConsistencyModelPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True).to(device)
     pipe.set_progress_bar_config(disable=True)
 
     def images(prompts: list[str], steps: int, w: float) -> Tensor:

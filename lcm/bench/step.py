@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,15 +11,15 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from lightning.pytorch.profilers import SimpleProfiler
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from lcm.bench import peers
-from lcm.bench.measure import Table, best_seconds, in_turn
+from lcm.bench.measure import Table, in_turn
 from lcm.bench.shards import write_latents
+from lcm.callbacks.throughput import Throughput
 from lcm.command_line import build, compose, pick_device
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.shards import expand_urls
+from lcm.models.flops import matmul_tflops
 
 WARM_UP = 2  # steps that are not timed
 
@@ -47,20 +46,12 @@ def elapsed(start: tuple[float, float], end: tuple[float, float], steps: int) ->
 
 
 class Clock(L.Callback):
-    """Times the steps after the first `WARM_UP`; counts the FLOP of the very first, with attention as plain matmuls."""
+    """Times the steps after the first `WARM_UP`."""
 
     def __init__(self) -> None:
         self.ends: list[tuple[float, float]] = []
-        self.counting = ExitStack()
-        self.counter = FlopCounterMode(display=False)
-
-    def on_train_batch_start(self, *args: Any) -> None:
-        if not self.ends:
-            self.counting.enter_context(sdpa_kernel(SDPBackend.MATH))
-            self.counting.enter_context(self.counter)
 
     def on_train_batch_end(self, *args: Any) -> None:
-        self.counting.close()
         self.ends.append(now())
 
 
@@ -89,16 +80,17 @@ class Training:
             self.data.codec.posterior(batch["x"], batch["keys"])
 
     def __call__(self) -> Steps:
-        clock, profiler = Clock(), Profiler()
+        clock, arithmetic, profiler = Clock(), Throughput(peak_tflops=1.0), Profiler()
         silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
         options = {**build(self.cfg.trainer), **silent, "max_steps": WARM_UP + self.steps}
-        L.Trainer(**options, callbacks=[clock], profiler=profiler).fit(self.module, self.data)
+        L.Trainer(**options, callbacks=[arithmetic, clock], profiler=profiler).fit(self.module, self.data)
+        assert arithmetic.flop_per_image is not None
         spent = {name: sum(times[WARM_UP:]) / self.steps for name, times in profiler.recorded_durations.items()}
         return Steps(
             *elapsed(clock.ends[WARM_UP - 1], clock.ends[-1], self.steps),
             spent["[_TrainingEpochLoop].train_dataloader_next"],
             spent["[LightningDataModule]ShardDataModule.on_after_batch_transfer"],
-            clock.counter.get_total_flops(),
+            arithmetic.flop_per_image * self.data.batch_size,
         )
 
 
@@ -122,16 +114,6 @@ def peer_training(overrides: list[str], *, shard: str, dtype: torch.dtype, steps
         return Steps(*elapsed(started, now(), steps))
 
     return run
-
-
-def matmul_tflops(dtype: torch.dtype, size: int) -> float:
-    """The ceiling: square matmuls, TFLOP/s."""
-    a = torch.randn(size, size).to(pick_device("auto"), dtype)
-
-    def run() -> None:
-        (a @ a)[0, 0].item()  # waits for the device
-
-    return 2 * size**3 / best_seconds(run, 5) / 1e12
 
 
 def measure(
@@ -167,13 +149,13 @@ def measure(
             contenders |= {f"{name}|ours, {way}": training for way, training in ways.items()}
         batch_sizes = {key.partition("|")[0]: c.data.batch_size for key, c in contenders.items() if isinstance(c, Training)}
         best = {key: min(found, key=lambda of: of.seconds) for key, found in in_turn(contenders, repeats).items()}
-    ceiling = matmul_tflops(torch.bfloat16, matmul_size)
+    ceiling = matmul_tflops(pick_device("auto"), torch.bfloat16, matmul_size)
     peer = min((found.seconds for key, found in best.items() if "|peers" in key), default=None)
     rows = [row(key, batch_sizes[key.partition("|")[0]], of, ceiling, peer, peers_of) for key, of in best.items()]
     note = (
         f"Best of {repeats} x {steps} steps, taken in turn, after {WARM_UP} that do not count, with {torch.get_num_threads()} "
-        f"threads; ours under Lightning's Trainer as `train.py` has it. FLOP are counted from a step of the model (attention "
-        f"as matmuls), without the encoders; the ceiling is a bfloat16 matmul of {matmul_size} in the same run: {ceiling:.2f} "
+        f"threads; ours under Lightning's Trainer as `train.py` has it. FLOP are counted in a step of the "
+        f"model, without the encoders; the ceiling is a bfloat16 matmul of {matmul_size} in the same run: {ceiling:.2f} "
         "TFLOP/s. Peers: the way of diffusers' LCM distillation script (images encoded each time, the teacher called twice, "
         "unfused AdamW, the average tensor by tensor); the ratio is to the faster of its precisions."
     )

@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from lcm.bench import data, peers, sampling, soak, step
+from lcm.bench import components, data, memory, peers, sampling, soak, step
 from lcm.bench.measure import Table, in_turn
 from lcm.bench.shards import photo
 from lcm.core.random import generator
+from lcm.models.student import make_student
 
 
 def check(table: Table) -> None:
@@ -68,6 +70,14 @@ def test_steps_are_measured(tiny_pipeline: Path, shards: Path):
     assert flop["lcd"] / flop["teacher"] == pytest.approx(2, rel=0.05)  # 6 forwards of a UNet for 3
 
 
+def test_the_parts_of_a_step_are_measured(tiny_pipeline: Path):
+    experiment = [f"model.teacher={tiny_pipeline}", "data.batch_size=2", "trainer.precision=32-true"]
+    table = components.measure(experiment=experiment, resolution=32, caption="red apple", repeats=1, matmul_size=64)
+    check(table)
+    assert len(table.rows) == 11
+    assert {row["part"]: row["% of the step"] for row in table.rows}["the whole step"] == 100
+
+
 def test_sampling_is_measured_and_both_make_the_same_images(tiny_pipeline: Path):
     table = sampling.measure(
         pipeline=str(tiny_pipeline), prompt="red apple", w=4.0, steps=[2], batch_sizes=[3], repeats=1, device="cpu"
@@ -110,3 +120,49 @@ def test_contenders_take_turns():
     order: list[str] = []
     found = in_turn({"a": lambda: order.append("a") or len(order), "b": lambda: order.append("b") or len(order)}, 2)
     assert (order, found) == (["a", "b", "a", "b"], {"a": [1, 3], "b": [2, 4]})
+
+
+UNET = {
+    "sample_size": 16,
+    "block_out_channels": [16, 32],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "cross_attention_dim": 16,
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+}
+
+
+def test_memory_is_counted_on_shapes():
+    table = memory.measure(networks={"tiny": UNET}, batch_sizes={"tiny": 2}, gpus=2)
+    check(table)
+    ddp, _, fsdp, alone = table.rows
+    count = make_student(UNet2DConditionModel(**UNET)).num_parameters()
+    assert ddp["AdamW"] * memory.GIB == 8 * count
+    assert all(fsdp[name] <= 0.52 * ddp[name] for name in ("student", "gradients", "AdamW", "target", "teacher"))
+    assert fsdp["states"] - alone["states"] == pytest.approx(fsdp["target"])
+
+
+def test_activations_hold_what_a_real_forward_pass_feeds_its_convolutions():
+    """In bfloat16; without the blocks' inner ones, much less; alike for each image."""
+    size = {
+        (batch, recomputed): memory.activations(UNET, batch, checkpointing=recomputed)
+        for batch in (1, 2, 3)
+        for recomputed in (False, True)
+    }
+    for recomputed in (False, True):
+        assert size[3, recomputed] - size[2, recomputed] == size[2, recomputed] - size[1, recomputed] > 0
+    assert size[2, True] < 0.5 * size[2, False]
+    kept = 0
+
+    def count(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal kept
+        kept += 2 * inputs[0].numel()
+
+    unet = UNet2DConditionModel(**UNET)
+    for module in unet.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_pre_hook(count)
+    unet(torch.zeros(2, 4, 16, 16), torch.zeros(2, dtype=torch.long), torch.zeros(2, 77, 16))
+    assert kept < size[2, False] < 12 * kept

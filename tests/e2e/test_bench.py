@@ -23,4 +23,6 @@ def test_each_part_is_written_as_a_table_and_as_json(run, tiny_pipeline, shards,
 def test_a_part_that_is_not_there_is_named(run):
     done = run("lcm.bench", "parts=[data,speed]", "dataset=null")
     assert done.returncode == 1
-    assert done.stderr.strip().endswith("error: parts=speed is not measured: choose among data, soak, step, sampling")
+    assert done.stderr.strip().endswith(
+        "error: parts=speed is not measured: choose among memory, data, soak, step, components, sampling"
+    )

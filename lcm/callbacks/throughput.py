@@ -1,0 +1,69 @@
+"""How fast a training is: `perf/images_per_sec`, `perf/tflops`, `perf/mfu`, `perf/data_wait`."""
+
+import time
+from typing import Any
+
+import lightning as L
+import torch
+
+from lcm.models.flops import forward_flop, matmul_tflops
+
+
+class Throughput(L.Callback):
+    """Logs, whenever the trainer logs, the rates since it logged last; validation is left out.
+
+    `perf/images_per_sec` of all devices together; `perf/tflops` of one, those of the networks' matmuls, convolutions and
+    attention as the algorithm needs them (nothing is counted for recomputed activations); `perf/mfu`, their share of
+    `peak_tflops` or, without one, of a bfloat16 matmul of `matmul_size` measured on this device at the start;
+    `perf/data_wait`, the share of the time that passes between two steps: reading and, on a CPU, encoding.
+    Nothing here waits for the device in the course of training. matmul_size: by default 2048 on a CPU, 8192 on a GPU.
+    """
+
+    def __init__(self, peak_tflops: float | None = None, matmul_size: int | None = None) -> None:
+        self.peak, self.matmul_size = peak_tflops, matmul_size
+        self.flop_per_image: float | None = None
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        if self.peak is None:
+            size = self.matmul_size or (2048 if module.device.type == "cpu" else 8192)
+            self.peak = matmul_tflops(module.device, torch.bfloat16, size)
+        module.calls = []  # the first batch's are noted
+        self.step = trainer.global_step
+        self.restart()
+
+    def restart(self) -> None:
+        self.started, self.images, self.waited = time.perf_counter(), 0, 0.0
+        self.ended = self.started
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        self.waited += time.perf_counter() - self.ended
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        size = len(batch["x"] if isinstance(batch, dict) else batch)
+        if self.flop_per_image is None:  # the first batch warms up, and is not timed
+            self.flop_per_image = sum((1 + 2 * trained) * forward_flop(*of) for *of, trained in module.calls) / size
+            module.calls = None
+            return self.restart()
+        self.images += size
+        if trainer.global_step > self.step and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.step = trainer.global_step
+            self.log_rates(trainer.world_size, module)
+            return self.restart()
+        self.ended = time.perf_counter()
+
+    def log_rates(self, devices: int, module: Any) -> None:
+        seconds = time.perf_counter() - self.started
+        module.log("perf/images_per_sec", devices * self.images / seconds, prog_bar=True)
+        rates = {"data_wait": self.waited / seconds}
+        if self.flop_per_image and self.peak:
+            tflops = self.images * self.flop_per_image / seconds / 1e12
+            rates |= {"tflops": tflops, "mfu": tflops / self.peak}
+        module.log_dict({f"perf/{name}": value for name, value in rates.items()})
+
+    def on_validation_start(self, trainer: L.Trainer, module: Any) -> None:
+        self.paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
+        if not trainer.sanity_checking:
+            passed = time.perf_counter() - self.paused
+            self.started, self.ended = self.started + passed, self.ended + passed

@@ -1,0 +1,30 @@
+"""Arithmetic: what a UNet takes, counted, and what the device can do, measured."""
+
+import time
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def forward_flop(unet: UNet2DConditionModel, z_shape: torch.Size, cond_shape: torch.Size) -> int:
+    """FLOP (2 a multiply-add) of matmuls, convolutions and attention of one forward, counted on the meta device.
+
+    A forward and backward take three times that, the gradient of the very first layer's input left aside.
+    """
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        t = torch.empty(z_shape[0], dtype=torch.int64)
+        UNet2DConditionModel.from_config(unet.config)(torch.empty(z_shape), t, torch.empty(cond_shape))
+    return counter.get_total_flops()
+
+
+def matmul_tflops(device: Any, dtype: torch.dtype, size: int, repeats: int = 5) -> float:
+    """The ceiling: TFLOP/s of square matmuls, the best of `repeats` after one that does not count."""
+    a = torch.ones(size, size, device=device, dtype=dtype)  # no random numbers: a training's are not to be used up
+    times = []
+    for _ in range(1 + repeats):
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        times.append(time.perf_counter() - started)
+    return 2 * size**3 / min(times[1:]) / 1e12
