@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format clean lock container
 
 demo: .venv/installed
 	$(BIN)/python -u train.py ckpt_path=last
@@ -34,6 +34,22 @@ format: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $@
+
+# The container's packages, with the hashes of their files for this machine's Python; VARIANT=cpu where pip knows an index of
+# torch's CPU builds.
+VARIANT ?= cuda
+LOCKED = $(if $(filter cpu,$(VARIANT)),$(TORCH:%=%+cpu),$(TORCH))
+lock:
+	$(PYTHON) -m venv outputs/lock
+	outputs/lock/bin/pip install --quiet --upgrade "pip>=25"
+	outputs/lock/bin/pip install --quiet --dry-run --ignore-installed --report outputs/lock/report.json \
+	  $(LOCKED) setuptools wheel ".[wandb,tensorboard,fid]"
+	outputs/lock/bin/python docker/lock.py outputs/lock/report.json > docker/requirements.$(VARIANT).txt
+	rm -rf outputs/lock
+
+# Without a Docker engine; needs root, buildah and debootstrap. BUILD_OPTIONS are buildah's.
+container:
+	docker/build.sh
 
 clean:
 	rm -rf .venv runs outputs data .mypy_cache .ruff_cache .pytest_cache
