@@ -78,7 +78,7 @@ def make_cells(cfg: DictConfig, extract: Extractor, device: str) -> list[Cell]:
                 model.sampler(sampler)[1](steps, model.schedule.num_timesteps)  # refuses a step count that does not fit
                 facts = {**makes[path], "solver": plain(entry.get("solver")), "steps": steps, "w": float(w)}
                 folder = Path(cfg.features, digest([facts, extract.facts]))
-                cells.append(Cell(name, steps, float(w), model, sampler, folder))
+                cells.append(Cell(entry.get("label", name), steps, float(w), model, sampler, folder))
     if not cells:
         raise UserError("there is nothing to evaluate: give entries, e.g. entries.LCM.pipeline=<folder>")
     return cells

@@ -20,6 +20,7 @@ from torch import Tensor
 from lcm.callbacks.samples import log_picture
 from lcm.images import columns_to_rows, grid
 from lcm.metrics.features import Extractor, Features, scores
+from lcm.redaction import redacted
 
 Row = dict[str, Any]  # name, steps, w, and a value a metric
 TITLES = {"fid": "FID", "clip_score": "CLIP", "kid": "KID x 1000", "cmmd": "CMMD"}
@@ -33,7 +34,7 @@ def write(
     text = table(rows, cfg.metrics, footer, cfg.w)
     (folder / "table.md").write_text(text)
     record = {"rows": rows, "note": footer, "config": OmegaConf.to_container(cfg, resolve=True)}
-    (folder / "table.json").write_text(json.dumps(record, indent=2))
+    (folder / "table.json").write_text(json.dumps(redacted(record), indent=2))
     with (folder / "table.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -84,7 +85,7 @@ def footer(
     clip, fid = (f"{extract.names[i]}, weights {extract.weights[i]}" for i in (0, -1))
     networks = f"All metrics: {clip}." if extract.fid is None else f"FID and KID: {fid}. CMMD and CLIP score: {clip}."
     own = scores(real, real, ["clip_score"])["clip_score"]
-    return (
+    return redacted(
         f"{cfg.samples} images a cell{again} (`{known}`), seeds from {cfg.seed} on; {w} (diffusers' guidance_scale is w + 1). "
         f"Reference: {len(real['clip'])} images of `{reference}`, whose own CLIP score is {own:.2f}; centre crop, antialiased "
         f"bicubic resize to {cfg.resolution} px. {networks} UNet in {cfg.dtype}, features in float32, distances in float64. "

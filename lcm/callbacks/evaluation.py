@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -22,6 +23,9 @@ class Evaluation(L.Callback):
     Logs `val/<metric>_<steps>_steps` against all images of `shards`; with `_raw` appended for the trained network beside its
     average.
 
+    keep_best: the metric, such as `val/fid_4_steps`, by which the best checkpoint so far is kept as `folder`/best.ckpt: a high
+    score, a low distance.
+
     A time costs `samples` x the sum of `steps` network calls (twice for a guided teacher, twice with an average), shared out
     over the ranks. The backbones are no part of the module: no checkpoint, average or optimizer sees them.
     """
@@ -41,6 +45,8 @@ class Evaluation(L.Callback):
         fid_backbone: ClipBackbone | InceptionBackbone | None = None,
         batch_size: int = 64,
         seed: int = 0,
+        keep_best: str | None = None,
+        folder: str = "",
     ) -> None:
         if not shards:
             raise UserError("evaluation during training needs captions and images: set data.val_shards")
@@ -48,11 +54,16 @@ class Evaluation(L.Callback):
         self.shards, self.reference_cache = shards, reference_cache
         self.steps, self.w, self.samples, self.metrics = steps, w, samples, metrics
         self.every_n_steps, self.batch_size, self.seed = every_n_steps, batch_size, seed
+        self.keep_best, self.best_file = keep_best, Path(folder, "best.ckpt")
+        self.best = float("inf")
         self.real: Features = {}
         self.captions: list[str] = []
         self.last = 0
 
     def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
+        names = [f"val/{metric}_{steps}_steps" for metric in self.metrics for steps in self.steps]
+        if self.keep_best not in (None, *names):
+            raise UserError(f"callbacks.evaluation.keep_best={self.keep_best} is not measured: choose of {', '.join(names)}")
         known = read_captions(self.shards, self.samples, option="callbacks.evaluation.shards")
         if not known:
             raise UserError(f"{self.shards} hold no captions: give others with callbacks.evaluation.shards")
@@ -85,6 +96,17 @@ class Evaluation(L.Callback):
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
+        if self.keep_best:
+            value = values[self.keep_best] * (-1 if "score" in self.keep_best else 1)
+            if value < self.best:  # the same on all ranks; before last.ckpt is written, which then knows it
+                self.best = value
+                trainer.save_checkpoint(self.best_file)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
 
     def features(self, trainer: L.Trainer, model: LatentModel, steps: int) -> Features:
         """Of all captions, on every rank: rank r of R draws r, r + R, ...; the last ones twice where R does not divide them, so

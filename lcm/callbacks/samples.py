@@ -35,19 +35,21 @@ class ImageGrid(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
         self.draw(trainer, module)
-        if self.history:
+        if self.history and trainer.is_global_zero:
             labels = [f"trained\n{step} steps" for step in self.history]
             grid(columns_to_rows(list(self.history.values())), self.prompts, labels).save(self.folder / "history.png")
 
     def draw(self, trainer: L.Trainer, module: Any) -> None:
         step = trainer.global_step
-        if step in self.history or not trainer.is_global_zero:
-            return
+        if step in self.history or not (trainer.is_global_zero or module.device_mesh is not None):
+            return  # a sharded network is run by all ranks together
         model = module.latent_model(trainer.datamodule.codec)  # type: ignore[attr-defined]
         columns = [
             next(model.images(self.prompts, self.seeds, steps=n, w=self.w, batch_size=len(self.prompts))) for n in self.steps
         ]
         self.history[step] = columns[-1].cpu()
+        if not trainer.is_global_zero:
+            return
         picture = grid(columns_to_rows(columns), self.prompts, [f"{n} step{'s'[: n > 1]}" for n in self.steps])
         self.folder.mkdir(parents=True, exist_ok=True)
         picture.save(self.folder / f"step-{step:06d}.png")

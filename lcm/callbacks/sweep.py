@@ -11,6 +11,9 @@ from hydra.experimental.callback import Callback
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
+from lcm.files import whole_file
+from lcm.redaction import redacted
+
 
 class SweepTable(Callback):
     """A Hydra callback: notes what each run swept and its last `val/` metrics, and makes table.md and plot.png of all notes.
@@ -21,17 +24,27 @@ class SweepTable(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
 
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        hide_secrets(config)
+
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if config.hydra.mode.name != "MULTIRUN":
             return
         done = job_return.cfg if job_return.status == JobStatus.COMPLETED else None
         run_dir = None if done is None else done.paths.run_dir
         swept = dict(override.lstrip("+").split("=", 1) for override in config.hydra.overrides.task)
-        note = {"swept": swept, "run": run_dir, "metrics": last_metrics(Path(run_dir, "metrics.csv")) if run_dir else {}}
+        note = {
+            "swept": redacted(swept),
+            "run": run_dir,
+            "metrics": last_metrics(Path(run_dir, "metrics.csv")) if run_dir else {},
+        }
         Path(config.hydra.sweep.dir, f"run-{config.hydra.job.num:04d}.json").write_text(json.dumps(note))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        hide_secrets(config)
         folder = Path(config.hydra.sweep.dir)
+        for file in folder.glob("slurm/*/*.pkl"):  # submitit's, with the overrides of jobs that have ended
+            file.unlink()
         notes = [json.loads(file.read_text()) for file in sorted(folder.glob("run-*.json"))]
         keys = varied([note["swept"] for note in notes])
         names = sorted({name for note in notes for name in note["metrics"]})
@@ -43,8 +56,16 @@ class SweepTable(Callback):
         ]
         lines = [[*keys, *names, "run"], ["---"] * (len(keys) + len(names) + 1), *rows]
         (folder / "table.md").write_text("".join(f"| {' | '.join(map(str, line))} |\n" for line in lines))
-        plot(notes, keys, names, folder / "plot.png")
+        plot(notes, keys, [name for name in names if not name.endswith("_raw")], folder / "plot.png")
         print(f"sweep:   {folder}/table.md, {folder}/plot.png")
+
+
+def hide_secrets(config: DictConfig) -> None:
+    """In what Hydra itself has noted of the sweep."""
+    file = Path(config.hydra.sweep.dir, "multirun.yaml")
+    if config.hydra.mode.name == "MULTIRUN" and file.is_file() and (noted := file.read_text()) != (hidden := redacted(noted)):
+        with whole_file(file) as copy:
+            copy.write(hidden.encode())
 
 
 def number(value: float | None) -> str:

@@ -3,6 +3,7 @@
 import csv
 import json
 import subprocess
+import time
 
 import pytest
 import torch
@@ -240,6 +241,45 @@ def test_the_configuration_names_parameters_that_exist():
     for file in (CONF / "backbone").glob("*.yaml"):
         node = OmegaConf.load(file)
         assert {str(key) for key in node} - {"_target_"} <= parameters(node._target_), file
+
+
+def test_a_row_may_be_labelled_with_what_no_override_can_name(run):
+    rows = run("+entries.LCM.label=DPM-Solver++")
+    assert {row["name"] for row in rows} == {"DDIM", "DPM-Solver++"}
+    compose("evaluate", ["entries=paper", "entries.DPM-Solver-pp.steps=[8]"])
+
+
+@pytest.mark.slow
+def test_two_processes_one_of_them_killed_give_the_digits_of_one(tiny_pipeline, student, shards, tmp_path):
+    def start(output, **env):
+        args = [
+            f"entries.DDIM.pipeline={tiny_pipeline}", f"entries.LCM.pipeline={student}", "entries.DDIM.steps=[8,50]",
+            "entries.LCM.steps=[1,2]", "samples=32", "chunk=4", "batch_size=4", "resolution=32", "grid_rows=2", "device=cpu",
+            f"shards={shards}/val-*.tar", f"backbone.pipeline={tiny_pipeline}", f"reference_cache={tmp_path}/real",
+        ]  # fmt: skip
+        log = (tmp_path / f"{output}-{env.get('RANK')}.log").open("w")
+        return subprocess.Popen(
+            command("lcm.evaluate", *args, f"output={output}"), cwd=tmp_path, env=environment(**env), stdout=log, stderr=log
+        )
+
+    both = {"WORLD_SIZE": "2"}
+    other = start("two", RANK="1", **both)
+    features = tmp_path / "two/features"
+    while len(list(features.rglob("*.safetensors"))) < 2:  # it has drawn something, and has more to draw
+        assert other.poll() is None
+        time.sleep(0.01)
+    other.kill()
+    assert other.wait() != 0
+    kept = {file: file.stat().st_mtime_ns for file in features.rglob("*.safetensors")}
+    assert 0 < len(kept) < 16
+
+    processes = [start("two", RANK=rank, **both) for rank in "01"]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    assert start("one").wait(timeout=300) == 0
+    one, two = (json.loads((tmp_path / name / "table.json").read_text())["rows"] for name in ("one", "two"))
+    assert one == two
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 @pytest.mark.slow
