@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, SIGUSR1, SIGUSR2
 from types import FrameType
 
@@ -41,12 +43,22 @@ def asked() -> int:
     return _asked
 
 
+@contextmanager
+def held_back() -> Iterator[None]:
+    """For the start of loader workers, which inherit it: a signal waits until they know what to do with it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {SIGINT, SIGTERM, SIGUSR1, SIGUSR2})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_to_parent() -> None:
     """For a loader worker: only the process that started it may end it. SLURM signals every process of a job, a terminal every
     one in the foreground, and the main one still needs batches to come to the end of a step."""
     for signum in (SIGINT, SIGUSR1, SIGUSR2):  # the last is submitit's
         signal.signal(signum, SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {SIGTERM})
+    signal.pthread_sigmask(signal.SIG_SETMASK, {SIGTERM})
     threading.Thread(target=_obey_parent, daemon=True).start()
 
 

@@ -30,7 +30,8 @@ class Loader(DataLoader):
         self.patience = patience
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        batches = super().__iter__()
+        with signals.held_back():
+            batches = super().__iter__()
         if not self.num_workers or threading.current_thread() is not threading.main_thread():
             yield from batches
             return

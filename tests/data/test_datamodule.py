@@ -17,7 +17,7 @@ from lcm.core.batch import LatentBatch
 from lcm.data.codec import LatentCodec
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.filters import Filters
-from lcm.data.workers import kill, workers_watched
+from lcm.data.workers import kill, one_thread, workers_watched
 from lcm.errors import UserError
 from lcm.models.pipeline import load_codec
 from tests.data.conftest import pairs, png, write_shard
@@ -275,6 +275,26 @@ def test_a_lost_worker_is_a_user_error(shards: Path, sign: signal.Signals, says:
         lose(workers, sign, batches)
     if sign is signal.SIGSTOP:  # else those that live end with their loader
         assert not any(worker.is_alive() for worker in workers)
+    kill(workers)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda sign: sign.name)
+def test_a_signal_to_all_processes_of_a_job_leaves_workers_alone(
+    shards: Path, sign: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def signalled(worker: int) -> None:
+        os.kill(os.getpid(), sign)  # while it starts
+        one_thread(worker)
+        os.kill(os.getpid(), sign)
+
+    monkeypatch.setattr("lcm.data.workers.one_thread", signalled)
+    data = datamodule(shards, num_workers=2, timeout=60)
+    data.setup()
+    batches = iter(data.train_dataloader())
+    for _ in range(4):
+        next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
     kill(workers)
 
 
