@@ -92,7 +92,7 @@ class TrainedModule(L.LightningModule):
 
     def log_train(self, loss: Tensor, logs: Mapping[str, Tensor], batch_size: int) -> None:
         if self.world_size > 1 and (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            loss = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")  # `sync_dist` would wait for all ranks each step
+            loss = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")  # `sync_dist` would wait each step
         self.log("train/loss", loss, prog_bar=True, batch_size=batch_size)
         self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=batch_size)
 
