@@ -217,3 +217,11 @@ def test_the_evaluation_ema_is_what_is_saved(training: Make, data: Make, fit: Ma
     fit(module, data(), 2)
     assert module.best_net is module.ema_net
     assert training("diffusion", eval_ema=None).ema_net is None
+
+
+def test_a_module_that_cannot_be_sharded_says_so() -> None:
+    module = TrainedModule(optimizer=torch.optim.AdamW, lr_schedule=lambda *_: None)
+    module.configure_model()
+    module._device_mesh = object()
+    with pytest.raises(UserError, match="TrainedModule cannot be sharded: train it with trainer=ddp"):
+        module.configure_model()
