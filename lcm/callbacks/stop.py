@@ -12,6 +12,8 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loops.evaluation_loop import RestartStage as ValidationStage
+from lightning.pytorch.loops.training_epoch_loop import RestartStage as LoopStage
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from lcm import signals
@@ -52,18 +54,17 @@ class StopOnSignal(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         self.last = trainer.global_step
+        validate_again(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        every = trainer.val_check_batch if any(trainer.num_val_batches) else None
-        validates = every is not None and (batch_idx + 1) % every == 0  # and stops in there: to go on would leave it out
-        if trainer.global_step != self.last and self.due(trainer.global_step) and not validates:  # nor while gradients add up
+        if trainer.global_step != self.last and self.due(trainer.global_step):  # not while gradients add up
             self.stop_if_asked(trainer)
         self.last = trainer.global_step
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if trainer.state.fn == "fit" and self.due(batch_idx):
+        if trainer.state.fn == "fit" and self.due(batch_idx) and not trainer.fit_loop._should_accumulate():
             self.stop_if_asked(trainer)
 
     def due(self, count: int) -> bool:
@@ -89,6 +90,23 @@ class StopOnSignal(Checkpoint):
         if self.group is not None:
             dist.barrier(group=self.group)  # a rank that ends first makes srun end the others
         raise SystemExit(128 + asked)
+
+
+def validate_again(trainer: L.Trainer) -> None:
+    """After a restart: a validation that was due at the checkpoint's step and had not ended is done from its start.
+
+    Lightning would leave it out. Called before the first step.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    train, validation = loop.batch_progress, loop.val_loop.batch_progress
+    every = trainer.val_check_batch if any(trainer.num_val_batches) else None
+    due = loop.restarting and every is not None and train.total.ready % every == 0
+    if due and any(progress.current.completed < progress.current.ready for progress in (train, validation)):
+        if train.current.completed < train.current.ready:
+            train.increment_completed()
+        validation.reset()
+        loop._restart_stage = LoopStage.RESTARTED_ON_LAST  # of the step's batch nothing is left to do, ...
+        loop.val_loop._restart_stage = ValidationStage.RESTARTED_MID_EVALUATION  # ... and of the validation everything
 
 
 def requeue() -> bool:

@@ -27,15 +27,12 @@ def rank(number: int, folder: Path, asked: int) -> None:
     saved = folder / f"saved-{number}"
     trainer = SimpleNamespace(
         global_step=0,
-        val_check_batch=None,
-        num_val_batches=[],
         training=False,
         loggers=[],
         is_global_zero=number == 0,
         save_checkpoint=lambda path: saved.write_text(str(trainer.global_step)),
         strategy=SimpleNamespace(checkpoint_io=SimpleNamespace(teardown=lambda: None)),
     )
-    stop.on_train_start(trainer, None)
     for step in range(1, 9):
         trainer.global_step = step
         if step == 3 and number == 1:
@@ -55,20 +52,6 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, monkeypatch):
             process.kill()
     assert [process.exitcode for process in ranks] == [143, 143]
     assert [(tmp_path / f"saved-{number}").read_text() for number in range(2)] == ["4", "4"]
-
-
-def test_a_step_before_a_validation_leaves_stopping_to_it(monkeypatch):
-    monkeypatch.setattr(signals, "_asked", signals.SIGTERM)
-    stopped = []
-    stop = StopOnSignal("unused", every_n_steps=1)
-    monkeypatch.setattr(stop, "stop_if_asked", lambda trainer: stopped.append(trainer.global_step))
-    for batches, expected in (([1], [1, 2, 4, 5]), ([0], [1, 2, 3, 4, 5, 6])):
-        stopped.clear()
-        stop.last = 0
-        for step in range(1, 7):
-            trainer = SimpleNamespace(global_step=step, val_check_batch=3, num_val_batches=batches)
-            stop.on_train_batch_end(trainer, None, None, None, step - 1)
-        assert stopped == expected
 
 
 def test_a_job_is_requeued_by_its_number(tmp_path, monkeypatch):

@@ -10,7 +10,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from lcm import signals
 from lcm.callbacks.checkpoint import AtomicCheckpointIO
+from lcm.callbacks.stop import StopOnSignal
 from lcm.core.batch import LatentBatch
 from lcm.core.random import generator
 from lcm.errors import UserError
@@ -91,6 +93,75 @@ def test_validation_changes_neither_weights_nor_data(training: Make, data: Make,
     assert trainer.callback_metrics["val/loss"] > 0
     assert_equal(weights(validated), weights(plain))
     assert held_out.state_dict()["position"] == 24
+
+
+class Validations(L.Callback):
+    """What each validation found, at which step of the log; at the end of a hook's call the run is asked to stop."""
+
+    def __init__(self, at: str = "", when: int = 0) -> None:
+        self.found: list[tuple[int, float]] = []
+        self.at, self.when = at, when
+
+    def ask(self, hook: str, number: int) -> None:
+        if (hook, number) == (self.at, self.when):
+            signals._asked = signals.SIGTERM
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self.ask("step", trainer.global_step)
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        self.ask("validation of step 4, batch", batch_idx if trainer.global_step == 4 else -1)
+
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        self.found.append((step, float(trainer.callback_metrics["val/loss"])))
+        self.ask("validation", trainer.global_step)
+
+
+@pytest.mark.parametrize(("accumulate", "every"), [(1, 2), (2, 4), (2, 3)])
+@pytest.mark.parametrize(
+    ("at", "when"),
+    [("step", 3), ("step", 4), ("validation of step 4, batch", 0), ("validation of step 4, batch", 1), ("validation", 4)],
+)
+def test_a_validation_cut_short_or_yet_to_come_is_done_again(
+    at: str,
+    when: int,
+    accumulate: int,
+    every: int,
+    training: Make,
+    data: Make,
+    fit: Make,
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
+) -> None:
+    monkeypatch.setattr(signals, "_asked", 0)
+
+    def run(module: TrainedModule, watch: Validations, ckpt_path: Path | None = None) -> list[tuple[int, float]]:
+        held_out = data(val_shards=f"{shards}/train-*.tar")
+        options = {
+            "val_check_interval": every,
+            "limit_val_batches": 2,
+            "check_val_every_n_epoch": None,
+            "accumulate_grad_batches": accumulate,
+            "callbacks": [watch, StopOnSignal(f"{tmp_path}/last.ckpt", every_n_steps=1)],
+            "enable_checkpointing": True,
+            "plugins": [AtomicCheckpointIO()],
+        }
+        fit(module, held_out, 7, ckpt_path=ckpt_path, **options)
+        return watch.found
+
+    straight, first, resumed = (training("distillation") for _ in range(3))
+    whole, before = run(straight, Validations()), Validations(at, when)
+    assert len(whole) == 7 * accumulate // every
+    with pytest.raises(SystemExit, match="143"):
+        run(first, before)
+    signals._asked = 0
+    after = run(resumed, Validations(), tmp_path / "last.ckpt")
+    assert before.found + after == whole
+    assert_equal(weights(resumed), weights(straight))
 
 
 @pytest.mark.parametrize("kind", KINDS)
