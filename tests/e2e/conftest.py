@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e import warm
+
 ROOT = Path(__file__).parents[2]
 Result = subprocess.CompletedProcess
 
@@ -24,13 +26,15 @@ def environment(**more: str) -> dict[str, str]:
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., Result]:
     """Run a program in an empty working directory; returns the finished process with its text output."""
+    return lambda program, *args, **env: warm.run(command(program, *args), tmp_path, environment(**env), timeout=300)
 
-    def run(program: str, *args: str, **env: str) -> Result:
-        return subprocess.run(
-            command(program, *args), cwd=tmp_path, env=environment(**env), capture_output=True, text=True, timeout=300
-        )
 
-    return run
+@pytest.fixture
+def run_cold(tmp_path: Path) -> Callable[..., Result]:
+    """The same, imports and all."""
+    return lambda program, *args, **env: subprocess.run(
+        command(program, *args), cwd=tmp_path, env=environment(**env), capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.fixture(scope="session")

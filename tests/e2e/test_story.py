@@ -17,7 +17,8 @@ def rows(run_dir: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((run_dir / "metrics.csv").open()))
 
 
-def test_distil_sample_evaluate_and_fine_tune(run, tiny, shards, tiny_pipeline, tmp_path):
+def test_distil_sample_evaluate_and_fine_tune(run_cold, tiny, shards, tiny_pipeline, tmp_path):
+    run = run_cold
     done = run("train.py", *tiny, "callbacks.samples.every_n_steps=3")
     assert done.returncode == 0, done.stderr
     run_dir = tmp_path / "runs/lcd_mini/0"
