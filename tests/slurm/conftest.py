@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes on this machine, and jobs on it. Skipped where its packages or root are missing."""
+"""A real SLURM of three nodes on this machine, and jobs on it. Skipped where its packages or root are missing."""
 
 import os
 import re
@@ -116,7 +116,7 @@ class Cluster:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """n1 and n2 with 8 pretended CPUs each."""
+    """n1 and n2, on which jobs of two nodes start, and n3 in reserve, with 8 pretended CPUs each."""
     missing = [name for name in ("slurmctld", "slurmd", "srun", "munged") if shutil.which(name) is None]
     if missing or os.geteuid():
         lack = f"has no {', '.join(missing)} (Debian: slurmctld slurmd slurm-client munge)" if missing else "needs root"
@@ -125,7 +125,7 @@ def cluster() -> Iterator[Cluster]:
     port = 25000 + os.getpid() % 700 * 10  # two workers' clusters do not meet; below the ports that the kernel gives out
     start = {**os.environ, "SLURM_LOCAL_PORT": str(port), "SLURM_LOCAL_KILL_WAIT": "600"}  # a busy machine saves slowly
     try:
-        subprocess.run([LOCAL, "start", folder], env=start, check=True, timeout=120)
+        subprocess.run([LOCAL, "start", folder, "3"], env=start, check=True, timeout=120)
         yield Cluster(folder)
     finally:
         subprocess.run([LOCAL, "stop", folder], timeout=120)

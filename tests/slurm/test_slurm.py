@@ -126,9 +126,6 @@ def test_a_job_stopped_at_any_moment_ends_as_if_it_had_not_been(cluster: Cluster
         )
 
 
-@pytest.mark.xfail(
-    reason="open: at scancel a loader's worker may end before the save, and the job then ends with 1", strict=False
-)
 def test_a_stalled_rank_is_named_and_scancel_saves_and_ends_with_slurm_s_code(cluster: Cluster, tiny, tmp_path):
     endless = ["trainer.max_steps=100000", "callbacks.watchdog.timeout=3", f"paths.runs={tmp_path}", "name=stalled"]
     job = cluster.submit(*tiny, *COMMON, *endless, "logger=many", "logger.wandb.offline=true", log=tmp_path / "log")
@@ -191,9 +188,9 @@ def test_a_lost_node_costs_no_more_than_the_steps_since_the_last_checkpoint(clus
     run_dir = tmp_path / f"lost/{job.number}"
     wait_for(lambda: len(column(run_dir, "train/loss")) > 25 or job.ended(), lambda: job.log)
     cluster.lose("n2")
-    wait_for(lambda: int(job.facts()["Restarts"]) == 1, lambda: job.log)
-    cluster.bring_back("n2")
-    assert job.end()["JobState"] == "COMPLETED", job.log
+    end = job.end()
+    cluster.bring_back("n2")  # not before: SLURM tries for minutes to signal the step that it lost, also on one of that number
+    assert (end["JobState"], end["Restarts"], end["NodeList"]) == ("COMPLETED", "1", "n[1,3]"), job.log
     steps = [step for step, _ in column(run_dir, "train/loss")]
     again = next(i for i, (one, two) in enumerate(pairwise(steps)) if two <= one)
     assert 0 <= steps[again] - steps[again + 1] < 10  # a checkpoint every 10 steps
