@@ -12,6 +12,8 @@ from lcm.command_line import build, check_overrides
 from lcm.errors import UserError
 
 REFUSED = [
+    "lcm.core.schedule.NoiseSchedule.at",
+    "lcm.core.schedule.NoiseSchedule.from_config",
     "os.system",
     "builtins.eval",
     "builtins.print",
