@@ -33,6 +33,8 @@ def measure(*, experiment: list[str], resolution: int, caption: str, repeats: in
     module: ConsistencyDistillation = build(cfg.model)
     codec, batch_size = build(cfg.data.codec).to(device), cfg.data.batch_size
     module.to(device)
+    if module.compile_networks:
+        module.compile_unets(torch.device(device))
     dtype = torch.bfloat16 if cfg.trainer.precision.startswith("bf16") else torch.float32
     teacher, target, net = module.frozen["teacher"].to(device, dtype), module.target_net, module.net
     assert target is not None

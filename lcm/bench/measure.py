@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,12 +46,23 @@ def machine() -> dict[str, str]:
     return {**facts, "gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else facts
 
 
+DATA_SHEET = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}  # dense bfloat16 TFLOP/s, SXM where there is
+
+
+def data_sheet_tflops() -> float | None:
+    """What the GPU's vendor says of dense bfloat16 matmuls, if it is a known one."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((float(tflops) for known, tflops in DATA_SHEET.items() if known in name), None)
+
+
 def in_turn(contenders: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[Any]]:
     """Each contender's results; they take turns, so that what disturbs the machine for a while disturbs them all."""
     results: dict[str, list[Any]] = {name: [] for name in contenders}
-    for _ in range(repeats):
+    for turn in range(repeats):
         for name, run in contenders.items():
+            started = time.monotonic()
             results[name].append(run())
+            print(f"{turn + 1}/{repeats} {name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     return results
 
 

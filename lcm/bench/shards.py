@@ -34,11 +34,19 @@ def photo(size: int, rng: torch.Generator) -> bytes:
 
 def write_photos(path: Path, *, count: int, size: int) -> str:
     """One shard of `count` photos in img2dataset's layout."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     rng = generator("cpu", "photos", size)
     with path.open("wb") as file, wds.TarWriter(file, mtime=0) as writer:
         for number in range(count):
             writer.write({"__key__": f"{number:09d}", "jpg": photo(size, rng), "txt": f"a made-up photo, number {number}"})
     return str(path)
+
+
+def photo_shard(path: str, *, count: int, size: int) -> None:
+    """`write_photos`, unless the shard is there."""
+    if not Path(path).is_file():
+        print(f"writing {path}: {count} made-up photos of {size} px", flush=True)
+        write_photos(Path(path), count=count, size=size)
 
 
 def write_latents(shard: str, folder: Path, *, codec: LatentCodec, resolution: int) -> str:

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.profilers import SimpleProfiler
 
 from lcm.bench import peers
-from lcm.bench.measure import Table, in_turn
+from lcm.bench.measure import Table, data_sheet_tflops, in_turn
 from lcm.bench.shards import write_latents
 from lcm.callbacks.throughput import Throughput
 from lcm.command_line import build, compose, pick_device
@@ -25,13 +25,17 @@ WARM_UP = 2  # steps that are not timed
 
 
 class Steps(NamedTuple):
-    """Of one step: seconds, seconds of processor time, those in which it waits for the loader, those in the encoders; FLOP."""
+    """Of one step: seconds, seconds of processor time, those in which it waits for the loader, those in the encoders; FLOP.
+
+    peak_memory: bytes on a GPU.
+    """
 
     seconds: float
     cpu: float
     waiting: float | None = None
     encoding: float | None = None
     flop: float | None = None
+    peak_memory: int | None = None
 
 
 def now() -> tuple[float, float]:
@@ -39,6 +43,17 @@ def now() -> tuple[float, float]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter(), time.process_time()
+
+
+def peak_memory() -> int | None:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+def released() -> None:
+    """Let the next contender have the GPU's memory, and its own peak."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def elapsed(start: tuple[float, float], end: tuple[float, float], steps: int) -> tuple[float, float]:
@@ -80,10 +95,13 @@ class Training:
             self.data.codec.posterior(batch["x"], batch["keys"])
 
     def __call__(self) -> Steps:
+        released()
         clock, arithmetic, profiler = Clock(), Throughput(peak_tflops=1.0), Profiler()
         silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
         options = {**build(self.cfg.trainer), **silent, "max_steps": WARM_UP + self.steps}
         L.Trainer(**options, callbacks=[arithmetic, clock], profiler=profiler).fit(self.module, self.data)
+        for network in self.module.frozen.values():
+            network.cpu()  # as Lightning does with the module itself
         assert arithmetic.flop_per_image is not None
         spent = {name: sum(times[WARM_UP:]) / self.steps for name, times in profiler.recorded_durations.items()}
         return Steps(
@@ -91,6 +109,7 @@ class Training:
             spent["[_TrainingEpochLoop].train_dataloader_next"],
             spent["[LightningDataModule]ShardDataModule.on_after_batch_transfer"],
             arithmetic.flop_per_image * self.data.batch_size,
+            peak_memory(),
         )
 
 
@@ -98,20 +117,25 @@ def peer_training(overrides: list[str], *, shard: str, dtype: torch.dtype, steps
     """The same networks, batch size and images as a `Training` of distillation, trained as the peers' script does it."""
     cfg = compose("train", overrides)
     data, module, device = build(cfg.data), build(cfg.model), pick_device("auto")
-    for part in (module, module.frozen["teacher"], data.codec):
-        part.to(device)
     data.codec.vae.to(dtype)
     data.codec.text_encoder.to(dtype)
     batches = peers.image_loader(shard, size=data.resolution, batch_size=data.batch_size, workers=data.num_workers)
-    step = peers.distillation_step(module, data.codec, dtype)
+    parts = (module, module.frozen["teacher"], data.codec)
 
     def run() -> Steps:
+        released()
+        for part in parts:
+            part.to(device)
+        step = peers.distillation_step(module, data.codec, dtype)
         for batch in islice(batches, WARM_UP):
             step(*batch)
         started = now()
         for batch in islice(batches, steps):
             step(*batch)
-        return Steps(*elapsed(started, now(), steps))
+        taken = elapsed(started, now(), steps)
+        for part in parts:
+            part.to("cpu")
+        return Steps(*taken, peak_memory=peak_memory())
 
     return run
 
@@ -121,43 +145,48 @@ def measure(
     shards: str,
     resolution: int,
     experiments: dict[str, list[str]],
+    ways: dict[str, dict[str, Any]],
     peers_of: str,
+    peer_precisions: list[str],
     steps: int,
     repeats: int,
     matmul_size: int,
 ) -> Table:
-    """experiments: names with the overrides of `train.py`; peers_of: the distillation that the peers' step trains, too."""
-    shard = expand_urls(shards)[0]
-    common = [f"data.resolution={resolution}", *(f"data.{k}=null" for k in ("val_shards", "build", "index"))]
+    """experiments: names with the overrides of `train.py`; ways: names with the data that each is trained from ("images",
+    "cached", "latents") and more overrides; peers_of: the distillation that the peers' step trains, too, in each of
+    `peer_precisions`."""
+    shard, device = expand_urls(shards)[0], pick_device("auto")
+    common = [f"data.resolution={resolution}", *(f"++data.{k}=null" for k in ("val_shards", "build", "index"))]
     with TemporaryDirectory() as folder:
         contenders: dict[str, Callable[[], Steps]] = {}
         for name, overrides in experiments.items():
             of = [*overrides, *common]
-            codec = build(compose("train", [*of, "data.codec.cache=false"]).data.codec)
+            images = [*of, f"data.shards={shard}", "data.codec.cache=false"]
+            codec = build(compose("train", images).data.codec).to(device)
             latents = write_latents(shard, Path(folder, name), codec=codec, resolution=resolution)
-            images = [*of, f"data.shards={shard}"]
-            if name == peers_of:
-                fresh = [*images, "data.codec.cache=false"]
-                for dtype in (torch.float32, torch.bfloat16):
-                    key = f"{name}|peers, {str(dtype).removeprefix('torch.')}"
-                    contenders[key] = peer_training(fresh, shard=shard, dtype=dtype, steps=steps)
-            ways = {
-                "encoded each time": Training([*images, "data.codec.cache=false"], steps=steps),
-                "encodings cached": Training([*images, "data.codec.cache=true"], steps=steps, prefill=True),
-                "latent shards": Training([*of, f"data.shards={latents}", "+data.latents=true"], steps=steps),
+            sources = {
+                "images": images,
+                "cached": [*of, f"data.shards={shard}", "data.codec.cache=true"],
+                "latents": [*of, f"data.shards={latents}", "+data.latents=true"],
             }
-            contenders |= {f"{name}|ours, {way}": training for way, training in ways.items()}
+            for precision in peer_precisions if name == peers_of else ():
+                contenders[f"{name}|peers, {precision}"] = peer_training(
+                    images, shard=shard, dtype=getattr(torch, precision), steps=steps
+                )
+            for way, options in ways.items():
+                training = [*sources[options["data"]], *options.get("overrides", [])]
+                contenders[f"{name}|ours, {way}"] = Training(training, steps=steps, prefill=options["data"] == "cached")
         batch_sizes = {key.partition("|")[0]: c.data.batch_size for key, c in contenders.items() if isinstance(c, Training)}
         best = {key: min(found, key=lambda of: of.seconds) for key, found in in_turn(contenders, repeats).items()}
-    ceiling = matmul_tflops(pick_device("auto"), torch.bfloat16, matmul_size)
+    ceiling = matmul_tflops(device, torch.bfloat16, matmul_size)
     peer = min((found.seconds for key, found in best.items() if "|peers" in key), default=None)
     rows = [row(key, batch_sizes[key.partition("|")[0]], of, ceiling, peer, peers_of) for key, of in best.items()]
     note = (
         f"Best of {repeats} x {steps} steps, taken in turn, after {WARM_UP} that do not count, with {torch.get_num_threads()} "
-        f"threads; ours under Lightning's Trainer as `train.py` has it. FLOP are counted in a step of the "
-        f"model, without the encoders; the ceiling is a bfloat16 matmul of {matmul_size} in the same run: {ceiling:.2f} "
+        f"threads; ours under Lightning's Trainer as `train.py` has it, batches of {batch_sizes}. FLOP are counted in a step "
+        f"of the model, without the encoders; the ceiling is a bfloat16 matmul of {matmul_size} in the same run: {ceiling:.3g} "
         "TFLOP/s. Peers: the way of diffusers' LCM distillation script (images encoded each time, the teacher called twice, "
-        "unfused AdamW, the average tensor by tensor); the ratio is to the faster of its precisions."
+        "eager, unfused AdamW, the average tensor by tensor); the ratio is to the fastest of its precisions."
     )
     return Table("Training steps", rows, note)
 
@@ -166,12 +195,18 @@ def row(key: str, batch_size: int, of: Steps, ceiling: float, peer: float | None
     share = partial(round, ndigits=1)
     experiment, _, way = key.partition("|")
     tflops = None if of.flop is None else of.flop / of.seconds / 1e12
+    sheet = data_sheet_tflops()
+    on_gpu = {
+        "% of the data sheet": share(100 * tflops / sheet) if tflops and sheet else None,
+        "peak GiB": share(of.peak_memory / 2**30) if of.peak_memory else None,
+    }
     return {
         "training": experiment, "step": way, "ms a step": 1e3 * of.seconds, "images/s": batch_size / of.seconds,
         "images per CPU second": batch_size / of.cpu,
         "of the peers' rate": peer / of.seconds if peer is not None and experiment == peers_of else None,
         "GFLOP an image": None if of.flop is None else of.flop / batch_size / 1e9, "TFLOP/s": tflops,
         "% of a matmul": None if tflops is None else share(100 * tflops / ceiling),
+        **(on_gpu if of.peak_memory else {}),
         "% waiting for data": None if of.waiting is None else share(100 * of.waiting / of.seconds),
         "% encoding": None if of.encoding is None else share(100 * of.encoding / of.seconds),
     }  # fmt: skip

@@ -7,6 +7,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lcm.core.random import generator
+
 
 def forward_flop(unet: UNet2DConditionModel, z_shape: torch.Size, cond_shape: torch.Size) -> int:
     """FLOP (2 a multiply-add) of matmuls, convolutions and attention of one forward, counted on the meta device.
@@ -20,8 +22,8 @@ def forward_flop(unet: UNet2DConditionModel, z_shape: torch.Size, cond_shape: to
 
 
 def matmul_tflops(device: Any, dtype: torch.dtype, size: int, repeats: int = 5) -> float:
-    """The ceiling: TFLOP/s of square matmuls, the best of `repeats` after one that does not count."""
-    a = torch.ones(size, size, device=device, dtype=dtype)  # no random numbers: a training's are not to be used up
+    """The ceiling: TFLOP/s of square matmuls of normal numbers (constant ones are faster), the best of `repeats` after one."""
+    a = torch.randn(size, size, device=device, dtype=dtype, generator=generator(device, "matmul"))  # none of a training's
     times = []
     for _ in range(1 + repeats):
         started = time.perf_counter()

@@ -14,13 +14,17 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 UNITS = (BasicTransformerBlock, ResnetBlock2D, Downsample2D, Upsample2D)  # gathered one at a time; what is left, with the root
 
 
-def shard(unet: UNet2DConditionModel, mesh: DeviceMesh, compute: torch.dtype | None) -> None:
+def shard(unet: UNet2DConditionModel, mesh: DeviceMesh, compute: torch.dtype | None, *, compile: bool = False) -> None:
     """Leave each process its part of every parameter; a block is gathered when it runs, in `compute` (None: as stored).
 
-    mesh: 1-D, or (replicas, shards). Gradients are reduced in float32.
+    mesh: 1-D, or (replicas, shards). Gradients are reduced in float32. compile: each block by itself, since gathering is no
+    part of a graph.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     for module in reversed(list(unet.modules())):  # children first, the root last
+        if compile and isinstance(module, UNITS):
+            torch._dynamo.config.recompile_limit = 128  # a graph for each kind of block, at each size, in each network
+            module.compile()
         if isinstance(module, UNITS) or module is unet:
             # Freed after the forward pass also by the root: a target's has no backward pass to do it, and would go stale.
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)

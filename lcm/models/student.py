@@ -1,5 +1,6 @@
 """UNets as the core's networks, and the w-conditioned student made from a teacher."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,16 +11,17 @@ from lcm.core.guidance import embed_w
 from lcm.core.networks import Network
 
 
-def as_network(unet: UNet2DConditionModel) -> Network:
+def as_network(unet: UNet2DConditionModel, compiled: Callable[..., Any] | None = None) -> Network:
     """`net(z_t, t, cond, w)` over diffusers' UNet; w is embedded in float32, inputs follow the weights' dtype.
 
-    A UNet without `time_cond_proj_dim` ignores w.
+    A UNet without `time_cond_proj_dim` ignores w. compiled: what is called in the UNet's place.
     """
+    forward, dim = unet if compiled is None else compiled, unet.config["time_cond_proj_dim"]
 
     def net(z_t: Tensor, t: Tensor, cond: Tensor, w: Tensor | None = None) -> Tensor:
-        dtype, dim = unet.dtype, unet.config["time_cond_proj_dim"]
+        dtype = next(unet.parameters()).dtype  # unet.dtype walks over all modules
         embedding = None if w is None or dim is None else embed_w(w, dim).to(dtype)
-        return unet(z_t.to(dtype), t, cond.to(dtype), timestep_cond=embedding, return_dict=False)[0]
+        return forward(z_t.to(dtype), t, cond.to(dtype), timestep_cond=embedding, return_dict=False)[0]
 
     return net
 
@@ -44,10 +46,14 @@ def frozen_copy(net: UNet2DConditionModel) -> UNet2DConditionModel:
 def unet_like(net: UNet2DConditionModel, **changes: Any) -> UNet2DConditionModel:
     """A UNet of the same configuration but for `changes`, on the same device, with the weights that both have."""
     config = {key: value for key, value in net.config.items() if not key.startswith("_")}
-    with torch.device(net.device):
-        copy = nn.Module.to(UNet2DConditionModel(**{**config, **changes}), net.dtype)
-    if net.device.type != "meta":
-        missing, unexpected = copy.load_state_dict(net.state_dict(), strict=False)
-        assert not unexpected, unexpected
-        assert set(missing) <= {"time_embedding.cond_proj.weight"}, missing
+    with torch.device("meta"):  # drawing 860 million weights first, to overwrite them, takes 10 s
+        copy = UNet2DConditionModel(**{**config, **changes})
+    if net.device.type == "meta":
+        return copy
+    copy = nn.Module.to(copy, net.dtype).to_empty(device=net.device)
+    missing, unexpected = copy.load_state_dict(net.state_dict(), strict=False)
+    assert not unexpected, unexpected
+    assert set(missing) <= {"time_embedding.cond_proj.weight"}, missing
+    if missing:
+        copy.time_embedding.cond_proj.reset_parameters()
     return copy

@@ -52,6 +52,7 @@ class TrainedModule(L.LightningModule):
         optimizer = self.make_optimizer(self.parameter_groups())
         for group in optimizer.param_groups:
             group["lr"] *= group.pop("lr_scale", 1.0)
+        optimizer.register_load_state_dict_post_hook(lay_out_as_parameters)
         schedule = self.make_lr_schedule(optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -144,3 +145,11 @@ class TrainedModule(L.LightningModule):
 
     def after_optimizer_step(self) -> None:
         """Once per optimizer step, also under gradient accumulation: where moving averages move, by no more than `gate`."""
+
+
+def lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """A checkpoint written on another device may hold moments in another memory format, with which no fused update works."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -1,5 +1,6 @@
 """What the modules on latents share: the UNet's housekeeping, sampling, saving a pipeline folder."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lcm.core.networks import Network
 from lcm.core.schedule import NoiseSchedule
 from lcm.data.codec import LatentCodec
 from lcm.models.generate import LatentModel
+from lcm.models.kernels import fast_attention
 from lcm.models.pipeline import save_pipeline
 from lcm.models.sharding import is_sharded, shard, whole
 from lcm.models.student import as_network, frozen_copy
@@ -24,7 +26,8 @@ class LatentModule(TrainedModule):
     pipeline: the folder or hub id whose VAE and text encoder `save_model` puts beside the trained UNet.
     eval_ema: decay of a second, averaged copy that is sampled, validated and saved in place of `net`; None keeps none.
     w_lr_scale: how many times faster than the rest a student's projection of w learns, which a short training needs to leave
-    zero. compile: `torch.compile` the networks. gradient_checkpointing: recompute activations, for memory.
+    zero. compile: the networks of a training step are compiled by torch.compile, for batches of one shape; validation and
+    sampling stay eager. gradient_checkpointing: recompute activations, for memory.
     """
 
     consistency = False  # whether the trained network is sampled by Algorithm 3
@@ -46,17 +49,29 @@ class LatentModule(TrainedModule):
         self.net, self.schedule, self.pipeline = net.train(), schedule, pipeline
         self.eval_ema, self.w_lr_scale, self.compile_networks = eval_ema, w_lr_scale, compile
         self.ema_net = frozen_copy(net) if eval_ema is not None else None
+        self.compiled: dict[UNet2DConditionModel, Callable[..., Any]] = {}
         if gradient_checkpointing:
             net.enable_gradient_checkpointing()
 
+    def unets(self) -> list[UNet2DConditionModel]:
+        """The student, its averages and the teacher, which is as large."""
+        return [net for net in (*self.children(), *self.frozen.values()) if isinstance(net, UNet2DConditionModel)]
+
     def configure_model(self) -> None:
-        """Under `trainer=fsdp` every UNet is sharded: the student, its averages and the teacher, which is as large."""
-        if self.device_mesh is None or is_sharded(self.net):
-            return
-        compute = torch.bfloat16 if self.trainer.precision.startswith("bf16") else None
-        for network in (*self.children(), *self.frozen.values()):
-            if isinstance(network, UNet2DConditionModel):
-                shard(network, self.device_mesh, compute)
+        """Before a strategy wraps the networks, which `trainer=fsdp` has sharded."""
+        if self.device_mesh is None:
+            if self.compile_networks:
+                self.compile_unets(self.trainer.strategy.root_device)
+        elif not is_sharded(self.net):
+            compute = torch.bfloat16 if self.trainer.precision.startswith("bf16") else None
+            for network in self.unets():
+                shard(network, self.device_mesh, compute, compile=self.compile_networks)
+
+    def compile_unets(self, device: torch.device) -> None:
+        for network in self.unets():
+            if device.type == "cuda":  # eager ones are slower so: CUDA's group norm gives up this layout
+                network.to(memory_format=torch.channels_last)
+            self.compiled[network] = torch.compile(network, dynamic=False)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         [group] = super().parameter_groups()
@@ -71,9 +86,6 @@ class LatentModule(TrainedModule):
         if self.trainer.precision.startswith("bf16"):
             for network in self.frozen.values():
                 network.to(torch.bfloat16)
-        if self.compile_networks:
-            for network in (self.net, *self.frozen.values()):
-                network.compile()
 
     def after_optimizer_step(self) -> None:
         if self.ema_net is not None and self.eval_ema is not None:
@@ -82,12 +94,13 @@ class LatentModule(TrainedModule):
 
     def network(self, unet: UNet2DConditionModel) -> Network:
         """A UNet as the objectives call it; `calls` notes shapes and whether gradients are kept, for its arithmetic."""
-        net = as_network(unet)
+        net = as_network(unet, self.compiled.get(unet) if self.training else None)
 
         def noted(z_t: Tensor, t: Tensor, cond: Tensor, w: Tensor | None = None) -> Tensor:
             if self.calls is not None:
                 self.calls.append((unet, z_t.shape, cond.shape, torch.is_grad_enabled()))
-            return net(z_t, t, cond, w)
+            with fast_attention(self.device):
+                return net(z_t, t, cond, w)
 
         return noted
 
@@ -97,7 +110,7 @@ class LatentModule(TrainedModule):
         return self.net if self.ema_net is None else self.ema_net
 
     def latent_model(self, codec: LatentCodec) -> LatentModel:
-        return LatentModel(self.best_net, self.schedule, codec, self.consistency, self.facts())
+        return LatentModel(self.best_net, self.schedule, codec.to(self.device), self.consistency, self.facts())
 
     def facts(self) -> dict[str, Any]:
         """What `lcm.json` of the saved folder says."""

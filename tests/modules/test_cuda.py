@@ -1,0 +1,117 @@
+"""What runs on a GPU only: one process, small networks. Skipped where there is none."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch.utils.data import DataLoader
+
+from lcm.callbacks.checkpoint import AtomicCheckpointIO
+from lcm.callbacks.fsdp import FullySharded
+from lcm.errors import UserError
+from tests.modules.conftest import new_module
+from tests.modules.ranks import HALF, STEPS, Batches, Losses, batch, whole
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("ignore:::lightning"),
+]
+STRATEGIES = {"auto": lambda: "auto", "ddp": DDPStrategy, "fsdp": FullySharded}
+
+
+@pytest.fixture(autouse=True)
+def full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else convolutions round to TF32, and each kernel in its own way."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def train(tiny_pipeline: Path, tmp_path: Path) -> Any:
+    """`train(...)`: losses and weights after `steps` on the same batches; save, resume: checkpoints of `HALF` steps."""
+
+    def run(
+        kind: str = "distillation",
+        *,
+        strategy: str = "auto",
+        accelerator: str = "gpu",
+        precision: str = "32-true",
+        steps: int = STEPS,
+        resume: Path | None = None,
+        save: Path | None = None,
+        poisoned: int | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        batches = [batch(i, None) for i in range(HALF if resume else 0, STEPS)]
+        if poisoned is not None:
+            batches[poisoned].z0.fill_(float("nan"))
+        # With AdamW's usual eps of 1e-8 the order of a sum decides the step of a weight whose gradient is nearly zero.
+        optimizer = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0, eps=1e-6, fused=True)
+        module, watch = new_module(tiny_pipeline, kind, optimizer=optimizer, **options), Losses()
+        trainer = L.Trainer(
+            accelerator=accelerator, devices=1, strategy=STRATEGIES[strategy](), max_steps=steps, max_epochs=-1,
+            callbacks=[watch], precision=precision, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, default_root_dir=tmp_path,
+            plugins=[AtomicCheckpointIO()], check_val_every_n_epoch=None, val_check_interval=2,
+        )  # fmt: skip
+        loaders = [DataLoader(Batches(part), batch_size=None) for part in (batches, batches[:1])]
+        trainer.fit(module, *loaders, ckpt_path=resume)
+        if save:
+            trainer.save_checkpoint(save)
+        return {
+            "losses": watch.losses,
+            "weights": {k: v.cpu() for k, v in whole(module.state_dict()).items()},
+            "module": module,
+        }
+
+    return run
+
+
+def assert_close(got: dict[str, Any], wanted: dict[str, Any], atol: float) -> None:
+    for name, value in wanted["weights"].items():
+        torch.testing.assert_close(got["weights"][name], value, rtol=1e-4, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "distillation", "finetuning", "guided", "cd", "ct"])
+def test_every_method_trains_in_mixed_precision(kind: str, train: Any) -> None:
+    found = train(kind, precision="bf16-mixed")
+    assert len(found["losses"]) == STEPS
+    assert all(torch.tensor(found["losses"]).isfinite())
+
+
+def test_compiled_networks_train_as_eager_ones(train: Any) -> None:
+    eager, compiled = train(), train(compile=True)
+    assert compiled["losses"] == pytest.approx(eager["losses"], rel=1e-4)
+    assert_close(compiled, eager, 1e-4)
+    module = compiled["module"]
+    assert set(module.compiled) == {module.net, module.target_net, module.frozen["teacher"]}
+    assert module.net.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("written_on", ["cpu", "gpu"])
+def test_a_checkpoint_goes_on_on_either_device(written_on: str, train: Any, tmp_path: Path) -> None:
+    """The CPU's moments are contiguous, the GPU's channels last; draws differ between the devices, so losses do."""
+    half = tmp_path / "half.ckpt"
+    train(accelerator=written_on, steps=HALF, save=half)
+    resumed = train(resume=half)
+    assert len(resumed["losses"]) == STEPS - HALF
+    if written_on == "gpu":
+        assert_close(resumed, train(), 1e-6)
+    else:
+        assert all(torch.tensor(resumed["losses"]).isfinite())
+        train(accelerator="cpu", resume=half)
+
+
+@pytest.mark.parametrize(("strategy", "options"), [("ddp", {}), ("fsdp", {}), ("fsdp", {"compile": True})])
+def test_one_process_over_nccl_trains_as_one_without(strategy: str, options: dict[str, Any], train: Any) -> None:
+    assert_close(train(strategy=strategy, **options), train(), 1e-4)
+
+
+def test_an_update_that_is_not_finite_is_left_out_on_the_device(train: Any) -> None:
+    found = train(poisoned=1, skip_non_finite=1, precision="bf16-mixed")
+    assert all(value.isfinite().all() for value in found["weights"].values())
+    with pytest.raises(UserError, match="non-finite"):
+        train(poisoned=1, precision="bf16-mixed")
