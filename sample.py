@@ -12,12 +12,13 @@ from lcm.runs import find_pipeline
 
 
 @program("sample")
+@torch.inference_mode()
 def main(cfg: DictConfig) -> None:
     """Load a pipeline folder, sample every prompt `images_per_prompt` times, write PNGs and a grid."""
     folder = output_folder(cfg.output)
     prompts = read_prompts(cfg.prompts, lambda: read_captions(cfg.val_shards, option="val_shards"))
     name = find_pipeline(cfg.pipeline, cfg.paths.runs)
-    model = LatentModel.load(name, device=pick_device(cfg.device), dtype=getattr(torch, cfg.dtype))
+    model = LatentModel.load(name, device=pick_device(cfg.device), dtype=getattr(torch, cfg.dtype), compile=cfg.compile)
     model.check_w(cfg.w)
     repeated = [prompt for prompt in prompts for _ in range(cfg.images_per_prompt)]
     seeds = [cfg.seed + i for i in range(len(repeated))]

@@ -21,6 +21,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lcm import precision  # noqa: F401  its resolvers
 from lcm.errors import UserError
 from lcm.redaction import hide_in_logs, redacted
 from lcm.targets import CONF, check_targets

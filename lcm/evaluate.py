@@ -105,6 +105,7 @@ def evaluate(cfg: DictConfig) -> None:
 
 
 @program("evaluate")
+@torch.inference_mode()
 def main(cfg: DictConfig) -> None:
     evaluate(cfg)
 

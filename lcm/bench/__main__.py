@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import asdict
 
+import lightning  # noqa: F401  before `program` quiets it: it raises its voice when it is imported
 from omegaconf import DictConfig
 
 from lcm.bench.measure import machine

@@ -55,14 +55,20 @@ def data_sheet_tflops() -> float | None:
     return next((float(tflops) for known, tflops in DATA_SHEET.items() if known in name), None)
 
 
-def in_turn(contenders: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[Any]]:
-    """Each contender's results; they take turns, so that what disturbs the machine for a while disturbs them all."""
+def in_turn(
+    contenders: Mapping[str, Callable[[], Any]], repeats: int, say: Callable[[Any], str] = lambda result: ""
+) -> dict[str, list[Any]]:
+    """Each contender's results; they take turns, so that what disturbs the machine for a while disturbs them all.
+
+    say: of a result, for the line that tells how far the measurement is: what is measured is not lost with what comes after.
+    """
     results: dict[str, list[Any]] = {name: [] for name in contenders}
     for turn in range(repeats):
         for name, run in contenders.items():
             started = time.monotonic()
-            results[name].append(run())
-            print(f"{turn + 1}/{repeats} {name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+            results[name].append(result := run())
+            took = f"{time.monotonic() - started:.0f} s"
+            print(f"{turn + 1}/{repeats} {name}: {say(result)} ({took})", file=sys.stderr, flush=True)
     return results
 
 

@@ -28,9 +28,12 @@ def student_of(pipeline: str, folder: Path) -> str:
 
 def ours(folder: str, dtype: torch.dtype, device: str) -> Callable[..., Tensor]:
     model = LatentModel.load(folder, device=device, dtype=dtype)
-    return lambda prompts, steps, w: torch.cat(
-        list(model.images(prompts, list(range(len(prompts))), steps=steps, w=w, batch_size=len(prompts)))
-    )
+
+    @torch.inference_mode()  # as sample.py
+    def images(prompts: list[str], steps: int, w: float) -> Tensor:
+        return torch.cat(list(model.images(prompts, list(range(len(prompts))), steps=steps, w=w, batch_size=len(prompts))))
+
+    return images
 
 
 def diffusers(folder: str, dtype: torch.dtype, device: str) -> Callable[..., Tensor]:
@@ -52,6 +55,10 @@ def timed(sample: Callable[[], Tensor]) -> tuple[float, Tensor]:
     return time.perf_counter() - started, images
 
 
+def said(result: tuple[float, Tensor]) -> str:
+    return f"{1e3 * result[0]:.0f} ms"
+
+
 def measure(
     *, pipeline: str, prompt: str, w: float, steps: list[int], batch_sizes: list[int], repeats: int, device: str
 ) -> Table:
@@ -69,7 +76,7 @@ def measure(
             for count in steps:
                 prompts = [f"{prompt}, number {i}" for i in range(batch_size)]
                 runs = {name: partial(timed, partial(make, prompts, count, w)) for name, make in makers.items()}
-                found = {name: results[1:] for name, results in in_turn(runs, repeats + 1).items()}
+                found = {name: results[1:] for name, results in in_turn(runs, repeats + 1, said).items()}
                 seconds = {name: min(time for time, _ in results) for name, results in found.items()}
                 images = {name: results[0][1].int() for name, results in found.items()}
                 for name in makers:

@@ -177,7 +177,8 @@ def measure(
                 training = [*sources[options["data"]], *options.get("overrides", [])]
                 contenders[f"{name}|ours, {way}"] = Training(training, steps=steps, prefill=options["data"] == "cached")
         batch_sizes = {key.partition("|")[0]: c.data.batch_size for key, c in contenders.items() if isinstance(c, Training)}
-        best = {key: min(found, key=lambda of: of.seconds) for key, found in in_turn(contenders, repeats).items()}
+        taken = in_turn(contenders, repeats, lambda of: f"{1e3 * of.seconds:.0f} ms a step")
+        best = {key: min(found, key=lambda of: of.seconds) for key, found in taken.items()}
     ceiling = matmul_tflops(device, torch.bfloat16, matmul_size)
     peer = min((found.seconds for key, found in best.items() if "|peers" in key), default=None)
     rows = [row(key, batch_sizes[key.partition("|")[0]], of, ceiling, peer, peers_of) for key, of in best.items()]

@@ -20,6 +20,7 @@ VAE: dict[str, Any] = {  # of all Stable Diffusion models up to 2.1
 TEXT: dict[int, dict[str, Any]] = {  # by width: CLIP ViT-L/14's tower, and OpenCLIP ViT-H/14's without its last layer
     768: {"num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     1024: {"num_hidden_layers": 23, "num_attention_heads": 16, "intermediate_size": 4096, "hidden_act": "gelu"},
+    2048: {"num_hidden_layers": 16, "num_attention_heads": 32, "intermediate_size": 8192},  # about SDXL's two towers in one
 }
 
 

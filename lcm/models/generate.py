@@ -40,13 +40,23 @@ class LatentModel:
     students: dict[int, UNet2DConditionModel] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, pipeline: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "LatentModel":
-        """dtype: of the UNet, which takes nearly all the time; solvers, VAE and text encoder stay in float32."""
+    def load(
+        cls, pipeline: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, compile: bool = False
+    ) -> "LatentModel":
+        """dtype: of the UNet, which takes nearly all the time; solvers, VAE and text encoder stay in float32.
+
+        compile: UNets and the VAE's decoder by torch.compile, when they are first called.
+        """
 
         def load(name: str) -> UNet2DConditionModel:
-            return pipelines.load_unet(pipeline, dtype, name=name).to(device).eval().requires_grad_(False)
+            unet = pipelines.load_unet(pipeline, dtype, name=name).to(device).eval().requires_grad_(False)
+            if compile:
+                unet.compile()
+            return unet
 
         unet, codec = load("unet"), pipelines.load_codec(pipeline).to(device)
+        if compile:
+            codec.vae.decoder.compile()
         facts, consistency = pipelines.training_facts(pipeline), pipelines.is_consistency_model(pipeline)
         *others, last = facts.get("students") or [None]
         students = {n: load(f"unet_{n}") for n in others} | ({last: unet} if last else {})

@@ -128,3 +128,13 @@ def test_a_loaded_model_is_frozen(teacher: LatentModel) -> None:
     assert not teacher.unet.training
     assert not any(p.requires_grad for p in teacher.unet.parameters())
     assert not teacher.latents(["rocket"], [0], steps=1, w=1.0).requires_grad
+
+
+def test_compiling_is_asked_of_every_network_that_repeats(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without doing it: it takes minutes on a CPU."""
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: asked.append(type(self).__name__))
+    LatentModel.load(str(tiny_pipeline))
+    assert asked == []
+    LatentModel.load(str(tiny_pipeline), compile=True)
+    assert asked == ["UNet2DConditionModel", "Decoder"]
