@@ -46,7 +46,7 @@ def frozen_copy(net: UNet2DConditionModel) -> UNet2DConditionModel:
 def unet_like(net: UNet2DConditionModel, **changes: Any) -> UNet2DConditionModel:
     """A UNet of the same configuration but for `changes`, on the same device, with the weights that both have."""
     config = {key: value for key, value in net.config.items() if not key.startswith("_")}
-    with torch.device("meta"):  # drawing 860 million weights first, to overwrite them, takes 10 s
+    with torch.device("meta"):  # drawing weights to overwrite them takes longer than copying them
         copy = UNet2DConditionModel(**{**config, **changes})
     if net.device.type == "meta":
         return copy
