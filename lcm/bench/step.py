@@ -179,14 +179,15 @@ def measure(
         batch_sizes = {key.partition("|")[0]: c.data.batch_size for key, c in contenders.items() if isinstance(c, Training)}
         taken = in_turn(contenders, repeats, lambda of: f"{1e3 * of.seconds:.0f} ms a step")
         best = {key: min(found, key=lambda of: of.seconds) for key, found in taken.items()}
-    ceiling = matmul_tflops(device, torch.bfloat16, matmul_size)
+    ceiling = max(matmul_tflops(device, dtype, matmul_size) for dtype in (torch.bfloat16, torch.float32))
     peer = min((found.seconds for key, found in best.items() if "|peers" in key), default=None)
     rows = [row(key, batch_sizes[key.partition("|")[0]], of, ceiling, peer, peers_of) for key, of in best.items()]
     note = (
         f"Best of {repeats} x {steps} steps, taken in turn, after {WARM_UP} that do not count, with {torch.get_num_threads()} "
         f"threads; ours under Lightning's Trainer as `train.py` has it, batches of {batch_sizes}. FLOP are counted in a step "
-        f"of the model, without the encoders; the ceiling is a bfloat16 matmul of {matmul_size} in the same run: {ceiling:.3g} "
-        "TFLOP/s. Peers: the way of diffusers' LCM distillation script (images encoded each time, the teacher called twice, "
+        f"of the model, without the encoders; the ceiling is a matmul of {matmul_size} in the same run, in the faster of "
+        f"bfloat16 and float32: {ceiling:.3g} TFLOP/s. "
+        "Peers: the way of diffusers' LCM distillation script (images encoded each time, the teacher called twice, "
         "eager, unfused AdamW, the average tensor by tensor); the ratio is to the fastest of its precisions."
     )
     return Table("Training steps", rows, note)

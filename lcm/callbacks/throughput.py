@@ -14,7 +14,7 @@ class Throughput(L.Callback):
 
     `perf/images_per_sec` of all devices together; `perf/tflops` of one, those of the networks' matmuls, convolutions and
     attention as the algorithm needs them (nothing is counted for recomputed activations); `perf/mfu`, their share of
-    `peak_tflops` or, without one, of a bfloat16 matmul of `matmul_size` measured on this device at the start;
+    `peak_tflops` or, without one, of a matmul of `matmul_size` in the training's precision, measured here at the start;
     `perf/data_wait`, the share of the time that passes between two steps: reading and, on a CPU, encoding.
     Nothing here waits for the device in the course of training. matmul_size: by default 2048 on a CPU, 8192 on a GPU.
     """
@@ -26,7 +26,8 @@ class Throughput(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         if self.peak is None:
             size = self.matmul_size or (2048 if module.device.type == "cpu" else 8192)
-            self.peak = matmul_tflops(module.device, torch.bfloat16, size)
+            dtype = torch.bfloat16 if trainer.precision.startswith("bf16") else torch.float32
+            self.peak = matmul_tflops(module.device, dtype, size)
         module.calls = []  # the first batch's are noted
         self.step = trainer.global_step
         self.restart()
