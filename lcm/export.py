@@ -13,6 +13,8 @@ from lcm.callbacks.checkpoint import AtomicCheckpointIO
 from lcm.command_line import build, output_folder, program
 from lcm.errors import UserError
 from lcm.files import whole_file
+from lcm.models.lora import is_adapted, merged
+from lcm.models.pipeline import load_unet
 from lcm.modules.latent import LatentModule
 from lcm.runs import checkpoint_path
 
@@ -68,6 +70,7 @@ def main(cfg: DictConfig) -> None:
         module.save_model(str(output), net, dtype=dtype)
     else:
         output = output.with_suffix(".safetensors")
+        net = merged(net, load_unet(module.pipeline)) if is_adapted(net) else net
         with whole_file(output) as file:
             state = {name: value.to(dtype).contiguous() for name, value in net.state_dict().items()}
             file.write(save(state, metadata={"format": "pt"}))

@@ -18,6 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from lcm.core.schedule import NoiseSchedule
 from lcm.data.codec import LatentCodec
 from lcm.errors import UserError
+from lcm.models.lora import is_adapted, merged, save_adapters
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -114,7 +115,8 @@ def save_pipeline(
 ) -> None:
     """Write a pipeline folder that diffusers opens unmodified; VAE, text encoder and tokenizer are copied from `base`.
 
-    more: further UNets' folders by the name they get in it.
+    more: further UNets' folders by the name they get in it. Adapters are merged into the UNet of `base`, and also saved by
+    themselves, in the file that diffusers' `load_lora_weights` looks for.
 
     The folder is written beside its place and renamed, so it is whole or absent.
     """
@@ -126,6 +128,9 @@ def save_pipeline(
             shutil.copytree(source / part, partial / part)
     for name, other in more.items():
         shutil.copytree(other, partial / name)
+    if is_adapted(unet):
+        save_adapters(partial, unet, dtype)
+        unet = merged(unet, load_unet(base))
     save_unet(partial / "unet", unet, dtype)
     takes_w = unet.config["time_cond_proj_dim"] is not None
     if consistency:

@@ -1,6 +1,7 @@
 """UNets as the core's networks, and the w-conditioned student made from a teacher."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -39,8 +40,13 @@ def make_student(teacher: UNet2DConditionModel, *, cond_proj_dim: int = 256, zer
 
 
 def frozen_copy(net: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A copy for averaging: no gradients, evaluation mode."""
-    return unet_like(net).eval().requires_grad_(False)
+    """A copy for averaging: no gradients, evaluation mode. Weights that `net` does not train are shared, not copied."""
+    return sharing(net, (p for p in net.parameters() if not p.requires_grad)).eval().requires_grad_(False)
+
+
+def sharing(net: UNet2DConditionModel, shared: Iterable[nn.Parameter]) -> UNet2DConditionModel:
+    """A copy that has `shared` in common with `net`: the same objects, which stay common when either is moved or cast."""
+    return copy.deepcopy(net, {id(p): p for p in shared})
 
 
 def unet_like(net: UNet2DConditionModel, **changes: Any) -> UNet2DConditionModel:

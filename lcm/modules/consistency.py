@@ -13,7 +13,7 @@ from lcm.core.networks import Networks
 from lcm.core.objectives.consistency import Distance, draw
 from lcm.core.schedule import NoiseSchedule
 from lcm.errors import UserError
-from lcm.models.student import frozen_copy, make_student, unet_like
+from lcm.models.student import frozen_copy
 from lcm.modules.latent import LatentModule
 
 
@@ -22,7 +22,7 @@ class ConsistencyModule(LatentModule):
 
     ema_decay: the paper's mu; 0 makes the student its own target, and no second copy exists.
     timesteps: `[N]` int64, those t that are trained. w is drawn from [w_min, w_max].
-    loss: the paper's d. zero_init: whether the projection of w starts at zero (the student then starts as `net`).
+    loss: the paper's d.
     """
 
     consistency = True
@@ -40,13 +40,12 @@ class ConsistencyModule(LatentModule):
         ema_decay: float = 0.95,
         w_min: float = 2.0,
         w_max: float = 14.0,
-        zero_init: bool = True,
         **kwargs: Any,
     ) -> None:
         if not 0 <= ema_decay < 1:
             raise UserError(f"model.ema_decay={ema_decay} is not in [0, 1)")
         check_w_range(w_min, w_max)
-        super().__init__(make_student(net, zero_init=zero_init) if self.guided else unet_like(net), schedule, **kwargs)
+        super().__init__(net, schedule, **kwargs)
         self.target_net = frozen_copy(self.net) if ema_decay else None
         self.register_buffer("timesteps", timesteps, persistent=False)
         self.objective, self.loss = objective, loss

@@ -11,6 +11,7 @@ from torch import Tensor
 from lcm.core.consistency import cm_consistency_fn
 from lcm.core.schedule import NoiseSchedule
 from lcm.core.timesteps import karras
+from lcm.models.student import unet_like
 from lcm.modules.consistency import ConsistencyModule
 
 
@@ -34,7 +35,7 @@ class ConsistencyModel(ConsistencyModule):
     ) -> None:
         f = partial(cm_consistency_fn, schedule=schedule, sigma_data=sigma_data)
         super().__init__(
-            net,
+            unet_like(net),
             schedule,
             timesteps=karras(schedule, points=points)[1:],
             objective=partial(objective, f=f),

@@ -17,6 +17,7 @@ FULL_SIZE = {
     "teacher_sd15": "sd15",
     "lcd_sd15": "sd15",
     "lcf_sd15": "sd15",
+    "lcd_lora_sd15": "sd15",
     "lcd_sd21_768": "sd21",
     "guided_distill_sd15": "sd15",
 }
@@ -138,7 +139,9 @@ def test_full_size_recipes_build_with_the_real_names_and_shapes(experiment, net)
     assert shapes["conv_in.weight"] == (320, 4, 3, 3)
     assert shapes["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"] == (320, context)
     assert shapes["mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"] == (1280, context)
-    if experiment != "teacher_sd15":
+    if experiment == "lcd_lora_sd15":
+        assert sum(p.numel() for p in module.parameters() if p.requires_grad) == 67_252_224
+    elif experiment != "teacher_sd15":
         assert module.net.time_embedding.cond_proj.weight.shape == (320, 256)
 
 

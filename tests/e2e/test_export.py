@@ -45,3 +45,25 @@ def test_a_sharded_run_goes_on_and_is_exported_as_train_saves_it(run, tiny, tmp_
     shard.write_bytes(shard.read_bytes()[:-1])
     before = run("lcm.export", f"run={run_dir}", "output=before", "format=unet")
     assert "of step 4" in before.stdout, before.stderr
+
+
+def test_adapters_are_exported_as_train_saves_them(run, tiny, tmp_path):
+    options = ["experiment=lcd_lora_mini", "model.rank=4", "trainer.max_steps=2", "callbacks.samples.steps=[1]"]
+    trained = run("train.py", *tiny, *options)
+    assert trained.returncode == 0, trained.stderr
+    run_dir = tmp_path / "runs/lcd_lora_mini/0"
+    assert (done := run("lcm.export", f"run={run_dir}")).returncode == 0, done.stderr
+    assert contents(run_dir / "export") == contents(run_dir / "model")
+    assert (run_dir / "model/pytorch_lora_weights.safetensors").is_file()
+
+    single = run("lcm.export", f"run={run_dir}", "format=unet", "output=unet")
+    assert single.returncode == 0, single.stderr
+    merged = UNet2DConditionModel.from_pretrained(run_dir / "model", subfolder="unet", torch_dtype=torch.float16).state_dict()
+    found = load_file(tmp_path / "unet.safetensors")
+    assert merged.keys() == found.keys()
+    assert all(torch.equal(value, merged[name]) for name, value in found.items())
+
+    sampled = run("sample.py", "pipeline=last", "images_per_prompt=1", "steps=2", "prompts=[rocket]")
+    assert sampled.returncode == 0, sampled.stderr
+    target = run("lcm.export", f"run={run_dir}", "weights=target")
+    assert "kept no such weights" in target.stderr

@@ -26,6 +26,7 @@ from lcm.modules.diffusion import LatentDiffusion
 from lcm.modules.distillation import ConsistencyDistillation
 from lcm.modules.finetuning import ConsistencyFineTuning
 from lcm.modules.guided_distillation import GuidedDistillation
+from lcm.modules.lora import LoRADistillation
 from lcm.modules.lr_schedules import constant
 
 Make = Callable[..., Any]
@@ -59,6 +60,9 @@ def new_module(tiny_pipeline: Path, kind: str, **options: Any) -> TrainedModule:
     if kind == "distillation":
         method = {"teacher": base, "objective": latent_consistency_distillation, "solver": solvers.ddim}
         return ConsistencyDistillation(net, NoiseSchedule(), **{**grid, **method, **options})
+    if kind == "lora":
+        method = {"teacher": base, "objective": latent_consistency_distillation, "solver": solvers.ddim, "rank": 4}
+        return LoRADistillation(net, NoiseSchedule(), **{**grid, **method, **options})
     method = {"student": base, "objective": latent_consistency_finetuning}
     return ConsistencyFineTuning(net, NoiseSchedule(), **{**grid, **method, **options})
 

@@ -1,0 +1,62 @@
+"""Latent consistency distillation into adapters (LCM-LoRA, 2311.05556): Algorithm 1 with little to train and to save."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from lcm.core.schedule import NoiseSchedule
+from lcm.errors import UserError
+from lcm.models.lora import TARGETS, is_of_adapter, with_adapters
+from lcm.modules.consistency import ConsistencyModule
+
+
+class LoRADistillation(ConsistencyModule):
+    """Distils `net`, the UNet of the pipeline `teacher`, into adapters on it; its own weights are there once and stay.
+
+    The student is its own target (mu = 0) and takes no w: the teacher's guidance is drawn from [w_min, w_max], and the adapters
+    learn what is between. rank, alpha (None: as rank), target_modules: see `with_adapters`. A checkpoint holds the adapters
+    and, with `eval_ema`, their average.
+    """
+
+    guided = False
+
+    def __init__(
+        self,
+        net: UNet2DConditionModel,
+        schedule: NoiseSchedule,
+        *,
+        teacher: str,
+        objective: Callable[..., Any],
+        solver: Callable[..., Tensor],
+        rank: int = 64,
+        alpha: int | None = None,
+        target_modules: Sequence[str] = TARGETS,
+        **kwargs: Any,
+    ) -> None:
+        alpha = rank if alpha is None else alpha
+        student = with_adapters(net, rank=rank, alpha=alpha, target_modules=target_modules)
+        objective = partial(objective, solver=solver)
+        super().__init__(student, schedule, pipeline=teacher, objective=objective, ema_decay=0.0, **kwargs)
+        self.frozen["teacher"], self.rank, self.alpha = net.eval(), rank, alpha
+        self.register_state_dict_post_hook(leave_out_frozen)
+        self.register_load_state_dict_post_hook(expect_no_frozen)
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            raise UserError("adapters cannot be sharded: train them with trainer=ddp")
+        super().configure_model()
+
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts(), "rank": self.rank, "alpha": self.alpha, "teacher_w": [self.w_min, self.w_max]}
+
+
+def leave_out_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    for name in [name for name in state if not is_of_adapter(name)]:
+        del state[name]
+
+
+def expect_no_frozen(module: nn.Module, keys: Any) -> None:
+    keys.missing_keys[:] = [name for name in keys.missing_keys if is_of_adapter(name)]

@@ -1,0 +1,188 @@
+"""LoRA distillation: one set of weights that stays, adapters that learn, small files that diffusers loads."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+
+from lcm.core.batch import LatentBatch
+from lcm.errors import UserError
+from lcm.models.generate import LatentModel
+from lcm.models.lora import is_of_adapter
+from lcm.models.pipeline import is_consistency_model, load_unet, training_facts
+from lcm.models.student import as_network
+from lcm.modules.base import TrainedModule
+
+Make = Callable[..., Any]
+pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
+T = torch.tensor([19, 339, 659, 999])
+
+
+def adapters(module: TrainedModule) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def output(unet: UNet2DConditionModel, batch: LatentBatch) -> Tensor:
+    with torch.no_grad():
+        return as_network(unet.eval())(batch.z0, T, batch.cond)
+
+
+@pytest.mark.parametrize("eval_ema", [None, 0.9])
+def test_there_is_one_set_of_weights(eval_ema: float | None, training: Make, tiny_pipeline: Path) -> None:
+    module = training("lora", eval_ema=eval_ema)
+    of_teacher = list(load_unet(str(tiny_pipeline)).parameters())
+    weights = {id(p): p for network in module.unets() for p in network.parameters()}
+    more = sum(value.numel() for value in module.state_dict().values())
+    assert sum(p.numel() for p in weights.values()) == sum(p.numel() for p in of_teacher) + more
+    assert len(module.unets()) == (2 if eval_ema is None else 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "bf16-mixed"}], ids=["float32", "bf16"])
+def test_the_weights_stay_and_are_stored_in_the_precision_of_the_teacher(
+    options: dict[str, str], training: Make, data: Make, fit: Make
+) -> None:
+    module = training("lora", lr=0.1, eval_ema=0.9)
+    before, start = [p.clone() for p in module.frozen["teacher"].parameters()], adapters(module)
+    fit(module, data(), 3, **options)
+    stored = torch.bfloat16 if options else torch.float32
+    for p, value in zip(module.frozen["teacher"].parameters(), before, strict=True):
+        assert torch.equal(p, value.to(stored))
+    found = {id(p) for p in module.frozen["teacher"].parameters()}
+    for net in (module.net, module.ema_net):
+        for name, p in net.named_parameters():
+            assert p.dtype == (torch.float32 if is_of_adapter(name) else stored)
+            assert is_of_adapter(name) or id(p) in found, name
+    assert [name for name, value in adapters(module).items() if torch.equal(value, start[name])] == []
+
+
+@pytest.mark.parametrize("w", [0.0, 14.0])
+def test_fresh_adapters_are_the_teacher_for_any_w(w: float, training: Make, batch: LatentBatch) -> None:
+    nets = training("lora").networks()
+    with torch.no_grad():
+        of_student = nets.online(batch.z0, T, batch.cond, torch.full((4,), w))
+        assert torch.equal(of_student, nets.teacher(batch.z0, T, batch.cond, None))
+    assert nets.target is nets.online
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_every_adapter_and_nothing_else_gets_a_gradient(recompute: bool, training: Make, data: Make, fit: Make) -> None:
+    """So DDP need not look for unused parameters."""
+    module = training("lora", gradient_checkpointing=recompute, eval_ema=0.9)
+    fit(module, data(), 1)
+    assert [name for name, p in module.named_parameters() if (p.grad is not None) != p.requires_grad] == []
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    assert trained == {name for name in module.state_dict() if name.startswith("net.")}
+
+
+def test_recomputing_activations_changes_nothing(training: Make, data: Make, fit: Make) -> None:
+    plain, recomputed = training("lora"), training("lora", gradient_checkpointing=True)
+    for module in (plain, recomputed):
+        fit(module, data(), 2)
+    for name, value in adapters(plain).items():
+        torch.testing.assert_close(adapters(recomputed)[name], value)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_resuming_from_adapters_alone_equals_not_stopping(
+    precision: str, training: Make, data: Make, fit: Make, tmp_path: Path
+) -> None:
+    straight, first, second = (training("lora", eval_ema=0.9) for _ in range(3))
+    fit(straight, data(), 4, precision=precision)
+    fit(first, data(), 2, precision=precision).save_checkpoint(tmp_path / "2.ckpt")
+    fit(second, data(), 4, ckpt_path=tmp_path / "2.ckpt", precision=precision)
+    assert [name for name, value in adapters(straight).items() if not torch.equal(value, adapters(second)[name])] == []
+    content = torch.load(tmp_path / "2.ckpt", weights_only=True)
+    assert all(is_of_adapter(name) for name in content["state_dict"])
+    assert {name.split(".")[0] for name in content["state_dict"]} == {"net", "ema_net"}
+
+
+def test_a_checkpoint_without_an_adapter_is_refused(training: Make) -> None:
+    module = training("lora")
+    state = module.state_dict()
+    state.popitem()
+    with pytest.raises(RuntimeError, match="Missing key"):
+        module.load_state_dict(state)
+
+
+@pytest.mark.parametrize("eval_ema", [None, 0.5])
+def test_the_average_is_saved_in_place_of_the_last_adapters(
+    eval_ema: float | None, training: Make, data: Make, fit: Make, batch: LatentBatch, tmp_path: Path
+) -> None:
+    module = training("lora", eval_ema=eval_ema)
+    fit(module, data(), 3)
+    module.save_model(folder := str(tmp_path / "model"), dtype=torch.float32)
+    found = output(load_unet(folder), batch)
+    torch.testing.assert_close(found, output(module.net if eval_ema is None else module.ema_net, batch), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("alpha", [None, 2])
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_opens_the_merged_folder_and_loads_the_adapters(
+    alpha: int | None, training: Make, data: Make, fit: Make, batch: LatentBatch, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    module = training("lora", alpha=alpha, lr=1e-2)
+    fit(module, data(), 3)
+    module.save_model(folder := str(tmp_path / "model"), dtype=torch.float32)
+    whole = StableDiffusionPipeline.from_pretrained(folder)
+    assert isinstance(whole.scheduler, LCMScheduler)
+    assert not [path for path in Path(folder).rglob("*") if path.suffix in (".bin", ".pt", ".ckpt")]
+    teacher = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    before = output(teacher.unet, batch)
+    teacher.load_lora_weights(folder)
+    teacher.scheduler = LCMScheduler.from_config(teacher.scheduler.config)
+    for unet in (teacher.unet, module.net):
+        torch.testing.assert_close(output(unet, batch), output(whole.unet, batch), atol=1e-4, rtol=0)
+    assert (output(whole.unet, batch) - before).abs().max() > 1e-2
+    image = teacher("rocket", num_inference_steps=2, guidance_scale=1.0, output_type="np").images[0]
+    assert image.shape == (32, 32, 3)
+
+
+def test_the_merged_folder_is_sampled_in_one_pass_a_step(
+    training: Make, data: Make, fit: Make, tmp_path: Path, monkeypatch: Any
+) -> None:
+    module = training("lora", w_min=1.0, w_max=5.0)
+    fit(module, data(), 2)
+    module.save_model(folder := str(tmp_path / "model"))
+    assert is_consistency_model(folder)
+    facts = {"method": "LoRADistillation", "steps": 2, "rank": 4, "alpha": 4, "teacher_w": [1.0, 5.0]}
+    assert training_facts(folder).items() >= facts.items()
+    model, batches = LatentModel.load(folder), []
+    model.unet.register_forward_pre_hook(lambda unet, args: batches.append(len(args[0])))
+    model.check_w(9.0)
+    images = [model.latents(["rocket", "dog"], [0, 1], steps=3, w=w) for w in (0.0, 9.0)]
+    assert torch.equal(*images)
+    assert batches == [2] * 6
+
+
+def test_it_is_sampled_in_training(training: Make, data: Make, fit: Make) -> None:
+    module, source = training("lora", eval_ema=0.9), data()
+    fit(module, source, 2, precision="bf16-mixed")
+    assert module.latent_model(source.codec).latents(["rocket"], [0], steps=2, w=3.0).isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{"rank": 0}, {"target_modules": ["to_nothing"]}])
+def test_adapters_that_are_none_are_a_user_error(options: dict[str, Any], training: Make) -> None:
+    with pytest.raises(UserError, match=rf"model\.{next(iter(options))}"):
+        training("lora", **options)
+
+
+def test_sharding_is_refused(training: Make) -> None:
+    module = training("lora")
+    module._device_mesh = object()
+    with pytest.raises(UserError, match="trainer=ddp"):
+        module.configure_model()
+
+
+@pytest.mark.slow
+def test_two_compiled_networks_share_the_weights(training: Make, data: Make, fit: Make, monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    plain, compiled = training("lora"), training("lora", compile=True)
+    for module in (plain, compiled):
+        fit(module, data(), 2)
+    for name, value in adapters(plain).items():
+        torch.testing.assert_close(adapters(compiled)[name], value, atol=1e-5, rtol=1e-4)
