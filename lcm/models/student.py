@@ -53,13 +53,13 @@ def unet_like(net: UNet2DConditionModel, **changes: Any) -> UNet2DConditionModel
     """A UNet of the same configuration but for `changes`, on the same device, with the weights that both have."""
     config = {key: value for key, value in net.config.items() if not key.startswith("_")}
     with torch.device("meta"):  # drawing weights to overwrite them takes longer than copying them
-        copy = UNet2DConditionModel(**{**config, **changes})
+        like = UNet2DConditionModel(**{**config, **changes})
     if net.device.type == "meta":
-        return copy
-    copy = nn.Module.to(copy, net.dtype).to_empty(device=net.device)
-    missing, unexpected = copy.load_state_dict(net.state_dict(), strict=False)
+        return like
+    like = nn.Module.to(like, net.dtype).to_empty(device=net.device)
+    missing, unexpected = like.load_state_dict(net.state_dict(), strict=False)
     assert not unexpected, unexpected
     assert set(missing) <= {"time_embedding.cond_proj.weight"}, missing
     if missing:
-        copy.time_embedding.cond_proj.reset_parameters()
-    return copy
+        like.time_embedding.cond_proj.reset_parameters()
+    return like
