@@ -7,10 +7,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 from lcm.core.batch import LatentBatch
+from lcm.data.codec import LatentCodec
 from lcm.errors import UserError
 from lcm.models.generate import LatentModel
 from lcm.models.pipeline import is_consistency_model, load_schedule, load_unet, training_facts
@@ -171,3 +173,22 @@ def test_a_student_is_fine_tuned_as_it_is(training: Make, data: Make, fit: Make,
     assert torch.equal(parameters_to_vector(tuned.net.parameters()), parameters_to_vector(load_unet(folder).parameters()))
     assert float(tuned.net.time_embedding.cond_proj.weight.detach().abs().sum()) > 0
     fit(tuned, data(), 1)
+
+
+def test_training_runs_on_compiled_networks_and_nothing_else_does(
+    training: Make, data: Make, fit: Make, codec: LatentCodec, batch: LatentBatch, monkeypatch: pytest.MonkeyPatch
+):
+    called: list[UNet2DConditionModel] = []
+
+    def compiled(net: UNet2DConditionModel, dynamic: bool) -> Callable[..., Any]:
+        assert dynamic is False
+        return lambda *args, **kwargs: called.append(net) or net(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    module = training("distillation", compile=True)
+    fit(module, data(), 2)
+    assert called == [module.frozen["teacher"], module.target_net, module.net] * 2
+    module.eval()
+    module.consistency_step(batch, 0, "val")
+    module.latent_model(codec).latents(["rocket"], [0], steps=1, w=3.0)
+    assert len(called) == 6

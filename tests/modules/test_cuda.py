@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from lcm.callbacks.checkpoint import AtomicCheckpointIO
 from lcm.callbacks.fsdp import FullySharded
 from lcm.errors import UserError
+from lcm.models.pipeline import load_codec
 from tests.modules.conftest import new_module
 from tests.modules.ranks import HALF, STEPS, Batches, Losses, batch, whole
 
@@ -75,11 +76,17 @@ def assert_close(got: dict[str, Any], wanted: dict[str, Any], atol: float) -> No
         torch.testing.assert_close(got["weights"][name], value, rtol=1e-4, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("kind", ["diffusion", "distillation", "finetuning", "guided", "cd", "ct"])
+@pytest.mark.parametrize("kind", ["diffusion", "distillation", "finetuning", "guided", "cd", "ct", "lora"])
 def test_every_method_trains_in_mixed_precision(kind: str, train: Any) -> None:
     found = train(kind, precision="bf16-mixed")
     assert len(found["losses"]) == STEPS
     assert all(torch.tensor(found["losses"]).isfinite())
+
+
+def test_images_are_drawn_before_the_first_batch_has_moved_the_codec(tiny_pipeline: Path) -> None:
+    module, codec = new_module(tiny_pipeline, "distillation").to("cuda"), load_codec(str(tiny_pipeline))
+    [images] = module.latent_model(codec).images(["rocket"], [0], steps=2, w=3.0)
+    assert images.device.type == "cuda"
 
 
 def test_compiled_networks_train_as_eager_ones(train: Any) -> None:

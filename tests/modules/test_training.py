@@ -17,7 +17,7 @@ from lcm.core.batch import LatentBatch
 from lcm.core.random import generator
 from lcm.errors import UserError
 from lcm.models.pipeline import load_codec
-from lcm.modules.base import TrainedModule
+from lcm.modules.base import TrainedModule, lay_out_as_parameters
 
 Make = Callable[..., Any]
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
@@ -296,3 +296,18 @@ def test_a_module_that_cannot_be_sharded_says_so() -> None:
     module._device_mesh = object()
     with pytest.raises(UserError, match="TrainedModule cannot be sharded: train it with trainer=ddp"):
         module.configure_model()
+
+
+def test_moments_of_a_checkpoint_take_their_parameter_s_layout():
+    """A GPU's convolutions are channels_last, a CPU's are not; fused AdamW reads both as they lie in memory."""
+    written, read = (torch.nn.Conv2d(4, 4, 3) for _ in range(2))
+    read.to(memory_format=torch.channels_last)
+    optimizers = [torch.optim.AdamW(module.parameters()) for module in (written, read)]
+    written(torch.randn(1, 4, 5, 5)).sum().backward()
+    optimizers[0].step()
+    optimizers[1].register_load_state_dict_post_hook(lay_out_as_parameters)
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    for before, after in zip(written.parameters(), read.parameters(), strict=True):
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(optimizers[0].state[before][name], optimizers[1].state[after][name])
+            assert optimizers[1].state[after][name].stride() == after.stride()
