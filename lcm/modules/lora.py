@@ -16,9 +16,9 @@ from lcm.modules.consistency import ConsistencyModule
 class LoRADistillation(ConsistencyModule):
     """Distils `net`, the UNet of the pipeline `teacher`, into adapters on it; its own weights are there once and stay.
 
-    The student is its own target (mu = 0) and takes no w: the teacher's guidance is drawn from [w_min, w_max], and the adapters
-    learn what is between. rank, alpha (None: as rank), target_modules: see `with_adapters`. A checkpoint holds the adapters
-    and, with `eval_ema`, their average.
+    The student takes no w: the teacher's guidance is drawn from [w_min, w_max], and the adapters learn what is between.
+    rank, alpha (None: as rank), target_modules: see `with_adapters`. ema_decay: mu; 0, as LCM-LoRA has it, makes the student its
+    own target, and an average is one of the adapters alone. A checkpoint holds the adapters and their averages.
     """
 
     guided = False
@@ -34,12 +34,13 @@ class LoRADistillation(ConsistencyModule):
         rank: int = 64,
         alpha: int | None = None,
         target_modules: Sequence[str] = TARGETS,
+        ema_decay: float = 0.0,
         **kwargs: Any,
     ) -> None:
         alpha = rank if alpha is None else alpha
         student = with_adapters(net, rank=rank, alpha=alpha, target_modules=target_modules)
         objective = partial(objective, solver=solver)
-        super().__init__(student, schedule, pipeline=teacher, objective=objective, ema_decay=0.0, **kwargs)
+        super().__init__(student, schedule, pipeline=teacher, objective=objective, ema_decay=ema_decay, **kwargs)
         self.frozen["teacher"], self.rank, self.alpha = net.eval(), rank, alpha
         self.register_state_dict_post_hook(leave_out_frozen)
         self.register_load_state_dict_post_hook(expect_no_frozen)

@@ -32,14 +32,14 @@ def output(unet: UNet2DConditionModel, batch: LatentBatch) -> Tensor:
         return as_network(unet.eval())(batch.z0, T, batch.cond)
 
 
-@pytest.mark.parametrize("eval_ema", [None, 0.9])
-def test_there_is_one_set_of_weights(eval_ema: float | None, training: Make, tiny_pipeline: Path) -> None:
-    module = training("lora", eval_ema=eval_ema)
+@pytest.mark.parametrize("averages", [{}, {"eval_ema": 0.9}, {"ema_decay": 0.9}], ids=str)
+def test_there_is_one_set_of_weights(averages: dict[str, float], training: Make, tiny_pipeline: Path) -> None:
+    module = training("lora", **averages)
     of_teacher = list(load_unet(str(tiny_pipeline)).parameters())
     weights = {id(p): p for network in module.unets() for p in network.parameters()}
     more = sum(value.numel() for value in module.state_dict().values())
     assert sum(p.numel() for p in weights.values()) == sum(p.numel() for p in of_teacher) + more
-    assert len(module.unets()) == (2 if eval_ema is None else 3)
+    assert len(module.unets()) == 2 + len(averages)
 
 
 @pytest.mark.parametrize("options", [{}, {"precision": "bf16-mixed"}], ids=["float32", "bf16"])
@@ -91,14 +91,14 @@ def test_recomputing_activations_changes_nothing(training: Make, data: Make, fit
 def test_resuming_from_adapters_alone_equals_not_stopping(
     precision: str, training: Make, data: Make, fit: Make, tmp_path: Path
 ) -> None:
-    straight, first, second = (training("lora", eval_ema=0.9) for _ in range(3))
+    straight, first, second = (training("lora", eval_ema=0.9, ema_decay=0.5) for _ in range(3))
     fit(straight, data(), 4, precision=precision)
     fit(first, data(), 2, precision=precision).save_checkpoint(tmp_path / "2.ckpt")
     fit(second, data(), 4, ckpt_path=tmp_path / "2.ckpt", precision=precision)
     assert [name for name, value in adapters(straight).items() if not torch.equal(value, adapters(second)[name])] == []
     content = torch.load(tmp_path / "2.ckpt", weights_only=True)
     assert all(is_of_adapter(name) for name in content["state_dict"])
-    assert {name.split(".")[0] for name in content["state_dict"]} == {"net", "ema_net"}
+    assert {name.split(".")[0] for name in content["state_dict"]} == {"net", "ema_net", "target_net"}
 
 
 def test_a_checkpoint_without_an_adapter_is_refused(training: Make) -> None:
