@@ -17,8 +17,8 @@ class LoRADistillation(ConsistencyModule):
     """Distils `net`, the UNet of the pipeline `teacher`, into adapters on it; its own weights are there once and stay.
 
     The student takes no w: the teacher's guidance is drawn from [w_min, w_max], and the adapters learn what is between.
-    rank, alpha (None: as rank), target_modules: see `with_adapters`. ema_decay: mu; 0, as LCM-LoRA has it, makes the student its
-    own target, and an average is one of the adapters alone. A checkpoint holds the adapters and their averages.
+    rank, alpha (None: as rank), target_modules: see `with_adapters`. ema_decay: mu; 0, as LCM-LoRA has it, makes the student
+    its own target, and an average is one of the adapters alone. A checkpoint holds the adapters and their averages.
     """
 
     guided = False
