@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lcm.bench.measure import Table
-from lcm.bench.step import now
+from lcm.bench.step import now, peak_memory
 from lcm.command_line import build, compose, pick_device
 from lcm.core.ema import ema_update_
 from lcm.core.objectives.consistency import draw
@@ -106,8 +106,10 @@ def measure(*, experiment: list[str], resolution: int, caption: str, repeats: in
         f"{batch_size} images of {resolution} px, {str(dtype).removeprefix('torch.')}, best of {repeats} each with "
         f"{torch.get_num_threads()} threads, after one that does not count; the backward and the solver's part are "
         f"differences. The ceiling is a matmul of {matmul_size} in the same run: {ceiling:.3g} TFLOP/s. One network call of "
-        f"the batch has {forward / 1e9:.3g} GFLOP." + peak_memory()
+        f"the batch has {forward / 1e9:.3g} GFLOP."
     )
+    if peak := peak_memory():
+        note += f" Peak memory: {peak / 2**30:.1f} GiB."
     return Table("Parts of a step", rows, note)
 
 
@@ -117,7 +119,3 @@ def row(name: str, time: float, whole: float, flop: float, ceiling: float) -> di
         "part": name, "ms": 1e3 * time, "% of the step": round(100 * time / whole, 1), "TFLOP/s": tflops,
         "% of a matmul": None if tflops is None else round(100 * tflops / ceiling, 1),
     }  # fmt: skip
-
-
-def peak_memory() -> str:
-    return f" Peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB." if torch.cuda.is_available() else ""

@@ -57,8 +57,8 @@ class LatentCodec:
 
     def to(self, device: torch.device | str) -> "LatentCodec":
         self.vae.to(device)
-        if self.compile and self.device.type == "cuda":  # eager layers lose more in this layout than they win
-            self.vae.to(memory_format=torch.channels_last)
+        if self.compile and self.device.type == "cuda":  # the eager decoder would lose by this layout
+            self.vae.encoder.to(memory_format=torch.channels_last)
         self.text_encoder.to(device)
         self.texts = OrderedDict((caption, states.to(device)) for caption, states in self.texts.items())
         return self
