@@ -105,9 +105,10 @@ def make_sampler(name: str, solver: Any) -> Sampler | None:
 def drawn_by(model: LatentModel, dtype: str) -> dict[str, Any]:
     """What an image depends on besides prompt, seed, steps, w and solver: the weights and the code that draws."""
     root = Path(__file__).parent
-    files = [*sorted((root / "core").glob("*.py")), *sorted((root / "models").glob("*.py")), root / "data/codec.py"]
+    files = [*sorted((root / "core").glob("*.py")), *sorted((root / "models").glob("*.py"))]
+    files += [root / "data/codec.py", root / "data/text.py"]
     return {
-        "weights": fingerprint(model.unet, *model.students.values(), model.codec.vae, model.codec.text_encoder),
+        "weights": fingerprint(model.unet, *model.students.values(), model.codec.vae, *model.codec.text.towers),
         "schedule": model.schedule.config,
         "facts": model.facts,
         "consistency": model.consistency,

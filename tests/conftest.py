@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny pipeline folder of random weights and a handful of OpenMoji shards, made once a session."""
 
 import os
+import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection
 
 from lcm.core.schedule import NoiseSchedule
 from lcm.data.openmoji import build
-from lcm.models.pipeline import save_pipeline
+from lcm.models.saving import save_pipeline
 from lcm.models.tokenizer import train_tokenizer
 
 CAPTIONS = ["red apple on a white background", "dog face on a pink background", "rocket on a gray background"]
@@ -66,6 +67,26 @@ def write_tiny_pipeline(folder: Path, **schedule: object) -> Path:
         folder, tiny_unet(), NoiseSchedule(**schedule), base=str(parts), consistency=False, facts={}, dtype=torch.float32
     )
     return folder
+
+
+def write_tiny_xl_pipeline(folder: Path, tiny: Path) -> Path:
+    """The tiny teacher as Stable Diffusion XL has it: a second text encoder, pooled texts of 8 and sizes for the UNet."""
+    parts = folder.with_name(folder.name + "-parts")
+    shutil.copytree(tiny, parts)
+    torch.manual_seed(1)
+    first = CLIPTextConfig.from_pretrained(tiny / "text_encoder")
+    second = CLIPTextConfig.from_dict({**first.to_dict(), "hidden_size": 24, "num_hidden_layers": 2, "projection_dim": 8})
+    CLIPTextModelWithProjection(second).save_pretrained(parts / "text_encoder_2")
+    shutil.copytree(tiny / "tokenizer", parts / "tokenizer_2")
+    embedding = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 8 + 6 * 8}
+    unet = tiny_unet(cross_attention_dim=16 + 24, addition_embed_type="text_time", **embedding)
+    save_pipeline(folder, unet, NoiseSchedule(), base=str(parts), consistency=False, facts={}, dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def xl_pipeline(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_xl_pipeline(tmp_path_factory.mktemp("pipelines") / "xl", tiny_pipeline)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lcm.bench.measure import Table
 from lcm.bench.step import now, peak_memory
 from lcm.command_line import build, compose, pick_device
+from lcm.core.condition import doubled
 from lcm.core.ema import ema_update_
 from lcm.core.objectives.consistency import draw
 from lcm.core.random import generator
@@ -47,18 +48,18 @@ def measure(*, experiment: list[str], resolution: int, caption: str, repeats: in
     drawn = draw(batch.z0, generator(device, "draws"), timesteps=module.timesteps, w_min=module.w_min, w_max=module.w_max)
     options = {"schedule": module.schedule, "timesteps": module.timesteps, "distance": module.loss}
     t = torch.full((batch_size,), 500, device=device)
-    both, tt, cond = torch.cat([batch.z0, batch.z0]), torch.cat([t, t]), torch.cat([batch.cond, batch.cond])
+    both, tt, cond = torch.cat([batch.z0, batch.z0]), torch.cat([t, t]), doubled(batch.cond, batch.uncond)
 
     def texts() -> None:
-        codec.texts.clear()
-        codec.encode_text([*captions, ""])
+        codec.text.known.clear()
+        codec.text([*captions, ""])
 
-    def call(unet: nn.Module, *args: Tensor) -> Tensor:
+    def call(unet: nn.Module, *args: Any) -> Tensor:
         w = drawn.w if unet is not teacher else None
         with autocast():
             return module.network(unet)(*args, w)
 
-    def frozen(unet: nn.Module, *args: Tensor) -> None:
+    def frozen(unet: nn.Module, *args: Any) -> None:
         with torch.no_grad():
             call(unet, *args)
 
@@ -94,7 +95,7 @@ def measure(*, experiment: list[str], resolution: int, caption: str, repeats: in
     found["target's average"] = seconds(lambda: ema_update_(target.parameters(), net.parameters(), 0.95), repeats)
     whole = seconds(lambda: update(objective()), repeats)
 
-    forward = forward_flop(net, batch.z0.shape, batch.cond.shape)
+    forward = forward_flop(net, batch.z0.shape, batch.cond)
     flop = {"teacher, with and without caption": 2, "target": 1, "student, forward": 1, "student, backward": 2}
     ceiling = matmul_tflops(device, dtype, matmul_size)
     rows = [

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from lcm.core.condition import Condition, each
 from lcm.core.networks import Network
 from lcm.core.objectives.consistency import draw
 from lcm.core.random import generator
@@ -90,8 +91,8 @@ def distillation_step(module: ConsistencyDistillation, codec: LatentCodec, dtype
 def twice(teacher: Network) -> Network:
     """A pass of a doubled batch as two passes."""
 
-    def net(z: Tensor, t: Tensor, cond: Tensor, w: Tensor | None = None) -> Tensor:
-        halves = zip(z.chunk(2), t.chunk(2), cond.chunk(2), strict=True)
+    def net(z: Tensor, t: Tensor, cond: Condition, w: Tensor | None = None) -> Tensor:
+        halves = ((z.chunk(2)[i], t.chunk(2)[i], each(lambda part, i=i: part.chunk(2)[i], cond)) for i in (0, 1))
         return torch.cat([teacher(*half, None) for half in halves])
 
     return net

@@ -14,7 +14,8 @@ from lcm.bench.measure import Table, in_turn
 from lcm.command_line import pick_device
 from lcm.core.random import ImageNoise
 from lcm.models.generate import LatentModel
-from lcm.models.pipeline import load_schedule, load_unet, save_pipeline
+from lcm.models.pipeline import load_schedule, load_unet
+from lcm.models.saving import save_pipeline
 from lcm.models.student import make_student
 
 

@@ -7,25 +7,26 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from omegaconf import OmegaConf
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lcm.command_line import CONF, build
 from lcm.core.schedule import NoiseSchedule
-from lcm.models.pipeline import find, save_pipeline
+from lcm.models.pipeline import find
+from lcm.models.saving import save_pipeline
 
 VAE: dict[str, Any] = {  # of all Stable Diffusion models up to 2.1
     "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32,
     "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "scaling_factor": 0.18215,
 }  # fmt: skip
-TEXT: dict[int, dict[str, Any]] = {  # by width: CLIP ViT-L/14's tower, and OpenCLIP ViT-H/14's without its last layer
+TEXT: dict[int, dict[str, Any]] = {  # by width: CLIP ViT-L/14, OpenCLIP ViT-H/14 without its last layer, ViT-bigG/14
     768: {"num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     1024: {"num_hidden_layers": 23, "num_attention_heads": 16, "intermediate_size": 4096, "hidden_act": "gelu"},
-    2048: {"num_hidden_layers": 16, "num_attention_heads": 32, "intermediate_size": 8192},  # about SDXL's two towers in one
+    1280: {"num_hidden_layers": 32, "num_attention_heads": 20, "intermediate_size": 5120, "hidden_act": "gelu"},
 }
 
 
 def untrained_pipeline(net: str, folder: str) -> None:
-    """Write the folder, unless it is there: the UNet of `conf/model/net/<net>.yaml` in float16, its VAE and text encoder."""
+    """Write the folder, unless it is there: the UNet of `conf/model/net/<net>.yaml` in float16, its VAE and text encoders."""
     target = Path(folder)
     if target.is_dir():
         return
@@ -34,10 +35,17 @@ def untrained_pipeline(net: str, folder: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     unet: UNet2DConditionModel = build(OmegaConf.load(CONF / "model/net" / f"{net}.yaml"))
     tokenizer = CLIPTokenizer.from_pretrained(find("mini") / "tokenizer", model_max_length=77)
-    width = unet.config["cross_attention_dim"]
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "vocab_size": 49408}
+    xl, width = unet.config["addition_embed_type"] == "text_time", unet.config["cross_attention_dim"]
     with TemporaryDirectory(dir=target.parent) as parts:
         AutoencoderKL(**VAE).save_pretrained(f"{parts}/vae")
-        CLIPTextModel(CLIPTextConfig(hidden_size=width, **TEXT[width], **special)).save_pretrained(f"{parts}/text_encoder")
+        CLIPTextModel(tower(tokenizer, 768 if xl else width)).save_pretrained(f"{parts}/text_encoder")
         tokenizer.save_pretrained(f"{parts}/tokenizer")
+        if xl:
+            CLIPTextModelWithProjection(tower(tokenizer, width - 768)).save_pretrained(f"{parts}/text_encoder_2")
+            tokenizer.save_pretrained(f"{parts}/tokenizer_2")
         save_pipeline(folder, unet, NoiseSchedule(), base=parts, consistency=False, facts={})
+
+
+def tower(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "vocab_size": 49408}
+    return CLIPTextConfig(hidden_size=width, projection_dim=width, **TEXT[width], **special)

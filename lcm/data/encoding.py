@@ -11,7 +11,7 @@ import torch
 
 from lcm.core.random import generator
 from lcm.data.codec import LatentCodec
-from lcm.data.latents import DRAWN, POSTERIOR, TEXT
+from lcm.data.latents import DRAWN, POSTERIOR, SIZES, TEXTS
 from lcm.data.members import Sample
 from lcm.data.shards import CAPTIONS
 from lcm.data.transforms import Decode
@@ -19,7 +19,8 @@ from lcm.data.transforms import Decode
 
 @dataclass
 class Variants:
-    """`sample -> {"x": uint8 [V, 3, S, S], "caption", "members"}`: crops and mirrored copies of one image, and its texts."""
+    """`sample -> {"x": uint8 [V, 3, S, S], "sizes": int64 [V, 4], "caption", "members"}`: crops and mirrored copies of one
+    image, each with its original size and crop as `Decode` gives them, and its texts."""
 
     decode: Decode
     crops: int
@@ -30,12 +31,23 @@ class Variants:
         x = torch.stack([one["x"] for one in decoded])
         texts = {name: sample[name] for name in CAPTIONS if name in sample}
         members = {"__key__": sample["__key__"], **texts}
-        return {"x": torch.cat([x, x.flip(-1)]) if self.flip else x, "caption": decoded[0]["caption"], "members": members}
+        sizes = torch.tensor([(*one["original_size"], *one["crop"]) for one in decoded])
+        if self.flip:
+            x, sizes = torch.cat([x, x.flip(-1)]), torch.cat([sizes, mirrored(sizes, x.shape[-1])])
+        return {"x": x, "sizes": sizes, "caption": decoded[0]["caption"], "members": members}
+
+
+def mirrored(sizes: torch.Tensor, side: int) -> torch.Tensor:
+    """The sizes of crops of side x side pixels when their pictures are mirrored; a picture's shorter side is a crop's."""
+    height, width, top, left = sizes.unbind(1)
+    resized = (side * width / torch.minimum(height, width)).round().long()
+    return torch.stack([height, width, top, (resized - side - left).clamp(min=0)], dim=1)
 
 
 def gathered(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "x": torch.stack([sample["x"] for sample in samples]),
+        "sizes": torch.stack([sample["sizes"] for sample in samples]),
         "captions": [sample["caption"] for sample in samples],
         "members": [sample["members"] for sample in samples],
     }
@@ -46,7 +58,8 @@ class Encoder:
     """A batch of `Variants` of a shard -> that shard's samples, as `DecodeLatents` takes them.
 
     drawn: a draw of each posterior, a function of (seed, shard, key), in place of its mean and standard deviation.
-    text: the caption's text states, too, and as .txt member the caption.
+    text: what the text encoder makes of the caption, too, and as .txt member the caption.
+    Sizes are stored for a UNet that takes them.
     """
 
     codec: LatentCodec
@@ -62,10 +75,15 @@ class Encoder:
             rngs = [generator("cpu", self.seed, shard, one["__key__"]) for one in members]
             noise = torch.stack([torch.randn(mean.shape[1:], generator=rng) for rng in rngs])
             latents, name = mean + std * noise, DRAWN
-        states = self.codec.encode_text(batch["captions"]).half().cpu().numpy() if self.text else None
+        arrays = {name: latents.half().numpy()}
+        if self.codec.text.sized:
+            arrays[SIZES] = batch["sizes"].numpy()
+        if self.text:
+            states = zip(self.codec.text.parts, self.codec.text(batch["captions"]), strict=True)
+            arrays |= {TEXTS[part][0]: of.half().cpu().numpy() for part, of in states}
         for i, texts in enumerate(members):
-            stored = {} if states is None else {TEXT: npy(states[i]), "txt": batch["captions"][i]}
-            yield {**texts, name: npy(latents[i].half().numpy()), **stored}
+            caption = {"txt": batch["captions"][i]} if self.text else {}
+            yield {**texts, **caption, **{member: npy(of[i]) for member, of in arrays.items()}}
 
 
 def npy(array: np.ndarray) -> bytes:

@@ -17,7 +17,8 @@ from lcm.data.shards import first_of, local
 from lcm.errors import UserError
 from lcm.redaction import redacted
 
-POSTERIOR, DRAWN, TEXT = "latent.npy", "sample.npy", "text.npy"
+POSTERIOR, DRAWN, SIZES, TEXT, POOLED = "latent.npy", "sample.npy", "sizes.npy", "text.npy", "pooled.npy"
+TEXTS = {"text": (TEXT, 2), "pooled": (POOLED, 1)}  # by a text encoder's part: the member and its dimensions
 CONTENT = {POSTERIOR: "posterior mean and std, unscaled, float16", DRAWN: "a sample of the posterior, unscaled, float16"}
 STAMP = "latents.json"
 
@@ -27,7 +28,8 @@ class DecodeLatents:
 
     A member `latent.npy` is `[V, 2C, h, w]`: V crops or mirrored copies, of which one is drawn. A member `sample.npy`
     `[V, C, h, w]` is a draw of each posterior: the mean of one without width. With a member `text.npy` there is "text", the
-    float16 `[L, D]` text states of the .txt member, whether that is dropped or not.
+    float16 `[L, D]` text states of the .txt member, whether that is dropped or not, and with `pooled.npy` "pooled" `[P]`.
+    A member `sizes.npy` `[V, 4]` has each one's "original_size" and "crop", see `Decode`.
     """
 
     needs = (POSTERIOR, DRAWN)
@@ -38,12 +40,16 @@ class DecodeLatents:
     def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
         name = first_of(sample, self.needs)
         variants = array(sample, name or POSTERIOR, 4)
-        moments = variants[rng.randrange(len(variants)) if len(variants) > 1 else 0]
+        number = rng.randrange(len(variants)) if len(variants) > 1 else 0
+        moments = variants[number]
+        sizes = array(sample, SIZES, 2)[number] if SIZES in sample else None
+        texts = {part: array(sample, *member) for part, member in TEXTS.items() if member[0] in sample}
         return {
             "moments": torch.from_numpy(np.concatenate([moments, np.zeros_like(moments)]) if name == DRAWN else moments),
             "caption": self.choose(sample, rng),
             "key": f"{sample['__url__']}/{sample['__key__']}",
-            **({"text": torch.from_numpy(array(sample, TEXT, 2))} if TEXT in sample else {}),
+            **{part: torch.from_numpy(states) for part, states in texts.items()},
+            **({} if sizes is None else {"original_sizes": torch.from_numpy(sizes[:2]), "crops": torch.from_numpy(sizes[2:])}),
         }
 
 
@@ -58,8 +64,8 @@ def array(sample: Sample, name: str, dims: int) -> np.ndarray:
 
 
 def collate_latents(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """`{"moments": float16 [B, 2C, h, w], "captions": list[str], "keys": list[str]}`, and "text" `[B, L, D]` if all have it."""
-    tensors = ["moments"] + ["text"] * all("text" in sample for sample in samples)
+    """`{"moments": float16 [B, 2C, h, w], "captions": list[str], "keys": list[str]}`, and what else all have."""
+    tensors = [name for name in samples[0] if name not in ("caption", "key") and all(name in sample for sample in samples)]
     return {
         **{name: torch.stack([sample[name] for sample in samples]) for name in tensors},
         "captions": [sample["caption"] for sample in samples],
@@ -70,8 +76,10 @@ def collate_latents(samples: list[dict[str, Any]]) -> dict[str, Any]:
 def stamp(codec: LatentCodec, resolution: int, *, drawn: bool = False, text: bool = False) -> dict[str, Any]:
     """What latents depend on: another VAE, size or convention makes others. drawn, text: what `lcm.encode` stores."""
     found = {"vae": weights_hash(codec.vae), "resolution": resolution, "content": CONTENT[DRAWN if drawn else POSTERIOR]}
-    vocabulary = json.dumps(sorted(codec.tokenizer.get_vocab().items()))
-    return {**found, "text_encoder": weights_hash(codec.text_encoder, vocabulary)} if text else found
+    if not text:
+        return found
+    words = [json.dumps(sorted(tokenizer.get_vocab().items())) for tokenizer in codec.text.tokenizers]
+    return {**found, "text_encoder": " ".join(map(weights_hash, codec.text.towers, words))}
 
 
 def weights_hash(network: torch.nn.Module, more: str = "") -> str:

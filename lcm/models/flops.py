@@ -7,17 +7,19 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lcm.core.condition import Condition, each
 from lcm.core.random import generator
+from lcm.models.student import as_network
 
 
-def forward_flop(unet: UNet2DConditionModel, z_shape: torch.Size, cond_shape: torch.Size) -> int:
+def forward_flop(unet: UNet2DConditionModel, z_shape: torch.Size, cond: Condition) -> int:
     """FLOP (2 a multiply-add) of matmuls, convolutions and attention of one forward, counted on the meta device.
 
     A forward and backward take three times that, the gradient of the very first layer's input left aside.
     """
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        t = torch.empty(z_shape[0], dtype=torch.int64)
-        UNet2DConditionModel.from_config(unet.config)(torch.empty(z_shape), t, torch.empty(cond_shape))
+        net, t = as_network(UNet2DConditionModel.from_config(unet.config)), torch.empty(z_shape[0], dtype=torch.int64)
+        net(torch.empty(z_shape), t, each(lambda part: part.to("meta"), cond))
     return counter.get_total_flops()
 
 

@@ -92,14 +92,15 @@ class LatentModel:
         side = self.unet.config["sample_size"]
         side = (side, side) if isinstance(side, int) else tuple(side)
         noise = ImageNoise(seeds, (self.unet.config["in_channels"], *side), self.unet.device)
-        cond = self.codec.encode_text(prompts)
+        z = noise()
+        cond, uncond = self.codec.conditions(prompts, z)
         ws = torch.full((len(prompts),), float(w), device=self.unet.device)
         net = as_network(self.students.get(steps, self.unet))
         if self.consistency or self.unet.config["time_cond_proj_dim"] is not None or w == 0:
             denoise = conditioned(net, cond, self.schedule, ws)
         else:
-            denoise = guided(net, cond, self.codec.uncond, self.schedule, ws)
-        return run(denoise, noise(), timesteps, schedule=self.schedule, noise=noise)
+            denoise = guided(net, cond, uncond, self.schedule, ws)
+        return run(denoise, z, timesteps, schedule=self.schedule, noise=noise)
 
     def images(
         self,

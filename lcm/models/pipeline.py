@@ -1,26 +1,23 @@
-"""Pipeline folders in Stable Diffusion's format, in and out: teachers, students and the mini model alike."""
+"""Pipeline folders in Stable Diffusion's format, read: teachers, students and the mini model alike."""
 
-import copy
 import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from types import MappingProxyType
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lcm.core.schedule import NoiseSchedule
 from lcm.data.codec import LatentCodec
+from lcm.data.text import TextEncoder, XLTextEncoder
 from lcm.errors import UserError
-from lcm.models.lora import is_adapted, merged, save_adapters
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+OF_XL = ("text_encoder_2", "tokenizer_2")  # of a Stable Diffusion XL pipeline, too
 ASSETS = Path(__file__).parent.parent / "assets"
 
 
@@ -65,10 +62,6 @@ def load_unet(pipeline: str, dtype: torch.dtype = torch.float32, *, name: str = 
         return UNet2DConditionModel.from_pretrained(folder, subfolder=name, use_safetensors=True, torch_dtype=dtype)
 
 
-def save_unet(folder: str | Path, unet: UNet2DConditionModel, dtype: torch.dtype = torch.float16) -> None:
-    torch.nn.Module.to(copy.deepcopy(unet), dtype).save_pretrained(folder)
-
-
 def load_schedule(pipeline: str) -> NoiseSchedule:
     """The noise schedule and prediction type of `scheduler/scheduler_config.json`."""
     return NoiseSchedule.from_config(scheduler_config(pipeline))
@@ -81,15 +74,36 @@ def scheduler_config(pipeline: str) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def load_codec(pipeline: str, *, dtype: torch.dtype | str | None = None, **options: Any) -> LatentCodec:
-    """The frozen VAE and text encoder of a pipeline; dtype may be a name ("bfloat16"); options: those of `LatentCodec`."""
+def load_codec(
+    pipeline: str, *, dtype: torch.dtype | str | None = None, text_cache: float = 256, **options: Any
+) -> LatentCodec:
+    """The frozen VAE and text encoders of a pipeline; dtype: theirs, or its name ("bfloat16"); text_cache: the `memory` of a
+    `TextEncoder`; options: those of `LatentCodec`."""
     folder = find(pipeline, "vae", "text_encoder", "tokenizer")
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    weights = {"use_safetensors": True, "dtype": torch.float32}
+    text: TextEncoder
     with explained(pipeline):
         vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True, torch_dtype=torch.float32)
-        text = CLIPTextModel.from_pretrained(folder / "text_encoder", use_safetensors=True, dtype=torch.float32)
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    return LatentCodec(vae, text, tokenizer, dtype=dtype, **options)
+        tower = CLIPTextModel.from_pretrained(folder / "text_encoder", **weights)
+        first = CLIPTokenizer.from_pretrained(folder / "tokenizer"), tower
+        if is_xl(folder):
+            tower = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", **weights)
+            second = CLIPTokenizer.from_pretrained(folder / "tokenizer_2"), tower
+            text = XLTextEncoder(first, second, zero_null=zero_null(folder), dtype=dtype, memory=text_cache)
+        else:
+            text = TextEncoder(first, dtype=dtype, memory=text_cache)
+    return LatentCodec(vae, text, dtype=dtype, **options)
+
+
+def is_xl(folder: Path) -> bool:
+    return all((folder / part).is_dir() for part in OF_XL)
+
+
+def zero_null(folder: Path) -> bool:
+    """Whether the null prompt of a Stable Diffusion XL pipeline is zeros, as it is unless the folder says otherwise."""
+    index = folder / "model_index.json"
+    return (json.loads(index.read_text()) if index.is_file() else {}).get("force_zeros_for_empty_prompt", True)
 
 
 def is_consistency_model(pipeline: str) -> bool:
@@ -100,59 +114,3 @@ def training_facts(pipeline: str) -> dict[str, Any]:
     """What `save_pipeline` noted of the training, e.g. the range of w; empty for a folder of another origin."""
     file = find(pipeline, "scheduler") / "lcm.json"
     return json.loads(file.read_text()) if file.is_file() else {}
-
-
-def save_pipeline(
-    folder: str | Path,
-    unet: UNet2DConditionModel,
-    schedule: NoiseSchedule,
-    *,
-    base: str,
-    consistency: bool,
-    facts: dict[str, Any],
-    dtype: torch.dtype = torch.float16,
-    more: Mapping[str, Path] = MappingProxyType({}),
-) -> None:
-    """Write a pipeline folder that diffusers opens unmodified; VAE, text encoder and tokenizer are copied from `base`.
-
-    more: further UNets' folders by the name they get in it. Adapters are merged into the UNet of `base`, and also saved by
-    themselves, in the file that diffusers' `load_lora_weights` looks for.
-
-    The folder is written beside its place and renamed, so it is whole or absent.
-    """
-    target, source = Path(folder), find(base, "vae", "text_encoder", "tokenizer")
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for part in ("vae", "text_encoder", "tokenizer", "clip"):
-        if (source / part).is_dir():
-            shutil.copytree(source / part, partial / part)
-    for name, other in more.items():
-        shutil.copytree(other, partial / name)
-    if is_adapted(unet):
-        save_adapters(partial, unet, dtype)
-        unet = merged(unet, load_unet(base))
-    save_unet(partial / "unet", unet, dtype)
-    takes_w = unet.config["time_cond_proj_dim"] is not None
-    if consistency:
-        scheduler = LCMScheduler(**schedule.config)
-    else:  # steps_offset=1 is what StableDiffusionPipeline asks for; trailing spacing does not use it
-        options = {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "trailing", "steps_offset": 1}
-        scheduler = DDIMScheduler(**schedule.config, **options)
-    scheduler.save_pretrained(partial / "scheduler")
-    index = {
-        "_class_name": "LatentConsistencyModelPipeline" if consistency and takes_w else "StableDiffusionPipeline",
-        "_diffusers_version": diffusers.__version__,
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", type(scheduler).__name__],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    (partial / "model_index.json").write_text(json.dumps(index, indent=2))
-    (partial / "lcm.json").write_text(json.dumps(facts, indent=2))
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)

@@ -8,21 +8,35 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from lcm.core.condition import Condition, SizedText
 from lcm.core.guidance import embed_w
 from lcm.core.networks import Network
+from lcm.errors import UserError
 
 
 def as_network(unet: UNet2DConditionModel, compiled: Callable[..., Any] | None = None) -> Network:
     """`net(z_t, t, cond, w)` over diffusers' UNet; w is embedded in float32, inputs follow the weights' dtype.
 
-    A UNet without `time_cond_proj_dim` ignores w. compiled: what is called in the UNet's place.
+    A UNet without `time_cond_proj_dim` ignores w; Stable Diffusion XL's takes a `SizedText`, and no other. compiled: what is
+    called in the UNet's place.
     """
     forward, dim = unet if compiled is None else compiled, unet.config["time_cond_proj_dim"]
+    is_xl = unet.config["addition_embed_type"] == "text_time"
 
-    def net(z_t: Tensor, t: Tensor, cond: Tensor, w: Tensor | None = None) -> Tensor:
+    def net(z_t: Tensor, t: Tensor, cond: Condition, w: Tensor | None = None) -> Tensor:
         dtype = next(unet.parameters()).dtype  # unet.dtype walks over all modules
         embedding = None if w is None or dim is None else embed_w(w, dim).to(dtype)
-        return forward(z_t.to(dtype), t, cond.to(dtype), timestep_cond=embedding, return_dict=False)[0]
+        options: dict[str, Any] = {"timestep_cond": embedding, "return_dict": False}
+        if isinstance(cond, SizedText) != is_xl:
+            of, other = ("", " not") if is_xl else ("not ", "")
+            raise UserError(
+                f"the UNet is {of}Stable Diffusion XL's, the text encoders are{other}: set data.codec.pipeline to the pipeline "
+                "that is trained"
+            )
+        if isinstance(cond, SizedText):  # sizes stay integers: bfloat16 has 8 bits for them
+            options["added_cond_kwargs"] = {"text_embeds": cond.pooled.to(dtype), "time_ids": cond.sizes}
+            cond = cond.states
+        return forward(z_t.to(dtype), t, cond.to(dtype), **options)[0]
 
     return net
 

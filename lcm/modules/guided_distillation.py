@@ -16,7 +16,7 @@ from lcm.core.objectives.guided_distillation import halve_steps, match_guided_te
 from lcm.core.schedule import NoiseSchedule
 from lcm.core.timesteps import trailing_steps
 from lcm.errors import UserError
-from lcm.models.pipeline import save_unet
+from lcm.models.saving import save_unet
 from lcm.models.sharding import whole
 from lcm.models.student import frozen_copy, make_student
 from lcm.modules.latent import LatentModule

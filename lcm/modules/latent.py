@@ -8,13 +8,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from lcm.core.condition import Condition, each
 from lcm.core.ema import ema_update_, warmed_up
 from lcm.core.networks import Network
 from lcm.core.schedule import NoiseSchedule
 from lcm.data.codec import LatentCodec
 from lcm.models.generate import LatentModel
 from lcm.models.kernels import fast_attention
-from lcm.models.pipeline import save_pipeline
+from lcm.models.saving import save_pipeline
 from lcm.models.sharding import is_sharded, shard, whole
 from lcm.models.student import as_network, frozen_copy
 from lcm.modules.base import TrainedModule
@@ -31,7 +32,7 @@ class LatentModule(TrainedModule):
     """
 
     consistency = False  # whether the trained network is sampled by Algorithm 3
-    calls: list[tuple[UNet2DConditionModel, torch.Size, torch.Size, bool]] | None = None  # of networks, where they are noted
+    calls: list[tuple[UNet2DConditionModel, torch.Size, Condition, bool]] | None = None  # of networks, where they are noted
 
     def __init__(
         self,
@@ -93,12 +94,13 @@ class LatentModule(TrainedModule):
             ema_update_(self.ema_net.parameters(), self.net.parameters(), decay, self.gate)
 
     def network(self, unet: UNet2DConditionModel) -> Network:
-        """A UNet as the objectives call it; `calls` notes shapes and whether gradients are kept, for its arithmetic."""
+        """A UNet as the objectives call it; `calls` notes shapes (on the meta device) and whether gradients are kept."""
         net = as_network(unet, self.compiled.get(unet) if self.training else None)
 
-        def noted(z_t: Tensor, t: Tensor, cond: Tensor, w: Tensor | None = None) -> Tensor:
+        def noted(z_t: Tensor, t: Tensor, cond: Condition, w: Tensor | None = None) -> Tensor:
             if self.calls is not None:
-                self.calls.append((unet, z_t.shape, cond.shape, torch.is_grad_enabled()))
+                shapes = each(lambda part: part.to("meta"), cond)
+                self.calls.append((unet, z_t.shape, shapes, torch.is_grad_enabled()))
             with fast_attention(self.device):
                 return net(z_t, t, cond, w)
 

@@ -20,6 +20,8 @@ FULL_SIZE = {
     "lcd_lora_sd15": "sd15",
     "lcd_sd21_768": "sd21",
     "guided_distill_sd15": "sd15",
+    "lcd_sdxl": "sdxl",
+    "lcd_lora_sdxl": "sdxl",
 }
 PARTS = [
     (group, path.stem)
@@ -133,14 +135,19 @@ def test_full_size_recipes_build_with_the_real_names_and_shapes(experiment, net)
     teacher = module.frozen.get("teacher", module.net)
     shapes = {name: tuple(p.shape) for name, p in teacher.named_parameters()}
     shapes.pop("time_embedding.cond_proj.weight", None)
-    assert len(shapes) == 686
-    assert sum(torch.Size(s).numel() for s in shapes.values()) == {"sd15": 859_520_964, "sd21": 865_910_724}[net]
-    context = {"sd15": 768, "sd21": 1024}[net]
+    tensors, weights, context, adapters = {
+        "sd15": (686, 859_520_964, 768, 67_252_224),
+        "sd21": (686, 865_910_724, 1024, None),
+        "sdxl": (1680, 2_567_463_684, 2048, 196_751_360),
+    }[net]
+    assert len(shapes) == tensors
+    assert sum(torch.Size(s).numel() for s in shapes.values()) == weights
     assert shapes["conv_in.weight"] == (320, 4, 3, 3)
-    assert shapes["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"] == (320, context)
+    if net != "sdxl":
+        assert shapes["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"] == (320, context)
     assert shapes["mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"] == (1280, context)
-    if experiment == "lcd_lora_sd15":
-        assert sum(p.numel() for p in module.parameters() if p.requires_grad) == 67_252_224
+    if "lora" in experiment:
+        assert sum(p.numel() for p in module.parameters() if p.requires_grad) == adapters
     elif experiment != "teacher_sd15":
         assert module.net.time_embedding.cond_proj.weight.shape == (320, 256)
 

@@ -109,14 +109,14 @@ def test_without_a_cache_nothing_is_kept(codec: LatentCodec, monkeypatch: pytest
 
 
 def test_uncond_is_the_empty_caption(codec: LatentCodec) -> None:
-    assert torch.equal(codec.uncond, codec.encode_text([""]))
-    torch.testing.assert_close(codec.encode(BATCH).cond[2:3], codec.uncond)
+    assert torch.equal(codec.encode(BATCH).uncond, codec.text([""])[0])
+    torch.testing.assert_close(codec.encode(BATCH).cond[2:3], codec.text([""])[0])
 
 
 def test_a_caption_encodes_alike_in_any_batch(tiny_pipeline: Path) -> None:
     plain = load_codec(str(tiny_pipeline), text_cache=0)
     torch.testing.assert_close(
-        plain.encode_text(["dog face", "a much longer caption of a rocket"])[:1], plain.encode_text(["dog face"])
+        plain.text(["dog face", "a much longer caption of a rocket"])[0][:1], plain.text(["dog face"])[0]
     )
 
 
@@ -126,7 +126,7 @@ def encoded(tiny_pipeline: Path) -> Encoded:
 
     def make(**options: Any) -> tuple[LatentCodec, list[int]]:
         codec, sizes = load_codec(str(tiny_pipeline), **options), []
-        codec.text_encoder.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+        codec.text.towers[0].register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
         return codec, sizes
 
     return make
@@ -145,12 +145,12 @@ def test_a_caption_is_encoded_once(encoded: Encoded) -> None:
 def test_remembered_states_are_those_of_a_plain_encoding(encoded: Encoded, dtype: str | None) -> None:
     """Bit-equal where a row of a matrix product does not depend on how many there are, as on the CPUs tried; else nearly so."""
     (codec, _), (plain, sizes) = encoded(dtype=dtype), encoded(dtype=dtype, text_cache=0)
-    codec.encode_text(["rocket", "sun"])
+    codec.text(["rocket", "sun"])[0]
     captions = ["dog face", "sun", "a cat", "rocket"]
     for _ in range(2):
-        expected = plain.encode_text(captions)
+        expected = plain.text(captions)[0]
         tolerance = 1e-6 if dtype is None else 0.02
-        torch.testing.assert_close(codec.encode_text(captions), expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(codec.text(captions)[0], expected, rtol=tolerance, atol=tolerance)
     assert sizes == [4, 4]
 
 
@@ -158,19 +158,19 @@ def test_text_states_are_bounded_and_the_longest_unused_go_first(
     encoded: Encoded,
 ) -> None:
     codec, _ = encoded(text_cache=2.5 * 16 * 16 * 4 / 1e6)  # two captions
-    codec.encode_text(["a", "b"])
-    codec.encode_text(["a"])
-    codec.encode_text(["c"])
-    assert list(codec.texts) == ["a", "c"]
-    assert codec.encode_text(list("defgd")).shape == (5, 16, 16)  # more than there is room for
-    assert list(codec.texts) == ["g", "d"]
-    assert all(states.untyped_storage().nbytes() == states.nbytes for states in codec.texts.values())
+    codec.text(["a", "b"])[0]
+    codec.text(["a"])[0]
+    codec.text(["c"])[0]
+    assert list(codec.text.known) == ["a", "c"]
+    assert codec.text(list("defgd"))[0].shape == (5, 16, 16)  # more than there is room for
+    assert list(codec.text.known) == ["g", "d"]
+    assert all(states.untyped_storage().nbytes() == states.nbytes for [states] in codec.text.known.values())
 
 
 def test_text_states_move_with_the_codec(encoded: Encoded) -> None:
     codec, _ = encoded()
-    codec.encode_text(["a", "b"])
-    assert [states.device.type for states in codec.to("meta").texts.values()] == ["meta", "meta"]
+    codec.text(["a", "b"])[0]
+    assert [states.device.type for [states] in codec.to("meta").text.known.values()] == ["meta", "meta"]
 
 
 def test_what_validation_encoded_serves_training(encoded: Encoded) -> None:
@@ -185,12 +185,12 @@ def test_what_validation_encoded_serves_training(encoded: Encoded) -> None:
 def test_long_captions_are_cut_with_the_end_kept(tiny_pipeline: Path) -> None:
     codec = load_codec(str(tiny_pipeline))
     seen: list[torch.Tensor] = []
-    hook = codec.text_encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    codec.encode_text(["red apple " * 50, "dog"])
+    hook = codec.text.towers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    codec.text(["red apple " * 50, "dog"])[0]
     hook.remove()
     assert seen[0].shape == (2, 16)
-    assert (seen[0][:, -1] == codec.tokenizer.eos_token_id).all()
-    assert (seen[0][0, 1:-1] != codec.tokenizer.eos_token_id).all()
+    assert (seen[0][:, -1] == codec.text.tokenizers[0].eos_token_id).all()
+    assert (seen[0][0, 1:-1] != codec.text.tokenizers[0].eos_token_id).all()
 
 
 def test_decoding_undoes_the_scaling(codec: LatentCodec, vae: AutoencoderKL) -> None:
@@ -210,7 +210,7 @@ def test_wild_latents_decode_to_the_full_range_of_bytes(codec: LatentCodec) -> N
 def test_bfloat16_networks_give_float32_batches(tiny_pipeline: Path, codec: LatentCodec, dtype: Any) -> None:
     low = load_codec(str(tiny_pipeline), dtype=dtype)
     batch, exact = low.encode(BATCH, generator("cpu", 7)), codec.encode(BATCH, generator("cpu", 7))
-    assert low.vae.dtype == low.text_encoder.dtype == torch.bfloat16
+    assert low.vae.dtype == low.text.towers[0].dtype == torch.bfloat16
     assert batch.z0.dtype == batch.cond.dtype == batch.uncond.dtype == torch.float32
     assert (batch.z0 - exact.z0).std() < 0.03 * exact.z0.std()
     assert (batch.cond - exact.cond).std() < 0.03 * exact.cond.std()
@@ -218,6 +218,6 @@ def test_bfloat16_networks_give_float32_batches(tiny_pipeline: Path, codec: Late
 
 
 def test_the_networks_are_frozen(codec: LatentCodec) -> None:
-    assert not any(p.requires_grad for net in (codec.vae, codec.text_encoder) for p in net.parameters())
+    assert not any(p.requires_grad for net in (codec.vae, codec.text.towers[0]) for p in net.parameters())
     assert not codec.vae.training
-    assert not codec.text_encoder.training
+    assert not codec.text.towers[0].training

@@ -19,11 +19,12 @@ from lcm.data.encoding import Encoder, Variants
 from lcm.data.latents import DRAWN, POSTERIOR, TEXT, DecodeLatents, stamp
 from lcm.data.shards import Shard
 from lcm.data.source import Source
+from lcm.data.text import TextEncoder
 from lcm.data.transforms import Decode
 from lcm.encode import claim, done_file, encode_shard
 from lcm.errors import UserError
 from lcm.models.pipeline import load_codec
-from tests.data.conftest import write_shard
+from tests.data.conftest import png, write_shard
 
 Encode = Callable[..., Path]
 SAMPLES = 9
@@ -110,8 +111,8 @@ def test_stored_text_states_take_the_text_encoders_place(
     folder, options = encode(text=True), {"caption_dropout": 0.4, "seed": 5}
     expected = batch(codec, images, **options)
     encoded: list[list[str]] = []
-    plain = codec.encode_text
-    monkeypatch.setattr(codec, "encode_text", lambda captions: encoded.append(captions) or plain(captions))
+    plain = TextEncoder.__call__
+    monkeypatch.setattr(TextEncoder, "__call__", lambda self, captions: encoded.append(captions) or plain(self, captions))
     got = batch(codec, folder, latents=True, **options)
     assert encoded == [[""]]
     assert got.captions == expected.captions
@@ -128,7 +129,7 @@ def test_a_dropped_caption_has_the_states_of_the_null_prompt_all_the_same(codec:
 def test_states_are_those_of_the_caption_chosen(codec: LatentCodec, encode: Encode) -> None:
     got = batch(codec, encode(text=True, captions={"txt": 1, "blip": 1}), latents=True)
     assert 0 < sum(caption.startswith("not ") for caption in got.captions) < SAMPLES
-    torch.testing.assert_close(got.cond, codec.encode_text(got.captions), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(got.cond, codec.text(got.captions)[0], rtol=1e-3, atol=1e-3)
 
 
 def test_a_choice_of_captions_is_refused_where_states_of_one_are_stored(codec: LatentCodec, encode: Encode) -> None:
@@ -142,7 +143,7 @@ def test_another_text_encoder_refuses_what_holds_its_states(
     tiny_pipeline: Path, encode: Encode, content: dict[str, bool], refused: bool
 ) -> None:
     folder, other = encode(**content), load_codec(str(tiny_pipeline))
-    next(other.text_encoder.parameters()).add_(0.1)
+    next(other.text.towers[0].parameters()).add_(0.1)
     if refused:
         with pytest.raises(UserError, match="have text_encoder = "):
             batch(other, folder, latents=True)
@@ -202,3 +203,17 @@ def test_what_a_killed_encoding_left_is_written_anew(encode: Encode, tmp_path: P
     folder = encode()
     assert (folder / "0.tar").read_bytes() == whole
     assert sorted(file.name for file in folder.iterdir()) == ["0.tar", "0_stats.json", "latents.json"]
+
+
+@pytest.mark.parametrize("size", [(40, 32), (90, 61), (32, 57)])
+def test_a_mirrored_copys_crop_is_that_of_the_mirrored_picture(size: tuple[int, int]) -> None:
+    sample = {"__key__": "a", "__url__": "0.tar", "png": png(size), "txt": "a"}
+    crops = set()
+    for seed in range(20):
+        found = Variants(Decode(32, random_crop=True), 1, True)(sample, random.Random(seed))
+        plain, mirrored = found["sizes"].tolist()
+        assert plain[:3] == mirrored[:3]
+        resized = round(32 * size[0] / min(size))
+        assert abs(plain[3] + 32 + mirrored[3] - resized) <= 1  # left and right of the picture change places
+        crops.add(plain[3])
+    assert len(crops) > 3 or size[0] == min(size)

@@ -15,7 +15,8 @@ from lcm.core.schedule import NoiseSchedule
 from lcm.errors import UserError
 from lcm.evaluate import evaluate
 from lcm.models import generate
-from lcm.models.pipeline import load_unet, save_pipeline
+from lcm.models.pipeline import load_unet
+from lcm.models.saving import save_pipeline
 from lcm.models.student import make_student
 from tests.e2e.conftest import command, environment, tiny_data
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
+from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 from tests.e2e.conftest import tiny_data
@@ -129,3 +129,14 @@ def test_a_baseline_trains_and_samples(experiment, steps, run, tiny_pipeline, sh
     diffusers_opens = StableDiffusionPipeline.from_pretrained(tmp_path / "runs" / experiment / "0/model")
     images = diffusers_opens("rocket", num_inference_steps=2, guidance_scale=1.0, output_type="np").images
     assert images.shape == (1, 32, 32, 3)
+
+
+def test_stable_diffusion_xl_is_distilled_by_two_processes_and_sampled(run, xl_pipeline, shards, tmp_path):
+    data = [option for option in tiny_data(shards) if option != "data.build=null"]  # data=shards has no such key
+    sharded = ["trainer.accelerator=cpu", "trainer.devices=2", "model.compile=false", "callbacks.samples.steps=[1]"]
+    teacher = f"model.teacher={xl_pipeline}"
+    done = run("train.py", "experiment=lcd_sdxl", teacher, *data, "trainer.max_steps=2", *sharded)
+    assert done.returncode == 0, done.stderr
+    StableDiffusionXLPipeline.from_pretrained(tmp_path / "runs/lcd_sdxl/0/model")
+    done = run("sample.py", "pipeline=last", "images_per_prompt=1", "steps=2", "prompts=[rocket]")
+    assert done.returncode == 0, done.stderr

@@ -10,7 +10,8 @@ from lcm.core import sampling
 from lcm.core.schedule import NoiseSchedule
 from lcm.errors import UserError
 from lcm.models.generate import LatentModel
-from lcm.models.pipeline import load_unet, save_pipeline
+from lcm.models.pipeline import load_unet
+from lcm.models.saving import save_pipeline
 from lcm.models.student import make_student
 
 PROMPTS = [

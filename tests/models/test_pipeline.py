@@ -22,9 +22,9 @@ from lcm.models.pipeline import (
     load_codec,
     load_schedule,
     load_unet,
-    save_pipeline,
     training_facts,
 )
+from lcm.models.saving import save_pipeline
 from lcm.models.student import make_student
 
 pytestmark = pytest.mark.filterwarnings("ignore:(?s).*steps_offset:FutureWarning")
@@ -219,14 +219,14 @@ def test_w_matters_to_the_student(student: str) -> None:
 )
 def test_any_prompt_encodes_and_ends(tiny_pipeline: Path, prompt: str) -> None:
     codec = load_codec(str(tiny_pipeline))
-    [ids] = codec.tokenizer([prompt], padding="max_length", truncation=True).input_ids
+    [ids] = codec.text.tokenizers[0]([prompt], padding="max_length", truncation=True).input_ids
     assert len(ids) == 16
-    assert ids[0] == codec.tokenizer.bos_token_id
-    assert ids[-1] == codec.tokenizer.eos_token_id
-    assert codec.encode_text([prompt]).isfinite().all()
+    assert ids[0] == codec.text.tokenizers[0].bos_token_id
+    assert ids[-1] == codec.text.tokenizers[0].eos_token_id
+    assert codec.text([prompt])[0].isfinite().all()
 
 
 @pytest.mark.parametrize("prompt", ["naïve café", "红苹果", "🍎🚀"])
 def test_the_tokenizer_loses_no_letter(tiny_pipeline: Path, prompt: str) -> None:
-    tokenizer = load_codec(str(tiny_pipeline)).tokenizer
+    tokenizer = load_codec(str(tiny_pipeline)).text.tokenizers[0]
     assert tokenizer.decode(tokenizer(prompt).input_ids, skip_special_tokens=True).strip() == prompt

@@ -154,7 +154,7 @@ def test_a_consistency_model_is_sampled_as_it_was_trained(
     model = LatentModel.load(folder)
     drawn = model.latents(["rocket"], [0], steps=1, w=3.0)
     z = drawn_noise(model)
-    denoise = conditioned(as_network(model.unet), model.codec.encode_text(["rocket"]), model.schedule)
+    denoise = conditioned(as_network(model.unet), model.codec.text(["rocket"])[0], model.schedule)
     f = cm_consistency_fn(denoise, z, torch.tensor([999]), schedule=model.schedule, sigma_data=0.7)
     torch.testing.assert_close(drawn, f)
     assert torch.equal(model.latents(["rocket"], [0], steps=1, w=0.0), drawn)

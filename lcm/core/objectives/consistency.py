@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lcm.core.condition import Condition
 from lcm.core.consistency import ConsistencyFn, consistency_fn
 from lcm.core.guidance import draw_w
 from lcm.core.networks import Networks, conditioned
@@ -32,7 +33,7 @@ def draw(z0: Tensor, rng: torch.Generator, *, timesteps: Tensor, w_min: float, w
 
 def consistency_loss(
     nets: Networks,
-    cond: Tensor,
+    cond: Condition,
     w: Tensor | None,
     far: tuple[Tensor, Tensor],
     near: tuple[Tensor, Tensor],
@@ -45,7 +46,8 @@ def consistency_loss(
 
     The target comes first, with the random state put back after it: where a network has dropout both draw the same mask.
     """
-    devices = [cond.device] if cond.device.type == "cuda" else []
+    device = far[0].device
+    devices = [device] if device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):
         target = f(conditioned(nets.target, cond, schedule, w), *near)
     pred = f(conditioned(nets.online, cond, schedule, w), *far)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lcm.core.batch import LatentBatch
+from lcm.core.condition import Condition
 from lcm.core.networks import Network, conditioned, guided
 from lcm.core.objectives.consistency import ConsistencyDraws
 from lcm.core.schedule import NoiseSchedule
@@ -47,7 +48,9 @@ def halve_steps(
     return x0_loss(student, batch.cond, draws.w, z_t, t, target, schedule)
 
 
-def x0_loss(student: Network, cond: Tensor, w: Tensor, z_t: Tensor, t: Tensor, target: Tensor, schedule: NoiseSchedule) -> Loss:
+def x0_loss(
+    student: Network, cond: Condition, w: Tensor, z_t: Tensor, t: Tensor, target: Tensor, schedule: NoiseSchedule
+) -> Loss:
     """Squared error of x0 under the "truncated SNR" weight `max(alpha^2 / sigma^2, 1)` (2202.00512, section 4)."""
     error = (conditioned(student, cond, schedule, w)(z_t, t).x0 - target).square().flatten(1).mean(1)
     weight = (2 * schedule.log_snr(t)).exp().clamp_min(1.0)

@@ -1,0 +1,182 @@
+"""Stable Diffusion XL: two text encoders, pooled texts and sizes, from a picture to what diffusers draws."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import LCMScheduler, StableDiffusionXLPipeline
+from tqdm import tqdm
+
+from lcm.core import sampling
+from lcm.core.condition import SizedText
+from lcm.core.random import ImageNoise, generator
+from lcm.data.codec import LatentCodec
+from lcm.data.datamodule import ShardDataModule
+from lcm.data.encoding import Encoder, Variants
+from lcm.data.latents import stamp
+from lcm.data.source import Source
+from lcm.data.transforms import Decode
+from lcm.encode import claim, encode_shard
+from lcm.errors import UserError
+from lcm.models.generate import LatentModel
+from lcm.models.pipeline import load_codec, load_schedule, load_unet, training_facts
+from lcm.models.saving import save_pipeline
+from lcm.models.student import as_network
+from tests.data.conftest import png, write_shard
+from tests.modules.conftest import new_module
+
+PROMPTS, SEEDS = ["red apple on a white background", "rocket"], [3, 11]
+X = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+BATCH = {"x": X, "captions": ["red apple", "", "rocket"], "keys": list("abc")}
+SIZES = {"original_sizes": torch.tensor([[64, 48], [32, 32], [900, 1200]]), "crops": torch.tensor([[5, 0], [0, 0], [0, 7]])}
+
+
+@pytest.fixture(scope="module")
+def codec(xl_pipeline: Path) -> LatentCodec:
+    return load_codec(str(xl_pipeline))
+
+
+def opened(folder: Any) -> StableDiffusionXLPipeline:
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def alike(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.std()))
+
+
+def test_texts_are_those_of_diffusers_pipeline(codec: LatentCodec, xl_pipeline: Path) -> None:
+    states, no_states, pooled, not_pooled = opened(xl_pipeline).encode_prompt(PROMPTS, do_classifier_free_guidance=True)
+    cond, uncond = codec.conditions(PROMPTS, torch.zeros(2, 4, 8, 8))
+    torch.testing.assert_close(cond.states, states)
+    torch.testing.assert_close(cond.pooled, pooled)
+    assert not no_states.any()
+    assert not not_pooled.any()
+    torch.testing.assert_close(uncond.states.expand_as(states), no_states)
+    torch.testing.assert_close(uncond.pooled.expand_as(pooled), not_pooled)
+    assert cond.states.std() > 0.1
+    assert cond.pooled.std() > 0.01
+
+
+def test_a_folder_may_say_that_the_null_prompt_is_read_as_any_other(xl_pipeline: Path, tmp_path: Path) -> None:
+    base = str(xl_pipeline)
+    save_pipeline(tmp_path / "a", load_unet(base), load_schedule(base), base=base, consistency=False, facts={})
+    index = json.loads((tmp_path / "a/model_index.json").read_text())
+    assert index["force_zeros_for_empty_prompt"] is True
+    (tmp_path / "a/model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": False}))
+    _, null, _, pooled = opened(tmp_path / "a").encode_prompt("rocket", negative_prompt="", do_classifier_free_guidance=True)
+    _, uncond = load_codec(str(tmp_path / "a")).conditions(["rocket"], torch.zeros(1, 4, 8, 8))
+    torch.testing.assert_close(uncond.states, null)
+    torch.testing.assert_close(uncond.pooled, pooled)
+
+
+def test_sizes_are_those_of_the_batch_or_of_whole_pictures(codec: LatentCodec) -> None:
+    batch = codec.encode({**BATCH, **SIZES})
+    assert batch.cond.sizes.tolist() == [[64, 48, 5, 0, 32, 32], [32, 32, 0, 0, 32, 32], [900, 1200, 0, 7, 32, 32]]
+    assert torch.equal(batch.uncond.sizes, batch.cond.sizes)
+    assert codec.encode(BATCH).cond.sizes.tolist() == 3 * [[32, 32, 0, 0, 32, 32]]
+    assert batch.cond.sizes.dtype == torch.int64  # bfloat16 would round 1023 to 1024
+
+
+def test_texts_and_sizes_reach_the_network(codec: LatentCodec, xl_pipeline: Path) -> None:
+    net, cond = as_network(load_unet(str(xl_pipeline))), codec.encode({**BATCH, **SIZES}).cond
+    z, t = torch.randn(3, 4, 8, 8, generator=generator("cpu", 0)), torch.tensor([500, 500, 500])
+    with torch.no_grad():
+        found = net(z, t, cond)
+        for part in SizedText._fields:
+            changed = cond._replace(**{part: getattr(cond, part).flip(0)})
+            different = (net(z, t, changed) - found).abs().amax(dim=(1, 2, 3))
+            assert (different[[0, 2]] > 1e-4).all(), part
+            assert different[1] < 1e-6, part  # the middle one's are the same
+
+
+@pytest.mark.parametrize("kind", ["", "not "])
+def test_text_encoders_of_the_other_kind_are_refused(
+    kind: str, codec: LatentCodec, xl_pipeline: Path, tiny_pipeline: Path
+) -> None:
+    unet, texts = (xl_pipeline, load_codec(str(tiny_pipeline))) if kind == "" else (tiny_pipeline, codec)
+    z = torch.zeros(1, 4, 8, 8)
+    with pytest.raises(UserError, match=f"the UNet is {kind}Stable Diffusion XL's, .* set data.codec.pipeline"):
+        as_network(load_unet(str(unet)))(z, torch.tensor([1]), texts.conditions(["a"], z)[0])
+
+
+@pytest.mark.parametrize(("steps", "w"), [(1, 3.0), (4, 7.5), (5, 0.0)])
+def test_diffusers_samples_the_teacher_alike(xl_pipeline: Path, steps: int, w: float) -> None:
+    options = {"guidance_scale": w + 1, "num_inference_steps": steps, "latents": ImageNoise(SEEDS, (4, 8, 8))()}
+    theirs = opened(xl_pipeline)(PROMPTS, output_type="latent", **options).images
+    alike(LatentModel.load(str(xl_pipeline)).latents(PROMPTS, SEEDS, steps=steps, w=w, sampler=sampling.ddim), theirs)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_student_is_distilled_saved_and_sampled_by_diffusers_alike(
+    xl_pipeline: Path,
+    codec: LatentCodec,
+    data: Any,
+    fit: Any,
+    tmp_path: Path,
+    steps: int,
+) -> None:
+    module = new_module(xl_pipeline, "distillation", zero_init=False)
+    before = [p.detach().clone() for p in module.net.parameters()]
+    fit(module, data(codec=codec), 2)
+    names = [name for (name, p), old in zip(module.net.named_parameters(), before, strict=True) if not torch.equal(p, old)]
+    assert {"add_embedding.linear_1.weight", "time_embedding.cond_proj.weight"} <= set(names)
+    module.save_model(str(tmp_path / "model"), dtype=torch.float32)
+    assert training_facts(str(tmp_path / "model"))["w_max"] == 14
+    pipe = opened(tmp_path / "model")
+    assert isinstance(pipe.scheduler, LCMScheduler)
+    options = {"guidance_scale": 8.0, "num_inference_steps": steps, "generator": ImageNoise(SEEDS, (4, 8, 8)).generators}
+    theirs = pipe(PROMPTS, output_type="latent", **options).images
+    alike(LatentModel.load(str(tmp_path / "model")).latents(PROMPTS, SEEDS, steps=steps, w=7.0), theirs)
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "finetuning", "guided", "cd", "lora"])
+def test_every_method_trains_it(kind: str, xl_pipeline: Path, codec: LatentCodec, data: Any, fit: Any) -> None:
+    module = new_module(xl_pipeline, kind)
+    before = [p.detach().clone() for p in module.net.parameters() if p.requires_grad]
+    fit(module, data(codec=codec), 1)
+    trained = [p for p in module.net.parameters() if p.requires_grad]
+    assert any(not torch.equal(p, old) for p, old in zip(trained, before, strict=True))
+
+
+def test_adapters_are_what_diffusers_loads(xl_pipeline: Path, codec: LatentCodec, data: Any, fit: Any, tmp_path: Path) -> None:
+    module = new_module(xl_pipeline, "lora", lr=0.05)
+    fit(module, data(codec=codec), 2)
+    module.save_model(str(tmp_path / "model"), dtype=torch.float32)
+    pipe = opened(xl_pipeline)
+    pipe.load_lora_weights(tmp_path / "model")
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    options = {"guidance_scale": 1.0, "num_inference_steps": 2, "generator": ImageNoise(SEEDS, (4, 8, 8)).generators}
+    theirs = pipe(PROMPTS, output_type="latent", **options).images
+    alike(LatentModel.load(str(tmp_path / "model")).latents(PROMPTS, SEEDS, steps=2, w=0), theirs)
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_latent_shards_give_the_batches_that_their_images_give(codec: LatentCodec, tmp_path: Path, text: bool) -> None:
+    """Texts, original sizes and crops, too."""
+    sizes = [(48, 40), (64, 32), (32, 50)]
+    write_shard(
+        tmp_path / "0.tar", [{"__key__": str(i), "png": png(size), "txt": f"rocket {i}"} for i, size in enumerate(sizes)]
+    )
+    (tmp_path / "latents").mkdir()
+    claim(tmp_path / "latents", stamp(codec, 32, text=text), 0)
+    images = ShardDataModule(f"{tmp_path}/0.tar", codec=codec, resolution=32, num_workers=0, batch_size=3, shuffle=0)
+    with torch.inference_mode():
+        encoder, decode = Encoder(codec, 0, False, text), Variants(Decode(32), 1, False)
+        encode_shard(Source([f"{tmp_path}/0.tar"]), encoder, decode, tmp_path / "latents/0.tar", images, tqdm(disable=True))
+    shard = f"{tmp_path}/latents/0.tar"
+    latents = ShardDataModule(shard, codec=codec, resolution=32, num_workers=0, batch_size=3, shuffle=0, latents=True)
+    found = []
+    for source in (images, latents):
+        source.prepare_data()
+        found.append(source.on_after_batch_transfer(next(iter(source.train_dataloader())), 0))
+    expected, got = found
+    assert got.captions == expected.captions
+    assert torch.equal(got.cond.sizes, expected.cond.sizes)
+    assert expected.cond.sizes.unique(dim=0).shape == (3, 6)
+    for part in ("states", "pooled"):
+        torch.testing.assert_close(getattr(got.cond, part), getattr(expected.cond, part), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(got.z0, expected.z0, rtol=2e-3, atol=5e-3)
