@@ -21,6 +21,11 @@ from lcm.models.tokenizer import train_tokenizer
 CAPTIONS = ["red apple on a white background", "dog face on a pink background", "rocket on a gray background"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow tests first, so that no worker is left with one when the others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def tiny_unet(**changes: object) -> UNet2DConditionModel:
     """30 k parameters of Stable Diffusion's UNet class, for 4 x 8 x 8 latents and 16-wide text states."""
     torch.manual_seed(0)

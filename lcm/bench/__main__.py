@@ -1,4 +1,4 @@
-"""Measurements on this machine, each a table: `python -m lcm.bench parts=[data,soak,step,components,sampling,memory]`."""
+"""Measurements on this machine, each a table: `python -m lcm.bench parts=[data,soak,step,sampling]`."""
 
 import json
 import shlex

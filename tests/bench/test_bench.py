@@ -8,10 +8,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from lcm.bench import components, data, memory, peers, sampling, soak, step
+from lcm.bench import components, data, memory, peers, sampling, scaling, soak, step
 from lcm.bench.measure import Table, in_turn
 from lcm.bench.shards import photo
 from lcm.core.random import generator
+from lcm.errors import UserError
 from lcm.models.student import make_student
 
 
@@ -70,6 +71,19 @@ def test_steps_are_measured(tiny_pipeline: Path, shards: Path):
     assert [row["training"] for row in table.rows] == ["lcd"] * 5 + ["teacher"] * 3
     flop = {row["training"]: row["GFLOP an image"] for row in table.rows}
     assert flop["lcd"] / flop["teacher"] == pytest.approx(2, rel=0.05)  # 6 forwards of a UNet for 3
+
+
+@pytest.mark.slow
+def test_scaling_is_measured(tiny_pipeline: Path, shards: Path):
+    options = [f"model.teacher={tiny_pipeline}", "data.batch_size=4", "data.num_workers=0"]
+    experiment = ["experiment=lcd_mini", "trainer=ddp", "trainer.accelerator=cpu", *options]
+    train = f"{shards}/train-*.tar"
+    table = scaling.measure(experiment=experiment, shards=train, resolution=32, processes=[1, 2], threads=1, steps=4, repeats=1)
+    check(table)
+    assert [row["processes"] for row in table.rows] == [1, 2]
+    assert table.rows[0]["of as many single ones"] == 1
+    with pytest.raises(UserError, match=r"training with 1 processes failed: error: data\.batch_size=0"):
+        scaling.rate([*experiment, "data.batch_size=0"], 1, 1, 2)
 
 
 def test_the_parts_of_a_step_are_measured(tiny_pipeline: Path):
