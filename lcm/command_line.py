@@ -18,11 +18,13 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lcm import precision  # noqa: F401  its resolvers
 from lcm.errors import UserError
+from lcm.limits import check_limits
 from lcm.redaction import hide_in_logs, redacted
 from lcm.targets import CONF, check_targets
 
@@ -39,6 +41,13 @@ def program(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
                 return main(cfg)
             except UserError as error:
                 refuse(error)
+            except MisconfigurationException as error:  # Lightning's own sentences
+                refuse(" ".join(str(error).split()))
+            except torch.OutOfMemoryError:
+                refuse(
+                    "the GPU's memory is full: lower data.batch_size, if need be with trainer.accumulate_grad_batches, or see "
+                    "docs/larger-models.md"
+                )
             except UnpicklingError:
                 refuse("a file to be loaded holds code, not tensors alone, and is refused: give one that this program wrote")
 
@@ -106,13 +115,15 @@ def check_overrides(config_name: str, args: list[str]) -> None:
 
 
 def check_composed(cfg: DictConfig) -> None:
-    """Raises UserError for a `_target_` that is not allowed, also where Hydra builds it before the program starts."""
+    """Raises UserError for a number that cannot be meant and for a `_target_` that is not allowed, also where Hydra builds it
+    before the program starts."""
     if cfg.hydra.output_subdir is not None:
         raise UserError("hydra.output_subdir would hold secrets of the overrides: leave it null, config.yaml says what was run")
     found = plain(cfg)
     for part in ("job_logging", "hydra_logging"):
         check_targets(found["hydra"].pop(part), f"hydra.{part}", logs=True)
     check_targets(found)
+    check_limits(found)
 
 
 def plain(node: Any) -> Any:
@@ -211,6 +222,8 @@ def read_prompts(prompts: str | list[str], captions: Callable[[], list[str]]) ->
         prompts = [line.strip() for line in file.read_text().splitlines() if line.strip()]
         if not prompts:
             raise UserError(f"{file} has no prompts: write one a line")
+    if not isinstance(prompts, str) and not prompts:
+        raise UserError("prompts=[] has none: give one, a list of them, or a .txt file")
     return [prompts] if isinstance(prompts, str) else list(prompts)
 
 

@@ -59,6 +59,8 @@ def wait(chunks: Sequence[Chunk], patience: float) -> None:
 
 
 def check(cfg: DictConfig) -> None:
+    if not cfg.metrics:
+        raise UserError(f"metrics=[] measures nothing: choose among {', '.join(METRICS)}")
     if unknown := [name for name in cfg.metrics if name not in METRICS]:
         raise UserError(f"metrics has {unknown[0]!r}, which is none of {', '.join(METRICS)}")
     if cfg.samples < 2 or cfg.grid_rows > SHOWN:

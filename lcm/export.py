@@ -18,7 +18,6 @@ from lcm.models.pipeline import load_unet
 from lcm.modules.latent import LatentModule
 from lcm.runs import checkpoint_path
 
-DTYPES = ("float16", "bfloat16", "float32")
 FORMATS = ("pipeline", "unet")
 WEIGHTS = {"trained": "net", "average": "ema_net", "target": "target_net"}  # of a module
 
@@ -59,7 +58,7 @@ def chosen(module: LatentModule, weights: str) -> UNet2DConditionModel:
 @program("export")
 def main(cfg: DictConfig) -> None:
     """Read, choose, write."""
-    for key, known in (("dtype", DTYPES), ("format", FORMATS), ("weights", ("best", *WEIGHTS))):
+    for key, known in (("format", FORMATS), ("weights", ("best", *WEIGHTS))):
         if cfg[key] not in known:
             raise UserError(f"{key}={cfg[key]}: choose among {', '.join(known)}")
     run, output, dtype = Path(cfg.run), Path(cfg.output), getattr(torch, cfg.dtype)

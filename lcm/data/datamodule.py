@@ -79,10 +79,6 @@ class ShardDataModule(L.LightningDataModule):
             raise UserError(
                 "give the training data, once: data.shards=<.tar files> or data.sources=[{urls: ..., weight: ...}, ...]"
             )
-        counts = {"batch_size": batch_size, "val_batch_size": val_batch_size, "num_workers": num_workers, "lanes": lanes}
-        for name, value in counts.items():
-            if value < (least := 0 if name == "num_workers" else 1):
-                raise UserError(f"data.{name}={value}: give at least {least}")
         self.weighted: list[tuple[str | list[str], float]] = [(source["urls"], source["weight"]) for source in sources]
         self.val_shards, self.build, self.codec, self.filters, self.cache = val_shards, build, codec, filters, cache
         self.index, self.batch_size, self.val_batch_size = index, batch_size, val_batch_size

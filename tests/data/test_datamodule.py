@@ -47,13 +47,6 @@ def test_a_resolution_off_the_vaes_grid_is_a_user_error(shards: Path, codec: Lat
         datamodule(shards, codec=codec, resolution=30)
 
 
-@pytest.mark.parametrize("option", ["batch_size", "val_batch_size", "num_workers", "lanes"])
-def test_counts_of_nothing_are_refused(option: str) -> None:
-    """A batch of no images would be yielded for ever."""
-    with pytest.raises(UserError, match=rf"data\.{option}=-1: give at least"):
-        ShardDataModule("nowhere.tar", **{option: -1})
-
-
 @pytest.mark.parametrize("option", ["random_crop", "flip"])
 def test_a_cache_refuses_random_transforms(tiny_pipeline: Path, shards: Path, option: str) -> None:
     with pytest.raises(UserError, match="cache"):
