@@ -61,7 +61,7 @@ def test_a_choice_that_there_is_not_names_those_that_there_are(key: str) -> None
 
 
 def test_the_key_that_was_set_is_named_not_one_that_takes_its_value_from_it() -> None:
-    with pytest.raises(UserError, match="^seed=abc"):
+    with pytest.raises(UserError, match=r"^seed=abc"):
         check_limits(plain(compose("train", ["seed=abc"])))
 
 
