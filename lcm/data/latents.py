@@ -29,7 +29,7 @@ class DecodeLatents:
     A member `latent.npy` is `[V, 2C, h, w]`: V crops or mirrored copies, of which one is drawn. A member `sample.npy`
     `[V, C, h, w]` is a draw of each posterior: the mean of one without width. With a member `text.npy` there is "text", the
     float16 `[L, D]` text states of the .txt member, whether that is dropped or not, and with `pooled.npy` "pooled" `[P]`.
-    A member `sizes.npy` `[V, 4]` has each one's "original_size" and "crop", see `Decode`.
+    A member `sizes.npy` `[V, 4]` gives its "original_sizes" and "crops", see `collate` of pictures.
     """
 
     needs = (POSTERIOR, DRAWN)
@@ -42,7 +42,7 @@ class DecodeLatents:
         variants = array(sample, name or POSTERIOR, 4)
         number = rng.randrange(len(variants)) if len(variants) > 1 else 0
         moments = variants[number]
-        sizes = array(sample, SIZES, 2)[number] if SIZES in sample else None
+        sizes = sizes_of(sample, len(variants))[number] if SIZES in sample else None
         texts = {part: array(sample, *member) for part, member in TEXTS.items() if member[0] in sample}
         return {
             "moments": torch.from_numpy(np.concatenate([moments, np.zeros_like(moments)]) if name == DRAWN else moments),
@@ -51,6 +51,14 @@ class DecodeLatents:
             **{part: torch.from_numpy(states) for part, states in texts.items()},
             **({} if sizes is None else {"original_sizes": torch.from_numpy(sizes[:2]), "crops": torch.from_numpy(sizes[2:])}),
         }
+
+
+def sizes_of(sample: Sample, variants: int) -> np.ndarray:
+    """int64 `[V, 4]`; raises `Skip`."""
+    sizes = array(sample, SIZES, 2)
+    if sizes.shape != (variants, 4) or sizes.dtype != np.int64:
+        raise Skip("latent", f"{SIZES} of shape {sizes.shape} and {sizes.dtype} for {variants} variants")
+    return sizes
 
 
 def array(sample: Sample, name: str, dims: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lcm.data.encoding import npy
-from lcm.data.latents import POSTERIOR, DecodeLatents
+from lcm.data.latents import POSTERIOR, SIZES, DecodeLatents
 from lcm.data.members import Skip
 
 MOMENTS = np.random.default_rng(0).normal(size=(2, 8, 4, 4)).astype(np.float16)
@@ -58,3 +58,14 @@ def zipped(values: np.ndarray) -> bytes:
 def test_what_is_not_a_latent_is_skipped(content: bytes):
     with pytest.raises(Skip, match="latent"):
         decode(content)
+
+
+@pytest.mark.parametrize(
+    "sizes", [np.zeros((1, 4), np.int64), np.zeros((2, 3), np.int64), np.zeros((2, 4)), np.zeros(4, np.int64)]
+)
+def test_sizes_that_are_not_one_row_a_variant_cost_that_sample(sizes: np.ndarray):
+    sample = {"__key__": "a", "__url__": "0.tar", POSTERIOR: npy(MOMENTS), SIZES: npy(sizes), "txt": b"a"}
+    with pytest.raises(Skip, match="latent"):
+        DecodeLatents()(sample, random.Random(0))
+    found = DecodeLatents()({**sample, SIZES: npy(np.arange(8).reshape(2, 4))}, random.Random(0))
+    assert [*found["original_sizes"].tolist(), *found["crops"].tolist()] in ([0, 1, 2, 3], [4, 5, 6, 7])
