@@ -27,8 +27,8 @@ def student_of(pipeline: str, folder: Path) -> str:
     return str(folder)
 
 
-def ours(folder: str, dtype: torch.dtype, device: str) -> Callable[..., Tensor]:
-    model = LatentModel.load(folder, device=device, dtype=dtype)
+def ours(folder: str, dtype: torch.dtype, device: str, *, compile: bool = False) -> Callable[..., Tensor]:
+    model = LatentModel.load(folder, device=device, dtype=dtype, compile=compile)
 
     @torch.inference_mode()  # as sample.py
     def images(prompts: list[str], steps: int, w: float) -> Tensor:
@@ -61,16 +61,18 @@ def said(result: tuple[float, Tensor]) -> str:
 
 
 def measure(
-    *, pipeline: str, prompt: str, w: float, steps: list[int], batch_sizes: list[int], repeats: int, device: str
+    *, pipeline: str, prompt: str, w: float, steps: list[int], batch_sizes: list[int], repeats: int, device: str, compile: bool
 ) -> Table:
-    """pipeline: a teacher, of which a student's folder is made."""
-    rows = []
+    """pipeline: a teacher, of which a student's folder is made. compile: ours is measured compiled, too."""
+    rows, samplers = [], {"diffusers": diffusers, "ours": ours}
+    if compile:
+        samplers["ours compiled"] = partial(ours, compile=True)
     with TemporaryDirectory() as folder:
         student = student_of(pipeline, Path(folder, "student"))
         makers = {
             f"{name}, {str(dtype).removeprefix('torch.')}": make(student, dtype, pick_device(device))
             for dtype in (torch.float32, torch.bfloat16)
-            for name, make in (("diffusers", diffusers), ("ours", ours))
+            for name, make in samplers.items()
         }
         reference = next(iter(makers))
         for batch_size in batch_sizes:

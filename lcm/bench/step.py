@@ -204,7 +204,8 @@ def row(key: str, batch_size: int, of: Steps, ceiling: float, peer: float | None
         "peak GiB": share(of.peak_memory / 2**30) if of.peak_memory else None,
     }
     return {
-        "training": experiment, "step": way.replace("_", " "), "ms a step": 1e3 * of.seconds, "images/s": batch_size / of.seconds,
+        "training": experiment, "step": way.replace("_", " "), "ms a step": 1e3 * of.seconds,
+        "images/s": batch_size / of.seconds,
         "images per CPU second": batch_size / of.cpu,
         "of the peers' rate": peer / of.seconds if peer is not None and experiment == peers_of else None,
         "GFLOP an image": None if of.flop is None else of.flop / batch_size / 1e9, "TFLOP/s": tflops,
