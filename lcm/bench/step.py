@@ -117,11 +117,11 @@ def peer_training(overrides: list[str], *, shard: str, dtype: torch.dtype, steps
     """The same networks, batch size and images as a `Training` of distillation, trained as the peers' script does it."""
     cfg = compose("train", overrides)
     data, module, device = build(cfg.data), build(cfg.model), pick_device("auto")
-    data.codec.vae.to(dtype)
+    data.codec.vae.to(dtype=dtype, memory_format=torch.contiguous_format)
     for tower in data.codec.text.towers:
         tower.to(dtype)
     batches = peers.image_loader(shard, size=data.resolution, batch_size=data.batch_size, workers=data.num_workers)
-    parts = (module, module.frozen["teacher"], data.codec)
+    parts = (module, module.frozen["teacher"], data.codec.vae, data.codec.text)
 
     def run() -> Steps:
         released()

@@ -40,6 +40,7 @@ class LatentCodec:
         self.compile = compile
         if compile:
             self.vae.encoder.compile()
+        self.lay_out()
 
     @property
     def factor(self) -> int:
@@ -52,10 +53,15 @@ class LatentCodec:
 
     def to(self, device: torch.device | str) -> "LatentCodec":
         self.vae.to(device)
-        if self.compile and self.device.type == "cuda":  # the eager decoder would lose by this layout
-            self.vae.encoder.to(memory_format=torch.channels_last)
+        self.lay_out()
         self.text.to(device)
         return self
+
+    def lay_out(self) -> None:
+        """channels_last where that is faster: on a CPU, and compiled on a GPU, whose eager group norm gives it up."""
+        on_cpu, layouts = self.device.type == "cpu", (torch.contiguous_format, torch.channels_last)
+        self.vae.encoder.to(memory_format=layouts[on_cpu or self.compile])
+        self.vae.decoder.to(memory_format=layouts[on_cpu])
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any], rng: torch.Generator | None = None, world: tuple[int, int] = (0, 1)) -> LatentBatch:
@@ -98,7 +104,7 @@ class LatentCodec:
         parts = []
         for part in x.split(self.chunk):
             q = self.vae.encode(to_unit_range(part).to(self.vae.dtype)).latent_dist
-            parts.append(torch.cat([q.mean, q.std], dim=1).float())
+            parts.append(torch.cat([q.mean, q.std], dim=1).float().contiguous())
         moments = torch.cat(parts)
         if self.cache is not None and names:
             moments = moments.half().float()  # as the cache will give them: a resumed run has yet to fill it
@@ -111,7 +117,7 @@ class LatentCodec:
         images = []
         for part in z0.split(self.chunk):
             x = self.vae.decode((part / self.vae.config["scaling_factor"]).to(self.vae.dtype)).sample
-            images.append(((x.float().clamp(-1, 1) + 1) * 127.5).round().byte())
+            images.append(((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().contiguous())
         return torch.cat(images)
 
 
