@@ -94,7 +94,7 @@ def weights_hash(network: torch.nn.Module, more: str = "") -> str:
     digest = hashlib.sha256(more.encode())
     for name, tensor in sorted(network.state_dict().items()):
         # In bfloat16, so that the hash is the same whether the weights were loaded in float32, float16 or bfloat16.
-        digest.update(name.encode() + tensor.cpu().to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + tensor.cpu().to(torch.bfloat16).flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
