@@ -81,14 +81,14 @@ def load_codec(
     `TextEncoder`; options: those of `LatentCodec`."""
     folder = find(pipeline, "vae", "text_encoder", "tokenizer")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    weights = {"use_safetensors": True, "dtype": torch.float32}
     text: TextEncoder
     with explained(pipeline):
         vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True, torch_dtype=torch.float32)
-        tower = CLIPTextModel.from_pretrained(folder / "text_encoder", **weights)
+        tower = CLIPTextModel.from_pretrained(folder / "text_encoder", use_safetensors=True, dtype=torch.float32)
         first = CLIPTokenizer.from_pretrained(folder / "tokenizer"), tower
         if is_xl(folder):
-            tower = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", **weights)
+            other = folder / "text_encoder_2"
+            tower = CLIPTextModelWithProjection.from_pretrained(other, use_safetensors=True, dtype=torch.float32)
             second = CLIPTokenizer.from_pretrained(folder / "tokenizer_2"), tower
             text = XLTextEncoder(first, second, zero_null=zero_null(folder), dtype=dtype, memory=text_cache)
         else:

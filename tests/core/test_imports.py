@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FILES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "lcm").rglob("*.py"))]
 LAYERS = [
-    {"errors", "files", "images", "precision", "redaction", "signals", "targets", "command_line"},
+    {"errors", "files", "images", "limits", "precision", "redaction", "signals", "targets", "command_line"},
     *({"core"}, {"data"}, {"models"}, {"modules"}, {"metrics", "callbacks"}),
 ]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

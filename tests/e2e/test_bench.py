@@ -24,5 +24,5 @@ def test_a_part_that_is_not_there_is_named(run):
     done = run("lcm.bench", "parts=[data,speed]", "dataset=null")
     assert done.returncode == 1
     assert done.stderr.strip().endswith(
-        "error: parts=speed is not measured: choose among memory, data, soak, step, components, sampling"
+        "error: parts=speed is not measured: choose among memory, data, soak, step, components, sampling, scaling"
     )
