@@ -41,10 +41,11 @@ LIMITS: dict[str, Limit] = {
     "samples": Limit(2, whole=True),
     "max_steps": Limit(-1, whole=True),
 }
-
-
 CHOICES: dict[str, Sequence[str]] = {
-    "precision": ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"),
+    "precision": (
+        *("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"),
+        *("32", "bf16", "16", "64", "transformer-engine", "transformer-engine-float16"),  # Lightning's other names
+    ),
     "dtype": ("float32", "bfloat16", "float16"),
 }
 
@@ -52,7 +53,7 @@ CHOICES: dict[str, Sequence[str]] = {
 def check_limits(node: Any, key: str = "") -> None:
     """Raise UserError for what plain containers hold that no program could use, such as a batch of no images."""
     name = key.rpartition(".")[2]
-    if name in CHOICES and node is not None and node not in CHOICES[name]:
+    if name in CHOICES and node is not None and str(node) not in CHOICES[name]:
         raise UserError(f"{key}={node}: choose among {', '.join(CHOICES[name])}")
     if isinstance(node, Mapping):
         # What a program has at its top first: other keys take their value from there.

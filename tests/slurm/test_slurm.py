@@ -79,9 +79,10 @@ def stop_at_random(job: Job, run_dir: Path, rng: random.Random) -> str:
 
 
 def test_ranks_train_as_one_process(cluster: Cluster, tiny, tmp_path):
-    """2 nodes x 2 ranks against one process with the same global batch: the losses are equal to a relative 1e-4.
+    """2 nodes x 2 ranks against one process with the same global batch: losses are equal to 2e-5, gradient norms to 1e-4.
 
-    With AdamW's usual eps of 1e-8 the order of a sum decides the step of a weight whose gradient is nearly zero.
+    With AdamW's usual eps of 1e-8 (and, for one norm of 60, with 1e-5) the order of a sum decides the step of a weight whose
+    gradient is nearly zero.
     """
     runs = [*tiny, *COMMON, f"paths.runs={tmp_path}", "+model.optimizer.eps=1e-4"]
     job = cluster.submit(*runs, "data.batch_size=2", "name=ranks", tasks=2, log=tmp_path / "log")
@@ -92,9 +93,9 @@ def test_ranks_train_as_one_process(cluster: Cluster, tiny, tmp_path):
     assert one.returncode == 0, one.stderr
     assert job.end()["JobState"] == "COMPLETED", job.log
     run_dir = tmp_path / f"ranks/{job.number}"
-    for name in ("train/loss", "train/grad_norm"):
+    for name, tolerance in (("train/loss", 2e-5), ("train/grad_norm", 1e-4)):
         found, expected = dict(column(run_dir, name)), dict(column(tmp_path / "one/0", name))
-        assert found == pytest.approx(expected, rel=1e-4)
+        assert found == pytest.approx(expected, rel=tolerance)
         print(f"{name}: equal to {max(abs(found[step] / expected[step] - 1) for step in expected):.2g}")
     assert [step for step, _ in column(run_dir, "train/loss")] == list(range(STEPS))  # written by one rank
     assert job.log.count("run:  ") == job.log.count("model:  ") == 1
