@@ -54,7 +54,7 @@ class Job:
         return self.facts()
 
     def pids(self, rank: int) -> list[int]:
-        """The processes of a rank, the main one first."""
+        """The processes of a rank, in the order of their starts, the main one first. (Numbers start again at the top.)"""
         wanted = {f"SLURM_JOB_ID={self.number}", f"SLURM_PROCID={rank}"}
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
@@ -62,10 +62,11 @@ class Job:
                 known = set((folder / "environ").read_bytes().decode(errors="replace").split("\0"))
                 line = (folder / "cmdline").read_bytes()
                 if wanted <= known and b"train.py" in line and not line.startswith(b"env"):  # which is yet to block signals
-                    found.append(int(folder.name))
+                    started = int((folder / "stat").read_text().rpartition(")")[2].split()[19])  # proc(5): field 22
+                    found.append((started, int(folder.name)))
             except OSError:
                 continue  # it ended, or is a thread of the kernel
-        return sorted(found)
+        return [pid for _, pid in sorted(found)]
 
     def signal(self, signum: signal.Signals) -> None:
         """To every process of every step, as SLURM does before the time limit."""
