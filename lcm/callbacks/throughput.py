@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from lcm.models.flops import forward_flop, matmul_tflops
+from lcm.models.flops import call_flop, matmul_tflops
 
 
 class Throughput(L.Callback):
@@ -42,7 +42,7 @@ class Throughput(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         size = len(batch["x"] if isinstance(batch, dict) else batch)
         if self.flop_per_image is None:  # the first batch warms up, and is not timed
-            self.flop_per_image = sum((1 + 2 * trained) * forward_flop(*of) for *of, trained in module.calls) / size
+            self.flop_per_image = sum(call_flop(*call) for call in module.calls) / size
             module.calls = None
             return self.restart()
         self.images += size

@@ -9,17 +9,28 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lcm.core.condition import Condition, each
 from lcm.core.random import generator
+from lcm.models.lora import NAME, is_adapted
 from lcm.models.student import as_network
 
 
-def forward_flop(unet: UNet2DConditionModel, z_shape: torch.Size, cond: Condition) -> int:
-    """FLOP (2 a multiply-add) of matmuls, convolutions and attention of one forward, counted on the meta device.
+def call_flop(unet: UNet2DConditionModel, z_shape: torch.Size, cond: Condition, trained: bool) -> int:
+    """FLOP (2 a multiply-add) of matmuls, convolutions and attention of one call, counted on the meta device.
 
-    A forward and backward take three times that, the gradient of the very first layer's input left aside.
+    trained: with its backward, which takes a forward's for the gradients of inputs (the very first layer's is not left aside)
+    and another for those of weights, of which adapters leave the network's own out.
     """
+    forward = forward_flop(unet, z_shape, cond)
+    if not trained:
+        return forward
+    return 3 * forward - (forward_flop(unet, z_shape, cond, adapters=False) if is_adapted(unet) else 0)
+
+
+def forward_flop(unet: UNet2DConditionModel, z_shape: torch.Size, cond: Condition, *, adapters: bool = True) -> int:
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net, t = as_network(UNet2DConditionModel.from_config(unet.config)), torch.empty(z_shape[0], dtype=torch.int64)
-        net(torch.empty(z_shape), t, each(lambda part: part.to("meta"), cond))
+        copy, t = UNet2DConditionModel.from_config(unet.config), torch.empty(z_shape[0], dtype=torch.int64)
+        if adapters and is_adapted(unet):
+            copy.add_adapter(unet.peft_config[NAME], NAME)
+        as_network(copy)(torch.empty(z_shape), t, each(lambda part: part.to("meta"), cond))
     return counter.get_total_flops()
 
 

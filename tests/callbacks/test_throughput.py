@@ -13,7 +13,7 @@ from lcm.models.flops import forward_flop
 from lcm.models.pipeline import load_unet
 from tests.modules.conftest import codec, data, fit, training  # noqa: F401  (fixtures)
 
-KINDS = ["diffusion", "distillation", "finetuning", "cd", "ct", "guided"]
+KINDS = ["diffusion", "distillation", "finetuning", "cd", "ct", "guided", "lora"]
 
 
 def test_a_forward_is_counted_without_being_run(tiny_pipeline):
@@ -33,7 +33,8 @@ def test_a_step_is_counted_as_what_runs(kind, training, data, fit, monkeypatch):
     def watched(batch, batch_idx):
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             loss = step(batch, batch_idx)
-            torch.autograd.grad(loss, list(module.net.parameters()), retain_graph=True, allow_unused=True)
+            trained = [p for p in module.net.parameters() if p.requires_grad]
+            torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
         counted.append(counter.get_total_flops() / len(batch))
         return loss
 
@@ -55,7 +56,7 @@ class Clock:
 def test_rates_are_those_of_the_time_since_the_last_log_without_validation(monkeypatch):
     clock, logged = Clock(), {}
     monkeypatch.setattr(throughput, "time", clock)
-    monkeypatch.setattr(throughput, "forward_flop", lambda unet, z, cond: unet * z)
+    monkeypatch.setattr(throughput, "call_flop", lambda unet, z, cond, trained: (1 + 2 * trained) * unet * z)
     trainer = SimpleNamespace(global_step=0, log_every_n_steps=2, world_size=4, sanity_checking=False)
     module = SimpleNamespace(log=lambda name, value, **_: logged.update({name: value}), log_dict=logged.update)
     callback, batch = Throughput(peak_tflops=1e-3), list(range(8))
