@@ -106,7 +106,11 @@ def check_overrides(config_name: str, args: list[str]) -> None:
         overrides = [f"hydra.searchpath=['file://{os.path.abspath(options.config_dir)}']", *overrides]
     try:
         for single in single_runs(overrides):
-            check_composed(compose(name, single, return_hydra_config=True))
+            cfg = compose(name, single, return_hydra_config=True)
+            check_composed(cfg)
+            swept = [f"{key}={values}" for key, values in (cfg.hydra.sweeper.get("params") or {}).items()]
+            for run in single_runs([*swept, *single]) if options.multirun and swept else ():
+                check_composed(compose(name, run, return_hydra_config=True))
     except UserError as error:
         refuse(error)
     except (HydraException, OmegaConfBaseException) as error:
@@ -123,7 +127,7 @@ def check_composed(cfg: DictConfig) -> None:
     for part in ("job_logging", "hydra_logging"):
         check_targets(found["hydra"].pop(part), f"hydra.{part}", logs=True)
     check_targets(found)
-    check_limits(found)
+    check_limits({name: part for name, part in found.items() if name != "hydra"})
 
 
 def plain(node: Any) -> Any:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from lcm.command_line import CONF, build, check_overrides, compose, dotted_keys
+from lcm import command_line
+from lcm.command_line import CONF, build, check_composed, check_overrides, compose, dotted_keys
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 FULL_SIZE = {
@@ -110,11 +111,18 @@ def test_program_configs_compose(program):
 
 
 @pytest.mark.parametrize("name", SEARCHES)
-def test_every_alternative_of_a_search_composes(name):
-    params = OmegaConf.load(CONF / f"hparams_search/{name}.yaml").hydra.sweeper.params
-    for key, values in params.items():
-        for value in str(values).split(","):
-            compose("train", [f"hparams_search={name}", f"{key}={value}"])
+def test_every_run_of_a_search_is_looked_at_and_passes(name, monkeypatch):
+    looked_at, params = [], OmegaConf.load(CONF / f"hparams_search/{name}.yaml").hydra.sweeper.params
+    monkeypatch.setattr(command_line, "check_composed", lambda cfg: (check_composed(cfg), looked_at.append(cfg)))
+    check_overrides("train", ["-m", f"hparams_search={name}"])
+    assert len(looked_at) == 2 + sum(len(str(values).split(",")) - 1 for values in params.values())
+
+
+def test_an_alternative_of_a_search_that_cannot_be_meant_is_refused(capsys):
+    with pytest.raises(SystemExit, match=r"error: model\.w_max=x: expected a number"):
+        check_overrides(
+            "train", ["-m", "hparams_search=w_range", "model.w_min=0", "++hydra.sweeper.params={model.w_max: '6,x'}"]
+        )
 
 
 @pytest.mark.parametrize(("group", "option"), PARTS)
