@@ -14,7 +14,7 @@ from lcm.core.networks import Network
 from lcm.core.schedule import NoiseSchedule
 from lcm.data.codec import LatentCodec
 from lcm.models.generate import LatentModel
-from lcm.models.kernels import fast_attention
+from lcm.models.kernels import fast_attention, recomputed
 from lcm.models.saving import save_pipeline
 from lcm.models.sharding import is_sharded, shard, whole
 from lcm.models.student import as_network, frozen_copy
@@ -52,7 +52,7 @@ class LatentModule(TrainedModule):
         self.ema_net = frozen_copy(net) if eval_ema is not None else None
         self.compiled: dict[UNet2DConditionModel, Callable[..., Any]] = {}
         if gradient_checkpointing:
-            net.enable_gradient_checkpointing()
+            net.enable_gradient_checkpointing(None if compile else recomputed)
 
     def unets(self) -> list[UNet2DConditionModel]:
         """The student, its averages and the teacher, which is as large."""
