@@ -40,4 +40,4 @@ def test_training_and_evaluation_follow_and_obey(monkeypatch: pytest.MonkeyPatch
         cfg = compose("train", ["experiment=lcd_mini"])
         assert (cfg.trainer.precision, cfg.data.codec.dtype) == names
         assert compose("evaluate", []).dtype == names[1]
-        assert compose("train", ["trainer.precision=16-mixed"]).trainer.precision == "16-mixed"
+        assert compose("train", ["trainer.precision=32-true"]).trainer.precision == "32-true"
