@@ -11,7 +11,7 @@ from torch import Tensor
 from lcm.core.batch import LatentBatch
 from lcm.core.condition import Condition
 from lcm.core.random import own_rows
-from lcm.data.text import TextEncoder
+from lcm.data.text import TextEncoder, handed_over
 
 
 class LatentCodec:
@@ -59,9 +59,9 @@ class LatentCodec:
 
     def lay_out(self) -> None:
         """channels_last where that is faster: on a CPU, and compiled on a GPU, whose eager group norm gives it up."""
-        on_cpu, layouts = self.device.type == "cpu", (torch.contiguous_format, torch.channels_last)
-        self.vae.encoder.to(memory_format=layouts[on_cpu or self.compile])
-        self.vae.decoder.to(memory_format=layouts[on_cpu])
+        on_cpu = self.device.type == "cpu"
+        for part, pays in ((self.vae.encoder, on_cpu or self.compile), (self.vae.decoder, on_cpu)):
+            part.to(memory_format=torch.channels_last if pays else torch.contiguous_format)
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any], rng: torch.Generator | None = None, world: tuple[int, int] = (0, 1)) -> LatentBatch:
@@ -81,7 +81,7 @@ class LatentCodec:
     ) -> tuple[Condition, Condition]:
         """What a UNet is told of `[B]` latents z and their captions, and what without captions; batch: see `encode`."""
         if all(part in batch for part in self.text.parts):
-            null, said = self.text([""]), torch.tensor([caption != "" for caption in captions], device=z.device)
+            null, said = self.text([""]), handed_over(torch.tensor([caption != "" for caption in captions]), z.device)
             given = [batch[part].float() for part in self.text.parts]
             # A dropped caption has the null prompt's states.
             parts = [torch.where(said.view(-1, *[1] * (g.ndim - 1)), g, n) for g, n in zip(given, null, strict=True)]
@@ -103,7 +103,7 @@ class LatentCodec:
             return torch.stack([self.cache[name] for name in names]).to(self.device).float()
         parts = []
         for part in x.split(self.chunk):
-            q = self.vae.encode(to_unit_range(part).to(self.vae.dtype)).latent_dist
+            q = self.vae.encode(to_signed_range(part).to(self.vae.dtype)).latent_dist
             parts.append(torch.cat([q.mean, q.std], dim=1).float().contiguous())
         moments = torch.cat(parts)
         if self.cache is not None and names:
@@ -121,6 +121,6 @@ class LatentCodec:
         return torch.cat(images)
 
 
-def to_unit_range(x: Tensor) -> Tensor:
+def to_signed_range(x: Tensor) -> Tensor:
     """uint8 pixels -> float32 in [-1, 1]; a float tensor is returned as it is."""
     return x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x

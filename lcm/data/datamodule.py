@@ -12,7 +12,7 @@ from lcm.core.batch import LatentBatch
 from lcm.core.random import generator
 from lcm.data.buckets import aspect, shapes_of
 from lcm.data.cache import ShardCache
-from lcm.data.codec import LatentCodec, to_unit_range
+from lcm.data.codec import LatentCodec, to_signed_range
 from lcm.data.epochs import training_order, validation_order
 from lcm.data.filters import Filters
 from lcm.data.latents import DecodeLatents, check_stamp, collate_latents
@@ -38,6 +38,7 @@ class ShardDataModule(L.LightningDataModule):
     latents: the shards hold what `python -m lcm.encode` made of images with this codec at this resolution.
     buckets: batches of one shape, see `lcm.data.buckets.shapes_of`; None trains on squares of `resolution`.
     batch_size: per device. shuffle, lanes: see `lcm.data.order`. index: the folder that keeps the shards' sample counts.
+    captions: weights of the members that hold one, see `CaptionChoice`.
     timeout: seconds without data after which the training ends with an error.
     max_skip_ratio: more damaged samples than this share of those seen stop the training.
     A checkpoint holds the position in the order after the last consumed batch: a resumed run sees the next samples, none twice,
@@ -189,7 +190,7 @@ class ShardDataModule(L.LightningDataModule):
             for logger in self.trainer.loggers if batch["skipped"] else ():
                 logger.log_metrics(self.skips.metrics(), self.trainer.global_step)
         if self.codec is None:
-            return {**batch, "x": to_unit_range(batch["x"])}
+            return {**batch, "x": to_signed_range(batch["x"])}
         device = batch["moments" if self.latents else "x"].device
         if self.codec.device != device:
             self.codec.to(device)

@@ -60,7 +60,7 @@ class TextEncoder:
 
     def outputs(self, captions: list[str], **options: Any) -> list[Any]:
         ids = [
-            tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(self.device)
+            handed_over(tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids, self.device)
             for tokenizer in self.tokenizers
         ]
         return [tower(i, **options) for tower, i in zip(self.towers, ids, strict=True)]
@@ -96,3 +96,8 @@ class XLTextEncoder(TextEncoder):
         assert sizes is not None
         states, pooled = parts
         return SizedText(states, pooled, sizes)
+
+
+def handed_over(values: Tensor, device: torch.device) -> Tensor:
+    """CPU tensor on `device`, without waiting for what the device is busy with."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

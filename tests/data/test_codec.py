@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from lcm.core.random import generator
-from lcm.data.codec import LatentCodec, to_unit_range
+from lcm.data.codec import LatentCodec, to_signed_range
 from lcm.models.pipeline import load_codec
 
 Encoded = Callable[..., tuple[LatentCodec, list[int]]]
@@ -45,11 +45,11 @@ def test_z0_is_the_scaled_posterior_of_the_vae(codec: LatentCodec, vae: Autoenco
 
 
 def test_pixels_reach_from_minus_one_to_one() -> None:
-    assert to_unit_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
+    assert to_signed_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
 
 
 def test_float_pixels_and_bytes_encode_alike(codec: LatentCodec) -> None:
-    as_float = codec.encode({**BATCH, "x": to_unit_range(X)}, generator("cpu", 7))
+    as_float = codec.encode({**BATCH, "x": to_signed_range(X)}, generator("cpu", 7))
     assert torch.equal(as_float.z0, codec.encode(BATCH, generator("cpu", 7)).z0)
 
 
