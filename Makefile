@@ -52,4 +52,4 @@ container:
 	docker/build.sh
 
 clean:
-	rm -rf .venv runs outputs data .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
