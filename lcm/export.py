@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save
 
-from lcm.callbacks.checkpoint import AtomicCheckpointIO
+from lcm.checkpoints.atomic import AtomicCheckpointIO
 from lcm.command_line import build, output_folder, program
 from lcm.errors import UserError
 from lcm.files import whole_file

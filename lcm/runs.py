@@ -13,8 +13,9 @@ from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from lcm.checkpoints.integrity import LAST, PREVIOUS, damage
 from lcm.errors import UserError
-from lcm.files import LAST, PREVIOUS, damage, remove, whole_file
+from lcm.files import remove, whole_file
 from lcm.redaction import redacted
 
 CHECKPOINTS = "checkpoints"

@@ -17,7 +17,8 @@ OWN = tuple(filter(None, re.split(r"[\s,]+", os.environ.get("LCM_ALLOW_TARGETS",
 FUNCTIONS = ("lcm.core", *OWN)
 CLASSES = (
     *FUNCTIONS,
-    *("lcm.callbacks", "lcm.modules", "torch.optim", "torch.nn", "torch.distributed.fsdp", "diffusers.models"),
+    *("lcm.callbacks", "lcm.checkpoints", "lcm.loggers", "lcm.modules", "lcm.strategies"),
+    *("torch.optim", "torch.nn", "torch.distributed.fsdp", "diffusers.models"),
     *(f"lightning.pytorch.{part}" for part in ("callbacks", "loggers", "plugins", "profilers", "strategies")),
     *("lightning.fabric.plugins", "lightning.fabric.strategies"),
     *("hydra_plugins", "hydra._internal.core_plugins", "logging", "colorlog"),  # what Hydra itself builds

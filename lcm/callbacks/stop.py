@@ -14,10 +14,8 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loops.evaluation_loop import RestartStage as ValidationStage
 from lightning.pytorch.loops.training_epoch_loop import RestartStage as LoopStage
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from lcm import signals
-from lcm.errors import UserError
 
 log = logging.getLogger(__name__)
 HEARD = (signals.SIGINT, signals.SIGUSR1, signals.SIGTERM)
@@ -123,10 +121,3 @@ def requeue() -> bool:
 def this_run() -> str:
     """What names it to another job of SLURM's, whose runs have the job's number."""
     return f"paths.run_id={os.environ['LCM_RUN_ID']} " if {"SLURM_JOB_ID", "LCM_RUN_ID"} <= set(os.environ) else ""
-
-
-def slurm_environment() -> SLURMEnvironment:
-    """Ranks and rendezvous as SLURM set them for this process. Raises UserError outside `srun`."""
-    if "SLURM_PROCID" not in os.environ:
-        raise UserError("trainer=slurm needs to be started by SLURM: `sbatch docker/train.sbatch ...`; or choose trainer=ddp")
-    return SLURMEnvironment(auto_requeue=False)

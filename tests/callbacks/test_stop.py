@@ -12,11 +12,11 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from lcm import signals
-from lcm.callbacks.checkpoint import AtomicCheckpointIO
 from lcm.callbacks.stop import StopOnSignal, requeue
 from lcm.callbacks.watchdog import Watchdog
+from lcm.checkpoints.atomic import AtomicCheckpointIO
 from lcm.runs import resume_path
-from tests.callbacks.test_checkpoint import content
+from tests.checkpoints.test_atomic import content
 
 
 def rank(number: int, folder: Path, asked: int) -> None:

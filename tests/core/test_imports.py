@@ -1,4 +1,4 @@
-"""Imports run one way: errors, ..., command_line <- core <- data <- models <- modules <- metrics, callbacks <- programs."""
+"""Imports run one way: errors, ... <- core <- data <- models <- modules <- metrics, callbacks, ... <- programs."""
 
 import ast
 import sys
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 FILES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "lcm").rglob("*.py"))]
 LAYERS = [
     {"errors", "files", "images", "limits", "precision", "redaction", "signals", "targets", "command_line"},
-    *({"core"}, {"data"}, {"models"}, {"modules"}, {"metrics", "callbacks"}),
+    *({"core"}, {"data"}, {"models"}, {"modules"}, {"metrics", "callbacks", "checkpoints", "loggers", "strategies"}),
 ]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PROGRAMS = len(LAYERS)  # lcm/*.py

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lcm.callbacks.checkpoint import AtomicCheckpointIO
-from lcm.callbacks.fsdp import FullySharded
+from lcm.checkpoints.atomic import AtomicCheckpointIO
 from lcm.core.batch import LatentBatch
 from lcm.core.random import generator
 from lcm.errors import UserError
 from lcm.modules.base import TrainedModule
+from lcm.strategies.fsdp import FullySharded
 from tests.modules.conftest import new_module
 
 RANKS, STEPS, HALF = 2, 4, 2

@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
-from lcm.callbacks.checkpoint import AtomicCheckpointIO
-from lcm.callbacks.fsdp import FullySharded
+from lcm.checkpoints.atomic import AtomicCheckpointIO
 from lcm.errors import UserError
 from lcm.models.pipeline import load_codec
+from lcm.strategies.fsdp import FullySharded
 from tests.modules.conftest import new_module
 from tests.modules.ranks import HALF, STEPS, Batches, Losses, batch, whole
 

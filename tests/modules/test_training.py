@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lcm import signals
-from lcm.callbacks.checkpoint import AtomicCheckpointIO
 from lcm.callbacks.stop import StopOnSignal
+from lcm.checkpoints.atomic import AtomicCheckpointIO
 from lcm.core.batch import LatentBatch
 from lcm.core.random import generator
 from lcm.errors import UserError

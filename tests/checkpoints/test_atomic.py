@@ -13,11 +13,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-import lcm.callbacks.checkpoint as module
+import lcm.checkpoints.atomic as module
 from lcm import signals
-from lcm.callbacks.checkpoint import AtomicCheckpointIO
+from lcm.checkpoints.atomic import AtomicCheckpointIO
+from lcm.checkpoints.integrity import COMMENT, damage
 from lcm.errors import UserError
-from lcm.files import COMMENT, damage
 from lcm.runs import newest_whole, resume_path, saved, start_run
 
 ROUNDS = int(os.environ.get("LCM_ROUNDS", "10"))

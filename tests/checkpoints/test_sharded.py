@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from lcm.callbacks import sharded
-from lcm.callbacks.checkpoint import AtomicCheckpointIO
+from lcm.checkpoints import sharded
+from lcm.checkpoints.atomic import AtomicCheckpointIO
+from lcm.checkpoints.integrity import damage, size_and_crc
 from lcm.errors import UserError
-from lcm.files import damage, sealed
 from lcm.runs import newest_whole
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -89,7 +89,7 @@ def test_a_kill_at_any_point_leaves_a_whole_checkpoint(
 
     with monkeypatch.context() as patch:
         if where == "writing":
-            patch.setattr(sharded, "sealed", kill)
+            patch.setattr(sharded, "size_and_crc", kill)
         elif where == "renamed":
             patch.setattr(
                 sharded, "remove", lambda path: kill() if path.is_dir() and path.name == "last.old.ckpt" else remove(path)
@@ -145,7 +145,7 @@ def test_nothing_in_a_folder_runs_code(mesh: DeviceMesh, tmp_path: Path) -> None
     assert step_of(target) == 1
     torch.save({"state_dict": Hostile(mark)}, target / "rest.ckpt")
     files = json.loads((target / "files.json").read_text())
-    (target / "files.json").write_text(json.dumps({**files, "rest.ckpt": sealed(target / "rest.ckpt")}))
+    (target / "files.json").write_text(json.dumps({**files, "rest.ckpt": size_and_crc(target / "rest.ckpt")}))
     assert damage(target) is None
     with pytest.raises(pickle.UnpicklingError):
         sharded.read(target)

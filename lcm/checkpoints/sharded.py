@@ -21,7 +21,8 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_with_path
 
-from lcm.files import LAST, LISTING, PREVIOUS, remove, sealed, sync_names, whole_file
+from lcm.checkpoints.integrity import LAST, LISTING, PREVIOUS, size_and_crc
+from lcm.files import remove, sync_names, whole_file
 
 KEYS = ("state_dict", "optimizer_states")
 SHARDED = "in the shards"  # stands in rest.ckpt where a tensor was
@@ -64,7 +65,7 @@ def write(checkpoint: Tree, target: Path) -> None:
     dcp.save(shards, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
     mine = sorted(file.name for file in partial.iterdir())[dist.get_rank() :: dist.get_world_size()]
     found: list[Tree] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, {name: sealed(partial / name) for name in mine})
+    dist.all_gather_object(found, {name: size_and_crc(partial / name) for name in mine})
     if dist.get_rank() == 0:
         with whole_file(partial / LISTING) as file:
             file.write(json.dumps({name: facts for part in found for name, facts in part.items()}, indent=2).encode())

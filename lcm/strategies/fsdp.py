@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from lcm.callbacks import sharded
+from lcm.checkpoints import sharded
 from lcm.errors import UserError
 
 

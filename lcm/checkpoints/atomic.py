@@ -9,9 +9,10 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 
-from lcm.callbacks import sharded
+from lcm.checkpoints import sharded
+from lcm.checkpoints.integrity import LAST, PREVIOUS, Summed, damage
 from lcm.errors import UserError
-from lcm.files import LAST, PREVIOUS, Summed, damage, whole_file
+from lcm.files import whole_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
