@@ -74,6 +74,10 @@ def wrap(text: str, font: Any, width: float) -> list[str]:
     return lines
 
 
+def steps_label(steps: int) -> str:
+    return f"{steps} step" if steps == 1 else f"{steps} steps"
+
+
 def columns_to_rows(columns: Sequence[Tensor]) -> list[Tensor]:
     """Column-wise batches `[rows, 3, H, W]`, one a column, -> the rows that `grid` takes."""
     return list(torch.stack(list(columns), dim=1))

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from lcm.callbacks.samples import log_picture
-from lcm.images import columns_to_rows, grid
+from lcm.images import columns_to_rows, grid, steps_label
 from lcm.metrics.features import Extractor, Features, scores
 from lcm.redaction import redacted
 
@@ -39,12 +39,12 @@ def write(
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    labels = [f"{label(row, cfg.w)}\n{row['steps']} step{'s'[: row['steps'] > 1]}" for row in rows]
+    labels = [f"{label(row, cfg.w)}\n{steps_label(row['steps'])}" for row in rows]
     pictures = {"grid": grid(columns_to_rows(columns), prompts[: len(columns[0])], labels)}
     shown = [metric for metric in ("fid", "clip_score") if metric in cfg.metrics] or list(cfg.metrics)
     pictures["plot"] = plot(rows, shown, "steps", lambda row: label(row, cfg.w))
     if several := [row for row in rows if len({other["w"] for other in rows if other["name"] == row["name"]}) > 1]:
-        pictures["w"] = plot(several, shown, "w", lambda row: f"{row['name']}, {row['steps']} step{'s'[: row['steps'] > 1]}")
+        pictures["w"] = plot(several, shown, "w", lambda row: f"{row['name']}, {steps_label(row['steps'])}")
     for name, picture in pictures.items():
         picture.save(folder / f"{name}.png")
     for logger in loggers:
@@ -64,9 +64,8 @@ def table(rows: Sequence[Row], metrics: Sequence[str], footer: str, w: Any = Non
     cells = {(label(row, w), row["steps"]): row for row in rows}
     lines = []
     for i in range(0, len(metrics), 2):
-        heads = [
-            f"{TITLES[m]}, {n}{(' step', ' steps')[n > 1] * (j == 0)}" for j, m in enumerate(metrics[i : i + 2]) for n in steps
-        ]
+        heads = [f"{TITLES[metrics[i]]}, {steps_label(n)}" for n in steps]
+        heads += [f"{TITLES[m]}, {n}" for m in metrics[i + 1 : i + 2] for n in steps]
         lines += ["| | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
         for name in dict.fromkeys(name for name, _ in cells):
             values = [f"{cells[name, n][m]:.2f}" if (name, n) in cells else "" for m in metrics[i : i + 2] for n in steps]

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcm.bench.measure import Table
-from lcm.bench.step import now, peak_memory
+from lcm.bench.measure import Table, now, peak_memory
 from lcm.command_line import build, compose, pick_device
 from lcm.core.condition import doubled
 from lcm.core.ema import ema_update_

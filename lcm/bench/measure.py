@@ -72,6 +72,28 @@ def in_turn(
     return results
 
 
+def now() -> tuple[float, float]:
+    """The clock's seconds, and this process's, when the device has done its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter(), time.process_time()
+
+
+def peak_memory() -> int | None:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+def released() -> None:
+    """Let the next contender have the GPU's memory, and its own peak."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def elapsed(start: tuple[float, float], end: tuple[float, float], steps: int) -> tuple[float, float]:
+    return (end[0] - start[0]) / steps, (end[1] - start[1]) / steps
+
+
 class Rate(NamedTuple):
     """Samples a second by the clock, and a second of this process's processor time."""
 

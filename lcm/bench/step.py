@@ -1,6 +1,5 @@
 """Training steps of the mini experiments as `train.py` runs them, beside the peers' step, all in one run."""
 
-import time
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
@@ -13,7 +12,7 @@ import torch
 from lightning.pytorch.profilers import SimpleProfiler
 
 from lcm.bench import peers
-from lcm.bench.measure import Table, data_sheet_tflops, in_turn
+from lcm.bench.measure import Table, data_sheet_tflops, elapsed, in_turn, now, peak_memory, released
 from lcm.bench.shards import write_latents
 from lcm.callbacks.throughput import Throughput
 from lcm.command_line import build, compose, pick_device
@@ -36,28 +35,6 @@ class Steps(NamedTuple):
     encoding: float | None = None
     flop: float | None = None
     peak_memory: int | None = None
-
-
-def now() -> tuple[float, float]:
-    """The clock's seconds, and this process's, when the device has done its work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter(), time.process_time()
-
-
-def peak_memory() -> int | None:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-
-
-def released() -> None:
-    """Let the next contender have the GPU's memory, and its own peak."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def elapsed(start: tuple[float, float], end: tuple[float, float], steps: int) -> tuple[float, float]:
-    return (end[0] - start[0]) / steps, (end[1] - start[1]) / steps
 
 
 class Clock(L.Callback):

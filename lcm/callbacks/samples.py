@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch import Tensor
 
-from lcm.images import columns_to_rows, grid
+from lcm.images import columns_to_rows, grid, steps_label
 
 
 class ImageGrid(L.Callback):
@@ -50,7 +50,7 @@ class ImageGrid(L.Callback):
         self.history[step] = columns[-1].cpu()
         if not trainer.is_global_zero:
             return
-        picture = grid(columns_to_rows(columns), self.prompts, [f"{n} step{'s'[: n > 1]}" for n in self.steps])
+        picture = grid(columns_to_rows(columns), self.prompts, [steps_label(n) for n in self.steps])
         self.folder.mkdir(parents=True, exist_ok=True)
         picture.save(self.folder / f"step-{step:06d}.png")
         for logger in trainer.loggers:

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lcm.core.prediction import Denoised
+from lcm.core.prediction import Denoise
 from lcm.core.schedule import NoiseSchedule
+from lcm.core.shapes import per_sample
 
-Denoise = Callable[[Tensor, Tensor], Denoised]
 ConsistencyFn = Callable[[Denoise, Tensor, Tensor], Tensor]  # (denoise, z_t [B, C, H, W], t [B] int64) -> [B, C, H, W] float32
 
 
@@ -23,7 +23,7 @@ def boundary_scalings(t: Tensor, *, sigma_data: float = 0.5, timestep_scaling: f
 
 def consistency_fn(denoise: Denoise, z_t: Tensor, t: Tensor) -> Tensor:
     """`f(z_t, t) = c_skip z_t + c_out x0(z_t, t)`, `[B, C, H, W]` float32; c and w are bound in `denoise`."""
-    c_skip, c_out = (c.view(-1, *(1,) * (z_t.ndim - 1)) for c in boundary_scalings(t))
+    c_skip, c_out = (per_sample(c, z_t.ndim) for c in boundary_scalings(t))
     return c_skip * z_t + c_out * denoise(z_t, t).x0
 
 

@@ -5,12 +5,15 @@ import math
 import torch
 from torch import Tensor
 
+from lcm.core.shapes import per_sample
 from lcm.errors import UserError
+
+W_DIM = 256  # of the embedding of w in released models
 
 
 def guide(cond: Tensor, uncond: Tensor, w: Tensor) -> Tensor:
     """LCM, eq. 6: `(1 + w) cond - w uncond`; cond, uncond: `[B, ...]`, w: `[B]`. w = 0 is the conditional prediction."""
-    return cond + w.view(-1, *(1,) * (cond.ndim - 1)) * (cond - uncond)
+    return cond + per_sample(w, cond.ndim) * (cond - uncond)
 
 
 def draw_w(count: int, w_min: float, w_max: float, rng: torch.Generator) -> Tensor:
@@ -23,7 +26,7 @@ def check_w_range(w_min: float, w_max: float) -> None:
         raise UserError(f"model.w_min={w_min} and model.w_max={w_max} are not a range of guidance weights")
 
 
-def embed_w(w: Tensor, dim: int = 256) -> Tensor:
+def embed_w(w: Tensor, dim: int = W_DIM) -> Tensor:
     """Sinusoidal embedding `[B, dim]` float32 of w `[B]`: [sin, cos] of 1000 w at dim/2 frequencies from 1 down to 1e-4.
 
     Float32 whatever the training precision: the phases reach 14000 radians.

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from lcm.core.condition import Condition, doubled
-from lcm.core.consistency import Denoise
 from lcm.core.guidance import guide
-from lcm.core.prediction import Denoised
+from lcm.core.prediction import Denoise, Denoised
 from lcm.core.schedule import NoiseSchedule
 
 Network = Callable[..., Tensor]  # net(z_t [B, C, H, W], t [B] int64, cond: Condition, w [B] or None) -> [B, C, H, W]

@@ -1,5 +1,6 @@
 """What a network predicts: eps, v or x0 of `z_t = alpha x0 + sigma eps`, each convertible to the others given (z_t, t)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -15,6 +16,9 @@ class Denoised(NamedTuple):
 
     x0: Tensor
     eps: Tensor
+
+
+Denoise = Callable[[Tensor, Tensor], Denoised]  # (z_t [B, C, H, W], t [B] int64): a network, all else bound
 
 
 def check(prediction_type: str) -> None:

@@ -11,8 +11,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lcm.core.consistency import ConsistencyFn, Denoise, consistency_fn
+from lcm.core.consistency import ConsistencyFn, consistency_fn
+from lcm.core.prediction import Denoise
 from lcm.core.schedule import NoiseSchedule
+from lcm.core.shapes import per_sample
 from lcm.core.solvers import eps_step, x0_step
 
 Noise = Callable[[], Tensor]
@@ -93,7 +95,7 @@ def _multistep(
     previous: tuple[Tensor, Tensor] | None = None  # (what was read, h) of the step before
     for i, (t, s) in enumerate(_steps(timesteps, z)):
         now = read(z, t)
-        h = (schedule.log_snr(s) - schedule.log_snr(t)).view(-1, *(1,) * (z.ndim - 1))
+        h = per_sample(schedule.half_log_snr(s) - schedule.half_log_snr(t), z.ndim)
         last = len(timesteps) < 15 and i == len(timesteps) - 1
         slope = now if previous is None or last else now + (now - previous[0]) * h / (2 * previous[1])
         previous = (now, h)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lcm.core import prediction
+from lcm.core.shapes import per_sample
 from lcm.errors import UserError
 
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
@@ -58,12 +59,15 @@ class NoiseSchedule(nn.Module):
 
     def at(self, t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
         """alpha and sigma at t `[B]` int64, shaped `[B, 1, ...]` to broadcast against a tensor of `ndim` axes."""
-        shape = (-1,) + (1,) * (ndim - 1)
-        return self.alpha[t].view(shape), self.sigma[t].view(shape)
+        return per_sample(self.alpha[t], ndim), per_sample(self.sigma[t], ndim)
 
-    def log_snr(self, t: Tensor) -> Tensor:
-        """lambda_t = log(alpha_t / sigma_t) (half the log-SNR of some papers), `[B]`."""
+    def half_log_snr(self, t: Tensor) -> Tensor:
+        """lambda_t = log(alpha_t / sigma_t), `[B]`, the axis of the DPM-Solver papers."""
         return self.alpha[t].log() - self.sigma[t].log()
+
+    def snr(self, t: Tensor) -> Tensor:
+        """alpha_t^2 / sigma_t^2, `[B]`."""
+        return (2 * self.half_log_snr(t)).exp()
 
     def add_noise(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """`z_t = alpha_t z0 + sigma_t eps`; z0, eps: `[B, ...]`, t: `[B]` int64."""

@@ -8,8 +8,9 @@ lambda_t > 0. Second-order solvers call `denoise` twice.
 import torch
 from torch import Tensor
 
-from lcm.core.consistency import Denoise
+from lcm.core.prediction import Denoise
 from lcm.core.schedule import NoiseSchedule
+from lcm.core.shapes import per_sample
 
 
 def ddim(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, schedule: NoiseSchedule) -> Tensor:
@@ -29,7 +30,7 @@ def dpm_solver_2(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, schedul
     m, r = midpoint(t, s, schedule)
     eps_t = denoise(z_t, t).eps
     eps_m = denoise(eps_step(z_t, eps_t, t, m, schedule), m).eps
-    return eps_step(z_t, eps_t + (eps_m - eps_t) / (2 * _like(r, z_t)), t, s, schedule)
+    return eps_step(z_t, eps_t + (eps_m - eps_t) / (2 * per_sample(r, z_t.ndim)), t, s, schedule)
 
 
 def dpm_solver_pp_1(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, schedule: NoiseSchedule) -> Tensor:
@@ -42,7 +43,7 @@ def dpm_solver_pp_2(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, sche
     m, r = midpoint(t, s, schedule)
     x0_t = denoise(z_t, t).x0
     x0_m = denoise(x0_step(z_t, x0_t, t, m, schedule), m).x0
-    return x0_step(z_t, x0_t + (x0_m - x0_t) / (2 * _like(r, z_t)), t, s, schedule)
+    return x0_step(z_t, x0_t + (x0_m - x0_t) / (2 * per_sample(r, z_t.ndim)), t, s, schedule)
 
 
 def euler(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, schedule: NoiseSchedule) -> Tensor:
@@ -68,7 +69,7 @@ def midpoint(t: Tensor, s: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Ten
 
     Where t and s are neighbours there is no timestep between them, m = s and r = 1: a step with the slope of both ends.
     """
-    lambdas = schedule.log_snr(torch.arange(schedule.num_timesteps, device=t.device))
+    lambdas = schedule.half_log_snr(torch.arange(schedule.num_timesteps, device=t.device))
     middle = (lambdas[t] + lambdas[s]) / 2
     m = (lambdas[None] - middle[:, None]).abs().argmin(dim=1)
     m = torch.maximum(torch.minimum(m, t - 1), s)
@@ -88,7 +89,3 @@ def x0_step(z_t: Tensor, x0: Tensor, t: Tensor, s: Tensor, schedule: NoiseSchedu
     (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t, z_t.ndim), schedule.at(s, z_t.ndim)
     ratio = sigma_s / sigma_t
     return ratio * z_t + (alpha_s - ratio * alpha_t) * x0
-
-
-def _like(values: Tensor, z: Tensor) -> Tensor:
-    return values.view(-1, *(1,) * (z.ndim - 1))

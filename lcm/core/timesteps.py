@@ -25,14 +25,14 @@ def full(num_timesteps: int = 1000, *, skip_steps: int = 20) -> Tensor:
     return torch.arange(skip_steps, num_timesteps)
 
 
-def karras(schedule: NoiseSchedule, *, points: int = 18, rho: float = 7.0) -> Tensor:
-    """At most `points` int64 ascending timesteps 0 .. T - 1, evenly spaced in `(sigma_t / alpha_t)^(1 / rho)`.
+def karras(schedule: NoiseSchedule, *, points: int = 18) -> Tensor:
+    """At most `points` int64 ascending timesteps 0 .. T - 1, evenly spaced in `(sigma_t / alpha_t)^(1 / 7)`.
 
     Those of Consistency Models (2206.00364, eq. 5), at the schedule's nearest integers.
     """
     if not 2 <= points <= schedule.num_timesteps:
         raise UserError(f"points={points} does not fit {schedule.num_timesteps} timesteps: use 2 to {schedule.num_timesteps}")
-    root = (schedule.sigma / schedule.alpha) ** (1 / rho)
+    root = (schedule.sigma / schedule.alpha) ** (1 / 7)
     wanted = root[0] + (root[-1] - root[0]) * torch.arange(points, device=root.device) / (points - 1)
     return (root[None] - wanted[:, None]).abs().argmin(dim=1).unique()
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from lcm.core.batch import LatentBatch
 from lcm.core.condition import Condition
 from lcm.core.random import own_rows
+from lcm.core.shapes import per_sample
 from lcm.data.text import TextEncoder, handed_over
 
 
@@ -84,7 +85,7 @@ class LatentCodec:
             null, said = self.text([""]), handed_over(torch.tensor([caption != "" for caption in captions]), z.device)
             given = [batch[part].float() for part in self.text.parts]
             # A dropped caption has the null prompt's states.
-            parts = [torch.where(said.view(-1, *[1] * (g.ndim - 1)), g, n) for g, n in zip(given, null, strict=True)]
+            parts = [torch.where(per_sample(said, g.ndim), g, n) for g, n in zip(given, null, strict=True)]
         else:
             both = self.text([*captions, ""])
             parts, null = [part[:-1] for part in both], [part[-1:] for part in both]

@@ -13,7 +13,7 @@ from lcm.core.random import generator
 from lcm.data.codec import LatentCodec
 from lcm.data.latents import DRAWN, POSTERIOR, SIZES, TEXTS
 from lcm.data.members import Sample
-from lcm.data.shards import CAPTIONS
+from lcm.data.shards import CAPTION_MEMBERS
 from lcm.data.transforms import Decode
 
 
@@ -29,7 +29,7 @@ class Variants:
     def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
         decoded = [self.decode(sample, rng) for _ in range(self.crops)]
         x = torch.stack([one["x"] for one in decoded])
-        texts = {name: sample[name] for name in CAPTIONS if name in sample}
+        texts = {name: sample[name] for name in CAPTION_MEMBERS if name in sample}
         members = {"__key__": sample["__key__"], **texts}
         sizes = torch.tensor([(*one["original_size"], *one["crop"]) for one in decoded])
         if self.flip:

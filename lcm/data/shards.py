@@ -21,7 +21,7 @@ from lcm.data.members import Sample, Skip, caption_of, metadata
 from lcm.errors import UserError
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
-CAPTIONS = ("txt", "json")
+CAPTION_MEMBERS = ("txt", "json")
 SCHEMES = ("", "file", "http", "https", "s3", "gs", "hf")
 MAX_BYTES = 64 * 2**20  # of a sample: no image that is trained on comes near it
 Filter = Callable[[str | None, Mapping[str, Any]], str | None]
@@ -137,7 +137,7 @@ class Shard:
             return "bytes"
         if not extensions & set(needs):
             return "no_image"
-        return None if extensions & set(CAPTIONS) else "no_caption"
+        return None if extensions & set(CAPTION_MEMBERS) else "no_caption"
 
     def _unwanted(self, start: int, end: int) -> str | None:
         if self.keep is None:

@@ -17,7 +17,7 @@ from lcm.data.cache import ShardCache
 from lcm.data.expected import Manifests
 from lcm.data.filters import Filters
 from lcm.data.members import Sample
-from lcm.data.shards import CAPTIONS, IMAGES, Shard, is_remote, local
+from lcm.data.shards import CAPTION_MEMBERS, IMAGES, Shard, is_remote, local
 from lcm.errors import UserError
 from lcm.redaction import redacted
 
@@ -82,7 +82,7 @@ class Source:
             held = f"its samples hold {sorted(extensions)}"
             if not extensions & set(self.needs):
                 raise UserError(f"{url} has no images: {held}, expected one of {list(self.needs)}")
-            if not extensions & set(CAPTIONS):
+            if not extensions & set(CAPTION_MEMBERS):
                 raise UserError(f"{url} has no captions: {held}, expected .txt or .json")
             return
         raise UserError(flaws[0] + f", nor can the {len(flaws) - 1} shards after it be read" * (len(flaws) > 1))

@@ -25,7 +25,7 @@ class Loader(DataLoader):
     """
 
     def __init__(self, stream: IterableDataset, *, num_workers: int, patience: float, pin_memory: bool = False) -> None:
-        init = one_thread if num_workers else None
+        init = init_worker if num_workers else None
         super().__init__(stream, batch_size=None, num_workers=num_workers, pin_memory=pin_memory, worker_init_fn=init)
         self.patience = patience
 
@@ -58,7 +58,7 @@ def kill(workers: list[Any]) -> None:
             worker.join()
 
 
-def one_thread(worker: int) -> None:
+def init_worker(worker: int) -> None:
     """Decoding scales over workers, not over threads within one."""
     signals.leave_to_parent()
     torch.set_num_threads(1)

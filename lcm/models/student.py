@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from lcm.core.condition import Condition, SizedText
-from lcm.core.guidance import embed_w
+from lcm.core.guidance import W_DIM, embed_w
 from lcm.core.networks import Network
 from lcm.errors import UserError
 
@@ -41,13 +41,13 @@ def as_network(unet: UNet2DConditionModel, compiled: Callable[..., Any] | None =
     return net
 
 
-def make_student(teacher: UNet2DConditionModel, *, cond_proj_dim: int = 256, zero_init: bool = True) -> UNet2DConditionModel:
+def make_student(teacher: UNet2DConditionModel, *, zero_init: bool = True) -> UNet2DConditionModel:
     """A copy of the teacher that also takes w; with a zero-initialised projection it starts as the teacher exactly.
 
     A UNet that is w-conditioned already is copied as it is.
     """
     known = teacher.config["time_cond_proj_dim"]
-    student = unet_like(teacher, time_cond_proj_dim=known or cond_proj_dim)
+    student = unet_like(teacher, time_cond_proj_dim=known or W_DIM)
     if known is None and zero_init and student.device.type != "meta":
         nn.init.zeros_(student.time_embedding.cond_proj.weight)
     return student

@@ -11,6 +11,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from lcm.modules.base import TrainedModule
 
+CANDIDATES = 256  # of the validation's captions and images
+
 
 def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     """Symmetric cross-entropy over the batch's similarities; image, text: `[B, D]` unit vectors, scale: scalar."""
@@ -20,13 +22,11 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 
 
 class Clip(TrainedModule):
-    """Trains a CLIP of the given tower sizes on (image, caption) pairs; validates by top-1 retrieval among `candidates`."""
+    """Trains a CLIP of the given tower sizes on (image, caption) pairs; validates by top-1 retrieval among `CANDIDATES`."""
 
-    def __init__(
-        self, *, text: dict[str, Any], vision: dict[str, Any], tokenizer: CLIPTokenizer, candidates: int = 256, **kwargs: Any
-    ) -> None:
+    def __init__(self, *, text: dict[str, Any], vision: dict[str, Any], tokenizer: CLIPTokenizer, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.tokenizer, self.candidates = tokenizer, candidates
+        self.tokenizer = tokenizer
         special = {
             "vocab_size": len(tokenizer),
             "bos_token_id": tokenizer.bos_token_id,
@@ -55,7 +55,7 @@ class Clip(TrainedModule):
         self._embedded.append(self.embed(batch))
 
     def on_validation_epoch_end(self) -> None:
-        images, texts = (torch.cat(parts)[: self.candidates] for parts in zip(*self._embedded, strict=True))
+        images, texts = (torch.cat(parts)[:CANDIDATES] for parts in zip(*self._embedded, strict=True))
         hits = (texts @ images.T).argmax(dim=1) == torch.arange(len(texts), device=self.device)
         self.log("val/retrieval_top1", hits.float().mean(), prog_bar=True)
 

@@ -55,15 +55,15 @@ def test_agrees_with_diffusers(kind, zero_snr):
 
 
 @every_schedule
-def test_log_snr_falls_and_is_finite(kind, zero_snr):
-    log_snr = make(kind, zero_snr).log_snr(ALL)
+def test_half_log_snr_falls_and_is_finite(kind, zero_snr):
+    log_snr = make(kind, zero_snr).half_log_snr(ALL)
     assert log_snr.isfinite().all()
     assert (log_snr.diff() < 0).all()
 
 
-def test_log_snr_is_log_alpha_over_sigma():
+def test_half_log_snr_is_log_alpha_over_sigma():
     schedule = NoiseSchedule()
-    torch.testing.assert_close(schedule.log_snr(ALL).exp(), schedule.alpha / schedule.sigma)
+    torch.testing.assert_close(schedule.half_log_snr(ALL).exp(), schedule.alpha / schedule.sigma)
 
 
 def test_config_survives_diffusers():

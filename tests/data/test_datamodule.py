@@ -17,7 +17,7 @@ from lcm.core.batch import LatentBatch
 from lcm.data.codec import LatentCodec
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.filters import Filters
-from lcm.data.workers import kill, one_thread, workers_watched
+from lcm.data.workers import init_worker, kill, workers_watched
 from lcm.errors import UserError
 from lcm.models.pipeline import load_codec
 from tests.data.conftest import pairs, png, write_shard
@@ -284,10 +284,10 @@ def test_a_signal_to_all_processes_of_a_job_leaves_workers_alone(
 ) -> None:
     def signalled(worker: int) -> None:
         os.kill(os.getpid(), sign)  # while it starts
-        one_thread(worker)
+        init_worker(worker)
         os.kill(os.getpid(), sign)
 
-    monkeypatch.setattr("lcm.data.workers.one_thread", signalled)
+    monkeypatch.setattr("lcm.data.workers.init_worker", signalled)
     others = multiprocessing.active_children()
     data = datamodule(shards, num_workers=2, timeout=60)
     data.setup()

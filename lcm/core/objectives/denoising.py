@@ -46,6 +46,6 @@ def denoising(
 
 def min_snr_weight(schedule: NoiseSchedule, t: Tensor, gamma: float) -> Tensor:
     """Min-SNR weighting (2303.09556, section 3.4): x0's error weighs min(SNR, gamma), in the prediction type's units; `[B]`."""
-    snr = (2 * schedule.log_snr(t)).exp()
+    snr = schedule.snr(t)
     own = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[schedule.prediction_type]
     return snr.clamp(max=gamma) / own

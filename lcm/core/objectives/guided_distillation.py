@@ -53,5 +53,5 @@ def x0_loss(
 ) -> Loss:
     """Squared error of x0 under the "truncated SNR" weight `max(alpha^2 / sigma^2, 1)` (2202.00512, section 4)."""
     error = (conditioned(student, cond, schedule, w)(z_t, t).x0 - target).square().flatten(1).mean(1)
-    weight = (2 * schedule.log_snr(t)).exp().clamp_min(1.0)
+    weight = schedule.snr(t).clamp_min(1.0)
     return (weight * error).mean(), {"x0_l2": error.detach().mean()}
