@@ -265,10 +265,12 @@ def lose(workers: list[Any], sign: signal.Signals, batches: Iterator[Any]) -> No
     ("sign", "says"), [(signal.SIGKILL, "a data worker died"), (signal.SIGSTOP, "no data came for 1 seconds")], ids=str
 )
 def test_a_lost_worker_is_a_user_error(shards: Path, sign: signal.Signals, says: str) -> None:
-    data = datamodule(shards, num_workers=2, timeout=1)
+    data = datamodule(shards, num_workers=2)
     data.setup()
-    batches = iter(data.train_dataloader())
+    loader = data.train_dataloader()
+    batches = iter(loader)
     next(batches)
+    loader.patience = 1  # not before: on a busy machine workers start slowly
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     with pytest.raises(UserError, match=says), workers_watched():
