@@ -7,7 +7,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_inspect_says_what_passes_and_draws_it(run, shards, tmp_path):
-    done = run("lcm.data.inspect", f"data.shards={shards}/train-*.tar", "data.resolution=32", "data.num_workers=1",
+    done = run("lcm.inspect", f"data.shards={shards}/train-*.tar", "data.resolution=32", "data.num_workers=1",
                "data.filters.max_caption=40", "data.buckets=2", "samples=40", "shown=8")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "left out: caption_long" in done.stdout

@@ -59,7 +59,7 @@ def test_compose_passes_secrets_by_name() -> None:
         (["train", "experiment=a b", "x='y'"], ["/app/train.py", "experiment=a b", "x='y'"]),
         (["sample"], ["/app/sample.py"]),
         (["evaluate", "w=2"], ["-m", "lcm.evaluate", "w=2"]),
-        (["inspect"], ["-m", "lcm.data.inspect"]),
+        (["inspect"], ["-m", "lcm.inspect"]),
         (["python", "-V"], ["-V"]),
     ],
 )
@@ -76,4 +76,3 @@ def test_every_program_named_is_there() -> None:
     script = (DOCKER / "lcm").read_text()
     for name in re.search(r"(evaluate [^)]*)\)", script)[1].split(" | "):  # type: ignore[index]
         assert name == "export" or list((ROOT / "lcm").glob(f"{name}*")), name
-    assert all((ROOT / f"lcm/data/{name}.py").is_file() for name in ("inspect", "manifest"))

@@ -19,8 +19,8 @@ from PIL import Image
 
 from lcm.command_line import build
 from lcm.data.datamodule import ShardDataModule
-from lcm.data.manifest import write
 from lcm.errors import UserError
+from lcm.manifest import write
 from lcm.metrics.inception import check
 from lcm.models.pipeline import load_codec, load_unet
 from lcm.runs import resume_path

@@ -1,4 +1,4 @@
-"""A look at training data before any training: `python -m lcm.data.inspect data=shards data.shards='mine/*.tar'`."""
+"""A look at training data before any training: `python -m lcm.inspect data=shards data.shards='mine/*.tar'`."""
 
 import time
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Samples, bytes and sha256 of each shard: `python -m lcm.data.manifest data=shards data.shards='mine/*.tar'`."""
+"""Samples, bytes and sha256 of each shard: `python -m lcm.manifest data=shards data.shards='mine/*.tar'`."""
 
 import json
 import os

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from lcm.data import manifest
+from lcm import manifest
 from lcm.data.datamodule import ShardDataModule
-from lcm.data.manifest import verify, write
 from lcm.data.source import Facts, Source
 from lcm.errors import UserError
+from lcm.manifest import verify, write
 from tests.data.conftest import SIZES, pairs, png, write_shard
 
 
