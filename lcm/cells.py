@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from lcm.command_line import CONF, build
 from lcm.errors import UserError
-from lcm.metrics.features import Extractor, digest, fingerprint, joined, save
+from lcm.files import digest
+from lcm.metrics.features import Extractor, fingerprint, joined, save
 from lcm.models.generate import LatentModel, Sampler
 from lcm.runs import find_pipeline
 

@@ -1,12 +1,14 @@
 """Files that are whole or absent."""
 
 import errno
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from lcm.errors import UserError
 
@@ -39,6 +41,11 @@ def whole_file(target: Path, writer: object = "", keep: Path | None = None) -> I
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def digest(facts: Any) -> str:
+    """16 hex digits, to name what depends on these plain containers."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def sync_names(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Which samples are trained on, by their metadata: img2dataset's .json members of LAION's, COYO's or CC12M's kind."""
 
 import hashlib
-import json
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lcm.errors import UserError
+from lcm.files import digest
 
 Fields = Mapping[str, Any]
 READING = 2  # raised when a rule reads other fields than before: what was counted with it is counted again
@@ -148,7 +148,7 @@ class Filters:
     def signature(self) -> str:
         """16 hex digits that change with the rules in force, also with what the removal list says: the key of an index."""
         limits = {option: sorted(limit) if isinstance(limit, frozenset) else limit for option, limit in self.limits.items()}
-        return hashlib.sha256(json.dumps([READING, self.missing, limits], sort_keys=True).encode()).hexdigest()[:16]
+        return digest([READING, self.missing, limits])
 
 
 def limit_of(option: str, setting: Any) -> float | frozenset[str]:

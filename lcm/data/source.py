@@ -19,6 +19,7 @@ from lcm.data.filters import Filters
 from lcm.data.members import Sample
 from lcm.data.shards import CAPTION_MEMBERS, IMAGES, Shard, is_remote, local
 from lcm.errors import UserError
+from lcm.files import digest
 from lcm.redaction import redacted
 
 log = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ class Source:
         if self.index is None:
             return None
         how = [list(self.needs), self.filters.signature() if self.filters else "", *(["aspects"] if self.measure else [])]
-        file = Path(self.index, f"{hashlib.sha256(json.dumps(how).encode()).hexdigest()[:16]}.jsonl")
+        file = Path(self.index, f"{digest(how)}.jsonl")
         file.parent.mkdir(parents=True, exist_ok=True)
         return file
 

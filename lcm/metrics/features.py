@@ -17,7 +17,7 @@ from lcm.data.captions import read_images
 from lcm.data.shards import expand_urls
 from lcm.data.source import Source
 from lcm.errors import UserError
-from lcm.files import whole_file
+from lcm.files import digest, whole_file
 from lcm.images import resized
 from lcm.metrics import distances
 from lcm.metrics.clip import ClipBackbone
@@ -92,10 +92,6 @@ def save(file: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         stream.write(
             safetensors.torch.save({name: v.contiguous() for name, v in tensors.items()}, {"facts": json.dumps(facts)})
         )
-
-
-def digest(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fingerprint(*networks: nn.Module) -> str:
