@@ -1,10 +1,6 @@
 """Pipeline folders in Stable Diffusion's format, read: teachers, students and the mini model alike."""
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -15,6 +11,7 @@ from lcm.core.schedule import NoiseSchedule
 from lcm.data.codec import LatentCodec
 from lcm.data.text import TextEncoder, XLTextEncoder
 from lcm.errors import UserError
+from lcm.models.parts import explained, load_network, read_json
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 OF_XL = ("text_encoder_2", "tokenizer_2")  # of a Stable Diffusion XL pipeline, too
@@ -47,19 +44,9 @@ def download(hub_id: str) -> Path:
         raise UserError(f"{hub_id!r} is neither a folder here nor reachable on the hub ({type(error).__name__})") from error
 
 
-@contextmanager
-def explained(pipeline: str) -> Iterator[None]:
-    """A library's complaint about a part's files as one sentence."""
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
-        raise UserError(f"cannot load {pipeline}: {' '.join(str(error).split())}") from error
-
-
 def load_unet(pipeline: str, dtype: torch.dtype = torch.float32, *, name: str = "unet") -> UNet2DConditionModel:
     folder = find(pipeline, name, "scheduler")
-    with explained(pipeline):
-        return UNet2DConditionModel.from_pretrained(folder, subfolder=name, use_safetensors=True, torch_dtype=dtype)
+    return load_network(UNet2DConditionModel, folder / name, torch_dtype=dtype)
 
 
 def load_schedule(pipeline: str) -> NoiseSchedule:
@@ -71,7 +58,7 @@ def scheduler_config(pipeline: str) -> dict[str, Any]:
     file = find(pipeline, "scheduler") / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         raise UserError(f"{pipeline} has no scheduler/scheduler_config.json")
-    return json.loads(file.read_text())
+    return read_json(file)
 
 
 def load_codec(
@@ -81,18 +68,19 @@ def load_codec(
     `TextEncoder`; options: those of `LatentCodec`."""
     folder = find(pipeline, "vae", "text_encoder", "tokenizer")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+    def tower(kind: type, ending: str = "") -> tuple[CLIPTokenizer, torch.nn.Module]:
+        network = load_network(kind, folder / f"text_encoder{ending}", dtype=torch.float32)
+        with explained(folder):
+            return CLIPTokenizer.from_pretrained(folder / f"tokenizer{ending}"), network
+
+    vae, first = load_network(AutoencoderKL, folder / "vae", torch_dtype=torch.float32), tower(CLIPTextModel)
     text: TextEncoder
-    with explained(pipeline):
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True, torch_dtype=torch.float32)
-        tower = CLIPTextModel.from_pretrained(folder / "text_encoder", use_safetensors=True, dtype=torch.float32)
-        first = CLIPTokenizer.from_pretrained(folder / "tokenizer"), tower
-        if is_xl(folder):
-            other = folder / "text_encoder_2"
-            tower = CLIPTextModelWithProjection.from_pretrained(other, use_safetensors=True, dtype=torch.float32)
-            second = CLIPTokenizer.from_pretrained(folder / "tokenizer_2"), tower
-            text = XLTextEncoder(first, second, zero_null=zero_null(folder), dtype=dtype, memory=text_cache)
-        else:
-            text = TextEncoder(first, dtype=dtype, memory=text_cache)
+    if is_xl(folder):
+        second = tower(CLIPTextModelWithProjection, "_2")
+        text = XLTextEncoder(first, second, zero_null=zero_null(folder), dtype=dtype, memory=text_cache)
+    else:
+        text = TextEncoder(first, dtype=dtype, memory=text_cache)
     return LatentCodec(vae, text, dtype=dtype, **options)
 
 
@@ -102,8 +90,7 @@ def is_xl(folder: Path) -> bool:
 
 def zero_null(folder: Path) -> bool:
     """Whether the null prompt of a Stable Diffusion XL pipeline is zeros, as it is unless the folder says otherwise."""
-    index = folder / "model_index.json"
-    return (json.loads(index.read_text()) if index.is_file() else {}).get("force_zeros_for_empty_prompt", True)
+    return read_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", True)
 
 
 def is_consistency_model(pipeline: str) -> bool:
@@ -112,5 +99,4 @@ def is_consistency_model(pipeline: str) -> bool:
 
 def training_facts(pipeline: str) -> dict[str, Any]:
     """What `save_pipeline` noted of the training, e.g. the range of w; empty for a folder of another origin."""
-    file = find(pipeline, "scheduler") / "lcm.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(find(pipeline, "scheduler") / "lcm.json")

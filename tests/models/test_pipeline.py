@@ -88,6 +88,14 @@ def test_a_folder_without_weights_is_a_user_error(tiny_pipeline: Path, tmp_path:
             load(str(tmp_path / "empty"))
 
 
+@pytest.mark.parametrize("file", ["scheduler/scheduler_config.json", "lcm.json", "vae/config.json", "unet/config.json"])
+def test_broken_json_is_a_user_error_that_names_it(tiny_pipeline: Path, tmp_path: Path, file: str) -> None:
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "broken")
+    (folder / file).write_text('{"sample_size": ')
+    with pytest.raises(UserError, match=f"{file}.* (is )?not .*JSON"):
+        LatentModel.load(str(folder))
+
+
 @pytest.mark.parametrize("changes", [{"prediction_type": "flow"}, {"beta_schedule": "exotic"}])
 def test_an_unknown_schedule_is_a_user_error(tiny_pipeline: Path, tmp_path: Path, changes: dict[str, str]) -> None:
     with pytest.raises(UserError, match=f"unknown {next(iter(changes))}"):
