@@ -46,7 +46,29 @@ def download(hub_id: str) -> Path:
 
 def load_unet(pipeline: str, dtype: torch.dtype = torch.float32, *, name: str = "unet") -> UNet2DConditionModel:
     folder = find(pipeline, name, "scheduler")
-    return load_network(UNet2DConditionModel, folder / name, torch_dtype=dtype)
+    unet = load_network(UNet2DConditionModel, folder / name, torch_dtype=dtype)
+    check_fit(unet, folder)
+    return unet
+
+
+def check_fit(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Raise UserError for a UNet that is not a text-to-image one, or not one for the VAE and text encoders beside it."""
+    config, vae = unet.config, read_json(folder / "vae" / "config.json")
+    takes, gives, reads = config["in_channels"], config["out_channels"], config["cross_attention_dim"]
+    latents = vae.get("latent_channels", takes)
+    written = sum(read_json(folder / part / "config.json").get("hidden_size", 0) for part in ("text_encoder", OF_XL[0]))
+    if not takes == gives == latents:
+        raise UserError(
+            f"{folder}: its UNet takes {takes} channels and gives {gives}, its latents have {latents}: give a text-to-image "
+            "pipeline, not one for inpainting, depth or upscaling"
+        )
+    if config["num_class_embeds"] is not None or config["class_embed_type"] is not None:
+        raise UserError(f"{folder}: its UNet is told a class beside the text: give a text-to-image pipeline, which is not")
+    if written and written != reads:
+        raise UserError(
+            f"{folder}: its UNet reads texts of width {reads}, its text encoders write {written}: give it the text encoders "
+            "that it was trained with"
+        )
 
 
 def load_schedule(pipeline: str) -> NoiseSchedule:

@@ -26,6 +26,7 @@ from lcm.models.pipeline import (
 )
 from lcm.models.saving import save_pipeline
 from lcm.models.student import make_student
+from tests.conftest import tiny_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore:(?s).*steps_offset:FutureWarning")
 PROMPTS = ["red apple on a white background", "rocket"]
@@ -94,6 +95,25 @@ def test_broken_json_is_a_user_error_that_names_it(tiny_pipeline: Path, tmp_path
     (folder / file).write_text('{"sample_size": ')
     with pytest.raises(UserError, match=f"{file}.* (is )?not .*JSON"):
         LatentModel.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"in_channels": 9}, "takes 9 channels and gives 4, its latents have 4: give a text-to-image pipeline"),
+        ({"in_channels": 16, "out_channels": 16}, "takes 16 channels and gives 16, its latents have 4"),
+        ({"num_class_embeds": 10}, "is told a class"),
+        ({"class_embed_type": "timestep"}, "is told a class"),
+        ({"cross_attention_dim": 24}, "reads texts of width 24, its text encoders write 16: give it the text encoders"),
+    ],
+)
+def test_a_unet_that_does_not_fit_its_pipeline_is_a_user_error(
+    tiny_pipeline: Path, tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "odd")
+    tiny_unet(**changes).save_pretrained(folder / "unet")
+    with pytest.raises(UserError, match=says):
+        load_unet(str(folder))
 
 
 @pytest.mark.parametrize("changes", [{"prediction_type": "flow"}, {"beta_schedule": "exotic"}])
