@@ -97,6 +97,8 @@ def load_codec(
             return CLIPTokenizer.from_pretrained(folder / f"tokenizer{ending}"), network
 
     vae, first = load_network(AutoencoderKL, folder / "vae", torch_dtype=torch.float32), tower(CLIPTextModel)
+    if odd := [key for key in ("latents_mean", "latents_std", "shift_factor") if vae.config[key] is not None]:
+        raise UserError(f"{folder}: its VAE has {', '.join(odd)}, but latents are only scaled here: give a pipeline without")
     text: TextEncoder
     if is_xl(folder):
         second = tower(CLIPTextModelWithProjection, "_2")

@@ -116,6 +116,15 @@ def test_a_unet_that_does_not_fit_its_pipeline_is_a_user_error(
         load_unet(str(folder))
 
 
+def test_a_vae_that_shifts_its_latents_is_a_user_error(tiny_pipeline: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "odd")
+    file = folder / "vae/config.json"
+    changes = {"latents_mean": [0.1] * 4, "latents_std": [2.0] * 4}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(UserError, match="its VAE has latents_mean, latents_std, but"):
+        load_codec(str(folder))
+
+
 @pytest.mark.parametrize("changes", [{"prediction_type": "flow"}, {"beta_schedule": "exotic"}])
 def test_an_unknown_schedule_is_a_user_error(tiny_pipeline: Path, tmp_path: Path, changes: dict[str, str]) -> None:
     with pytest.raises(UserError, match=f"unknown {next(iter(changes))}"):
