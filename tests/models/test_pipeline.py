@@ -234,6 +234,15 @@ def test_diffusers_samples_the_student_alike(student: str, steps: int, w: float)
     assert_alike(ours, student_samples(student, steps, w))
 
 
+@pytest.mark.parametrize("points", [20, 100])
+def test_diffusers_samples_a_student_of_another_grid_alike(tiny_pipeline: Path, tmp_path: Path, points: int) -> None:
+    unet, facts = make_student(load_unet(str(tiny_pipeline)), zero_init=False), {**FACTS, "points": points}
+    options = {"consistency": True, "facts": facts, "dtype": torch.float32}
+    save_pipeline(folder := tmp_path / "model", unet, NoiseSchedule(), base=str(tiny_pipeline), **options)
+    ours = LatentModel.load(str(folder)).latents(PROMPTS, SEEDS, steps=3, w=6.0)
+    assert_alike(ours, student_samples(str(folder), 3, 6.0))
+
+
 @pytest.mark.parametrize("schedule", [{}, {"rescale_betas_zero_snr": True}])
 def test_diffusers_samples_a_v_predicting_student_alike(tiny_pipeline: Path, tmp_path: Path, schedule: dict[str, bool]) -> None:
     unet = make_student(load_unet(str(tiny_pipeline)), zero_init=False)
