@@ -60,9 +60,7 @@ class NoiseSchedule(nn.Module):
         """
         kind = str(config.get("_class_name"))
         if kind.startswith(("EDM", "FlowMatch")):  # they may still carry the betas of the scheduler they were made from
-            raise UserError(
-                f"a {kind} has no betas: give a model trained on Stable Diffusion's kind of noise, alpha^2 + sigma^2 = 1"
-            )
+            raise UserError(f"the scheduler {kind} has no betas: give a model trained on Stable Diffusion's kind of noise")
         if config.get("trained_betas") is not None:
             raise UserError("the scheduler's trained_betas are not read: give a model whose betas are those of a beta_schedule")
         if silent := [key for key in ("beta_schedule", "beta_start", "beta_end") if config.get(key) is None]:
