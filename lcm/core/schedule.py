@@ -1,5 +1,6 @@
 """Noise schedules `z_t = alpha_t z_0 + sigma_t eps` over integer timesteps 0 .. T-1 (alpha^2 + sigma^2 = 1)."""
 
+import inspect
 import math
 from typing import Any
 
@@ -53,9 +54,22 @@ class NoiseSchedule(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "NoiseSchedule":
-        """From the content of a `scheduler_config.json`; keys that do not shape the noise are ignored."""
-        keys = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "rescale_betas_zero_snr", "prediction_type")
-        return cls(**{key: config[key] for key in keys if key in config})
+        """From the content of a `scheduler_config.json`; keys that do not shape the noise are ignored.
+
+        Raises UserError for noise of another kind than here, and for betas left to the defaults, which differ among diffusers'
+        classes; all of them default to 1000 timesteps and to "epsilon".
+        """
+        kind = str(config.get("_class_name"))
+        if kind.startswith(("EDM", "FlowMatch")):  # they may still carry the betas of the scheduler they were made from
+            raise UserError(f"the scheduler {kind} has no betas: give a model trained on Stable Diffusion's kind of noise")
+        if config.get("trained_betas") is not None:
+            raise UserError("the scheduler's trained_betas are not read: give a model whose betas are those of a beta_schedule")
+        if silent := [key for key in ("beta_schedule", "beta_start", "beta_end") if config.get(key) is None]:
+            raise UserError(
+                f"the scheduler's config does not say {', '.join(silent)}: write into scheduler_config.json what the model was "
+                "trained with (Stable Diffusion: scaled_linear, 0.00085, 0.012)"
+            )
+        return cls(**{key: config[key] for key in inspect.signature(cls).parameters if key in config})
 
     def at(self, t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
         """alpha and sigma at t `[B]` int64, shaped `[B, 1, ...]` to broadcast against a tensor of `ndim` axes."""

@@ -8,8 +8,10 @@ from torch import Tensor
 from lcm.core.schedule import NoiseSchedule
 from lcm.errors import UserError
 
+POINTS = 50  # of the grid that the released LCMs were trained on
 
-def grid(num_timesteps: int = 1000, *, points: int = 50) -> Tensor:
+
+def grid(num_timesteps: int = 1000, *, points: int = POINTS) -> Tensor:
     """`[points]` int64 ascending T/points * (1 .. points) - 1: 19, 39, ..., 999, as the released LCMs and diffusers use."""
     if not 1 <= points <= num_timesteps:
         raise UserError(f"a grid of {points} points does not fit {num_timesteps} timesteps: use 1 to {num_timesteps}")
@@ -18,6 +20,13 @@ def grid(num_timesteps: int = 1000, *, points: int = 50) -> Tensor:
             f"{points} grid points do not divide {num_timesteps} timesteps, so t = {num_timesteps - 1} would be lost"
         )
     return torch.arange(1, points + 1) * (num_timesteps // points) - 1
+
+
+def points_of(timesteps: Tensor, num_timesteps: int = 1000) -> int | None:
+    """How many points `grid` was asked for; None for timesteps that are no grid."""
+    points = len(timesteps)
+    is_grid = num_timesteps % points == 0 and timesteps.tolist() == grid(num_timesteps, points=points).tolist()
+    return points if is_grid else None
 
 
 def full(num_timesteps: int = 1000, *, skip_steps: int = 20) -> Tensor:
@@ -49,7 +58,7 @@ def neighbours(timesteps: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def consistency_steps(
-    steps: int, num_timesteps: int = 1000, *, points: int = 50, trained: Sequence[int] | None = None
+    steps: int, num_timesteps: int = 1000, *, points: int = POINTS, trained: Sequence[int] | None = None
 ) -> list[int]:
     """`steps` descending timesteps of the trained grid, from T - 1 on (the rule of diffusers' LCMScheduler).
 

@@ -15,7 +15,7 @@ from lcm.core.consistency import cm_consistency_fn
 from lcm.core.networks import conditioned, guided
 from lcm.core.random import ImageNoise
 from lcm.core.schedule import NoiseSchedule
-from lcm.core.timesteps import consistency_steps, trailing_steps
+from lcm.core.timesteps import POINTS, consistency_steps, trailing_steps
 from lcm.data.codec import LatentCodec
 from lcm.errors import UserError
 from lcm.models import pipeline as pipelines
@@ -73,7 +73,8 @@ class LatentModel:
         chosen: Sampler = sampler or (sampling.consistency if self.consistency else sampling.ddim)
         if getattr(chosen, "func", chosen) is not sampling.consistency:
             return chosen, self.distilled_steps if self.students else trailing_steps
-        place = partial(consistency_steps, trained=self.facts.get("timesteps"))
+        points = self.facts.get("points") or POINTS  # null of other timesteps, missing in older folders
+        place = partial(consistency_steps, points=points, trained=self.facts.get("timesteps"))
         if "sigma_data" not in self.facts:
             return chosen, place
         f = partial(cm_consistency_fn, schedule=self.schedule, sigma_data=self.facts["sigma_data"])

@@ -1,10 +1,6 @@
 """Pipeline folders in Stable Diffusion's format, read: teachers, students and the mini model alike."""
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -15,6 +11,7 @@ from lcm.core.schedule import NoiseSchedule
 from lcm.data.codec import LatentCodec
 from lcm.data.text import TextEncoder, XLTextEncoder
 from lcm.errors import UserError
+from lcm.models.parts import explained, load_network, read_json
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 OF_XL = ("text_encoder_2", "tokenizer_2")  # of a Stable Diffusion XL pipeline, too
@@ -47,19 +44,31 @@ def download(hub_id: str) -> Path:
         raise UserError(f"{hub_id!r} is neither a folder here nor reachable on the hub ({type(error).__name__})") from error
 
 
-@contextmanager
-def explained(pipeline: str) -> Iterator[None]:
-    """A library's complaint about a part's files as one sentence."""
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
-        raise UserError(f"cannot load {pipeline}: {' '.join(str(error).split())}") from error
-
-
 def load_unet(pipeline: str, dtype: torch.dtype = torch.float32, *, name: str = "unet") -> UNet2DConditionModel:
     folder = find(pipeline, name, "scheduler")
-    with explained(pipeline):
-        return UNet2DConditionModel.from_pretrained(folder, subfolder=name, use_safetensors=True, torch_dtype=dtype)
+    unet = load_network(UNet2DConditionModel, folder / name, torch_dtype=dtype)
+    check_fit(unet, folder)
+    return unet
+
+
+def check_fit(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Raise UserError for a UNet that is not a text-to-image one, or not one for the VAE and text encoders beside it."""
+    config, vae = unet.config, read_json(folder / "vae" / "config.json")
+    takes, gives, reads = config["in_channels"], config["out_channels"], config["cross_attention_dim"]
+    latents = vae.get("latent_channels", takes)
+    written = sum(read_json(folder / part / "config.json").get("hidden_size", 0) for part in ("text_encoder", OF_XL[0]))
+    if not takes == gives == latents:
+        raise UserError(
+            f"{folder}: its UNet takes {takes} channels and gives {gives}, its latents have {latents}: give a text-to-image "
+            "pipeline, not one for inpainting, depth or upscaling"
+        )
+    if config["num_class_embeds"] is not None or config["class_embed_type"] is not None:
+        raise UserError(f"{folder}: its UNet is told a class beside the text: give a text-to-image pipeline, which is not")
+    if written and written != reads:
+        raise UserError(
+            f"{folder}: its UNet reads texts of width {reads}, its text encoders write {written}: give it the text encoders "
+            "that it was trained with"
+        )
 
 
 def load_schedule(pipeline: str) -> NoiseSchedule:
@@ -71,7 +80,7 @@ def scheduler_config(pipeline: str) -> dict[str, Any]:
     file = find(pipeline, "scheduler") / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         raise UserError(f"{pipeline} has no scheduler/scheduler_config.json")
-    return json.loads(file.read_text())
+    return read_json(file)
 
 
 def load_codec(
@@ -81,18 +90,21 @@ def load_codec(
     `TextEncoder`; options: those of `LatentCodec`."""
     folder = find(pipeline, "vae", "text_encoder", "tokenizer")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+    def tower(kind: type, ending: str = "") -> tuple[CLIPTokenizer, torch.nn.Module]:
+        network = load_network(kind, folder / f"text_encoder{ending}", dtype=torch.float32)
+        with explained(folder):
+            return CLIPTokenizer.from_pretrained(folder / f"tokenizer{ending}"), network
+
+    vae, first = load_network(AutoencoderKL, folder / "vae", torch_dtype=torch.float32), tower(CLIPTextModel)
+    if odd := [key for key in ("latents_mean", "latents_std", "shift_factor") if vae.config[key] is not None]:
+        raise UserError(f"{folder}: its VAE has {', '.join(odd)}, but latents are only scaled here: give a pipeline without")
     text: TextEncoder
-    with explained(pipeline):
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True, torch_dtype=torch.float32)
-        tower = CLIPTextModel.from_pretrained(folder / "text_encoder", use_safetensors=True, dtype=torch.float32)
-        first = CLIPTokenizer.from_pretrained(folder / "tokenizer"), tower
-        if is_xl(folder):
-            other = folder / "text_encoder_2"
-            tower = CLIPTextModelWithProjection.from_pretrained(other, use_safetensors=True, dtype=torch.float32)
-            second = CLIPTokenizer.from_pretrained(folder / "tokenizer_2"), tower
-            text = XLTextEncoder(first, second, zero_null=zero_null(folder), dtype=dtype, memory=text_cache)
-        else:
-            text = TextEncoder(first, dtype=dtype, memory=text_cache)
+    if is_xl(folder):
+        second = tower(CLIPTextModelWithProjection, "_2")
+        text = XLTextEncoder(first, second, zero_null=zero_null(folder), dtype=dtype, memory=text_cache)
+    else:
+        text = TextEncoder(first, dtype=dtype, memory=text_cache)
     return LatentCodec(vae, text, dtype=dtype, **options)
 
 
@@ -102,8 +114,7 @@ def is_xl(folder: Path) -> bool:
 
 def zero_null(folder: Path) -> bool:
     """Whether the null prompt of a Stable Diffusion XL pipeline is zeros, as it is unless the folder says otherwise."""
-    index = folder / "model_index.json"
-    return (json.loads(index.read_text()) if index.is_file() else {}).get("force_zeros_for_empty_prompt", True)
+    return read_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", True)
 
 
 def is_consistency_model(pipeline: str) -> bool:
@@ -112,5 +123,4 @@ def is_consistency_model(pipeline: str) -> bool:
 
 def training_facts(pipeline: str) -> dict[str, Any]:
     """What `save_pipeline` noted of the training, e.g. the range of w; empty for a folder of another origin."""
-    file = find(pipeline, "scheduler") / "lcm.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(find(pipeline, "scheduler") / "lcm.json")

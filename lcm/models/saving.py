@@ -13,6 +13,7 @@ import torch
 from diffusers import DDIMScheduler, LCMScheduler, UNet2DConditionModel
 
 from lcm.core.schedule import NoiseSchedule
+from lcm.core.timesteps import POINTS
 from lcm.models.lora import is_adapted, merged, save_adapters
 from lcm.models.pipeline import OF_XL, find, is_xl, load_unet, zero_null
 
@@ -53,7 +54,7 @@ def save_pipeline(
     save_unet(partial / "unet", unet, dtype)
     takes_w = unet.config["time_cond_proj_dim"] is not None
     if consistency:
-        scheduler = LCMScheduler(**schedule.config)
+        scheduler = LCMScheduler(**schedule.config, original_inference_steps=facts.get("points") or POINTS)
     else:  # steps_offset=1 is what StableDiffusionPipeline asks for; trailing spacing does not use it
         options = {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "trailing", "steps_offset": 1}
         scheduler = DDIMScheduler(**schedule.config, **options)

@@ -21,7 +21,7 @@ def as_network(unet: UNet2DConditionModel, compiled: Callable[..., Any] | None =
     called in the UNet's place.
     """
     forward, dim = unet if compiled is None else compiled, unet.config["time_cond_proj_dim"]
-    is_xl = unet.config["addition_embed_type"] == "text_time"
+    is_xl, width = unet.config["addition_embed_type"] == "text_time", unet.config["cross_attention_dim"]
 
     def net(z_t: Tensor, t: Tensor, cond: Condition, w: Tensor | None = None) -> Tensor:
         dtype = next(unet.parameters()).dtype  # unet.dtype walks over all modules
@@ -36,6 +36,11 @@ def as_network(unet: UNet2DConditionModel, compiled: Callable[..., Any] | None =
         if isinstance(cond, SizedText):  # sizes stay integers: bfloat16 has 8 bits for them
             options["added_cond_kwargs"] = {"text_embeds": cond.pooled.to(dtype), "time_ids": cond.sizes}
             cond = cond.states
+        if cond.shape[-1] != width:
+            raise UserError(
+                f"the UNet reads texts of width {width}, not {cond.shape[-1]}: set data.codec.pipeline to the pipeline that is "
+                "trained, and encode latents with texts by it"
+            )
         return forward(z_t.to(dtype), t, cond.to(dtype), **options)[0]
 
     return net

@@ -22,7 +22,8 @@ class TrainedModule(L.LightningModule):
     """One optimizer over the registered parameters; frozen networks live outside the module tree (see `frozen`).
 
     optimizer: `params -> Optimizer`; lr_schedule: `(optimizer, max_steps) -> LRScheduler`, stepped every optimizer step.
-    clip_norm: gradients are scaled to at most this total norm (by hand: Lightning refuses to clip for a fused optimizer).
+    clip_norm: gradients are scaled to at most this total norm (by hand: Lightning refuses to clip for a fused optimizer); None
+    leaves them as they are.
     skip_non_finite: so many updates in a row may have a loss or gradient that is not finite; they are left out and counted,
     one more stops the training. Data and learning rate go on with the step's number, as if the update had been made.
     """
@@ -32,13 +33,14 @@ class TrainedModule(L.LightningModule):
         *,
         optimizer: Optimizer,
         lr_schedule: LRSchedule,
-        clip_norm: float = 1.0,
+        clip_norm: float | None = 1.0,
         skip_non_finite: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.make_optimizer, self.make_lr_schedule = optimizer, lr_schedule
-        self.clip_norm, self.skip_non_finite, self.seed = clip_norm, skip_non_finite, seed
+        self.clip_norm = float("inf") if clip_norm is None else clip_norm
+        self.skip_non_finite, self.seed = skip_non_finite, seed
         self.left_out = False  # whether the host knows that the last update was left out
         self.gate: Tensor | None = None  # 0 where the device alone knows, else 1
         self.frozen: dict[str, nn.Module] = {}  # a plain dict: not in state_dict, DDP, EMA, nor the optimizer

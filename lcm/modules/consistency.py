@@ -12,6 +12,7 @@ from lcm.core.guidance import check_w_range
 from lcm.core.networks import Networks
 from lcm.core.objectives.consistency import Distance, draw
 from lcm.core.schedule import NoiseSchedule
+from lcm.core.timesteps import points_of
 from lcm.errors import UserError
 from lcm.models.student import frozen_copy
 from lcm.modules.latent import LatentModule
@@ -79,4 +80,5 @@ class ConsistencyModule(LatentModule):
             ema_update_(self.target_net.parameters(), self.net.parameters(), self.ema_decay, self.gate)
 
     def facts(self) -> dict[str, Any]:
-        return {**super().facts(), **({"w_min": self.w_min, "w_max": self.w_max} if self.guided else {})}
+        w_range = {"w_min": self.w_min, "w_max": self.w_max} if self.guided else {}
+        return {**super().facts(), **w_range, "points": points_of(self.timesteps, self.schedule.num_timesteps)}

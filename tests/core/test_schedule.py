@@ -82,8 +82,27 @@ def test_config_survives_diffusers():
     assert torch.equal(again.alpha, schedule.alpha)
 
 
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
 def test_from_config_fills_in_defaults():
-    assert NoiseSchedule.from_config({"clip_sample": True}).config == NoiseSchedule().config
+    assert NoiseSchedule.from_config({"clip_sample": True, "trained_betas": None, **BETAS}).config == NoiseSchedule().config
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_data": 0.5}, "EDMDPMSolverMultistepScheduler has no betas"),
+        ({**BETAS, "_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler has no betas"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "FlowMatchEulerDiscreteScheduler has no betas"),
+        ({**BETAS, "trained_betas": [0.1] * 1000}, "trained_betas are not read"),
+        ({"_class_name": "DDIMScheduler"}, "does not say beta_schedule, beta_start, beta_end: write"),
+        ({**BETAS, "beta_end": None}, "does not say beta_end: write"),
+    ],
+)
+def test_noise_of_another_kind_and_betas_left_to_a_default_are_refused(config, says):
+    with pytest.raises(UserError, match=says):
+        NoiseSchedule.from_config(config)
 
 
 def test_number_of_timesteps():

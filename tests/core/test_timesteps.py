@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler, LCMScheduler
 
 from lcm.core.schedule import NoiseSchedule
-from lcm.core.timesteps import consistency_steps, full, grid, karras, neighbours, skip_pair, trailing_steps
+from lcm.core.timesteps import consistency_steps, full, grid, karras, neighbours, points_of, skip_pair, trailing_steps
 from lcm.errors import UserError
 
 
@@ -26,6 +26,19 @@ def test_grid_ends_at_pure_noise(num_timesteps, points):
 def test_grid_errors(points):
     with pytest.raises(UserError, match=f"{points}"):
         grid(points=points)
+
+
+@pytest.mark.parametrize("points", [1, 20, 50, 1000])
+def test_a_grid_is_known_by_its_timesteps(points):
+    assert points_of(grid(points=points)) == points
+    assert points_of(grid(500, points=points // 2 or 1), 500) == (points // 2 or 1)
+
+
+@pytest.mark.parametrize(
+    "timesteps", [full(), full(skip_steps=1), karras(NoiseSchedule())[1:], grid(500), grid()[:-1]], ids=len
+)
+def test_other_timesteps_are_no_grid(timesteps):
+    assert points_of(timesteps) is None
 
 
 def test_full_is_every_t_with_a_partner():

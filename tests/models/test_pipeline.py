@@ -26,6 +26,7 @@ from lcm.models.pipeline import (
 )
 from lcm.models.saving import save_pipeline
 from lcm.models.student import make_student
+from tests.conftest import tiny_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore:(?s).*steps_offset:FutureWarning")
 PROMPTS = ["red apple on a white background", "rocket"]
@@ -86,6 +87,42 @@ def test_a_folder_without_weights_is_a_user_error(tiny_pipeline: Path, tmp_path:
     for load in (load_unet, load_codec):
         with pytest.raises(UserError):
             load(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("file", ["scheduler/scheduler_config.json", "lcm.json", "vae/config.json", "unet/config.json"])
+def test_broken_json_is_a_user_error_that_names_it(tiny_pipeline: Path, tmp_path: Path, file: str) -> None:
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "broken")
+    (folder / file).write_text('{"sample_size": ')
+    with pytest.raises(UserError, match=f"{file}.* (is )?not .*JSON"):
+        LatentModel.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"in_channels": 9}, "takes 9 channels and gives 4, its latents have 4: give a text-to-image pipeline"),
+        ({"in_channels": 16, "out_channels": 16}, "takes 16 channels and gives 16, its latents have 4"),
+        ({"num_class_embeds": 10}, "is told a class"),
+        ({"class_embed_type": "timestep"}, "is told a class"),
+        ({"cross_attention_dim": 24}, "reads texts of width 24, its text encoders write 16: give it the text encoders"),
+    ],
+)
+def test_a_unet_that_does_not_fit_its_pipeline_is_a_user_error(
+    tiny_pipeline: Path, tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "odd")
+    tiny_unet(**changes).save_pretrained(folder / "unet")
+    with pytest.raises(UserError, match=says):
+        load_unet(str(folder))
+
+
+def test_a_vae_that_shifts_its_latents_is_a_user_error(tiny_pipeline: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "odd")
+    file = folder / "vae/config.json"
+    changes = {"latents_mean": [0.1] * 4, "latents_std": [2.0] * 4}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(UserError, match="its VAE has latents_mean, latents_std, but"):
+        load_codec(str(folder))
 
 
 @pytest.mark.parametrize("changes", [{"prediction_type": "flow"}, {"beta_schedule": "exotic"}])
@@ -195,6 +232,15 @@ def student_samples(folder: str, steps: int, w: float, output_type: str = "laten
 def test_diffusers_samples_the_student_alike(student: str, steps: int, w: float) -> None:
     ours = LatentModel.load(student).latents(PROMPTS, SEEDS, steps=steps, w=w)
     assert_alike(ours, student_samples(student, steps, w))
+
+
+@pytest.mark.parametrize("points", [20, 100])
+def test_diffusers_samples_a_student_of_another_grid_alike(tiny_pipeline: Path, tmp_path: Path, points: int) -> None:
+    unet, facts = make_student(load_unet(str(tiny_pipeline)), zero_init=False), {**FACTS, "points": points}
+    options = {"consistency": True, "facts": facts, "dtype": torch.float32}
+    save_pipeline(folder := tmp_path / "model", unet, NoiseSchedule(), base=str(tiny_pipeline), **options)
+    ours = LatentModel.load(str(folder)).latents(PROMPTS, SEEDS, steps=3, w=6.0)
+    assert_alike(ours, student_samples(str(folder), 3, 6.0))
 
 
 @pytest.mark.parametrize("schedule", [{}, {"rescale_betas_zero_snr": True}])

@@ -7,11 +7,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import LCMScheduler, UNet2DConditionModel
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 from lcm.core.batch import LatentBatch
+from lcm.core.timesteps import full, grid
 from lcm.data.codec import LatentCodec
 from lcm.errors import UserError
 from lcm.models.generate import LatentModel
@@ -148,6 +149,23 @@ def test_the_saved_folder_is_the_trained_student(
     assert load_schedule(folder).config == module.schedule.config
     assert training_facts(folder).items() >= {"steps": 2, "w_min": 1.0, "w_max": 5.0}.items()
     assert LatentModel.load(folder).latents(["rocket"], [0], steps=2, w=3.0).isfinite().all()
+
+
+@pytest.mark.parametrize("points", [20, 25, 40, 50, None])
+@pytest.mark.parametrize("kind", ["distillation", "finetuning", "lora"])
+def test_a_student_is_sampled_at_timesteps_that_it_was_trained_at(
+    kind: str, points: int | None, training: Make, codec: LatentCodec, tmp_path: Path
+) -> None:
+    """Here and in diffusers; on the grid of 50 points where training had the whole schedule."""
+    module = training(kind, timesteps=grid(points=points) if points else full())
+    module.save_model(folder := str(tmp_path / "model"))
+    scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
+    scheduler.set_timesteps(4)
+    for model in (module.latent_model(codec), LatentModel.load(folder)):
+        place = model.sampler(None)[1]
+        assert set(place(4)) <= set(module.timesteps.tolist())
+        assert place(4) == scheduler.timesteps.tolist()
+        assert place(points or 50)[-1] == 1000 // (points or 50) - 1
 
 
 def test_the_projection_of_w_learns_faster_by_its_scale(training: Make, data: Make, fit: Make) -> None:

@@ -220,6 +220,14 @@ def test_gradients_are_clipped_for_a_fused_optimizer(precision: str, training: M
     assert watch.norms == pytest.approx(3 * [1e-3], rel=1e-3)
 
 
+def test_no_norm_to_clip_to_leaves_the_gradients_as_they_are(training: Make, data: Make, fit: Make) -> None:
+    free, bounded = (training("distillation", clip_norm=norm) for norm in (None, 1e9))
+    trainer = fit(free, data(), 2)
+    assert trainer.callback_metrics["train/grad_norm"] > 0
+    fit(bounded, data(), 2)
+    assert_equal(weights(free), weights(bounded))
+
+
 def test_the_optimizer_is_given_the_trained_parameters_only(training: Make, data: Make, fit: Make) -> None:
     module = training("distillation")
     trainer = fit(module, data(), 1)

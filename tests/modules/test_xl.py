@@ -103,6 +103,12 @@ def test_text_encoders_of_the_other_kind_are_refused(
         as_network(load_unet(str(unet)))(z, torch.tensor([1]), texts.conditions(["a"], z)[0])
 
 
+def test_texts_of_another_width_are_refused(tiny_pipeline: Path) -> None:
+    net, z = as_network(load_unet(str(tiny_pipeline))), torch.zeros(1, 4, 8, 8)
+    with pytest.raises(UserError, match="reads texts of width 16, not 24: set"):
+        net(z, torch.tensor([1]), torch.zeros(1, 16, 24))
+
+
 @pytest.mark.parametrize(("steps", "w"), [(1, 3.0), (4, 7.5), (5, 0.0)])
 def test_diffusers_samples_the_teacher_alike(xl_pipeline: Path, steps: int, w: float) -> None:
     options = {"guidance_scale": w + 1, "num_inference_steps": steps, "latents": ImageNoise(SEEDS, (4, 8, 8))()}

@@ -16,6 +16,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from safetensors.torch import save_file
 
 from lcm.command_line import build
 from lcm.data.datamodule import ShardDataModule
@@ -72,6 +73,7 @@ def test_a_pipeline_folder_with_pickled_weights_is_refused(
         index = {"metadata": {"total_size": 1}, "weight_map": {"conv_in.weight": f"{name}.bin"}}
         stem = "model" if name == "pytorch_model" else name
         (folder / part / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+        save_file({}, folder / part / "more.safetensors")  # without any, no library is asked
     with pytest.raises(UserError, match=r"cannot (load|build)"):
         load(str(folder))
 
