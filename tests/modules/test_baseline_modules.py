@@ -1,6 +1,7 @@
 """Guided distillation goes through its stages; consistency models train and sample in their own form."""
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,40 @@ class StopAt(L.Callback):
 def test_the_guided_teacher_never_changes(training: Make, data: Make, fit: Make) -> None:
     module = training("guided", lr=0.1)
     before = vector(module.frozen["teacher"])
-    fit(module, data(), 4)
+    fit(module, data(), 6)
     assert torch.equal(vector(module.frozen["teacher"]), before)
+
+
+def test_a_checkpoint_goes_on_in_another_run_with_its_students(training: Make, data: Make, fit: Make, tmp_path: Path) -> None:
+    first, old, new = training("guided", match_share=0.4), tmp_path / "0", tmp_path / "1"
+    trainer = fit(first, data(), 10, callbacks=[StopAt(9)], default_root_dir=old)
+    trainer.save_checkpoint(path := old / "checkpoints/last.ckpt")
+    second = training("guided", match_share=0.4)
+    fit(second, data(), 10, ckpt_path=str(path), default_root_dir=new)
+    second.save_model(str(new / "model"))
+    assert list(LatentModel.load(str(new / "model")).students) == [4, 2, 1]
+    shutil.rmtree(old / "students")
+    with pytest.raises(UserError, match=r"unet_4 is not there: copy it"):
+        fit(training("guided", match_share=0.4), data(), 10, ckpt_path=str(path), default_root_dir=tmp_path / "2")
+
+
+@pytest.mark.parametrize(("step", "students"), [(3, []), (6, [8]), (8, [8, 4])])
+def test_an_export_midway_has_the_students_there_are(step: int, students: list[int], stopped: Make, tmp_path: Path) -> None:
+    module = stopped("guided_distill_mini", step)
+    exported = trained(tmp_path, "last")
+    assert exported.facts() == module.facts()
+    exported.save_model(folder := str(tmp_path / "model"))
+    model = LatentModel.load(folder)
+    assert list(model.students) == students
+    assert torch.equal(vector(model.unet), vector(module.best_net).half().float())
+
+
+@pytest.mark.parametrize("max_steps", [-1, 4, 7])
+def test_a_training_that_leaves_a_stage_without_a_step_is_a_user_error(
+    max_steps: int, training: Make, data: Make, fit: Make
+) -> None:
+    with pytest.raises(UserError, match=rf"trainer\.max_steps={max_steps} leaves one of 5 stages"):
+        fit(training("guided", steps=[8, 4, 2, 1]), data(), max_steps, max_epochs=1, limit_train_batches=1)
 
 
 @pytest.mark.parametrize("steps", [[], [8, 4, 1], [4, 4]])
@@ -247,4 +280,4 @@ class AtStart(L.Callback):
 @pytest.mark.parametrize("max_steps", [-1, 0])
 def test_consistency_training_without_a_length_is_a_user_error(max_steps: int, training: Make, data: Make, fit: Make) -> None:
     with pytest.raises(UserError, match=r"trainer\.max_steps"):
-        fit(training("ct"), data(), max_steps)
+        fit(training("ct"), data(), max_steps, max_epochs=1, limit_train_batches=1)
