@@ -242,10 +242,12 @@ def output_folder(path: str) -> Path:
     return folder
 
 
-def pick_device(device: str) -> str:
-    """`auto` is the GPU if there is one."""
+def pick_device(device: str, local_rank: int = 0) -> str:
+    """`auto` is the GPU if there is one; of several processes on a machine each has its own as `cuda`."""
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device={device}, but torch sees no GPU: use device=cpu")
+    if device == "cuda":
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
     return device

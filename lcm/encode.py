@@ -58,7 +58,7 @@ def claim(folder: Path, made_with: dict[str, Any], rank: int) -> None:
 @torch.inference_mode()
 def main(cfg: DictConfig) -> None:
     """Encode what is not encoded yet; stopped at any moment, the same command goes on."""
-    folder, device = output_folder(cfg.out), pick_device(cfg.device)
+    folder, device = output_folder(cfg.out), pick_device(cfg.device, cfg.local_rank)
     data: ShardDataModule = build(cfg.data)
     if data.codec is None:
         raise UserError("encoding needs a VAE: choose data with a codec, such as data=shards or data=openmoji")

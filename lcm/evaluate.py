@@ -82,9 +82,7 @@ def warnings(extract: Extractor, samples: int, real: int) -> list[str]:
 def evaluate(cfg: DictConfig) -> None:
     """Draw what is not drawn, score every cell, write the table, plots and grid; process `rank` > 0 only draws its share."""
     check(cfg)
-    folder, device = output_folder(cfg.output), pick_device(cfg.device)
-    if device == "cuda":
-        torch.cuda.set_device(cfg.local_rank % torch.cuda.device_count())
+    folder, device = output_folder(cfg.output), pick_device(cfg.device, cfg.local_rank)
     prompts, different = make_prompts(cfg)
     extract = Extractor(build(cfg.backbone), build(cfg.get("fid_backbone")) or None, resolution=cfg.resolution).to(device)
     cells = make_cells(cfg, extract, device)

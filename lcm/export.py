@@ -24,25 +24,28 @@ WEIGHTS = {"trained": "net", "average": "ema_net", "target": "target_net"}  # of
 
 def trained(run: Path, checkpoint: str) -> LatentModule:
     """The module of a run as it was when the checkpoint was written."""
-    config = run / "config.yaml"
-    if not config.is_file():
+    file = run / "config.yaml"
+    if not file.is_file():
         raise UserError(f"{run} is not the folder of a run: it has no config.yaml")
     found = checkpoint_path(run, checkpoint)
     if found is None:
         raise UserError(f"{run} has no checkpoint: give one with checkpoint=<path>")
-    module: Any = build(OmegaConf.load(config).model)
+    config: Any = OmegaConf.load(file)
+    module: Any = build(config.model)
     if not isinstance(module, LatentModule):
         raise UserError(
             f"{run} trained a {type(module).__name__}, which has nothing to export: train.py saved it in {run}/model"
         )
     content = AtomicCheckpointIO().load_checkpoint(found, map_location="cpu", weights_only=True)
-    module.load_state_dict(content["state_dict"])
     silent: dict[str, Any] = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
-    trainer = L.Trainer(accelerator="cpu", devices=1, default_root_dir=run, **silent)
+    steps = config.trainer.max_steps
+    trainer = L.Trainer(accelerator="cpu", devices=1, max_steps=steps, default_root_dir=run, **silent)
     trainer.fit_loop.load_state_dict(content["loops"]["fit_loop"])  # so that the module knows its step
     module.trainer = trainer
+    module.on_load_checkpoint(content)
+    module.load_state_dict(content["state_dict"])
     return module
 
 

@@ -6,7 +6,7 @@ import torch
 
 
 def generator(device: torch.device | str, *keys: int | str) -> torch.Generator:
-    """A generator on `device` seeded by `keys` alone, e.g. `generator(device, seed, "noise", batch, rank)`."""
+    """A generator on `device` seeded by `keys` alone, e.g. `generator(device, seed, "train", batch)`."""
     digest = hashlib.sha256("/".join(map(str, keys)).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 

@@ -194,7 +194,7 @@ class ShardDataModule(L.LightningDataModule):
         device = batch["moments" if self.latents else "x"].device
         if self.codec.device != device:
             self.codec.to(device)
-        rng = generator(self.codec.device, self.seed, training, batch["position"], 0)
+        rng = generator(self.codec.device, self.seed, training, batch["position"], 0)  # 0: as in TrainedModule.rng
         return self.codec.encode(batch, rng, self.world)
 
     def teardown(self, stage: str) -> None:

@@ -137,7 +137,7 @@ class ShardStream(IterableDataset):
         own = self._share(batch)
         good = self._decoded(own, skipped)
         if self.stop is not None:
-            return good
+            return good or self._stand_in(batch, own[0][1].shape)
         if self.remote:
             for _, place in self._share(batch + 1 + self.ahead // (self.batch_size * self.world_size)):
                 self.reader.prefetch(place)
@@ -149,6 +149,16 @@ class ShardStream(IterableDataset):
             if failed.total() - failed["shard"] > PATIENCE or len(self.reader.dead) == sum(len(s.urls) for s in self.sources):
                 raise UserError(f"none of {failed.total()} samples in a row could be decoded, see the warnings above")
         return [good[i % len(good)] for i in range(len(own))]
+
+    def _stand_in(self, batch: int, shape: tuple[int, int] | None) -> list[Sample]:
+        """Where several ranks make a pass and one has nothing sound of a batch, the next sound sample of any rank: with a batch
+        less than the others it would leave them waiting."""
+        if self.world_size == 1:
+            return []
+        for position in itertools.chain(*self.batches[batch:], *self.batches[:batch]):
+            if good := self._decoded([(position, self.order[position]._replace(shape=shape))], Counter()):
+                return good
+        raise UserError("no sample of this data could be decoded, see the warnings above")
 
     def _decoded(self, members: list[tuple[int, Place]], skipped: Counter[str]) -> list[Sample]:
         """The samples that decode; the others are counted by reason, and the first of each are named."""

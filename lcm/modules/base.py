@@ -91,7 +91,7 @@ class TrainedModule(L.LightningModule):
         return 1 if self._trainer is None else self._trainer.world_size
 
     def rng(self, batch_idx: int, stage: str = "train") -> torch.Generator:
-        return generator(self.device, self.seed, stage, batch_idx, 0)
+        return generator(self.device, self.seed, stage, batch_idx, 0)  # 0: once the rank; kept so that recorded runs repeat
 
     def log_train(self, loss: Tensor, logs: Mapping[str, Tensor], batch_size: int) -> None:
         if self.world_size > 1 and (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]

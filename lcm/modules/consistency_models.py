@@ -11,6 +11,7 @@ from torch import Tensor
 from lcm.core.consistency import cm_consistency_fn
 from lcm.core.schedule import NoiseSchedule
 from lcm.core.timesteps import karras
+from lcm.errors import UserError
 from lcm.models.student import unet_like
 from lcm.modules.consistency import ConsistencyModule
 
@@ -78,8 +79,20 @@ class ConsistencyModelTraining(ConsistencyModel):
         self.first_points, self.points, self.first_decay = first_points, points, ema_decay
         self.now = points
 
+    def setup(self, stage: str) -> None:
+        if self.trainer.max_steps < 1:
+            raise UserError("consistency training's grid grows until trainer.max_steps: give a number of steps")
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        points = grid_points(self.global_step / self.trainer.max_steps, self.first_points, self.points)
+        self.grow(self.global_step)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A validation or an export that follows is of the last update, as it was when the checkpoint was written."""
+        self.grow(max(checkpoint["global_step"] - 1, 0))
+
+    def grow(self, step: int) -> None:
+        points = grid_points(step / self.trainer.max_steps, self.first_points, self.points)
+        points = min(points, self.schedule.num_timesteps)  # the paper's last grid has a point more than `points`
         if points != self.now:
             self.now = points
             self.timesteps = karras(self.schedule, points=points)[1:]

@@ -1,5 +1,6 @@
 """Guided distillation (2210.03142): a w-conditioned student, then one of half its steps, and so on."""
 
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,33 @@ class GuidedDistillation(LatentModule):
         self.passed: dict[int, Tensor] = {}
         self.frozen["teacher"] = net.eval()
 
+    @property
+    def students(self) -> list[int]:
+        """The step counts of the students there are: those of finished stages, and the one in training."""
+        return self.steps[: self.stage]
+
     def stage_at(self, step: int) -> int:
         """0 is stage one, n is the stage of `steps[n - 1]`."""
         first = self.match_share * self.trainer.max_steps
         if step < first:
             return 0
         return min(1 + int(len(self.steps) * (step - first) / (self.trainer.max_steps - first)), len(self.steps))
+
+    def setup(self, stage: str) -> None:
+        steps, stages = self.trainer.max_steps, len(self.steps) + 1
+        if len(set(map(self.stage_at, range(steps)))) < stages:
+            raise UserError(
+                f"trainer.max_steps={steps} leaves one of {stages} stages without a step: give more, or fewer model.steps"
+            )
+
+    def on_train_start(self) -> None:
+        """Checkpoints hold no finished students, which are in their run's folder: from another run's they are copied."""
+        super().on_train_start()
+        if self.trainer.is_global_zero and self.students[1:]:
+            theirs, ours = Path(str(self.trainer.ckpt_path)).parent.parent / "students", self.folder_of(self.steps[0]).parent
+            if theirs.is_dir() and theirs.resolve() != ours.resolve():
+                shutil.copytree(theirs, ours, dirs_exist_ok=True)
+            self.more_networks()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         while self.stage < self.stage_at(self.global_step):
@@ -113,7 +135,10 @@ class GuidedDistillation(LatentModule):
         self.stage = checkpoint["stage"]
 
     def facts(self) -> dict[str, Any]:
-        return {**super().facts(), "w_min": self.w_min, "w_max": self.w_max, "students": self.steps}
+        return {**super().facts(), "w_min": self.w_min, "w_max": self.w_max, "students": self.students}
 
     def more_networks(self) -> dict[str, Path]:
-        return {f"unet_{steps}": self.folder_of(steps) for steps in self.steps[:-1]}
+        folders = {f"unet_{steps}": self.folder_of(steps) for steps in self.students[:-1]}
+        if missing := [folder for folder in folders.values() if not folder.is_dir()]:
+            raise UserError(f"the finished student {missing[0]} is not there: copy it from the run that wrote the checkpoint")
+        return folders

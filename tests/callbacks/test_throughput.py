@@ -39,7 +39,7 @@ def test_a_step_is_counted_as_what_runs(kind, training, data, fit, monkeypatch):
         return loss
 
     monkeypatch.setattr(module, "training_step", watched)
-    fit(module, data(), 1, callbacks=[callback])
+    fit(module, data(), 6, max_epochs=1, limit_train_batches=1, callbacks=[callback])
     assert callback.flop_per_image == pytest.approx(counted[0], rel=0.03)
     assert module.calls is None
 

@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from lcm import command_line
-from lcm.command_line import CONF, build, check_composed, check_overrides, compose, dotted_keys
+from lcm.command_line import CONF, build, check_composed, check_overrides, compose, dotted_keys, pick_device
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 FULL_SIZE = {
@@ -108,6 +108,25 @@ def test_every_part_of_the_bench_is_given_what_it_takes(size):
 @pytest.mark.parametrize("program", ["train", "sample", "evaluate", "encode", "inspect", "manifest", "bench", "export"])
 def test_program_configs_compose(program):
     assert "hydra" not in compose(program, [])
+
+
+@pytest.mark.parametrize("program", ["evaluate", "encode"])
+@pytest.mark.parametrize(
+    "names",
+    [("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")],
+    ids=["torchrun", "srun"],
+)
+def test_programs_that_share_out_work_know_their_place_and_gpu(program, names, monkeypatch):
+    for name, value in zip(names, ("5", "8", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    cfg = compose(program, [])
+    assert (cfg.rank, cfg.world_size, cfg.local_rank) == (5, 8, 1)
+    chosen = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    assert pick_device("auto", cfg.local_rank) == "cuda"
+    assert chosen == [1]
 
 
 @pytest.mark.parametrize("name", SEARCHES)

@@ -191,6 +191,22 @@ def test_a_damaged_image_is_left_out_of_a_validation_pass(tmp_path: Path) -> Non
     assert [len(batch["keys"]) for batch in batches] == [3, 4]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_have_as_many_batches_of_a_damaged_validation_pass(tmp_path: Path, workers: int) -> None:
+    """Sample 3 is rank 1's whole share of the second batch."""
+    shard, options = sound(tmp_path, 5), {"shuffle": 0, "batch_size": 1, "world_size": 2}
+    shares = [take(pixels([shard], rank=rank, **options), workers=workers) for rank in (0, 1)]
+    seen = [[key.rpartition("/")[2] for key in keys(share)] for share in shares]
+    assert seen == [["0-00", "0-02", "0-04"], ["0-01", "0-02", "0-05"]]
+    assert [batch["skipped"].get("image", 0) for batch in shares[1]] == [0, 1, 0]
+
+
+def test_a_pass_of_which_nothing_decodes_ends_where_ranks_share_it(urls: list[str]) -> None:
+    assert take(stream(urls, shuffle=0, decode=refuse)) == []
+    with pytest.raises(UserError, match="no sample of this data could be decoded"):
+        take(stream(urls, shuffle=0, decode=refuse, rank=1, world_size=2))
+
+
 def test_training_on_batches_of_one_survives_a_damaged_image(tmp_path: Path) -> None:
     batches = take(pixels([sound(tmp_path, 5)], batch_size=1), 12)
     assert [len(batch["keys"]) for batch in batches] == 12 * [1]

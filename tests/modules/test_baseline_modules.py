@@ -1,6 +1,7 @@
 """Guided distillation goes through its stages; consistency models train and sample in their own form."""
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,18 @@ import lightning as L
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
+from lcm.checkpoints.atomic import AtomicCheckpointIO
+from lcm.command_line import build, compose
 from lcm.core import sampling
 from lcm.core.consistency import cm_consistency_fn
 from lcm.core.networks import conditioned
 from lcm.core.timesteps import karras
 from lcm.errors import UserError
+from lcm.export import trained
 from lcm.models.generate import LatentModel
 from lcm.models.pipeline import load_unet
 from lcm.models.student import as_network
@@ -105,6 +110,21 @@ def test_guided_distillation_resumes_exactly_before_at_and_after_a_stage_s_end(
         assert torch.equal(vector(getattr(second, name)), vector(getattr(whole, name))), name
 
 
+@pytest.fixture
+def stopped(tiny_pipeline: Path, data: Make, fit: Make, tmp_path: Path) -> Make:
+    """`stopped(experiment, step)`: a run of 10 steps in tmp_path that was stopped there; gives its module."""
+
+    def run(experiment: str, step: int) -> Any:
+        base = "pipeline" if experiment == "ct_mini" else "teacher"
+        cfg = compose("train", [f"experiment={experiment}", f"model.{base}={tiny_pipeline}", "trainer.max_steps=10"])
+        OmegaConf.save(cfg, tmp_path / "config.yaml")
+        trainer = fit(module := build(cfg.model), data(), 10, callbacks=[StopAt(step)], plugins=[AtomicCheckpointIO()])
+        trainer.save_checkpoint(tmp_path / "checkpoints/last.ckpt")
+        return module
+
+    return run
+
+
 class StopAt(L.Callback):
     def __init__(self, step: int) -> None:
         self.step = step
@@ -116,8 +136,40 @@ class StopAt(L.Callback):
 def test_the_guided_teacher_never_changes(training: Make, data: Make, fit: Make) -> None:
     module = training("guided", lr=0.1)
     before = vector(module.frozen["teacher"])
-    fit(module, data(), 4)
+    fit(module, data(), 6)
     assert torch.equal(vector(module.frozen["teacher"]), before)
+
+
+def test_a_checkpoint_goes_on_in_another_run_with_its_students(training: Make, data: Make, fit: Make, tmp_path: Path) -> None:
+    first, old, new = training("guided", match_share=0.4), tmp_path / "0", tmp_path / "1"
+    trainer = fit(first, data(), 10, callbacks=[StopAt(9)], default_root_dir=old)
+    trainer.save_checkpoint(path := old / "checkpoints/last.ckpt")
+    second = training("guided", match_share=0.4)
+    fit(second, data(), 10, ckpt_path=str(path), default_root_dir=new)
+    second.save_model(str(new / "model"))
+    assert list(LatentModel.load(str(new / "model")).students) == [4, 2, 1]
+    shutil.rmtree(old / "students")
+    with pytest.raises(UserError, match=r"unet_4 is not there: copy it"):
+        fit(training("guided", match_share=0.4), data(), 10, ckpt_path=str(path), default_root_dir=tmp_path / "2")
+
+
+@pytest.mark.parametrize(("step", "students"), [(3, []), (6, [8]), (8, [8, 4])])
+def test_an_export_midway_has_the_students_there_are(step: int, students: list[int], stopped: Make, tmp_path: Path) -> None:
+    module = stopped("guided_distill_mini", step)
+    exported = trained(tmp_path, "last")
+    assert exported.facts() == module.facts()
+    exported.save_model(folder := str(tmp_path / "model"))
+    model = LatentModel.load(folder)
+    assert list(model.students) == students
+    assert torch.equal(vector(model.unet), vector(module.best_net).half().float())
+
+
+@pytest.mark.parametrize("max_steps", [-1, 4, 7])
+def test_a_training_that_leaves_a_stage_without_a_step_is_a_user_error(
+    max_steps: int, training: Make, data: Make, fit: Make
+) -> None:
+    with pytest.raises(UserError, match=rf"trainer\.max_steps={max_steps} leaves one of 5 stages"):
+        fit(training("guided", steps=[8, 4, 2, 1]), data(), max_steps, max_epochs=1, limit_train_batches=1)
 
 
 @pytest.mark.parametrize("steps", [[], [8, 4, 1], [4, 4]])
@@ -193,3 +245,39 @@ def test_the_grid_and_mu_of_consistency_training_grow(training: Make, data: Make
     assert list(sizes) == sorted(set(sizes))
     points = [grid_points(step / 4, 2, 40) for step in range(4)]
     assert list(decays) == pytest.approx([math.exp(2 * math.log(0.9) / n) for n in points])
+
+
+def test_the_grid_of_consistency_training_ends_with_every_timestep(training: Make) -> None:
+    module = training("ct", points=1000)
+    module.trainer = L.Trainer(max_steps=1000, accelerator="cpu", logger=False, enable_checkpointing=False)
+    module.grow(999)
+    assert module.now == 1000
+
+
+def test_a_checkpoint_of_consistency_training_is_of_the_grid_at_its_step(
+    training: Make, data: Make, fit: Make, tmp_path: Path
+) -> None:
+    first, second, path = training("ct", points=40), training("ct", points=40), tmp_path / "cut.ckpt"
+    fit(first, data(), 4, callbacks=[StopAt(2)]).save_checkpoint(path)
+    assert len(first.timesteps) < len(second.timesteps)
+    fit(second, data(), 4, ckpt_path=str(path), callbacks=[(start := AtStart())])
+    assert start.facts["timesteps"] == first.facts()["timesteps"]
+    assert start.ema_decay == first.ema_decay
+
+
+def test_an_export_of_consistency_training_is_of_the_grid_at_its_step(stopped: Make, tmp_path: Path) -> None:
+    module = stopped("ct_mini", 2)
+    assert trained(tmp_path, "last").facts() == module.facts()
+
+
+class AtStart(L.Callback):
+    """What a module is before its first batch."""
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        self.facts, self.ema_decay = module.facts(), module.ema_decay
+
+
+@pytest.mark.parametrize("max_steps", [-1, 0])
+def test_consistency_training_without_a_length_is_a_user_error(max_steps: int, training: Make, data: Make, fit: Make) -> None:
+    with pytest.raises(UserError, match=r"trainer\.max_steps"):
+        fit(training("ct"), data(), max_steps, max_epochs=1, limit_train_batches=1)

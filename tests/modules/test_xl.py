@@ -143,7 +143,7 @@ def test_a_student_is_distilled_saved_and_sampled_by_diffusers_alike(
 def test_every_method_trains_it(kind: str, xl_pipeline: Path, codec: LatentCodec, data: Any, fit: Any) -> None:
     module = new_module(xl_pipeline, kind)
     before = [p.detach().clone() for p in module.net.parameters() if p.requires_grad]
-    fit(module, data(codec=codec), 1)
+    fit(module, data(codec=codec), 6, max_epochs=1, limit_train_batches=1)
     trained = [p for p in module.net.parameters() if p.requires_grad]
     assert any(not torch.equal(p, old) for p, old in zip(trained, before, strict=True))
 
