@@ -14,7 +14,7 @@ from lcm.core.ema import ema_update_
 from lcm.core.objectives.consistency import draw
 from lcm.core.random import generator
 from lcm.models.flops import forward_flop, matmul_tflops
-from lcm.modules.distillation import ConsistencyDistillation
+from lcm.modules.distillation import LatentConsistencyDistillation
 
 
 def seconds(run: Callable[[], Any], repeats: int) -> float:
@@ -30,7 +30,7 @@ def seconds(run: Callable[[], Any], repeats: int) -> float:
 def measure(*, experiment: list[str], resolution: int, caption: str, repeats: int, matmul_size: int) -> Table:
     """experiment: overrides of `train.py` that compose a latent consistency distillation with a target network."""
     cfg, device = compose("train", experiment), pick_device("auto")
-    module: ConsistencyDistillation = build(cfg.model)
+    module: LatentConsistencyDistillation = build(cfg.model)
     codec, batch_size = build(cfg.data.codec).to(device), cfg.data.batch_size
     module.to(device)
     if module.compile_networks:

@@ -16,7 +16,7 @@ from lcm.core.objectives.consistency import draw
 from lcm.core.random import generator
 from lcm.data.codec import LatentCodec
 from lcm.models.student import as_network
-from lcm.modules.distillation import ConsistencyDistillation
+from lcm.modules.distillation import LatentConsistencyDistillation
 
 READING = (tar_file_expander, group_by_keys)  # what wds.tarfile_to_samples does with an opened shard
 
@@ -60,7 +60,7 @@ def _loader(shard: str, stages: list[Any], batch_size: int, workers: int) -> Ite
     return iter(wds.WebLoader(pipeline, batch_size=None, num_workers=workers))
 
 
-def distillation_step(module: ConsistencyDistillation, codec: LatentCodec, dtype: torch.dtype) -> Callable[..., float]:
+def distillation_step(module: LatentConsistencyDistillation, codec: LatentCodec, dtype: torch.dtype) -> Callable[..., float]:
     """`(pixels, captions) -> loss`: one update of the module's student, by our mathematics in their order of work.
 
     Images and captions are encoded each time, the float32 teacher is called for the condition and once more without, AdamW is

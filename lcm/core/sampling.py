@@ -15,7 +15,7 @@ from lcm.core.consistency import ConsistencyFn, consistency_fn
 from lcm.core.prediction import Denoise
 from lcm.core.schedule import NoiseSchedule
 from lcm.core.shapes import per_sample
-from lcm.core.solvers import eps_step, x0_step
+from lcm.core.solvers import Solver, eps_step, x0_step
 
 Noise = Callable[[], Tensor]
 
@@ -44,7 +44,7 @@ def ode(
     *,
     schedule: NoiseSchedule,
     noise: Noise,
-    solver: Callable[..., Tensor],
+    solver: Solver,
 ) -> Tensor:
     """Any solver of `lcm.core.solvers`, step after step."""
     for t, s in _steps(timesteps, z):

@@ -5,12 +5,16 @@ with caption, guidance and prediction type already bound, so a solver never sees
 lambda_t > 0. Second-order solvers call `denoise` twice.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from lcm.core.prediction import Denoise
 from lcm.core.schedule import NoiseSchedule
 from lcm.core.shapes import per_sample
+
+Solver = Callable[..., Tensor]
 
 
 def ddim(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, schedule: NoiseSchedule) -> Tensor:

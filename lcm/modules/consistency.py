@@ -1,6 +1,7 @@
 """What consistency distillations and trainings share: a student, its target network, the draws of a step."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from diffusers import UNet2DConditionModel
@@ -10,8 +11,9 @@ from lcm.core.batch import LatentBatch
 from lcm.core.ema import ema_update_
 from lcm.core.guidance import check_w_range
 from lcm.core.networks import Networks
-from lcm.core.objectives.consistency import Distance, draw
+from lcm.core.objectives.consistency import Distance, Loss, Objective, draw
 from lcm.core.schedule import NoiseSchedule
+from lcm.core.solvers import Solver
 from lcm.core.timesteps import points_of
 from lcm.errors import UserError
 from lcm.models.student import frozen_copy
@@ -21,13 +23,14 @@ from lcm.modules.latent import LatentModule
 class ConsistencyModule(LatentModule):
     """Trains a student `net` against `target_net`, its moving average.
 
+    timesteps: of the schedule's number of them, those t that are trained, `[N]` int64.
+    objective: see `lcm.core.objectives.consistency`; loss: the paper's d. w is drawn from [w_min, w_max].
     ema_decay: the paper's mu; 0 makes the student its own target, and no second copy exists.
-    timesteps: `[N]` int64, those t that are trained. w is drawn from [w_min, w_max].
-    loss: the paper's d.
+    teacher_net, solver: of a distillation, the network that is kept as it is, and the paper's Psi.
     """
 
     consistency = True
-    guided = True  # whether the student takes w
+    takes_w = True  # the student
     timesteps: Tensor
 
     def __init__(
@@ -35,9 +38,11 @@ class ConsistencyModule(LatentModule):
         net: UNet2DConditionModel,
         schedule: NoiseSchedule,
         *,
-        timesteps: Tensor,
-        objective: Callable[..., Any],
+        timesteps: Callable[[int], Tensor],
+        objective: Objective,
         loss: Distance,
+        teacher_net: UNet2DConditionModel | None = None,
+        solver: Solver | None = None,
         ema_decay: float = 0.95,
         w_min: float = 2.0,
         w_max: float = 14.0,
@@ -48,8 +53,10 @@ class ConsistencyModule(LatentModule):
         check_w_range(w_min, w_max)
         super().__init__(net, schedule, **kwargs)
         self.target_net = frozen_copy(self.net) if ema_decay else None
-        self.register_buffer("timesteps", timesteps, persistent=False)
-        self.objective, self.loss = objective, loss
+        self.register_buffer("timesteps", timesteps(schedule.num_timesteps), persistent=False)
+        self.objective, self.loss = objective if solver is None else partial(objective, solver=solver), loss
+        if teacher_net is not None:
+            self.frozen["teacher"] = teacher_net.eval()
         self.ema_decay, self.w_min, self.w_max = ema_decay, w_min, w_max
 
     def networks(self) -> Networks:
@@ -67,7 +74,7 @@ class ConsistencyModule(LatentModule):
         loss, _ = self.consistency_step(batch, batch_idx, "val")
         self.log("val/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
 
-    def consistency_step(self, batch: LatentBatch, batch_idx: int, stage: str) -> tuple[Tensor, dict[str, Tensor]]:
+    def consistency_step(self, batch: LatentBatch, batch_idx: int, stage: str) -> Loss:
         options = {"timesteps": self.timesteps, "w_min": self.w_min, "w_max": self.w_max}
         draws = self.draws(draw, batch.z0, batch_idx, stage, **options)
         return self.objective(
@@ -80,5 +87,5 @@ class ConsistencyModule(LatentModule):
             ema_update_(self.target_net.parameters(), self.net.parameters(), self.ema_decay, self.gate)
 
     def facts(self) -> dict[str, Any]:
-        w_range = {"w_min": self.w_min, "w_max": self.w_max} if self.guided else {}
+        w_range = {"w_min": self.w_min, "w_max": self.w_max} if self.takes_w else {}
         return {**super().facts(), **w_range, "points": points_of(self.timesteps, self.schedule.num_timesteps)}

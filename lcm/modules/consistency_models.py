@@ -1,35 +1,35 @@
 """The older consistency models, without guidance: distillation and training (2303.01469, Algorithms 2 and 3)."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from diffusers import UNet2DConditionModel
-from torch import Tensor
 
 from lcm.core.consistency import cm_consistency_fn
+from lcm.core.objectives.consistency import Objective
 from lcm.core.schedule import NoiseSchedule
+from lcm.core.solvers import Solver
 from lcm.core.timesteps import karras
 from lcm.errors import UserError
 from lcm.models.student import unet_like
 from lcm.modules.consistency import ConsistencyModule
 
 
-class ConsistencyModel(ConsistencyModule):
+class UnguidedConsistencyModule(ConsistencyModule):
     """A student without w, in the paper's own parametrisation, on neighbours of a grid of `points` Karras timesteps.
 
     sigma_data: standard deviation of the latents, see `cm_consistency_fn`.
     """
 
-    guided = False
+    takes_w = False
 
     def __init__(
         self,
         net: UNet2DConditionModel,
         schedule: NoiseSchedule,
         *,
-        objective: Callable[..., Any],
+        objective: Objective,
         points: int = 18,
         sigma_data: float = 1.0,
         **kwargs: Any,
@@ -38,7 +38,7 @@ class ConsistencyModel(ConsistencyModule):
         super().__init__(
             unet_like(net),
             schedule,
-            timesteps=karras(schedule, points=points)[1:],
+            timesteps=lambda _: karras(schedule, points=points)[1:],
             objective=partial(objective, f=f),
             w_min=0.0,
             w_max=0.0,
@@ -50,7 +50,7 @@ class ConsistencyModel(ConsistencyModule):
         return {**super().facts(), "sigma_data": self.sigma_data, "timesteps": self.timesteps.tolist()}
 
 
-class ConsistencyModelDistillation(ConsistencyModel):
+class ConsistencyModelDistillation(UnguidedConsistencyModule):
     """CD: distils the UNet of the pipeline `teacher`, whose ODE `solver` (the paper's Phi) follows without guidance."""
 
     def __init__(
@@ -59,15 +59,13 @@ class ConsistencyModelDistillation(ConsistencyModel):
         schedule: NoiseSchedule,
         *,
         teacher: str,
-        objective: Callable[..., Any],
-        solver: Callable[..., Tensor],
+        solver: Solver,
         **kwargs: Any,
     ) -> None:
-        super().__init__(net, schedule, pipeline=teacher, objective=partial(objective, solver=solver), **kwargs)
-        self.frozen["teacher"] = net.eval()
+        super().__init__(net, schedule, pipeline=teacher, teacher_net=net, solver=solver, **kwargs)
 
 
-class ConsistencyModelTraining(ConsistencyModel):
+class ConsistencyModelTraining(UnguidedConsistencyModule):
     """CT: without a teacher. The grid grows from `first_points` to `points`, and mu with it (appendix C).
 
     `N(k) = ceil(sqrt(k / K ((s_1 + 1)^2 - s_0^2) + s_0^2) - 1) + 1`, `mu(k) = exp(s_0 log(mu_0) / N(k))`, mu_0 = ema_decay.

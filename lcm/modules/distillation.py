@@ -1,21 +1,18 @@
 """Latent consistency distillation (LCM, Algorithm 1)."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from diffusers import UNet2DConditionModel
-from torch import Tensor
 
 from lcm.core.schedule import NoiseSchedule
+from lcm.core.solvers import Solver
 from lcm.models.student import make_student
 from lcm.modules.consistency import ConsistencyModule
 
 
-class ConsistencyDistillation(ConsistencyModule):
+class LatentConsistencyDistillation(ConsistencyModule):
     """Distils `net`, the UNet of the pipeline `teacher`, into a w-conditioned student that starts as its copy.
 
-    objective: `lcm.core.objectives.distillation.latent_consistency_distillation` or alike; solver: the paper's Psi.
     zero_init: whether the projection of w starts at zero; if not, the student starts as another network.
     """
 
@@ -25,11 +22,9 @@ class ConsistencyDistillation(ConsistencyModule):
         schedule: NoiseSchedule,
         *,
         teacher: str,
-        objective: Callable[..., Any],
-        solver: Callable[..., Tensor],
+        solver: Solver,
         zero_init: bool = True,
         **kwargs: Any,
     ) -> None:
-        student, objective = make_student(net, zero_init=zero_init), partial(objective, solver=solver)
-        super().__init__(student, schedule, pipeline=teacher, objective=objective, **kwargs)
-        self.frozen["teacher"] = net.eval()
+        student = make_student(net, zero_init=zero_init)
+        super().__init__(student, schedule, pipeline=teacher, teacher_net=net, solver=solver, **kwargs)

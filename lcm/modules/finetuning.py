@@ -9,7 +9,7 @@ from lcm.models.student import make_student
 from lcm.modules.consistency import ConsistencyModule
 
 
-class ConsistencyFineTuning(ConsistencyModule):
+class LatentConsistencyFineTuning(ConsistencyModule):
     """Fine-tunes a copy of `net`, the UNet of the consistency model `student`, on another dataset without a teacher.
 
     zero_init: as in distillation, of a UNet that does not take w yet.

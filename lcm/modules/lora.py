@@ -1,13 +1,13 @@
 """Latent consistency distillation into adapters (LCM-LoRA, 2311.05556): Algorithm 1 with little to train and to save."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import nn
 
 from lcm.core.schedule import NoiseSchedule
+from lcm.core.solvers import Solver
 from lcm.errors import UserError
 from lcm.models.lora import TARGETS, is_of_adapter, with_adapters
 from lcm.modules.consistency import ConsistencyModule
@@ -21,7 +21,7 @@ class LoRADistillation(ConsistencyModule):
     its own target, and an average is one of the adapters alone. A checkpoint holds the adapters and their averages.
     """
 
-    guided = False
+    takes_w = False
 
     def __init__(
         self,
@@ -29,8 +29,7 @@ class LoRADistillation(ConsistencyModule):
         schedule: NoiseSchedule,
         *,
         teacher: str,
-        objective: Callable[..., Any],
-        solver: Callable[..., Tensor],
+        solver: Solver,
         rank: int = 64,
         alpha: int | None = None,
         target_modules: Sequence[str] = TARGETS,
@@ -39,9 +38,9 @@ class LoRADistillation(ConsistencyModule):
     ) -> None:
         alpha = rank if alpha is None else alpha
         student = with_adapters(net, rank=rank, alpha=alpha, target_modules=target_modules)
-        objective = partial(objective, solver=solver)
-        super().__init__(student, schedule, pipeline=teacher, objective=objective, ema_decay=ema_decay, **kwargs)
-        self.frozen["teacher"], self.rank, self.alpha = net.eval(), rank, alpha
+        options = {"teacher_net": net, "solver": solver, "ema_decay": ema_decay, **kwargs}
+        super().__init__(student, schedule, pipeline=teacher, **options)
+        self.rank, self.alpha = rank, alpha
         self.register_state_dict_post_hook(leave_out_frozen)
         self.register_load_state_dict_post_hook(expect_no_frozen)
 

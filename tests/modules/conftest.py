@@ -23,8 +23,8 @@ from lcm.models.pipeline import load_codec, load_unet
 from lcm.modules.base import TrainedModule
 from lcm.modules.consistency_models import ConsistencyModelDistillation, ConsistencyModelTraining
 from lcm.modules.diffusion import LatentDiffusion
-from lcm.modules.distillation import ConsistencyDistillation
-from lcm.modules.finetuning import ConsistencyFineTuning
+from lcm.modules.distillation import LatentConsistencyDistillation
+from lcm.modules.finetuning import LatentConsistencyFineTuning
 from lcm.modules.guided_distillation import GuidedDistillation
 from lcm.modules.lora import LoRADistillation
 from lcm.modules.lr_schedules import constant
@@ -56,15 +56,15 @@ def new_module(tiny_pipeline: Path, kind: str, **options: Any) -> TrainedModule:
     if kind == "ct":
         method = {"pipeline": base, "objective": consistency_training, "loss": losses.l2}
         return ConsistencyModelTraining(net, NoiseSchedule(), **{**method, **options})
-    grid = {"timesteps": timesteps.grid(), "loss": partial(losses.huber, c=0.1)}
+    grid = {"timesteps": timesteps.grid, "loss": partial(losses.huber, c=0.1)}
     if kind == "distillation":
         method = {"teacher": base, "objective": latent_consistency_distillation, "solver": solvers.ddim}
-        return ConsistencyDistillation(net, NoiseSchedule(), **{**grid, **method, **options})
+        return LatentConsistencyDistillation(net, NoiseSchedule(), **{**grid, **method, **options})
     if kind == "lora":
         method = {"teacher": base, "objective": latent_consistency_distillation, "solver": solvers.ddim, "rank": 4}
         return LoRADistillation(net, NoiseSchedule(), **{**grid, **method, **options})
     method = {"student": base, "objective": latent_consistency_finetuning}
-    return ConsistencyFineTuning(net, NoiseSchedule(), **{**grid, **method, **options})
+    return LatentConsistencyFineTuning(net, NoiseSchedule(), **{**grid, **method, **options})
 
 
 @pytest.fixture(scope="session")

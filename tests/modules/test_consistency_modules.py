@@ -1,6 +1,7 @@
 """Distillation and fine-tuning: the teacher stays, the student starts as it, the target follows the student."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 from lcm.core.batch import LatentBatch
+from lcm.core.schedule import NoiseSchedule
 from lcm.core.timesteps import full, grid
 from lcm.data.codec import LatentCodec
 from lcm.errors import UserError
 from lcm.models.generate import LatentModel
 from lcm.models.pipeline import is_consistency_model, load_schedule, load_unet, training_facts
 from lcm.models.student import as_network
-from lcm.modules.finetuning import ConsistencyFineTuning
+from lcm.modules.finetuning import LatentConsistencyFineTuning
 
 Make = Callable[..., Any]
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
@@ -157,7 +159,7 @@ def test_a_student_is_sampled_at_timesteps_that_it_was_trained_at(
     kind: str, points: int | None, training: Make, codec: LatentCodec, tmp_path: Path
 ) -> None:
     """Here and in diffusers; on the grid of 50 points where training had the whole schedule."""
-    module = training(kind, timesteps=grid(points=points) if points else full())
+    module = training(kind, timesteps=partial(grid, points=points) if points else full)
     module.save_model(folder := str(tmp_path / "model"))
     scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
     scheduler.set_timesteps(4)
@@ -166,6 +168,17 @@ def test_a_student_is_sampled_at_timesteps_that_it_was_trained_at(
         assert set(place(4)) <= set(module.timesteps.tolist())
         assert place(4) == scheduler.timesteps.tolist()
         assert place(points or 50)[-1] == 1000 // (points or 50) - 1
+
+
+def test_trained_timesteps_are_of_the_models_schedule(training: Make, tiny_pipeline: Path) -> None:
+    of = training("finetuning")
+    options = {"optimizer": of.make_optimizer, "lr_schedule": of.make_lr_schedule, "loss": of.loss, "objective": of.objective}
+    short = NoiseSchedule(num_train_timesteps=500)
+    for timesteps, first in ((grid, 9), (full, 20)):
+        tuned = LatentConsistencyFineTuning(
+            load_unet(str(tiny_pipeline)), short, student=str(tiny_pipeline), timesteps=timesteps, **options
+        )
+        assert (tuned.timesteps[0], tuned.timesteps[-1]) == (first, 499)
 
 
 def test_the_projection_of_w_learns_faster_by_its_scale(training: Make, data: Make, fit: Make) -> None:
@@ -185,8 +198,8 @@ def test_a_student_is_fine_tuned_as_it_is(training: Make, data: Make, fit: Make,
     distilled.save_model(folder := str(tmp_path / "student"))
     options = {"optimizer": distilled.make_optimizer, "lr_schedule": distilled.make_lr_schedule, "loss": distilled.loss}
     objective = training("finetuning").objective
-    tuned = ConsistencyFineTuning(
-        load_unet(folder), load_schedule(folder), student=folder, timesteps=distilled.timesteps, objective=objective, **options
+    tuned = LatentConsistencyFineTuning(
+        load_unet(folder), load_schedule(folder), student=folder, timesteps=grid, objective=objective, **options
     )
     assert torch.equal(parameters_to_vector(tuned.net.parameters()), parameters_to_vector(load_unet(folder).parameters()))
     assert float(tuned.net.time_embedding.cond_proj.weight.detach().abs().sum()) > 0

@@ -1,4 +1,7 @@
-"""What distillation and fine-tuning share: the draws of a step and the consistency loss between two points of a path."""
+"""What consistency objectives share: the draws of a step and the consistency loss between two points of a path.
+
+An objective is `(nets, batch, draws, *, schedule, timesteps, distance) -> (loss, logs)`, of a distillation also with `solver`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +16,8 @@ from lcm.core.networks import Networks, conditioned
 from lcm.core.schedule import NoiseSchedule
 
 Distance = Callable[[Tensor, Tensor], Tensor]
+Loss = tuple[Tensor, dict[str, Tensor]]  # a scalar to minimise, and what to log beside it
+Objective = Callable[..., Loss]
 
 
 @dataclass
@@ -41,7 +46,7 @@ def consistency_loss(
     schedule: NoiseSchedule,
     distance: Distance,
     f: ConsistencyFn = consistency_fn,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> Loss:
     """`d(f_theta(z_t, w, c, t), f_theta-(z_s, w, c, s))` for far = (z_t, t) and near = (z_s, s); mean over the batch.
 
     The target comes first, with the random state put back after it: where a network has dropout both draw the same mask.

@@ -1,15 +1,14 @@
 """Consistency models of 2303.01469: distillation (Algorithm 2) and training (Algorithm 3), without guidance."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from lcm.core.batch import LatentBatch
 from lcm.core.consistency import ConsistencyFn
 from lcm.core.networks import Networks, conditioned
-from lcm.core.objectives.consistency import ConsistencyDraws, Distance, consistency_loss
+from lcm.core.objectives.consistency import ConsistencyDraws, Distance, Loss, consistency_loss
 from lcm.core.schedule import NoiseSchedule
+from lcm.core.solvers import Solver
 from lcm.core.timesteps import neighbours
 
 
@@ -20,10 +19,10 @@ def consistency_distillation(
     *,
     schedule: NoiseSchedule,
     timesteps: Tensor,
-    solver: Callable[..., Tensor],
+    solver: Solver,
     distance: Distance,
     f: ConsistencyFn,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> Loss:
     """The student at t_{n+1} agrees with its target at t_n, one solver step of the teacher nearer the data: k = 1.
 
     timesteps: `[N - 1]` ascending, the grid above t_min = 0; draws.index: n, of them.
@@ -45,7 +44,7 @@ def consistency_training(
     timesteps: Tensor,
     distance: Distance,
     f: ConsistencyFn,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> Loss:
     """As distillation, but without a teacher: z_t and z_s are the same z0 noised with the same eps."""
     t, s = neighbours(timesteps, draws.index)
     z_t = schedule.add_noise(batch.z0, draws.eps, t)

@@ -1,14 +1,13 @@
 """Latent consistency distillation (LCM, Algorithm 1)."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from lcm.core.batch import LatentBatch
 from lcm.core.networks import Networks, guided
-from lcm.core.objectives.consistency import ConsistencyDraws, Distance, consistency_loss
+from lcm.core.objectives.consistency import ConsistencyDraws, Distance, Loss, consistency_loss
 from lcm.core.schedule import NoiseSchedule
+from lcm.core.solvers import Solver
 from lcm.core.timesteps import skip_pair
 
 
@@ -19,10 +18,10 @@ def latent_consistency_distillation(
     *,
     schedule: NoiseSchedule,
     timesteps: Tensor,
-    solver: Callable[..., Tensor],
+    solver: Solver,
     distance: Distance,
     skip_steps: int = 20,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> Loss:
     """The student at t agrees with its target at s, one guided solver step of the teacher nearer the data."""
     t, s = skip_pair(timesteps, draws.index, skip_steps)  # t_{n+k}, t_n
     z_t = schedule.add_noise(batch.z0, draws.eps, t)

@@ -6,11 +6,9 @@ from torch import Tensor
 from lcm.core.batch import LatentBatch
 from lcm.core.condition import Condition
 from lcm.core.networks import Network, conditioned, guided
-from lcm.core.objectives.consistency import ConsistencyDraws
+from lcm.core.objectives.consistency import ConsistencyDraws, Loss
 from lcm.core.schedule import NoiseSchedule
 from lcm.core.solvers import ddim
-
-Loss = tuple[Tensor, dict[str, Tensor]]
 
 
 def match_guided_teacher(
