@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> None:
     model.check_w(cfg.w)
     repeated = [prompt for prompt in prompts for _ in range(cfg.images_per_prompt)]
     seeds = [cfg.seed + i for i in range(len(repeated))]
-    sampler = build(cfg.solver) or None
+    sampler = build(cfg.solver)
     settings = {"pipeline": name, "steps": cfg.steps, "w": cfg.w, "solver": cfg.solver._target_ if sampler else "auto"}
     batches = model.images(repeated, seeds, steps=cfg.steps, w=cfg.w, sampler=sampler, batch_size=cfg.batch_size)
     images = []

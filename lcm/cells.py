@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from lcm.command_line import CONF, build
+from lcm.command_line import CONF, build, plain
 from lcm.errors import UserError
 from lcm.files import digest
 from lcm.metrics.features import Extractor, fingerprint, joined, save
@@ -100,7 +100,7 @@ def make_sampler(name: str, solver: Any) -> Sampler | None:
         if solver not in known:
             raise UserError(f"entries.{name}.solver={solver} is none of {', '.join(known)}")
         solver = OmegaConf.load(CONF / "solver" / f"{solver}.yaml")
-    return build(solver) or None
+    return build(solver)
 
 
 def drawn_by(model: LatentModel, dtype: str) -> dict[str, Any]:
@@ -120,10 +120,6 @@ def drawn_by(model: LatentModel, dtype: str) -> dict[str, Any]:
 
 def listed(values: Any) -> list[Any]:
     return list(values) if OmegaConf.is_list(values) else [values]
-
-
-def plain(node: Any) -> Any:
-    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
 def chunks_of(cell: Cell, prompts: list[str], cfg: DictConfig) -> list[Chunk]:

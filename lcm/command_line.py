@@ -192,9 +192,9 @@ def dotted_keys(node: Any, prefix: str = "") -> list[str]:
 
 
 def build(node: Any) -> Any:
-    """`instantiate` of what is allowed, with plain containers; a constructor's complaint becomes a UserError."""
+    """`instantiate` of what is allowed, with plain containers; None of nothing. A constructor's complaint is a UserError."""
     if not node:
-        return {}
+        return None
     node = node if OmegaConf.is_config(node) else OmegaConf.create(node, flags={"allow_objects": True})
     check_targets(plain(node))
     try:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lcm import report
 from lcm.cells import SHOWN, Chunk, chunks_of, make_cells
-from lcm.command_line import build, output_folder, pick_device, program, read_prompts
+from lcm.command_line import build, build_all, output_folder, pick_device, program, read_prompts
 from lcm.data.captions import read_captions
 from lcm.errors import UserError
 from lcm.metrics.features import METRICS, Extractor, joined, scores
@@ -84,12 +84,12 @@ def evaluate(cfg: DictConfig) -> None:
     check(cfg)
     folder, device = output_folder(cfg.output), pick_device(cfg.device, cfg.local_rank)
     prompts, different = make_prompts(cfg)
-    extract = Extractor(build(cfg.backbone), build(cfg.get("fid_backbone")) or None, resolution=cfg.resolution).to(device)
+    extract = Extractor(build(cfg.backbone), build(cfg.get("fid_backbone")), resolution=cfg.resolution).to(device)
     cells = make_cells(cfg, extract, device)
     chunks = [chunk for cell in cells for chunk in chunks_of(cell, prompts, cfg)]
     if cfg.rank:
         return draw(chunks[cfg.rank :: cfg.world_size], extract, cfg.batch_size, quiet=True)
-    reference = cfg.get("reference") or cfg.shards
+    reference = cfg.reference or cfg.shards
     real = extract.reference(reference, cfg.reference_cache, option="reference" if cfg.reference else "shards")
     found = warnings(extract, cfg.samples, len(real["clip"]))
     draw(chunks[:: cfg.world_size], extract, cfg.batch_size, quiet=False)
@@ -101,7 +101,7 @@ def evaluate(cfg: DictConfig) -> None:
         values = scores(joined(parts), real, cfg.metrics, device)
         rows.append({"name": cell.name, "steps": cell.steps, "w": cell.w, **values})
     footer = report.footer(cfg, extract, real=real, different=different, reference=str(reference), warnings=found)
-    report.write(folder, rows, footer, shown, prompts, cfg, list(build(cfg.get("logger")).values()))
+    report.write(folder, rows, footer, shown, prompts, cfg, build_all(cfg.get("logger")))
 
 
 @program("evaluate")

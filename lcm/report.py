@@ -19,12 +19,11 @@ from torch import Tensor
 
 from lcm.callbacks.samples import log_picture
 from lcm.images import columns_to_rows, grid, steps_label
-from lcm.metrics.features import Extractor, Features, scores
+from lcm.metrics.features import DISTANCES, Extractor, Features, scores
 from lcm.redaction import redacted
 
 Row = dict[str, Any]  # name, steps, w, and a value a metric
 TITLES = {"fid": "FID", "clip_score": "CLIP", "kid": "KID x 1000", "cmmd": "CMMD"}
-LOG_SCALED = ("fid", "kid", "cmmd")
 
 
 def write(
@@ -116,7 +115,7 @@ def plot(rows: Sequence[Row], metrics: Sequence[str], x: str, line: Callable[[Ro
                 axes.set_xscale("log", base=2)
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
-            if metric in LOG_SCALED and min(row[metric] for row in rows) > 0:
+            if metric in DISTANCES and min(row[metric] for row in rows) > 0:
                 axes.set_yscale("log")
                 axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes.yaxis.set_major_formatter(ScalarFormatter())
@@ -124,7 +123,7 @@ def plot(rows: Sequence[Row], metrics: Sequence[str], x: str, line: Callable[[Ro
             axes.set(
                 xlabel=x,
                 ylabel=TITLES[metric],
-                title=f"{TITLES[metric]} ({'lower' if metric in LOG_SCALED else 'higher'} is better)",
+                title=f"{TITLES[metric]} ({'lower' if metric in DISTANCES else 'higher'} is better)",
             )
             axes.grid(alpha=0.25)
         handles, labels = axes.get_legend_handles_labels()

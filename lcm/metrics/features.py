@@ -24,7 +24,8 @@ from lcm.metrics.clip import ClipBackbone
 from lcm.metrics.inception import InceptionBackbone
 
 Features = dict[str, Tensor]  # "clip" and "text" [N, D], "fid" [N, F] where that backbone is another one; float32
-METRICS = ("fid", "kid", "cmmd", "clip_score")
+DISTANCES = ("fid", "kid", "cmmd")  # the lower the better
+METRICS = (*DISTANCES, "clip_score")
 
 
 class Extractor:
