@@ -6,9 +6,15 @@ from tqdm import tqdm
 
 from lcm.command_line import build, output_folder, pick_device, program, read_prompts
 from lcm.data.captions import read_captions
+from lcm.data.shards import expand_urls
+from lcm.data.source import Source
 from lcm.images import grid, save_png, to_pil
 from lcm.models.generate import LatentModel
 from lcm.runs import find_pipeline
+
+
+def captions(cfg: DictConfig) -> list[str]:
+    return read_captions(Source(expand_urls(cfg.val_shards, "val_shards"), cache=build(cfg.cache) or None))
 
 
 @program("sample")
@@ -16,7 +22,7 @@ from lcm.runs import find_pipeline
 def main(cfg: DictConfig) -> None:
     """Load a pipeline folder, sample every prompt `images_per_prompt` times, write PNGs and a grid."""
     folder = output_folder(cfg.output)
-    prompts = read_prompts(cfg.prompts, lambda: read_captions(cfg.val_shards, option="val_shards"))
+    prompts = read_prompts(cfg.prompts, lambda: captions(cfg))
     name = find_pipeline(cfg.pipeline, cfg.paths.runs)
     model = LatentModel.load(name, device=pick_device(cfg.device), dtype=getattr(torch, cfg.dtype), compile=cfg.compile)
     model.check_w(cfg.w)

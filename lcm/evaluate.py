@@ -17,15 +17,21 @@ from lcm import report
 from lcm.cells import SHOWN, Chunk, chunks_of, make_cells
 from lcm.command_line import build, build_all, output_folder, pick_device, program, read_prompts
 from lcm.data.captions import read_captions
+from lcm.data.shards import expand_urls
+from lcm.data.source import Source
 from lcm.errors import UserError
 from lcm.metrics.features import METRICS, Extractor, joined, scores
 
 log = logging.getLogger(__name__)
 
 
+def shards(cfg: DictConfig, option: str) -> Source:
+    return Source(expand_urls(cfg[option], option), cache=build(cfg.cache) or None)
+
+
 def make_prompts(cfg: DictConfig) -> tuple[list[str], int]:
     """`samples` prompts, the known ones again and again if they are fewer, and how many are different."""
-    known = read_prompts(cfg.prompts, lambda: read_captions(cfg.shards, cfg.samples))[: cfg.samples]
+    known = read_prompts(cfg.prompts, lambda: read_captions(shards(cfg, "shards"), cfg.samples))[: cfg.samples]
     if not known:
         raise UserError(f"there are no captions in prompts={cfg.prompts} (shards={cfg.shards}): give others")
     return [known[i % len(known)] for i in range(cfg.samples)], len(known)
@@ -89,8 +95,8 @@ def evaluate(cfg: DictConfig) -> None:
     chunks = [chunk for cell in cells for chunk in chunks_of(cell, prompts, cfg)]
     if cfg.rank:
         return draw(chunks[cfg.rank :: cfg.world_size], extract, cfg.batch_size, quiet=True)
-    reference = cfg.reference or cfg.shards
-    real = extract.reference(reference, cfg.reference_cache, option="reference" if cfg.reference else "shards")
+    reference = "reference" if cfg.reference else "shards"
+    real = extract.reference(shards(cfg, reference), cfg.reference_cache)
     found = warnings(extract, cfg.samples, len(real["clip"]))
     draw(chunks[:: cfg.world_size], extract, cfg.batch_size, quiet=False)
     wait(chunks, cfg.patience)
@@ -100,7 +106,7 @@ def evaluate(cfg: DictConfig) -> None:
         shown.append(parts[0].pop("images")[: cfg.grid_rows])
         values = scores(joined(parts), real, cfg.metrics, device)
         rows.append({"name": cell.name, "steps": cell.steps, "w": cell.w, **values})
-    footer = report.footer(cfg, extract, real=real, different=different, reference=str(reference), warnings=found)
+    footer = report.footer(cfg, extract, real=real, different=different, reference=str(cfg[reference]), warnings=found)
     report.write(folder, rows, footer, shown, prompts, cfg, build_all(cfg.get("logger")))
 
 

@@ -5,6 +5,8 @@ import json
 import os
 import sys
 import uuid
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict
+from torch.distributed import Store, rendezvous
 
 from lcm.checkpoints.integrity import LAST, PREVIOUS, damage
 from lcm.errors import UserError
@@ -30,12 +33,12 @@ def start_run(cfg: DictConfig) -> Path:
     run_id = cfg.paths.run_id
     if run_id is not None and HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
         run_id = f"{run_id}-{HydraConfig.get().job.num}"  # one job may run a whole sweep
-    if run_id is None and "LOCAL_RANK" in os.environ:
-        run_id = os.environ.get("LCM_RUN_ID")  # this process was launched by the one that chose
-    if run_id is None and cfg.ckpt_path == "last":
-        run_id = next((n for n in reversed(run_numbers(parent)) if saved(parent / str(n) / CHECKPOINTS)), None)
     try:
-        run_dir = parent / str(run_id) if run_id is not None else next_run(parent)
+        if run_id is None and "TORCHELASTIC_RUN_ID" in os.environ:
+            run_id = agreed(lambda: choose(parent, cfg.ckpt_path))
+        elif run_id is None and "LOCAL_RANK" in os.environ:
+            run_id = os.environ.get("LCM_RUN_ID")  # this process was launched by the one that chose
+        run_dir = parent / str(choose(parent, cfg.ckpt_path) if run_id is None else run_id)
         run_dir.mkdir(parents=True, exist_ok=True)
         wandb_id = identify(run_dir)
     except OSError as error:
@@ -46,6 +49,30 @@ def start_run(cfg: DictConfig) -> Path:
     with open_dict(cfg):
         cfg.paths.run_dir, cfg.paths.wandb_id = str(run_dir), wandb_id
     return run_dir
+
+
+def choose(parent: Path, ckpt_path: str | None) -> str:
+    """The name of the newest run to go on with, or of a new one, whose folder is made."""
+    if ckpt_path == "last":
+        for number in reversed(run_numbers(parent)):
+            if saved(parent / str(number) / CHECKPOINTS):
+                return str(number)
+    return next_run(parent).name
+
+
+def agreed(choose: Callable[[], str]) -> str:
+    """What the first of torchrun's processes chooses; the others learn it there."""
+    store, rank = meeting_place()
+    if rank == 0:
+        store.set("lcm run", choose())
+    return store.get("lcm run").decode()
+
+
+@cache
+def meeting_place() -> tuple[Store, int]:
+    """The store of torchrun's rendezvous, and this process' rank; kept, since the first process may be who serves it."""
+    store, rank, _ = next(rendezvous("env://"))
+    return store, rank
 
 
 @rank_zero_only

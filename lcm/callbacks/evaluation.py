@@ -20,8 +20,8 @@ from lcm.models.generate import LatentModel
 class Evaluation(L.Callback):
     """Every `every_n_steps` optimizer steps, and at the end, draws `samples` captions of `shards` at each of `steps`.
 
-    Logs `val/<metric>_<steps>_steps` against all images of `shards`; with `_raw` appended for the trained network beside its
-    average.
+    Logs `val/<metric>_<steps>_steps` against all images of `shards`, which are filtered and cached as the data's; with `_raw`
+    appended for the trained network beside its average.
 
     keep_best: the metric, such as `val/fid_4_steps`, by which the best checkpoint so far is kept as `folder`/best.ckpt: a high
     score, a low distance.
@@ -64,13 +64,14 @@ class Evaluation(L.Callback):
         names = [f"val/{metric}_{steps}_steps" for metric in self.metrics for steps in self.steps]
         if self.keep_best not in (None, *names):
             raise UserError(f"callbacks.evaluation.keep_best={self.keep_best} is not measured: choose of {', '.join(names)}")
-        known = read_captions(self.shards, self.samples, option="callbacks.evaluation.shards")
+        source = trainer.datamodule.reader(self.shards, "callbacks.evaluation.shards")  # type: ignore[attr-defined]
+        known = read_captions(source, self.samples)
         if not known:
             raise UserError(f"{self.shards} hold no captions: give others with callbacks.evaluation.shards")
         self.captions = [known[i % len(known)] for i in range(self.samples)]
         self.extract.to(module.device)
         if trainer.is_global_zero:
-            self.real = self.extract.reference(self.shards, self.reference_cache, option="callbacks.evaluation.shards")
+            self.real = self.extract.reference(source, self.reference_cache)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
         if trainer.global_step % self.every_n_steps == 0:

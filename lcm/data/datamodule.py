@@ -132,15 +132,16 @@ class ShardDataModule(L.LightningDataModule):
             log.warning("%d shards are in their manifest, but not there, such as %s", len(gone), gone[0])
 
     def _source(self, urls: str | list[str], option: str) -> Source:
-        found = expand_urls(urls, option, allow_pipe=self.allow_pipe)
-        measure = aspect if self.buckets else None
-        source = Source(
-            found, needs=self.decode.needs, filters=self.filters, measure=measure, cache=self.cache, index=self.index
-        )
+        source = self.reader(urls, option, needs=self.decode.needs, measure=aspect if self.buckets else None)
         source.check()
         if self.latents and self.codec is not None:
-            check_stamp(found, self.codec, self.resolution, self.captions)
+            check_stamp(source.urls, self.codec, self.resolution, self.captions)
         return source
+
+    def reader(self, urls: str | list[str], option: str, **of: Any) -> Source:
+        """Of any shards in the way of this data; option: the configuration's, for errors."""
+        found = expand_urls(urls, option, allow_pipe=self.allow_pipe)
+        return Source(found, filters=self.filters, cache=self.cache, index=self.index, **of)
 
     @property
     def world(self) -> tuple[int, int]:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lcm.data.captions import read_images
-from lcm.data.shards import expand_urls
 from lcm.data.source import Source
 from lcm.errors import UserError
 from lcm.files import digest, whole_file
@@ -56,16 +55,17 @@ class Extractor:
             features["fid"] = self.fid(images)
         return {name: value.cpu() for name, value in features.items()}
 
-    def reference(self, shards: str | list[str], folder: str | Path, *, option: str = "shards") -> Features:
-        """Features of all images of `shards`, kept in `folder` under what they depend on. Raises UserError for fewer than 2."""
-        urls = expand_urls(shards, option)
-        facts = {"shards": [Source.stamp(url) for url in urls], "crop": "centre", **self.facts}
+    def reference(self, source: Source, folder: str | Path) -> Features:
+        """Features of all its images, kept in `folder` under what they depend on. Raises UserError for fewer than 2."""
+        facts = {"shards": [Source.stamp(url) for url in source.urls], "crop": "centre", **self.facts}
+        if source.filters is not None:
+            facts["filters"] = source.filters.signature()
         file = Path(folder, f"{digest(facts)}.safetensors")
         if not file.is_file():
-            bar = tqdm(read_images(shards, resolution=self.resolution), desc="real images", unit="batch")
+            bar = tqdm(read_images(source, resolution=self.resolution), desc="real images", unit="batch")
             parts = [self(batch["x"], batch["captions"]) for batch in bar]
             if sum(len(part["clip"]) for part in parts) < 2:
-                raise UserError(f"{option}={shards} holds fewer than two images to compare with")
+                raise UserError(f"the {len(source.urls)} shards of real images hold fewer than two of them: give others")
             save(file, joined(parts), facts)
         return load_file(file)
 

@@ -12,13 +12,14 @@ import time
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch.distributed import TCPStore
 
 import lcm.checkpoints.atomic as module
 from lcm import signals
 from lcm.checkpoints.atomic import AtomicCheckpointIO
 from lcm.checkpoints.integrity import COMMENT, damage
 from lcm.errors import UserError
-from lcm.runs import newest_whole, resume_path, saved, start_run
+from lcm.runs import meeting_place, newest_whole, resume_path, saved, start_run
 
 ROUNDS = int(os.environ.get("LCM_ROUNDS", "10"))
 
@@ -152,6 +153,21 @@ def test_a_start_removes_the_litter_of_a_killed_one(last, tmp_path, monkeypatch)
     assert start_run(config(tmp_path, "last")) == run
     assert not list(run.rglob("*.partial"))
     assert len(list(run.rglob("*.ckpt"))) == 2
+
+
+def test_the_processes_of_torchrun_have_one_run(tmp_path, monkeypatch):
+    """In one process, with the store that torchrun would have."""
+    monkeypatch.delenv("LCM_RUN_ID", raising=False)
+    for number in ("0", "1"):
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        for rank in ("0", "1"):
+            env = {**shared, "TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+            for name, value in env.items():
+                monkeypatch.setenv(name, value)
+            meeting_place.cache_clear()
+            assert start_run(config(tmp_path, None)) == tmp_path / "runs/a" / number
+    meeting_place.cache_clear()
 
 
 def test_a_full_disk_leaves_what_was_there(last, capfd):

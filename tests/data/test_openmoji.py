@@ -11,11 +11,13 @@ import pytest
 from lcm.data import openmoji
 from lcm.data.captions import read_samples
 from lcm.data.openmoji import STYLE_SHEETS, all_captions, build, build_styles, captioned_svgs, draw, is_held_out
+from lcm.data.shards import expand_urls
+from lcm.data.source import Source
 from lcm.errors import UserError
 
 
 def captions(folder: Path, split: str) -> list[str]:
-    return [sample["txt"].decode() for sample in read_samples(f"{folder}/{split}-*.tar")]
+    return [sample["txt"].decode() for sample in read_samples(Source(expand_urls(f"{folder}/{split}-*.tar")))]
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def test_no_held_out_caption_is_trained_on(shards: Path) -> None:
 def test_the_shards_are_usable_and_counted_in_the_manifest(shards: Path) -> None:
     counts = json.loads((shards / "manifest.json").read_text())["samples"]
     for name, count in counts.items():
-        assert len(list(read_samples(str(shards / name)))) == count
+        assert len(list(read_samples(Source([str(shards / name)])))) == count
 
 
 def test_an_emoji_has_as_many_captions_as_backgrounds(shards: Path) -> None:

@@ -3,7 +3,10 @@
 import csv
 import json
 import subprocess
+import threading
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -84,6 +87,17 @@ def test_twice_gives_the_same_digits_and_draws_once(run, drawn, tmp_path):
     assert names == {"features", "grid.png", "plot.png", "table.csv", "table.json", "table.md"}
     rows = list(csv.DictReader((tmp_path / "a/table.csv").open()))
     assert [{name: row[name] if name == "name" else float(row[name]) for name in row} for row in rows] == first
+
+
+def test_remote_shards_are_brought_to_the_cache(run, shards, tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=shards))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    where = ",".join(f"http://127.0.0.1:{server.server_port}/{file.name}" for file in sorted(shards.glob("val-*.tar")))
+    try:
+        assert run(f"shards=[{where}]", f"cache.folder={tmp_path}/cache", output="b") == run()
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_other_metrics_and_more_samples_draw_only_what_is_new(run, drawn):

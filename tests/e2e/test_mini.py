@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from lcm.data.captions import read_images
 from lcm.data.openmoji import build
+from lcm.data.shards import expand_urls
+from lcm.data.source import Source
 from lcm.metrics.clip import mini_clip
 from lcm.models.pipeline import load_codec
 from lcm.modules.autoencoder import psnr
@@ -17,7 +19,7 @@ pytestmark = pytest.mark.slow
 def held_out(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "openmoji-64"
     build(str(root))
-    batches = list(read_images(f"{root}/val-*.tar", resolution=64))
+    batches = list(read_images(Source(expand_urls(f"{root}/val-*.tar")), resolution=64))
     return torch.cat([batch["x"] for batch in batches]), [caption for batch in batches for caption in batch["captions"]]
 
 

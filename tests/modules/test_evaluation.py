@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from lcm.callbacks.evaluation import Evaluation
+from lcm.data.cache import ShardCache
 from lcm.data.captions import read_captions
+from lcm.data.filters import Filters
+from lcm.data.shards import expand_urls
+from lcm.data.source import Source
 from lcm.errors import UserError
 from lcm.metrics.clip import mini_clip
 from lcm.metrics.features import Extractor, joined, scores
@@ -12,10 +16,10 @@ from lcm.metrics.features import Extractor, joined, scores
 
 @pytest.fixture
 def callback(tiny_pipeline, shards, tmp_path):
-    def make(**options):
+    def make(files=f"{shards}/val-*.tar", **options):
         options = {"steps": [1, 2], "w": 3.0, "samples": 6, "every_n_steps": 2, "batch_size": 4, "resolution": 32, **options}
         backbone = mini_clip(str(tiny_pipeline))
-        return Evaluation(f"{shards}/val-*.tar", backbone=backbone, reference_cache=str(tmp_path / "reference"), **options)
+        return Evaluation(files, backbone=backbone, reference_cache=str(tmp_path / "reference"), **options)
 
     return make
 
@@ -28,11 +32,25 @@ def test_both_networks_are_measured_as_the_program_would(training, data, fit, ca
     assert metrics["val/fid_2_steps"] != metrics["val/fid_2_steps_raw"]
 
     extract = Extractor(mini_clip(str(tiny_pipeline)), resolution=32)
-    captions = read_captions(f"{shards}/val-*.tar", 6)
+    held_out = Source(expand_urls(f"{shards}/val-*.tar"))
+    captions = read_captions(held_out, 6)
     images = module.latent_model(codec).images(captions, list(range(6)), steps=2, w=3.0, batch_size=6)
-    expected = scores(joined([extract(part, captions) for part in images]), extract.reference(f"{shards}/val-*.tar", tmp_path))
+    expected = scores(joined([extract(part, captions) for part in images]), extract.reference(held_out, tmp_path))
     for metric in ("fid", "clip_score"):
         assert float(metrics[f"val/{metric}_2_steps"]) == pytest.approx(expected[metric], rel=1e-4)
+
+
+def test_shards_are_read_as_those_of_the_data(training, data, fit, callback, shards, tmp_path):
+    """From elsewhere, through the data's cache; and those samples alone that its filters keep."""
+    known = read_captions(Source(expand_urls(f"{shards}/val-*.tar")))
+    longest = sorted(map(len, known))[len(known) // 2]
+    for limit in (None, longest):
+        one = callback([f"pipe:cat {file}" for file in sorted(shards.glob("val-*.tar"))], steps=[1])
+        options = {"allow_pipe": True, "cache": ShardCache(str(tmp_path / "cache")), "filters": Filters(max_caption=limit)}
+        fit(training("distillation"), data(**options), 1, callbacks=[one])
+        kept = [caption for caption in known if limit is None or len(caption) <= limit]
+        assert one.captions[: len(kept)] == kept[:6]
+        assert len(one.real["clip"]) == len(kept)
 
 
 def test_measuring_changes_nothing_of_the_training(training, data, fit, callback, tmp_path):
