@@ -14,7 +14,7 @@ from lcm.runs import find_pipeline
 
 
 def captions(cfg: DictConfig) -> list[str]:
-    return read_captions(Source(expand_urls(cfg.val_shards, "val_shards"), cache=build(cfg.cache) or None))
+    return read_captions(Source(expand_urls(cfg.val_shards, "val_shards"), cache=build(cfg.cache)))
 
 
 @program("sample")

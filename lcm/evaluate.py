@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def shards(cfg: DictConfig, option: str) -> Source:
-    return Source(expand_urls(cfg[option], option), cache=build(cfg.cache) or None)
+    return Source(expand_urls(cfg[option], option), cache=build(cfg.cache))
 
 
 def make_prompts(cfg: DictConfig) -> tuple[list[str], int]:

@@ -167,10 +167,10 @@ def find_pipeline(pipeline: str, runs: str) -> str:
     last, _, name = pipeline.partition(":")
     if last != "last":
         return pipeline
-    saved = sorted(Path(runs).glob(f"{name or '*'}/*/model/model_index.json"), key=lambda file: file.stat().st_mtime)
-    if not saved:
+    models = sorted(Path(runs).glob(f"{name or '*'}/*/model/model_index.json"), key=lambda file: file.stat().st_mtime)
+    if not models:
         train = f"python train.py experiment={name}" if name else "python train.py"
         raise UserError(
             f"no run under {Path(runs, name)}/ has saved a model yet: run `{train}`, or set pipeline=<folder or hub id>"
         )
-    return str(saved[-1].parent)
+    return str(models[-1].parent)
