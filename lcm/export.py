@@ -10,13 +10,13 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save
 
 from lcm.checkpoints.atomic import AtomicCheckpointIO
+from lcm.checkpoints.found import checkpoint_path
 from lcm.command_line import build, output_folder, program
 from lcm.errors import UserError
 from lcm.files import whole_file
 from lcm.models.lora import is_adapted, merged
 from lcm.models.pipeline import load_unet
 from lcm.modules.latent import LatentModule
-from lcm.runs import checkpoint_path
 
 FORMATS = ("pipeline", "unet")
 WEIGHTS = {"trained": "net", "average": "ema_net", "target": "target_net"}  # of a module

@@ -1,9 +1,8 @@
-"""A run's directory and what is found in it: identity, checkpoints to go on from, configuration, models."""
+"""A run's directory: its identity, configuration and model."""
 
 import itertools
 import json
 import os
-import sys
 import uuid
 from collections.abc import Callable
 from functools import cache
@@ -16,12 +15,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch.distributed import Store, rendezvous
 
-from lcm.checkpoints.integrity import LAST, PREVIOUS, damage
+from lcm.checkpoints.found import FOLDER, checkpoint_path, saved
 from lcm.errors import UserError
 from lcm.files import remove, whole_file
 from lcm.redaction import redacted
-
-CHECKPOINTS = "checkpoints"
 
 
 def start_run(cfg: DictConfig) -> Path:
@@ -55,7 +52,7 @@ def choose(parent: Path, ckpt_path: str | None) -> str:
     """The name of the newest run to go on with, or of a new one, whose folder is made."""
     if ckpt_path == "last":
         for number in reversed(run_numbers(parent)):
-            if saved(parent / str(number) / CHECKPOINTS):
+            if saved(parent / str(number) / FOLDER):
                 return str(number)
     return next_run(parent).name
 
@@ -110,47 +107,9 @@ def resume_path(cfg: DictConfig) -> str | None:
     A job that SLURM started again goes on with its own, if it has one, whatever it began from. Every rank reads the same files
     and comes to the same answer: none writes before all have started.
     """
-    if "SLURM_RESTART_COUNT" in os.environ and saved(Path(cfg.paths.run_dir, CHECKPOINTS)):
+    if "SLURM_RESTART_COUNT" in os.environ and saved(Path(cfg.paths.run_dir, FOLDER)):
         cfg.ckpt_path = "last"
     return None if cfg.ckpt_path is None else checkpoint_path(Path(cfg.paths.run_dir), cfg.ckpt_path)
-
-
-def checkpoint_path(run_dir: Path, ckpt_path: str) -> str | None:
-    """A whole checkpoint: the one given, or for `last` the newest of the run. Raises UserError for a damaged one."""
-    if "://" in str(ckpt_path):
-        raise UserError("ckpt_path must be a local file: copy the checkpoint here first")
-    if ckpt_path == "last":
-        return newest_whole(run_dir / CHECKPOINTS)
-    path = Path(ckpt_path)
-    if not path.exists():
-        raise UserError(f"ckpt_path={path} is not a file; ckpt_path=last goes on with the newest run of this name")
-    if reason := damage(path):
-        others = [other for other in saved(path.parent) if other.resolve() != path.resolve() and not damage(other)]
-        instead = f"give ckpt_path={others[0]}, which is whole" if others else "no other checkpoint beside it is whole"
-        raise UserError(f"ckpt_path={path} is damaged ({reason}): {instead}")
-    return str(path)
-
-
-def saved(folder: Path) -> list[Path]:
-    """A run's checkpoints, first the one to go on from: last.ckpt, the one before it, then others as they were written.
-
-    By name first: copying a run does not keep the times of its files.
-    """
-    files = [path for path in folder.glob("*.ckpt") if path.exists()]
-    return sorted(files, key=lambda path: (path.name == LAST, path.name == PREVIOUS, path.stat().st_mtime), reverse=True)
-
-
-def newest_whole(folder: Path) -> str | None:
-    """Raises UserError where there are checkpoints, but no whole one: a fresh start would overwrite them."""
-    files = saved(folder)
-    for path in files:
-        reason = damage(path)
-        if reason is None:
-            return str(path)
-        print(f"warning: {path} is damaged ({reason}): it is left out, the one before it is used", file=sys.stderr, flush=True)
-    if files:
-        raise UserError(f"no checkpoint in {folder} is whole: put a copy there, or move the folder away to start anew")
-    return None
 
 
 def write_config(cfg: DictConfig, trainer: Any) -> None:

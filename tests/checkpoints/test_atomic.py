@@ -17,9 +17,10 @@ from torch.distributed import TCPStore
 import lcm.checkpoints.atomic as module
 from lcm import signals
 from lcm.checkpoints.atomic import AtomicCheckpointIO
+from lcm.checkpoints.found import newest_whole, saved
 from lcm.checkpoints.integrity import COMMENT, damage
 from lcm.errors import UserError
-from lcm.runs import meeting_place, newest_whole, resume_path, saved, start_run
+from lcm.runs import meeting_place, resume_path, start_run
 
 ROUNDS = int(os.environ.get("LCM_ROUNDS", "10"))
 

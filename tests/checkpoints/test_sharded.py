@@ -14,9 +14,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from lcm.checkpoints import sharded
 from lcm.checkpoints.atomic import AtomicCheckpointIO
+from lcm.checkpoints.found import newest_whole
 from lcm.checkpoints.integrity import damage, size_and_crc
 from lcm.errors import UserError
-from lcm.runs import newest_whole
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
