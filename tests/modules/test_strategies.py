@@ -1,10 +1,10 @@
 """DDP = FSDP2 = one process with the same global batch, in float32 on the CPU, with 2 processes over gloo."""
 
+import fcntl
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,25 @@ Result = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Every scenario, trained by two processes."""
-    folder = tmp_path_factory.mktemp("ranks")
+def folder(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every scenario, trained by two processes, once for all of xdist's workers."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "ranks"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "trained").exists():
+            train_all(tiny_pipeline, folder)
+            (folder / "trained").touch()
+    return folder
+
+
+def train_all(pipeline: Path, folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS), "NODE_RANK": "0"}
-    command, logs = [sys.executable, "-m", "tests.modules.ranks", str(tiny_pipeline), str(folder)], []
+    command, logs = [sys.executable, "-m", "tests.modules.ranks", str(pipeline), str(folder)], []
     processes = []
     for rank in range(RANKS):
         logs.append((folder / f"log-{rank}").open("w"))
@@ -39,7 +50,6 @@ def folder(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     try:
         codes = [process.wait(timeout=1800) for process in processes]
         assert codes == [0] * RANKS, (folder / "log-0").read_text()[-3000:]
-        yield folder
     finally:
         for process, log in zip(processes, logs, strict=True):
             process.kill()
