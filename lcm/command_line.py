@@ -17,6 +17,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -109,8 +110,9 @@ def check_overrides(config_name: str, args: list[str]) -> None:
             cfg = compose(name, single, return_hydra_config=True)
             check_composed(cfg)
             swept = [f"{key}={values}" for key, values in (cfg.hydra.sweeper.get("params") or {}).items()]
-            for run in single_runs([*swept, *single]) if options.multirun and swept else ():
-                check_composed(compose(name, run, return_hydra_config=True))
+            if swept and (options.multirun or cfg.hydra.mode is RunMode.MULTIRUN):
+                for run in single_runs([*swept, *single]):
+                    check_composed(compose(name, run, return_hydra_config=True))
     except UserError as error:
         refuse(error)
     except (HydraException, OmegaConfBaseException) as error:
@@ -166,7 +168,7 @@ def explain(config_name: str, message: str) -> str:
         r"Could not find '([^']+)'(?:.*?Available options in '([^']+)':\s*(.*?)\s*Config search path)?", message, re.S
     ):
         wanted, group, options = match.groups()
-        choices = (options or "").split()
+        choices = [option for option in (options or "").split() if not option.startswith("_")]  # those are parts of others
         return f"there is no config '{wanted}'" + (f"; {group} has: {', '.join(choices)}" if choices else "")
     if match := re.search(r"Could not override '([^']+)'", message):
         key = match[1]

@@ -27,12 +27,13 @@ def start_run(cfg: DictConfig) -> Path:
     The id is the SLURM job's, or the next free number; `ckpt_path=last` goes on in the newest run that has a checkpoint.
     """
     parent = Path(cfg.paths.runs) / cfg.name
-    run_id = cfg.paths.run_id
-    if run_id is not None and HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
-        run_id = f"{run_id}-{HydraConfig.get().job.num}"  # one job may run a whole sweep
+    run_id, job = cfg.paths.run_id, 0
+    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        job = HydraConfig.get().job.num
+        run_id = None if run_id is None else f"{run_id}-{job}"  # one job of SLURM's may run a whole sweep
     try:
         if run_id is None and "TORCHELASTIC_RUN_ID" in os.environ:
-            run_id = agreed(lambda: choose(parent, cfg.ckpt_path))
+            run_id = agreed(lambda: choose(parent, cfg.ckpt_path), job)
         elif run_id is None and "LOCAL_RANK" in os.environ:
             run_id = os.environ.get("LCM_RUN_ID")  # this process was launched by the one that chose
         run_dir = parent / str(choose(parent, cfg.ckpt_path) if run_id is None else run_id)
@@ -57,12 +58,13 @@ def choose(parent: Path, ckpt_path: str | None) -> str:
     return next_run(parent).name
 
 
-def agreed(choose: Callable[[], str]) -> str:
-    """What the first of torchrun's processes chooses; the others learn it there."""
+def agreed(choose: Callable[[], str], job: int) -> str:
+    """What the first of torchrun's processes chooses; the others learn it there. A restart has the same store."""
     store, rank = meeting_place()
+    key = f"run of job {job}, restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     if rank == 0:
-        store.set("lcm run", choose())
-    return store.get("lcm run").decode()
+        store.set(key, choose())
+    return store.get(key).decode()
 
 
 @cache

@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from lcm.bench.measure import Table
+from lcm.core.guidance import W_DIM
 from lcm.models.sharding import UNITS
 from lcm.models.student import make_student
 
@@ -33,7 +34,7 @@ def in_bfloat16(config: dict[str, Any]) -> UNet2DConditionModel:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)  # a fake network cannot be converted
     try:
-        return UNet2DConditionModel(**config, time_cond_proj_dim=256).train()
+        return UNet2DConditionModel(**config, time_cond_proj_dim=W_DIM).train()
     finally:
         torch.set_default_dtype(before)
 

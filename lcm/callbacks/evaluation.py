@@ -12,9 +12,11 @@ from torch import Tensor
 from lcm.data.captions import read_captions
 from lcm.errors import UserError
 from lcm.metrics.clip import ClipBackbone
-from lcm.metrics.features import Extractor, Features, scores
+from lcm.metrics.features import DISTANCES, Extractor, Features, scores
 from lcm.metrics.inception import InceptionBackbone
 from lcm.models.generate import LatentModel
+
+LOWER = tuple(f"val/{metric}_" for metric in DISTANCES)  # is better
 
 
 class Evaluation(L.Callback):
@@ -98,7 +100,7 @@ class Evaluation(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         if self.keep_best:
-            value = values[self.keep_best] * (-1 if "score" in self.keep_best else 1)
+            value = values[self.keep_best] * (1 if self.keep_best.startswith(LOWER) else -1)
             if value < self.best:  # the same on all ranks; before last.ckpt is written, which then knows it
                 self.best = value
                 trainer.save_checkpoint(self.best_file)

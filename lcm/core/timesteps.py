@@ -25,7 +25,7 @@ def grid(num_timesteps: int = 1000, *, points: int = POINTS) -> Tensor:
 def points_of(timesteps: Tensor, num_timesteps: int = 1000) -> int | None:
     """How many points `grid` was asked for; None for timesteps that are no grid."""
     points = len(timesteps)
-    is_grid = num_timesteps % points == 0 and timesteps.tolist() == grid(num_timesteps, points=points).tolist()
+    is_grid = points > 0 and num_timesteps % points == 0 and timesteps.tolist() == grid(num_timesteps, points=points).tolist()
     return points if is_grid else None
 
 

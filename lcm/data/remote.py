@@ -34,7 +34,7 @@ class Limit(Callback):
 
 def check_size(size: int, limit: float) -> None:
     if size > limit:
-        raise TooLarge(f"it is larger than {limit / 1e9:g} GB, all that the cache may hold (data.cache.max_gb)")
+        raise TooLarge(f"it is larger than {limit / 1e9:g} GB, all that the cache may hold (its max_gb)")
 
 
 def bring(url: str, file: Path, timeout: float, limit: float = math.inf) -> None:

@@ -58,7 +58,7 @@ class Source:
         if not is_remote(url):
             return local(url)
         if self.cache is None:
-            raise OSError(f"{redacted(url)} needs a cache folder: set data.cache.folder")
+            raise OSError(f"{redacted(url)} needs a cache on this machine: choose data=shards, or +data/cache=default")
         return self.cache.fetch(url, lambda file: self.manifests[url].flaw(file))
 
     def open(self, shard: int) -> Shard:

@@ -58,7 +58,7 @@ class Extractor:
     def reference(self, source: Source, folder: str | Path) -> Features:
         """Features of all its images, kept in `folder` under what they depend on. Raises UserError for fewer than 2."""
         facts = {"shards": [Source.stamp(url) for url in source.urls], "crop": "centre", **self.facts}
-        if source.filters is not None:
+        if source.filters is not None and source.filters.limits:
             facts["filters"] = source.filters.signature()
         file = Path(folder, f"{digest(facts)}.safetensors")
         if not file.is_file():

@@ -47,7 +47,7 @@ def variant_in(folder: Path) -> str | None:
     variants = [".".join(file.name.split(".")[1:-1]).partition("-")[0] for file in folder.glob("*.safetensors")]
     if not variants:
         pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
-        cure = "copy the whole pipeline"
+        cure = "copy the whole pipeline, or save_pretrained() it as safetensors if it has .bin files only"
         if pickled:
             cure = (
                 f"{pickled[0]} may hold code; if you trust it, load it with its library and save_pretrained() it as safetensors"

@@ -38,8 +38,10 @@ def download(hub_id: str) -> Path:
         raise UserError(f"there is no pipeline folder {hub_id!r}: give a folder, a hub id (owner/name), or 'mini'")
     from huggingface_hub import snapshot_download
 
+    wanted = ["*.json", "*.txt", "*/*.safetensors", "*/*.json", "*/*.txt"]
+    unused = ["safety_checker/*", "image_encoder/*", "vae_*/*", "*.non_ema.*"]  # gigabytes
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", "*/*.safetensors", "*/*.json", "*/*.txt"]))
+        return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=unused))
     except Exception as error:
         raise UserError(f"{hub_id!r} is neither a folder here nor reachable on the hub ({type(error).__name__})") from error
 

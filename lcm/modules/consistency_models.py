@@ -47,7 +47,7 @@ class UnguidedConsistencyModule(ConsistencyModule):
         self.sigma_data = sigma_data
 
     def facts(self) -> dict[str, Any]:
-        return {**super().facts(), "sigma_data": self.sigma_data, "timesteps": self.timesteps.tolist()}
+        return {**super().facts(), "points": None, "sigma_data": self.sigma_data, "timesteps": self.timesteps.tolist()}
 
 
 class ConsistencyModelDistillation(UnguidedConsistencyModule):

@@ -1,6 +1,7 @@
 """Guided distillation (2210.03142): a w-conditioned student, then one of half its steps, and so on."""
 
 import shutil
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -78,11 +79,14 @@ class GuidedDistillation(LatentModule):
     def on_train_start(self) -> None:
         """Checkpoints hold no finished students, which are in their run's folder: from another run's they are copied."""
         super().on_train_start()
-        if self.trainer.is_global_zero and self.students[1:]:
-            theirs, ours = Path(str(self.trainer.ckpt_path)).parent.parent / "students", self.folder_of(self.steps[0]).parent
-            if theirs.is_dir() and theirs.resolve() != ours.resolve():
+        if not self.students[1:]:
+            return
+        theirs, ours = Path(str(self.trainer.ckpt_path)).parent.parent / "students", self.folder_of(self.steps[0]).parent
+        if self.trainer.is_global_zero and theirs.is_dir() and theirs.resolve() != ours.resolve():
+            with suppress(OSError):  # what is missing then is named below, by every rank
                 shutil.copytree(theirs, ours, dirs_exist_ok=True)
-            self.more_networks()
+        self.trainer.strategy.barrier()
+        self.more_networks()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         while self.stage < self.stage_at(self.global_step):

@@ -157,11 +157,12 @@ def test_a_start_removes_the_litter_of_a_killed_one(last, tmp_path, monkeypatch)
 
 
 def test_the_processes_of_torchrun_have_one_run(tmp_path, monkeypatch):
-    """In one process, with the store that torchrun would have."""
+    """In one process, with the store that torchrun would have, and goes on to have when it starts them again."""
     monkeypatch.delenv("LCM_RUN_ID", raising=False)
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     for number in ("0", "1"):
-        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", number)
         for rank in ("0", "1"):
             env = {**shared, "TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
             for name, value in env.items():

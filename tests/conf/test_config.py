@@ -105,7 +105,7 @@ def test_every_part_of_the_bench_is_given_what_it_takes(size):
         assert {str(key) for key in node if not str(key).startswith("_")} == parameters(node._target_)
 
 
-@pytest.mark.parametrize("program", ["train", "sample", "evaluate", "encode", "inspect", "manifest", "bench", "export"])
+@pytest.mark.parametrize("program", ["train", "sample", "evaluate", "encode", "preview", "manifest", "bench", "export"])
 def test_program_configs_compose(program):
     assert "hydra" not in compose(program, [])
 
@@ -151,7 +151,9 @@ def test_every_part_can_be_swapped_in(group, option):
         base = {"lcf": "lcf_mini", "denoising": "teacher_mini", "cd": "cd_mini", "ct": "ct_mini"}[option]
     cfg = composed(base, f"model/{group}={option}")
     with torch.device("meta"):
-        assert build(cfg.model[group]) is not None
+        assert (part := build(cfg.model[group])) is not None
+    if group == "timesteps":
+        assert len(part(1000))
 
 
 @pytest.mark.parametrize(("experiment", "net"), FULL_SIZE.items())

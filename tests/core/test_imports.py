@@ -54,6 +54,11 @@ def test_no_package_imports_one_to_its_right(file):
             assert rank(rest.partition(".")[0]) <= own, f"{file} imports {name}"
 
 
+def test_no_module_beside_the_programs_shadows_the_standard_library():
+    """`python lcm/encode.py`, as an editor starts it, looks there first."""
+    assert not sys.stdlib_module_names & {path.stem for path in (ROOT / "lcm").glob("*")} - {"__init__"}
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_the_package_does_not_import_its_scripts(file):
     scripts = {path.stem for path in ROOT.glob("*.py")} | {"tests"}

@@ -126,7 +126,7 @@ def test_shards_that_only_a_query_tells_apart_are_counted_apart() -> None:
 
 
 def test_remote_shards_need_a_cache() -> None:
-    with pytest.raises(UserError, match=r"set data\.cache"):
+    with pytest.raises(UserError, match=r"choose data=shards"):
         Source(["https://localhost/a.tar"]).check()
 
 

@@ -83,7 +83,7 @@ def test_hostile_members_are_read_and_passed_on_by_no_bad_name(run, tiny_pipelin
     folder = tmp_path / "in/a/folder"
     folder.mkdir(parents=True)
     data = [f"data.shards={hostile_tar(folder / 'a.tar')}", "data.resolution=32", "data.num_workers=1"]
-    done = run("lcm.inspect", *data, "samples=3", "shown=4", "data.batch_size=1")
+    done = run("lcm.preview", *data, "samples=3", "shown=4", "data.batch_size=1")
     assert done.returncode == 0, done.stderr
     assert "left out: name" in done.stdout
     done = run(

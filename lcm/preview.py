@@ -1,4 +1,4 @@
-"""A look at training data before any training: `python -m lcm.inspect data=shards data.shards='mine/*.tar'`."""
+"""A look at training data before any training: `python -m lcm.preview data=shards data.shards='mine/*.tar'`."""
 
 import time
 from collections import Counter
@@ -16,7 +16,7 @@ from lcm.data.source import total_dropped
 from lcm.images import grid, save_png
 
 
-@program("inspect")
+@program("preview")
 def main(cfg: DictConfig) -> None:
     """Print what passes each filter, sizes, captions and samples/s; write a grid of pictures as a network would see them."""
     folder = output_folder(cfg.output)

@@ -6,12 +6,12 @@ from PIL import Image
 pytestmark = pytest.mark.slow
 
 
-def test_inspect_says_what_passes_and_draws_it(run, shards, tmp_path):
-    done = run("lcm.inspect", f"data.shards={shards}/train-*.tar", "data.resolution=32", "data.num_workers=1",
+def test_preview_says_what_passes_and_draws_it(run, shards, tmp_path):
+    done = run("lcm.preview", f"data.shards={shards}/train-*.tar", "data.resolution=32", "data.num_workers=1",
                "data.filters.max_caption=40", "data.buckets=2", "samples=40", "shown=8")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "left out: caption_long" in done.stdout
     assert "bucket:   (32, 32) with" in done.stdout
     assert "samples/s with 1 workers" in done.stdout
-    with Image.open(tmp_path / "outputs/inspect/grid.png") as grid:
+    with Image.open(tmp_path / "outputs/preview/grid.png") as grid:
         assert grid.height > 2 * 128
