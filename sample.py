@@ -8,6 +8,7 @@ from lcm.command_line import build, output_folder, pick_device, program, read_pr
 from lcm.data.captions import read_captions
 from lcm.data.shards import expand_urls
 from lcm.data.source import Source
+from lcm.errors import UserError
 from lcm.images import grid, save_png, to_pil
 from lcm.models.generate import LatentModel
 from lcm.runs import find_pipeline
@@ -21,6 +22,8 @@ def captions(cfg: DictConfig) -> list[str]:
 @torch.inference_mode()
 def main(cfg: DictConfig) -> None:
     """Load a pipeline folder, sample every prompt `images_per_prompt` times, write PNGs and a grid."""
+    if not isinstance(cfg.steps, int) or not isinstance(cfg.w, int | float):
+        raise UserError("sample.py draws at one steps= and one w=; `python -m lcm.evaluate` compares several")
     folder = output_folder(cfg.output)
     prompts = read_prompts(cfg.prompts, lambda: captions(cfg))
     name = find_pipeline(cfg.pipeline, cfg.paths.runs)

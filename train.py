@@ -9,21 +9,22 @@ from omegaconf import DictConfig
 
 from lcm.command_line import build, build_all, program
 from lcm.data.workers import workers_watched
-from lcm.runs import resume_path, start_run, write_config
+from lcm.runs import resume_path, start_run, unless_refused, write_config
 
 
 @program("train")
 def main(cfg: DictConfig) -> float | None:
     """Compose, seed, build, fit; returns the metric named by `optimized_metric`, for sweeps."""
     run_dir = start_run(cfg)
-    ckpt_path = resume_path(cfg)
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
-    datamodule, model = build(cfg.data), build(cfg.model)
-    callbacks, loggers = build_all(cfg.callbacks), build_all(cfg.logger)
-    trainer = L.Trainer(**build(cfg.trainer), callbacks=callbacks, logger=loggers, default_root_dir=run_dir)
-    write_config(cfg, trainer)
-    with workers_watched():
-        trainer.fit(model, datamodule, ckpt_path=ckpt_path)
+    with unless_refused(run_dir):
+        ckpt_path = resume_path(cfg)
+        L.seed_everything(cfg.seed, workers=True, verbose=False)
+        datamodule, model = build(cfg.data), build(cfg.model)
+        callbacks, loggers = build_all(cfg.callbacks), build_all(cfg.logger)
+        trainer = L.Trainer(**build(cfg.trainer), callbacks=callbacks, logger=loggers, default_root_dir=run_dir)
+        write_config(cfg, trainer)
+        with workers_watched():
+            trainer.fit(model, datamodule, ckpt_path=ckpt_path)
     if trainer.interrupted:
         return None
     model.save_model(f"{run_dir}/model")

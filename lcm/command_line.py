@@ -15,19 +15,22 @@ import hydra
 import torch
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from lcm import precision  # noqa: F401  its resolvers
 from lcm.errors import UserError
 from lcm.limits import check_limits
 from lcm.redaction import hide_in_logs, redacted
 from lcm.targets import CONF, check_targets
+
+failures: list[int] = []  # the numbers of a sweep's jobs that ended in an error
 
 
 def program(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
@@ -36,27 +39,30 @@ def program(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
         def checked(cfg: DictConfig) -> Any:
             quiet()
-            if missing := sorted(OmegaConf.missing_keys(cfg)):
-                refuse(f"{missing[0]} has no default: give it on the command line, {missing[0]}=...")
             try:
+                check_missing(cfg)
                 return main(cfg)
             except UserError as error:
-                refuse(error)
+                return fail(error)
             except MisconfigurationException as error:  # Lightning's own sentences
-                refuse(" ".join(str(error).split()))
+                return fail(" ".join(str(error).split()))
             except torch.OutOfMemoryError:
-                refuse(
+                return fail(
                     "the GPU's memory is full: lower data.batch_size, if need be with trainer.accumulate_grad_batches, or see "
                     "docs/larger-models.md"
                 )
             except UnpicklingError:
-                refuse("a file to be loaded holds code, not tensors alone, and is refused: give one that this program wrote")
+                return fail(
+                    "a file to be loaded holds code, not tensors alone, and is refused: give one that this program wrote"
+                )
 
         def run() -> None:
             hide_in_logs()  # Hydra's launchers log a sweep's overrides
             warnings.filterwarnings("ignore", r"\s*'hydra/launcher/.* ConfigStore")  # conf/ fills in a plugin's own schema
             check_overrides(config_name, sys.argv[1:])
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(checked)()
+            if failures:
+                sys.exit(1)
 
         return run
 
@@ -65,6 +71,24 @@ def program(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
 
 def refuse(reason: object) -> NoReturn:
     sys.exit(f"error: {redacted(str(reason))}")
+
+
+def fail(reason: object) -> None:
+    """End, but for a sweep in this process: it goes on with its other jobs, and ends with exit code 1."""
+    hydra_cfg = HydraConfig.get()
+    if hydra_cfg.mode is not RunMode.MULTIRUN or not hydra_cfg.launcher["_target_"].endswith(".BasicLauncher"):
+        refuse(reason)
+    print(f"error: {redacted(str(reason))}", file=sys.stderr, flush=True)
+    failures.append(hydra_cfg.job.num)
+
+
+def check_missing(cfg: DictConfig) -> None:
+    try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+    except InterpolationToMissingValueError as error:  # another key takes its value from it
+        missing = re.findall(r"Missing mandatory value: ([\w.]+)", str(error))
+    if missing:
+        raise UserError(f"{missing[0]} has no default: give it on the command line, {missing[0]}=...")
 
 
 def quiet() -> None:
@@ -83,6 +107,9 @@ def quiet() -> None:
         "The '.*' does not have many workers",
         "The `srun` command is available",  # it goes on with the command line, secrets included
         "torch.distributed is disabled",
+        "This DataLoader will create",
+        "Total length of `list` across ranks is zero",
+        "torch.distributed.nn.functional.all_gather is deprecated",
     ):
         warnings.filterwarnings("ignore", f".*{message}")
 
@@ -223,24 +250,27 @@ def read_prompts(prompts: str | list[str], captions: Callable[[], list[str]]) ->
         return captions()
     if isinstance(prompts, str) and prompts.endswith(".txt"):
         file = Path(prompts)
-        if not file.is_file():
-            raise UserError(f"there is no prompt file {prompts}")
-        prompts = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        try:
+            prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except FileNotFoundError:
+            raise UserError(f"there is no prompt file {prompts}") from None
+        except (OSError, UnicodeError) as error:
+            raise UserError(f"the prompt file {file} cannot be read ({error}): write one prompt a line, in UTF-8") from error
         if not prompts:
             raise UserError(f"{file} has no prompts: write one a line")
-    if not isinstance(prompts, str) and not prompts:
-        raise UserError("prompts=[] has none: give one, a list of them, or a .txt file")
-    return [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise UserError(f"prompts={prompts} has none: give one, a list, or a .txt file; prompts=[''] draws without a text")
+    return [prompts] if isinstance(prompts, str) else [str(prompt) for prompt in prompts]
 
 
-def output_folder(path: str) -> Path:
+def output_folder(path: str, option: str = "output") -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
         (folder / ".writable").unlink(missing_ok=True)  # another process of the same program may have been first
     except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}): set output to a writable folder") from None
+        raise UserError(f"cannot write to {folder} ({error.strerror}): set {option} to a writable folder") from None
     return folder
 
 
@@ -250,6 +280,10 @@ def pick_device(device: str, local_rank: int = 0) -> str:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device={device}, but torch sees no GPU: use device=cpu")
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device={device} is none: use auto, cuda, cuda:1, cpu or mps") from None
     if device == "cuda":
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     return device

@@ -58,7 +58,7 @@ def claim(folder: Path, made_with: dict[str, Any], rank: int) -> None:
 @torch.inference_mode()
 def main(cfg: DictConfig) -> None:
     """Encode what is not encoded yet; stopped at any moment, the same command goes on."""
-    folder, device = output_folder(cfg.out), pick_device(cfg.device, cfg.local_rank)
+    folder, device = output_folder(cfg.out, "out"), pick_device(cfg.device, cfg.local_rank)
     data: ShardDataModule = build(cfg.data)
     if data.codec is None:
         raise UserError("encoding needs a VAE: choose data with a codec, such as data=shards or data=openmoji")
@@ -82,8 +82,8 @@ def main(cfg: DictConfig) -> None:
             bar.set_postfix_str(f"shard {number + 1} of {len(left)}")
             one = Source([url], needs=source.needs, filters=source.filters, cache=source.cache, index=source.index)
             encode_shard(one, encoder, decode, target, data, bar)
-    print(f"latents: {folder}   ({len(targets)} shards, {len(left)} of them new)\n"
-          f"next:    python train.py data=latents data.shards='{folder}/<shards>.tar'")  # fmt: skip
+    print(f"latents: {folder}   ({len(targets)} shards, {len(left)} of them new)")
+    print(f"next:    python train.py data=latents data.resolution={data.resolution} data.shards='{folder}/<shards>.tar'")
 
 
 if __name__ == "__main__":

@@ -65,9 +65,9 @@ def main(cfg: DictConfig) -> None:
         if cfg[key] not in known:
             raise UserError(f"{key}={cfg[key]}: choose among {', '.join(known)}")
     run, output, dtype = Path(cfg.run), Path(cfg.output), getattr(torch, cfg.dtype)
-    output_folder(str(output.parent))
     module = trained(run, cfg.checkpoint)
     net = chosen(module, cfg.weights)
+    output_folder(str(output.parent))
     if cfg.format == "pipeline":
         module.save_model(str(output), net, dtype=dtype)
     else:

@@ -31,14 +31,15 @@ COUNT, POSITIVE, SHARE = Limit(1, whole=True), Limit(0, above=True), Limit(0, 1)
 LIMITS: dict[str, Limit] = {
     "seed": Limit(0, 2**32 - 1, whole=True),
     **dict.fromkeys(("batch_size", "val_batch_size", "chunk", "lanes", "resolution", "crops"), COUNT),
-    **dict.fromkeys(("images_per_prompt", "grid_rows", "steps", "repeats", "points"), COUNT),
-    **dict.fromkeys(("log_every_n_steps", "every_n_steps", "accumulate_grad_batches", "skip_steps", "replicas"), COUNT),
+    **dict.fromkeys(("images_per_prompt", "grid_rows", "steps", "repeats", "points", "num_nodes"), COUNT),
+    **dict.fromkeys(("log_every_n_steps", "every_n_steps", "accumulate_grad_batches", "replicas"), COUNT),
     **dict.fromkeys(("num_workers", "shuffle", "warmup", "skip_non_finite", "every_n_train_steps"), Limit(0, whole=True)),
     **dict.fromkeys(("clip_norm", "timeout", "patience", "w_lr_scale", "max_gb", "val_check_interval", "c"), POSITIVE),
     **dict.fromkeys(("caption_dropout", "max_skip_ratio", "match_share", "eval_ema"), SHARE),
     **dict.fromkeys(("lr", "weight_decay", "text_cache", "offset_noise"), Limit(0)),
     **dict.fromkeys(("w", "w_min", "w_max"), Limit()),
     "samples": Limit(2, whole=True),
+    "skip_steps": Limit(1, 1000, whole=True),
     "max_steps": Limit(-1, whole=True),
 }
 CHOICES: dict[str, Sequence[str]] = {
@@ -46,7 +47,12 @@ CHOICES: dict[str, Sequence[str]] = {
     # "bf16-true" also rounds the schedule, and averages of a mu near 1, which then stand still.
     "precision": ("32-true", "bf16-mixed", "32", "bf16"),
     "dtype": ("float32", "bfloat16", "float16"),
+    "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
 }
+SWITCHES = (
+    *("compile", "gradient_checkpointing", "zero_init", "flip", "random_crop", "allow_pipe", "async_checkpoints"),
+    *("antialias", "fused", "verify", "sharded_checkpoints"),
+)
 
 
 def check_limits(node: Any, key: str = "") -> None:
@@ -54,6 +60,8 @@ def check_limits(node: Any, key: str = "") -> None:
     name = key.rpartition(".")[2]
     if name in CHOICES and node is not None and str(node) not in CHOICES[name]:
         raise UserError(f"{key}={node}: choose among {', '.join(CHOICES[name])}")
+    if name in SWITCHES and not isinstance(node, bool | None):
+        raise UserError(f"{key}={node}: expected true or false")
     if isinstance(node, Mapping):
         # What a program has at its top first: other keys take their value from there.
         for name, value in sorted(node.items(), key=lambda item: isinstance(item[1], Mapping)):

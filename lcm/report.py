@@ -77,7 +77,7 @@ def footer(
     cfg: DictConfig, extract: Extractor, *, real: Features, different: int, reference: str, warnings: Sequence[str]
 ) -> str:
     """All that a reader needs to repeat the numbers, in sentences."""
-    known = cfg.shards if cfg.prompts == "val" else "prompts"
+    known = cfg.shards if cfg.prompts == "val" else cfg.prompts if isinstance(cfg.prompts, str) else "prompts"
     again = "" if different == cfg.samples else f" of {different} captions, each again with other seeds"
     w = f"w = {cfg.w:g} where a row says nothing else" if isinstance(cfg.w, int | float) else "w as the rows say"
     clip, fid = (f"{extract.names[i]}, weights {extract.weights[i]}" for i in (0, -1))

@@ -4,13 +4,15 @@ import itertools
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch.distributed import Store, rendezvous
@@ -27,6 +29,8 @@ def start_run(cfg: DictConfig) -> Path:
     The id is the SLURM job's, or the next free number; `ckpt_path=last` goes on in the newest run that has a checkpoint.
     """
     parent = Path(cfg.paths.runs) / cfg.name
+    if not cfg.name:
+        raise UserError("name= is empty: a run's folder needs a name")
     run_id, job = cfg.paths.run_id, 0
     if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
         job = HydraConfig.get().job.num
@@ -75,6 +79,22 @@ def meeting_place() -> tuple[Store, int]:
 
 
 @rank_zero_only
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+@contextmanager
+def unless_refused(run_dir: Path) -> Iterator[None]:
+    """What wrong input ends before a first step leaves no folder of a run that never was."""
+    try:
+        yield
+    except (UserError, MisconfigurationException):
+        if {path.name for path in run_dir.iterdir()} <= {"run.json", "config.yaml"}:
+            remove(run_dir)
+        raise
+
+
+@rank_zero_only
 def identify(run_dir: Path) -> str:
     """The run's id in wandb, kept in run.json from its first start on; None on other ranks, which write nothing."""
     for litter in list(run_dir.rglob("*.partial")):  # of a start that was killed
@@ -83,7 +103,7 @@ def identify(run_dir: Path) -> str:
     if not identity.is_file():
         with whole_file(identity) as file:
             file.write(json.dumps({"id": uuid.uuid4().hex[:8]}).encode())
-    print(f"run:     {run_dir}", flush=True)
+    say(f"run:     {run_dir}")
     return json.loads(identity.read_text())["id"]
 
 
@@ -111,7 +131,12 @@ def resume_path(cfg: DictConfig) -> str | None:
     """
     if "SLURM_RESTART_COUNT" in os.environ and saved(Path(cfg.paths.run_dir, FOLDER)):
         cfg.ckpt_path = "last"
-    return None if cfg.ckpt_path is None else checkpoint_path(Path(cfg.paths.run_dir), cfg.ckpt_path)
+    if cfg.ckpt_path is None:
+        return None
+    found = checkpoint_path(Path(cfg.paths.run_dir), cfg.ckpt_path)
+    if found is None:
+        say("start:   from the first step: this run has no checkpoint yet")
+    return found
 
 
 def write_config(cfg: DictConfig, trainer: Any) -> None:

@@ -18,6 +18,8 @@ from lcm.redaction import redacted
 @program("bench")
 def main(cfg: DictConfig) -> None:
     """Run the parts one after the other; each prints its table and writes <part>.md and <part>.json."""
+    if isinstance(cfg.parts, str):
+        raise UserError(f"parts={cfg.parts} is no list: write parts=[{cfg.parts}]")
     if unknown := set(cfg.parts) - set(cfg.part):
         raise UserError(f"parts={unknown.pop()} is not measured: choose among {', '.join(cfg.part)}")
     folder = output_folder(cfg.output)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -23,6 +24,7 @@ HEARD = (signals.SIGINT, signals.SIGUSR1, signals.SIGTERM)
 
 class StopOnSignal(Checkpoint):
     """SIGINT (Ctrl-C), SIGTERM: save to `path`, exit with 130, 143. SIGUSR1: save, requeue the SLURM job if there is one, 138.
+    The last step of a training is saved, too.
 
     A signal to any rank counts for all. Several ranks agree at the end of every `every_n_steps`-th optimizer step and of as
     many validation batches, on the CPU: no device is waited for. A second Ctrl-C ends the process as it stands.
@@ -58,6 +60,14 @@ class StopOnSignal(Checkpoint):
         if trainer.global_step != self.last and self.due(trainer.global_step):  # not while gradients add up
             self.stop_if_asked(trainer)
         self.last = trainer.global_step
+        if trainer.global_step == trainer.max_steps:
+            self.save_the_end(trainer)
+
+    def save_the_end(self, trainer: L.Trainer) -> None:
+        """A run that is to go on with more steps, or to be exported, has the last one, whatever the others' period."""
+        regular = [other for other in trainer.checkpoint_callbacks if getattr(other, "filename", None) == Path(self.path).stem]
+        if not any(other._last_global_step_saved == trainer.global_step for other in regular):  # type: ignore[attr-defined]
+            trainer.save_checkpoint(self.path)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -18,6 +18,8 @@ def checkpoint_path(run_dir: Path, ckpt_path: str) -> str | None:
     path = Path(ckpt_path)
     if not path.exists():
         raise UserError(f"ckpt_path={path} is not a file; ckpt_path=last goes on with the newest run of this name")
+    if (path / FOLDER).is_dir():
+        raise UserError(f"ckpt_path={path} is a run's folder: give {path / FOLDER / LAST}")
     if reason := damage(path):
         others = [other for other in saved(path.parent) if other.resolve() != path.resolve() and not damage(other)]
         instead = f"give ckpt_path={others[0]}, which is whole" if others else "no other checkpoint beside it is whole"

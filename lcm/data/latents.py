@@ -120,6 +120,11 @@ def check_stamp(urls: Sequence[str], codec: LatentCodec, resolution: int, captio
         for name, value in stamp(codec, resolution, drawn=drawn, text=text).items():
             if found.get(name) != value:
                 raise UserError(
-                    f"the latents in {redacted(folder)} have {name} = {found.get(name)}, but data.codec and data.resolution "
-                    f"ask for {value}: encode the images again, or set what they were encoded with"
+                    f"the latents in {redacted(folder)} have {name} = {short(found.get(name))}, but data.codec and "
+                    f"data.resolution ask for {short(value)}: encode the images again, or set what they were encoded with"
                 )
+
+
+def short(value: Any) -> str:
+    """Hashes by their first digits."""
+    return str(value)[:12]

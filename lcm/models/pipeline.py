@@ -23,6 +23,8 @@ def find(pipeline: str, *parts: str) -> Path:
     path = ASSETS / "mini" if pipeline == "mini" else Path(pipeline)
     if not path.is_dir():
         path = download(pipeline)
+    if (path / "model" / "model_index.json").is_file():
+        raise UserError(f"{pipeline} is a run's folder: give {path / 'model'}")
     missing = [part for part in dict.fromkeys(PARTS + parts) if not (path / part).is_dir()]
     if set(missing) & set(parts or PARTS):
         raise UserError(

@@ -62,6 +62,17 @@ class TrainedModule(L.LightningModule):
         """What is trained; a group's "lr_scale" multiplies the optimizer's learning rate."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["method"] = type(self).__name__
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises UserError for another method's, whose weights may even fit."""
+        own, found = type(self).__name__, checkpoint.get("method", type(self).__name__)
+        if found != own:
+            raise UserError(
+                f"the checkpoint is of {found}, this training is a {own}: give it a name= of its own, or another ckpt_path"
+            )
+
     def on_fit_start(self) -> None:
         for network in self.frozen.values():
             network.to(self.device).requires_grad_(False).eval()

@@ -86,6 +86,7 @@ class ConsistencyModelTraining(UnguidedConsistencyModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A validation or an export that follows is of the last update, as it was when the checkpoint was written."""
+        super().on_load_checkpoint(checkpoint)
         self.grow(max(checkpoint["global_step"] - 1, 0))
 
     def grow(self, step: int) -> None:

@@ -133,9 +133,11 @@ class GuidedDistillation(LatentModule):
         return self.passed[steps]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["stage"] = self.stage
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.stage = checkpoint["stage"]
 
     def facts(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def cosine(optimizer: Optimizer, max_steps: int, *, warmup: int = 0, final: floa
     """Linear from 0 over `warmup` steps, then half a cosine down to `final` times the peak at `max_steps`."""
 
     if max_steps < 1:
-        raise UserError("model/lr_schedule=cosine needs trainer.max_steps, the step at which it ends")
+        raise UserError(f"model/lr_schedule=cosine ends at trainer.max_steps, which is {max_steps}: give 1 or more")
 
     def factor(step: int) -> float:
         progress = min(1.0, max(0, step - warmup) / max(1, max_steps - warmup))

@@ -27,6 +27,7 @@ def rank(number: int, folder: Path, asked: int) -> None:
     saved = folder / f"saved-{number}"
     trainer = SimpleNamespace(
         global_step=0,
+        max_steps=100,
         training=False,
         loggers=[],
         is_global_zero=number == 0,

@@ -35,10 +35,17 @@ def complaint(done) -> str:
         ("paths.runs=/proc/nowhere", "set paths.runs to a writable folder"),
         ("ckpt_path=nothing.ckpt", "ckpt_path=nothing.ckpt is not a file"),
         ("ckpt_path=https://example.org/a.ckpt", "ckpt_path must be a local file"),
+        ("data.shards=[]", "data.shards=[] names no shards"),
+        ("data.shards=.", "data.shards: . is a folder: give its shards, as in './*.tar'"),
+        ("trainer.accelerator=gpuu", "trainer.accelerator=gpuu: choose among auto, cpu"),
+        ("model.compile=yess", "model.compile=yess: expected true or false"),
+        ("model.objective.skip_steps=2000", "expected a whole number from 1 to 1000"),
+        ("name=", "name= is empty"),
     ],
 )
-def test_train_refuses(run, tiny, override, says):
+def test_train_refuses(run, tiny, override, says, tmp_path):
     assert says in complaint(run("train.py", *tiny, override))
+    assert not list(tmp_path.glob("runs/*/*")), "a run that never was"
 
 
 def test_a_folder_that_is_not_a_pipeline_or_predicts_something_unknown(run, tiny, tiny_pipeline, tmp_path):
@@ -73,3 +80,8 @@ def test_sample_refuses_more_steps_than_the_grid_and_empty_prompts(run, tiny, ti
     assert "use 1 to 50" in complaint(run("sample.py", f"pipeline={tiny_pipeline}", "solver=lcm", "steps=60", "prompts=a"))
     (tmp_path / "p.txt").write_text("\n")
     assert "has no prompts" in complaint(run("sample.py", f"pipeline={tiny_pipeline}", "prompts=p.txt"))
+    (tmp_path / "p.txt").write_bytes(b"caf\xe9")
+    assert "in UTF-8" in complaint(run("sample.py", f"pipeline={tiny_pipeline}", "prompts=p.txt"))
+    assert "prompts= has none" in complaint(run("sample.py", f"pipeline={tiny_pipeline}", "prompts="))
+    assert "at one steps=" in complaint(run("sample.py", f"pipeline={tiny_pipeline}", "prompts=a", "steps=[1,2]"))
+    assert "device=foo is none" in complaint(run("sample.py", f"pipeline={tiny_pipeline}", "prompts=a", "device=foo"))

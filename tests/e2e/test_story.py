@@ -115,6 +115,17 @@ def test_a_sweep_ends_with_one_table_and_one_plot(run, tiny, tmp_path):
     assert Image.open(folder / "plot.png").width > 300
 
 
+def test_a_sweep_goes_on_when_a_job_cannot(run, tiny, tmp_path):
+    done = run("train.py", "-m", *tiny, "trainer.max_steps=3", "model.w_max=4,1,6", "model.w_min=2")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    [says] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "model.w_max=1" in says
+    [table] = (tmp_path / "runs/sweeps").glob("*/table.md")
+    lines = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in table.open()][2:]
+    assert [(w, loss == "failed") for w, loss, *_ in lines] == [("4", False), ("1", True), ("6", False)]
+
+
 @pytest.mark.parametrize(("experiment", "steps"), [("guided_distill_mini", 8), ("cd_mini", 2), ("ct_mini", 2)])
 def test_a_baseline_trains_and_samples(experiment, steps, run, tiny_pipeline, shards, tmp_path):
     base = "pipeline" if experiment == "ct_mini" else "teacher"
