@@ -66,6 +66,7 @@ def make_cells(cfg: DictConfig, extract: Extractor, device: str) -> list[Cell]:
     cells = []
     for name, entry in cfg.entries.items():
         path, sampler = find_pipeline(entry.pipeline, cfg.paths.runs), make_sampler(name, entry.get("solver"))
+        entry.pipeline = path  # for the record, what "last" was
         if path not in models:
             models[path] = LatentModel.load(path, device=device, dtype=getattr(torch, cfg.dtype))
             makes[path] = drawn_by(models[path], cfg.dtype)

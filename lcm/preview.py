@@ -45,8 +45,9 @@ def main(cfg: DictConfig) -> None:
             captions += batch["captions"]
             sizes += batch["original_sizes"].tolist()
             skipped.update(batch["skipped"])
-            bar.update(len(batch["captions"]))
+            bar.update(min(len(batch["captions"]), count - bar.n))
     rate = (len(captions) - first) / (time.monotonic() - started) if len(captions) > first else float("nan")
+    captions, sizes = captions[:count], sizes[:count]  # the last batch is filled up from the next epoch
     shorter, words = (
         torch.tensor([min(size) for size in sizes]).float(),
         torch.tensor([len(c.split()) for c in captions]).float(),

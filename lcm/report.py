@@ -82,12 +82,13 @@ def footer(
     w = f"w = {cfg.w:g} where a row says nothing else" if isinstance(cfg.w, int | float) else "w as the rows say"
     clip, fid = (f"{extract.names[i]}, weights {extract.weights[i]}" for i in (0, -1))
     networks = f"All metrics: {clip}." if extract.fid is None else f"FID and KID: {fid}. CMMD and CLIP score: {clip}."
+    models = ", ".join(f"{name} is {entry.pipeline}" for name, entry in cfg.entries.items())
     own = scores(real, real, ["clip_score"])["clip_score"]
     return redacted(
         f"{cfg.samples} images a cell{again} (`{known}`), seeds from {cfg.seed} on; {w} (diffusers' guidance_scale is w + 1). "
         f"Reference: {len(real['clip'])} images of `{reference}`, whose own CLIP score is {own:.2f}; centre crop, antialiased "
         f"bicubic resize to {cfg.resolution} px. {networks} UNet in {cfg.dtype}, features in float32, distances in float64. "
-        + " ".join([*(f"{sentence.rstrip('.')}." for sentence in warnings), f"Commit {commit()}."])
+        + " ".join([f"{models}.", *(f"{sentence.rstrip('.')}." for sentence in warnings), f"Commit {commit()}."])
     )
 
 
