@@ -89,9 +89,14 @@ def unless_refused(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except (UserError, MisconfigurationException):
-        if {path.name for path in run_dir.iterdir()} <= {"run.json", "config.yaml"}:
-            remove(run_dir)
+        remove_unbegun(run_dir)
         raise
+
+
+@rank_zero_only
+def remove_unbegun(run_dir: Path) -> None:
+    if {path.name for path in run_dir.iterdir()} <= {"run.json", "config.yaml"}:
+        remove(run_dir)
 
 
 @rank_zero_only

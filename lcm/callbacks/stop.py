@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loops.evaluation_loop import RestartStage as ValidationStage
 from lightning.pytorch.loops.training_epoch_loop import RestartStage as LoopStage
 
@@ -65,8 +65,9 @@ class StopOnSignal(Checkpoint):
 
     def save_the_end(self, trainer: L.Trainer) -> None:
         """A run that is to go on with more steps, or to be exported, has the last one, whatever the others' period."""
-        regular = [other for other in trainer.checkpoint_callbacks if getattr(other, "filename", None) == Path(self.path).stem]
-        if not any(other._last_global_step_saved == trainer.global_step for other in regular):  # type: ignore[attr-defined]
+        regular = [other for other in trainer.checkpoint_callbacks if isinstance(other, ModelCheckpoint)]
+        saved = [other.filename for other in regular if other._last_global_step_saved == trainer.global_step]
+        if Path(self.path).stem not in saved:
             trainer.save_checkpoint(self.path)
 
     def on_validation_batch_end(

@@ -49,8 +49,8 @@ def expand_urls(shards: str | Sequence[str], option: str = "data.shards", *, all
                 raise UserError(f"no shards match {url!r}: point {option} at webdataset .tar files (globs and braces work)")
     if not urls:
         raise UserError(f"{option}={shards} names no shards: point it at webdataset .tar files (globs and braces work)")
-    if folders := [url for url in urls if not is_remote(url) and os.path.isdir(local(url))]:
-        raise UserError(f"{option}: {folders[0]} is a folder: give its shards, as in '{folders[0]}/*.tar'")
+    if not is_remote(urls[0]) and os.path.isdir(local(urls[0])):
+        raise UserError(f"{option}: {urls[0]} is a folder: give its shards, as in '{urls[0]}/*.tar'")
     return urls
 
 
