@@ -5,7 +5,7 @@ import random
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,12 +50,18 @@ class Loader(DataLoader):
 
 
 def kill(workers: list[Any]) -> None:
-    """SIGKILL, since one that is stopped does not hear SIGTERM; torch tells of their end by an error wherever one is."""
-    for worker in workers:
-        worker.kill()
-    for worker in workers:
-        with suppress(RuntimeError):
+    """SIGKILL, since one that is stopped does not hear SIGTERM; all are gone afterwards.
+
+    torch tells of a worker's end by an error wherever the program is just then. Here it is no news, and would leave the others.
+    """
+    before = signal.signal(signal.SIGCHLD, lambda *_: None)
+    try:
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
             worker.join()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def init_worker(worker: int) -> None:

@@ -280,6 +280,30 @@ def test_a_lost_worker_is_a_user_error(shards: Path, sign: signal.Signals, says:
     kill(workers)
 
 
+def hold(size: int, started: Any) -> None:
+    memory = b"1" * size
+    started.release()
+    signal.pause()
+    assert memory
+
+
+def test_all_workers_are_gone_after_kill_whichever_ends_first() -> None:
+    def tell(*args: Any) -> None:  # as torch does
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    started = multiprocessing.Semaphore(0)
+    workers = [multiprocessing.Process(target=hold, args=(size, started)) for size in (2**28, 1)]  # the first ends last
+    for worker in workers:
+        worker.start()
+        started.acquire()
+    before = signal.signal(signal.SIGCHLD, tell)
+    try:
+        kill(workers)
+        assert not any(worker.is_alive() for worker in workers)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda sign: sign.name)
 def test_a_signal_to_all_processes_of_a_job_leaves_workers_alone(
     shards: Path, sign: signal.Signals, monkeypatch: pytest.MonkeyPatch
