@@ -4,18 +4,13 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from lcm.command_line import build, output_folder, pick_device, program, read_prompts
+from lcm.command_line import build, program
 from lcm.data.captions import read_captions
-from lcm.data.shards import expand_urls
-from lcm.data.source import Source
 from lcm.errors import UserError
 from lcm.images import grid, save_png, to_pil
+from lcm.inputs import output_folder, pick_device, read_prompts, shards
 from lcm.models.generate import LatentModel
 from lcm.runs import find_pipeline
-
-
-def captions(cfg: DictConfig) -> list[str]:
-    return read_captions(Source(expand_urls(cfg.val_shards, "val_shards"), cache=build(cfg.cache)))
 
 
 @program("sample")
@@ -25,7 +20,7 @@ def main(cfg: DictConfig) -> None:
     if not isinstance(cfg.steps, int) or not isinstance(cfg.w, int | float):
         raise UserError("sample.py draws at one steps= and one w=; `python -m lcm.evaluate` compares several")
     folder = output_folder(cfg.output)
-    prompts = read_prompts(cfg.prompts, lambda: captions(cfg))
+    prompts = read_prompts(cfg.prompts, lambda: read_captions(shards(cfg, "val_shards")))
     name = find_pipeline(cfg.pipeline, cfg.paths.runs)
     model = LatentModel.load(name, device=pick_device(cfg.device), dtype=getattr(torch, cfg.dtype), compile=cfg.compile)
     model.check_w(cfg.w)

@@ -10,12 +10,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from lcm.command_line import CONF, build, plain
+from lcm.command_line import build
+from lcm.composition import plain
 from lcm.errors import UserError
 from lcm.files import digest
 from lcm.metrics.features import Extractor, fingerprint, joined, save
 from lcm.models.generate import LatentModel, Sampler
 from lcm.runs import find_pipeline
+from lcm.targets import CONF
 
 SHOWN = 32  # images of a cell that are kept for grids
 

@@ -10,7 +10,7 @@ import webdataset as wds
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from lcm.command_line import build, output_folder, pick_device, program
+from lcm.command_line import build, program
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.encoding import Encoder, Variants, gathered
 from lcm.data.latents import STAMP, stamp
@@ -21,6 +21,7 @@ from lcm.data.transforms import Decode
 from lcm.data.workers import Loader
 from lcm.errors import UserError
 from lcm.files import whole_file
+from lcm.inputs import output_folder, pick_device
 from lcm.redaction import redacted
 
 

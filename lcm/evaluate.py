@@ -15,18 +15,13 @@ from tqdm import tqdm
 
 from lcm import report
 from lcm.cells import SHOWN, Chunk, chunks_of, make_cells
-from lcm.command_line import build, build_all, output_folder, pick_device, program, read_prompts
+from lcm.command_line import build, build_all, program
 from lcm.data.captions import read_captions
-from lcm.data.shards import expand_urls
-from lcm.data.source import Source
 from lcm.errors import UserError
+from lcm.inputs import output_folder, pick_device, read_prompts, shards
 from lcm.metrics.features import METRICS, Extractor, joined, scores
 
 log = logging.getLogger(__name__)
-
-
-def shards(cfg: DictConfig, option: str) -> Source:
-    return Source(expand_urls(cfg[option], option), cache=build(cfg.cache))
 
 
 def make_prompts(cfg: DictConfig) -> tuple[list[str], int]:

@@ -11,9 +11,10 @@ from safetensors.torch import save
 
 from lcm.checkpoints.atomic import AtomicCheckpointIO
 from lcm.checkpoints.found import checkpoint_path
-from lcm.command_line import build, output_folder, program
+from lcm.command_line import build, program
 from lcm.errors import UserError
 from lcm.files import whole_file
+from lcm.inputs import output_folder
 from lcm.models.lora import is_adapted, merged
 from lcm.models.pipeline import load_unet
 from lcm.modules.latent import LatentModule

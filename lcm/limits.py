@@ -1,6 +1,7 @@
 """What a configuration may hold, by the last name of a key: looked at before a program loads anything."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -49,6 +50,9 @@ CHOICES: dict[str, Sequence[str]] = {
     "dtype": ("float32", "bfloat16", "float16"),
     "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
 }
+PATTERNS = {
+    "devices": (r"auto|-1|[1-9]\d*|\d+,|\d+(,\d+)+|\[\d+(, \d+)*\]", "how many (-1: all), auto, or a list of GPUs as [0,1]"),
+}
 SWITCHES = (
     *("compile", "gradient_checkpointing", "zero_init", "flip", "random_crop", "allow_pipe", "async_checkpoints"),
     *("antialias", "fused", "verify", "sharded_checkpoints"),
@@ -60,6 +64,8 @@ def check_limits(node: Any, key: str = "") -> None:
     name = key.rpartition(".")[2]
     if name in CHOICES and node is not None and str(node) not in CHOICES[name]:
         raise UserError(f"{key}={node}: choose among {', '.join(CHOICES[name])}")
+    if name in PATTERNS and node is not None and not re.fullmatch(PATTERNS[name][0], str(node)):
+        raise UserError(f"{key}={node}: expected {PATTERNS[name][1]}")
     if name in SWITCHES and not isinstance(node, bool | None):
         raise UserError(f"{key}={node}: expected true or false")
     if isinstance(node, Mapping):

@@ -10,10 +10,11 @@ from omegaconf import DictConfig
 from torch.nn.functional import pad
 from tqdm import tqdm
 
-from lcm.command_line import build, output_folder, program
+from lcm.command_line import build, program
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.source import total_dropped
 from lcm.images import grid, save_png
+from lcm.inputs import output_folder
 
 
 @program("preview")

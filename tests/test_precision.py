@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lcm import precision
-from lcm.command_line import compose
+from lcm.composition import compose
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import lightning  # noqa: F401  before `program` quiets it: it raises its voice 
 from omegaconf import DictConfig
 
 from lcm.bench.measure import machine
-from lcm.command_line import build, output_folder, program
+from lcm.command_line import build, program
 from lcm.errors import UserError
+from lcm.inputs import output_folder
 from lcm.redaction import redacted
 
 

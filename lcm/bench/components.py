@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from lcm.bench.measure import Table, now, peak_memory
-from lcm.command_line import build, compose, pick_device
+from lcm.command_line import build
+from lcm.composition import compose
 from lcm.core.condition import doubled
 from lcm.core.ema import ema_update_
 from lcm.core.objectives.consistency import draw
 from lcm.core.random import generator
+from lcm.inputs import pick_device
 from lcm.models.flops import forward_flop, matmul_tflops
 from lcm.modules.distillation import LatentConsistencyDistillation
 

@@ -11,8 +11,8 @@ from diffusers import LatentConsistencyModelPipeline
 from torch import Tensor
 
 from lcm.bench.measure import Table, in_turn
-from lcm.command_line import pick_device
 from lcm.core.random import ImageNoise
+from lcm.inputs import pick_device
 from lcm.models.generate import LatentModel
 from lcm.models.pipeline import load_schedule, load_unet
 from lcm.models.saving import save_pipeline

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lcm.bench.measure import Table, in_turn
-from lcm.command_line import CONF
 from lcm.errors import UserError
+from lcm.targets import CONF
 
 
 def rate(overrides: list[str], processes: int, threads: int, steps: int) -> dict[str, float]:

@@ -15,9 +15,11 @@ from lcm.bench import peers
 from lcm.bench.measure import Table, data_sheet_tflops, elapsed, in_turn, now, peak_memory, released
 from lcm.bench.shards import write_latents
 from lcm.callbacks.throughput import Throughput
-from lcm.command_line import build, compose, pick_device
+from lcm.command_line import build
+from lcm.composition import compose
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.shards import expand_urls
+from lcm.inputs import pick_device
 from lcm.models.flops import matmul_tflops
 
 WARM_UP = 2  # steps that are not timed

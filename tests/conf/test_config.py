@@ -10,8 +10,12 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from lcm import command_line
-from lcm.command_line import CONF, build, check_composed, check_overrides, compose, dotted_keys, pick_device
+from lcm import composition
+from lcm.command_line import build
+from lcm.composition import check_composed, check_overrides, compose, dotted_keys
+from lcm.errors import UserError
+from lcm.inputs import pick_device
+from lcm.targets import CONF
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 FULL_SIZE = {
@@ -132,16 +136,36 @@ def test_programs_that_share_out_work_know_their_place_and_gpu(program, names, m
 @pytest.mark.parametrize("name", SEARCHES)
 def test_every_run_of_a_search_is_looked_at_and_passes(name, monkeypatch):
     looked_at, params = [], OmegaConf.load(CONF / f"hparams_search/{name}.yaml").hydra.sweeper.params
-    monkeypatch.setattr(command_line, "check_composed", lambda cfg: (check_composed(cfg), looked_at.append(cfg)))
+    monkeypatch.setattr(composition, "check_composed", lambda cfg: (check_composed(cfg), looked_at.append(cfg)))
     check_overrides("train", ["-m", f"hparams_search={name}"])
     assert len(looked_at) == 2 + sum(len(str(values).split(",")) - 1 for values in params.values())
 
 
-def test_an_alternative_of_a_search_that_cannot_be_meant_is_refused(capsys):
-    with pytest.raises(SystemExit, match=r"error: model\.w_max=x: expected a number"):
+def test_an_alternative_of_a_search_that_cannot_be_meant_is_refused():
+    with pytest.raises(UserError, match=r"model\.w_max=x: expected a number"):
         check_overrides(
             "train", ["-m", "hparams_search=w_range", "model.w_min=0", "++hydra.sweeper.params={model.w_max: '6,x'}"]
         )
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--max_steps=3"], "no option --max_steps=3: overrides have no dashes, did you mean 'trainer.max_steps=3'?"),
+        (["--max_steps", "3"], "did you mean 'trainer.max_steps=...'?"),
+        (["lcd_mini"], "'lcd_mini' sets nothing, did you mean 'experiment=lcd_mini'?"),
+        (["ddim"], "did you mean 'model/solver=ddim'?"),
+        (["experiment"], "did you mean 'experiment=...'?"),
+        (["model.lr=1"], "did you mean 'model.optimizer.lr'?"),
+        (["lr=1"], "did you mean 'model.optimizer.lr'?"),
+        (["model.nothing_like_it=1"], "there is no config key 'model.nothing_like_it'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_was_probably_meant_is_named(args, says):
+    with pytest.raises(UserError) as caught:
+        check_overrides("train", args)
+    assert says in str(caught.value)
 
 
 @pytest.mark.parametrize(("group", "option"), PARTS)
@@ -197,7 +221,7 @@ def test_the_default_is_the_mini_distillation():
 
 def test_braces_need_quotes_of_their_own_and_the_error_says_so():
     assert compose("train", ["data.shards='a/{0..9}.tar'"]).data.shards == "a/{0..9}.tar"
-    with pytest.raises(SystemExit, match="quote special characters twice"):
+    with pytest.raises(UserError, match="quote special characters twice"):
         check_overrides("train", ["data.shards=a/{0..9}.tar"])
 
 

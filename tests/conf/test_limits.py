@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
-from lcm.command_line import CONF, compose, plain
+from lcm.composition import compose, plain
 from lcm.errors import UserError
 from lcm.limits import LIMITS, check_limits
+from lcm.targets import CONF
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 PROGRAMS = ["sample", "evaluate", "encode", "preview", "manifest", "bench"]
@@ -35,6 +36,8 @@ def test_every_programs_defaults_are_within(program: str) -> None:
         ("seed", -1, "a whole number from 0 to"),
         ("seed", True, "a whole number from 0 to 4294967295"),
         ("w", "abc", "a number"),
+        ("trainer.devices", 0, "how many"),
+        ("trainer.devices", "abc", "how many"),
         ("steps", [], "a whole number from 1, or several"),
         ("callbacks.samples.steps", [4, 0], "a whole number from 1, or several"),
     ],

@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lcm.command_line import compose
+from lcm.composition import compose
 from lcm.core.schedule import NoiseSchedule
 from lcm.errors import UserError
 from lcm.evaluate import evaluate

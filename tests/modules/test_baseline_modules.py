@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 from lcm.checkpoints.atomic import AtomicCheckpointIO
-from lcm.command_line import build, compose
+from lcm.command_line import build
+from lcm.composition import compose
 from lcm.core import sampling
 from lcm.core.consistency import cm_consistency_fn
 from lcm.core.networks import conditioned

@@ -8,7 +8,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from lcm import targets
-from lcm.command_line import build, check_overrides
+from lcm.command_line import build, refuse
+from lcm.composition import check_overrides
 from lcm.errors import UserError
 
 REFUSED = [
@@ -146,9 +147,8 @@ def test_nothing_is_built_around_or_inside(node: Any, kind: str) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_the_whole_command_line_is_checked_before_hydra_runs(args: list[str], says: str) -> None:
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(UserError) as caught:
         check_overrides("train", args)
-    assert str(caught.value).startswith("error: ")
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -158,11 +158,11 @@ def test_a_folder_of_ones_own_configs_is_checked_too(tmp_path: Path) -> None:
     (tmp_path / "model/solver/mine.yaml").write_text("_target_: lcm.core.solvers.heun\n_partial_: true\n")
     (tmp_path / "model/solver/evil.yaml").write_text("_target_: os.system\n")
     check_overrides("train", ["--config-dir", str(tmp_path), "model/solver=mine"])
-    with pytest.raises(SystemExit, match=r"model\.solver\._target_=os\.system is not allowed"):
+    with pytest.raises(UserError, match=r"model\.solver\._target_=os\.system is not allowed"):
         check_overrides("train", ["--config-dir", str(tmp_path), "model/solver=evil"])
     (tmp_path / "hydra/job_logging").mkdir(parents=True)
     (tmp_path / "hydra/job_logging/evil.yaml").write_text("formatters: {x: {(): lcm.data.remote.run, command: id}}\nroot: {}\n")
-    with pytest.raises(SystemExit, match=r"hydra\.job_logging\.formatters\.x\.\(\)=lcm\.data\.remote\.run is not allowed"):
+    with pytest.raises(UserError, match=r"hydra\.job_logging\.formatters\.x\.\(\)=lcm\.data\.remote\.run is not allowed"):
         check_overrides("train", ["--config-dir", str(tmp_path), "hydra/job_logging=evil"])
 
 
@@ -175,7 +175,9 @@ def test_hydra_answers_as_before(args: list[str]) -> None:
     "override", ["+note={token:planted", "model.planted_token=planted", "model.x='https://planted@host/?planted'"]
 )
 def test_a_complaint_about_an_override_holds_no_secret(override: str) -> None:
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(UserError) as raised:
         check_overrides("train", [override, "model.nothing=1"])
+    with pytest.raises(SystemExit) as caught:
+        refuse(raised.value)
     assert "=planted" not in str(caught.value)
     assert "//planted" not in str(caught.value)
