@@ -44,6 +44,11 @@ class Progress(ProgressBar):
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
         self.on_train_end(trainer, module)
 
+    def on_fit_end(self, trainer: Any, module: Any) -> None:
+        if self.bar is None and trainer.is_global_zero and 0 < trainer.max_steps <= trainer.global_step:
+            step = f"the checkpoint is at step {trainer.global_step}, of trainer.max_steps={trainer.max_steps}"
+            print(f"done:    {step}: a larger number trains on", flush=True)
+
     def on_train_end(self, trainer: Any, module: Any) -> None:
         if self.bar is not None:
             self.bar.close()
