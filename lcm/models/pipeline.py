@@ -43,7 +43,10 @@ def download(hub_id: str) -> Path:
     wanted = ["*.json", "*.txt", "*/*.safetensors", "*/*.json", "*/*.txt"]
     unused = ["safety_checker/*", "image_encoder/*", "vae_*/*", "*.non_ema.*"]  # gigabytes
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=unused))
+        folder = Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=[*unused, "*.fp16*"]))
+        if not any(folder.glob("unet/*.safetensors")):  # it has no others
+            folder = Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=unused))
+        return folder
     except Exception as error:
         raise UserError(f"{hub_id!r} is neither a folder here nor reachable on the hub ({type(error).__name__})") from error
 

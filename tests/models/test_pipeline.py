@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
 from lcm.core import sampling
@@ -17,6 +18,7 @@ from lcm.core.schedule import NoiseSchedule
 from lcm.errors import UserError
 from lcm.models.generate import LatentModel
 from lcm.models.pipeline import (
+    download,
     find,
     is_consistency_model,
     load_codec,
@@ -73,6 +75,30 @@ def test_what_is_neither_a_folder_nor_a_hub_id_is_a_user_error(
 def test_an_unreachable_hub_id_is_a_user_error() -> None:
     with pytest.raises(UserError, match="neither a folder here nor reachable"):
         find("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("files", "fetched"),
+    [
+        ({"unet/model.safetensors", "unet/model.fp16.safetensors"}, {"unet/model.safetensors"}),
+        ({"unet/model.fp16.safetensors", "vae/model.fp16-00001-of-00002.safetensors"}, None),
+        (
+            {"unet/model.safetensors", "unet/model.non_ema.safetensors", "unet/a.bin", "b.ckpt"},
+            {"unet/model.safetensors"},
+        ),
+    ],
+    ids=["both", "fp16 alone", "others"],
+)
+def test_of_a_hub_repository_only_what_is_read_is_fetched(files, fetched, tmp_path: Path, monkeypatch) -> None:
+    def snapshot_download(hub_id: str, **patterns: Any) -> str:
+        for name in filter_repo_objects(files, **patterns):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    download("owner/name")
+    assert {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*.*")} == (fetched or files)
 
 
 def test_the_parts_that_a_folder_lacks_are_named(tiny_pipeline: Path, tmp_path: Path) -> None:
