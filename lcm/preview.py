@@ -31,6 +31,8 @@ def main(cfg: DictConfig) -> None:
         print(f"shards:   {len(facts)} with {used + dropped.total()} samples, of which {used} are used")
         for reason, count in dropped.most_common():
             print(f"          {count} ({count / (used + dropped.total()):.1%}) left out: {reason}")
+        for name in source.blind_filters():
+            print(f"filter:   {name} leaves out nothing: no sample says what it reads")
     for bucket in data.orders if data.buckets else ():
         print(f"bucket:   {bucket.shape} with {bucket.size} samples")
     count = min(cfg.samples, sum(data.sizes))

@@ -125,11 +125,11 @@ class ShardDataModule(L.LightningDataModule):
         dropped = total_dropped([shard for of in facts for shard in of])
         if dropped and stage == "fit":
             log.warning("using %d training samples; left out: %s", sum(self.sizes), dict(dropped))
-        gone = (
-            [shard for source in self.train_sources for shard in source.manifests.gone(source.urls)] if stage == "fit" else []
-        )
-        if gone:
-            log.warning("%d shards are in their manifest, but not there, such as %s", len(gone), gone[0])
+        for source in self.train_sources if stage == "fit" else ():
+            if gone := source.manifests.gone(source.urls):
+                log.warning("%d shards are in their manifest, but not there, such as %s", len(gone), gone[0])
+            for name in source.blind_filters():
+                log.warning("data.filters.%s leaves out nothing, no sample says what it reads (null: it need not)", name)
 
     def _source(self, urls: str | list[str], option: str) -> Source:
         source = self.reader(urls, option, needs=self.decode.needs, measure=aspect if self.buckets else None)

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -144,6 +144,11 @@ class Filters:
             if value is not None and not rule.passes(value, limit):
                 return rule.reason
         return None
+
+    def blind(self, samples: Iterable[tuple[str | None, Mapping[str, Any]]]) -> list[str]:
+        """The active rules for which none of these (caption, metadata) has anything to go by."""
+        seen = [(caption, lowered(meta)) for caption, meta in samples]
+        return [option for option in self.limits if seen and all(RULES[option].value(*sample) is None for sample in seen)]
 
     def signature(self) -> str:
         """16 hex digits that change with the rules in force, also with what the removal list says: the key of an index."""

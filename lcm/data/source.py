@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from rich.progress import track
 from lcm.data.cache import ShardCache
 from lcm.data.expected import Manifests
 from lcm.data.filters import Filters
-from lcm.data.members import Sample
+from lcm.data.members import Sample, Skip, caption_of, metadata
 from lcm.data.shards import CAPTION_MEMBERS, IMAGES, Shard, is_remote, local
 from lcm.errors import UserError
 from lcm.files import digest
@@ -24,6 +25,7 @@ from lcm.redaction import redacted
 
 log = logging.getLogger(__name__)
 TRIED = 8  # shards that may be dead before the first that is looked into
+LOOKED_AT = 100  # samples of that one
 
 
 class Facts(NamedTuple):
@@ -51,6 +53,7 @@ class Source:
     ) -> None:
         self.urls, self.needs, self.filters, self.measure = list(urls), needs, filters, measure
         self.cache, self.index, self.manifests = cache, index, Manifests()
+        self.sound = 0
 
     def path(self, shard: int) -> str:
         """Where the shard lies on this machine. Raises OSError if it cannot be brought here."""
@@ -85,8 +88,20 @@ class Source:
                 raise UserError(f"{url} has no images: {held}, expected one of {list(self.needs)}")
             if not extensions & set(CAPTION_MEMBERS):
                 raise UserError(f"{url} has no captions: {held}, expected .txt or .json")
+            self.sound = number
             return
         raise UserError(flaws[0] + f", nor can the {len(flaws) - 1} shards after it be read" * (len(flaws) > 1))
+
+    def blind_filters(self) -> list[str]:
+        """The names of filters that leave out nothing, since nothing in the shard that `check` found sound is for them."""
+        if self.filters is None or self.filters.missing == "drop":
+            return []
+        described = []
+        with contextlib.closing(Shard(self.path(self.sound), needs=self.needs)) as shard:
+            for sample in islice(shard, LOOKED_AT):
+                with contextlib.suppress(Skip):
+                    described.append((caption_of(sample), metadata(sample)))
+        return self.filters.blind(described)
 
     def facts(self) -> list[Facts]:
         """Of every shard in the order of `urls`; shards that no earlier run has counted are opened now, with progress."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from lcm.data.filters import number
 from lcm.data.members import CaptionChoice, Sample, Skip, metadata, skipping
@@ -34,7 +34,10 @@ def opened(content: bytes) -> Image.Image:
     if len(content) > MAX_BYTES:
         raise Skip("bytes", f"{len(content)} are more than {MAX_BYTES}")
     with skipping("image", Exception), skipping("pixels", Image.DecompressionBombError, Image.DecompressionBombWarning):
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        try:
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+        except UnidentifiedImageError:  # its message is an object's address
+            raise Skip("image", f"none of {', '.join(FORMATS)}") from None
     if image.width * image.height > MAX_PIXELS:
         raise Skip("pixels", f"{image.width} x {image.height} are more than {MAX_PIXELS}")
     if min(image.size) < 2:

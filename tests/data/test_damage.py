@@ -99,7 +99,7 @@ def bomb() -> bytes:
     ("make", "reason"),
     [
         (lambda: {"png": jpeg()[:-40]}, "image"),
-        (lambda: {"png": b"GIF89a?"}, "image"),
+        (lambda: {"png": b"GIF89a?"}, "image: none of JPEG, PNG"),
         (lambda: {"png": bomb()}, "pixels"),
         (lambda: {"json": b"{"}, "json"),
         (lambda: {"txt": b"\xff\xfe\xfa"}, "caption_encoding"),

@@ -11,6 +11,7 @@ def test_preview_says_what_passes_and_draws_it(run, shards, tmp_path):
                "data.filters.max_caption=40", "data.buckets=2", "samples=40", "shown=8")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "left out: caption_long" in done.stdout
+    assert "filter:   max_unsafe leaves out nothing" in done.stdout
     assert "bucket:   (32, 32) with" in done.stdout
     assert "samples/s with 1 workers" in done.stdout
     with Image.open(tmp_path / "outputs/preview/grid.png") as grid:
