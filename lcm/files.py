@@ -1,6 +1,7 @@
 """Files that are whole or absent."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from lcm.errors import UserError
 
@@ -41,6 +42,21 @@ def whole_file(target: Path, writer: object = "", keep: Path | None = None) -> I
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def locked(file: Path) -> TextIO:
+    """The file, locked against other processes until it is closed, where the file system has locks.
+
+    Raises BlockingIOError while another has it. Processes forked meanwhile do not (flock's locks would live on in them).
+    """
+    opened = file.open("a")
+    try:
+        fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            opened.close()
+            raise BlockingIOError(error.errno, "another process has it", str(file)) from None
+    return opened
 
 
 def digest(facts: Any) -> str:

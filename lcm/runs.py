@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -19,8 +19,11 @@ from torch.distributed import Store, rendezvous
 
 from lcm.checkpoints.found import FOLDER, checkpoint_path, saved
 from lcm.errors import UserError
-from lcm.files import remove, whole_file
+from lcm.files import locked, remove, whole_file
 from lcm.redaction import redacted
+
+LOCK = ".lock"
+held: list[TextIO] = []
 
 
 def start_run(cfg: DictConfig) -> Path:
@@ -95,13 +98,14 @@ def unless_refused(run_dir: Path) -> Iterator[None]:
 
 @rank_zero_only
 def remove_unbegun(run_dir: Path) -> None:
-    if {path.name for path in run_dir.iterdir()} <= {"run.json", "config.yaml"}:
+    if {path.name for path in run_dir.iterdir()} <= {"run.json", "config.yaml", LOCK}:
         remove(run_dir)
 
 
 @rank_zero_only
 def identify(run_dir: Path) -> str:
     """The run's id in wandb, kept in run.json from its first start on; None on other ranks, which write nothing."""
+    hold(run_dir)
     for litter in list(run_dir.rglob("*.partial")):  # of a start that was killed
         remove(litter)
     identity = run_dir / "run.json"
@@ -110,6 +114,22 @@ def identify(run_dir: Path) -> str:
             file.write(json.dumps({"id": uuid.uuid4().hex[:8]}).encode())
     say(f"run:     {run_dir}")
     return json.loads(identity.read_text())["id"]
+
+
+def hold(run_dir: Path) -> None:
+    """Keep other processes out of this run as long as this one lives. Raises UserError while one is in it.
+
+    SLURM's jobs have runs of their own, and a file server may keep the lock of a node that was lost.
+    """
+    held.clear()
+    if "SLURM_JOB_ID" in os.environ:
+        return
+    try:
+        held.append(locked(run_dir / LOCK))
+    except BlockingIOError:
+        raise UserError(
+            f"another process is training in {run_dir}: wait for its end or stop it, or start a run of its own (ckpt_path=null)"
+        ) from None
 
 
 def run_numbers(parent: Path) -> list[int]:

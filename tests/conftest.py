@@ -6,6 +6,7 @@ import shutil
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,16 @@ from lcm.core.schedule import NoiseSchedule
 from lcm.data.openmoji import build
 from lcm.models.saving import save_pipeline
 from lcm.models.tokenizer import train_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def environment_as_before() -> Iterator[None]:
+    """Lightning's launcher leaves MASTER_PORT behind, start_run LCM_RUN_ID: not for the programs that later tests start."""
+    before = set(os.environ)
+    yield
+    for name in set(os.environ) - before:
+        del os.environ[name]
+
 
 CAPTIONS = ["red apple on a white background", "dog face on a pink background", "rocket on a gray background"]
 

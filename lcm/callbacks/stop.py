@@ -15,6 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loops.evaluation_loop import RestartStage as ValidationStage
 from lightning.pytorch.loops.training_epoch_loop import RestartStage as LoopStage
+from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from lcm import signals
 
@@ -98,7 +99,14 @@ class StopOnSignal(Checkpoint):
             print(f"{asked.name}: stopped at step {trainer.global_step}: {how}", file=sys.stderr, flush=True)
         if self.group is not None:
             dist.barrier(group=self.group)  # a rank that ends first makes srun end the others
-        raise SystemExit(128 + asked)
+        raise SystemExit(0 if started_by_lightning(trainer) else 128 + asked)
+
+
+def started_by_lightning(trainer: L.Trainer) -> bool:
+    """By this machine's first process, which Lightning kills, while it finishes its loggers, when one of these has another
+    code than 0."""
+    here = getattr(trainer.strategy, "cluster_environment", None)
+    return isinstance(here, LightningEnvironment) and here.local_rank() > 0
 
 
 def validate_again(trainer: L.Trainer) -> None:
@@ -123,7 +131,8 @@ def requeue() -> bool:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or shutil.which("scontrol") is None:
         return job is not None
-    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    with signals.held_back():  # scontrol, too, is sent the SIGTERM that it asks for
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     if done.returncode:
         log.error("job %s cannot be requeued: %s", job, done.stderr.strip())
     return done.returncode == 0

@@ -33,9 +33,9 @@ class ShardCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another worker or rank may be at it
-            if path.is_file():
+            try:
                 os.utime(path)
-            else:
+            except FileNotFoundError:
                 self._download(url, path, flaw)
         return str(path)
 
@@ -58,10 +58,12 @@ class ShardCache:
         partial.rename(path)
 
     def _make_room(self, size: int) -> None:
-        kept = sorted(self.folder.glob("*.tar"), key=lambda file: file.stat().st_mtime, reverse=True)
+        kept: list[tuple[os.stat_result, Path]] = []
+        for file in self.folder.glob("*.tar"):
+            with contextlib.suppress(FileNotFoundError):  # another process made room
+                kept.append((file.stat(), file))
         total = size
-        for file in kept:
-            total += file.stat().st_size
+        for stat, file in sorted(kept, key=lambda known: known[0].st_mtime, reverse=True):
+            total += stat.st_size
             if total > self.max_gb * 1e9:
-                with contextlib.suppress(FileNotFoundError):  # another process made room; who has it open reads on
-                    file.unlink()
+                file.unlink(missing_ok=True)  # who has it open reads on

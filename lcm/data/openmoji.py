@@ -136,7 +136,11 @@ def build(
     }
     target = Path(root)
     manifest = target / "manifest.json"
-    if manifest.is_file() and json.loads(manifest.read_text())["settings"] == settings:
+
+    def built() -> bool:
+        return manifest.is_file() and json.loads(manifest.read_text())["settings"] == settings
+
+    if built():
         return
     if not manifest.is_file() and target.is_dir() and any(target.iterdir()):
         raise UserError(f"{target} holds something else, which OpenMoji would replace: set data.build.root=<a new folder>")
@@ -160,6 +164,9 @@ def build(
                     writer.write(sample)
             counts[name] = len(samples[start : start + samples_per_shard])
     (partial / "manifest.json").write_text(json.dumps({"settings": settings, "samples": counts}, indent=2))
+    if built():  # meanwhile, by another process, which reads it
+        shutil.rmtree(partial)
+        return
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
 

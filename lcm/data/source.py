@@ -65,7 +65,13 @@ class Source:
         return self.cache.fetch(url, lambda file: self.manifests[url].flaw(file))
 
     def open(self, shard: int) -> Shard:
-        return Shard(self.path(shard), needs=self.needs, keep=self.filters)
+        options: dict[str, Any] = {"needs": self.needs, "keep": self.filters}
+        try:
+            return Shard(self.path(shard), **options)
+        except FileNotFoundError:
+            if not is_remote(self.urls[shard]):
+                raise
+            return Shard(self.path(shard), **options)  # once more: another process has just made room with it
 
     def check(self) -> None:
         """Refuse, before any training, shards without images or captions, as one of the first few that can be read shows.

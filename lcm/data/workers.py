@@ -43,6 +43,8 @@ class Loader(DataLoader):
                 return
             except (UserError, ConnectionError, EOFError) as error:
                 kill(multiprocessing.active_children())
+                # It tells workers to end, at the iterator's own: one may have been killed with the lock of the former.
+                batches._workers_done_event = threading.Event()  # type: ignore[attr-defined]
                 if isinstance(error, UserError) or "in DataLoader worker process" in str(error):
                     raise
                 raise UserError(DIED) from error  # with a batch half handed over
@@ -80,8 +82,8 @@ def alarm(seconds: float) -> Iterator[None]:
         )
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

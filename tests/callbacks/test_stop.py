@@ -9,10 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from omegaconf import OmegaConf
 
 from lcm import signals
-from lcm.callbacks.stop import StopOnSignal, requeue
+from lcm.callbacks.stop import StopOnSignal, requeue, started_by_lightning
 from lcm.callbacks.watchdog import Watchdog
 from lcm.checkpoints.atomic import AtomicCheckpointIO
 from lcm.runs import resume_path
@@ -65,10 +66,22 @@ def test_a_job_is_requeued_by_its_number(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     assert requeue()
     assert (tmp_path / "asked").read_text() == "requeue 17\n"
+    scontrol.write_text("#!/bin/sh\nkill -TERM $$\n")  # it is of the job that it asks SLURM to end
+    assert requeue()
     scontrol.write_text("#!/bin/sh\nexit 1\n")
     assert not requeue()
     monkeypatch.setenv("PATH", "/nowhere")  # a container: the batch script does it
     assert requeue()
+
+
+@pytest.mark.parametrize(
+    ("environment", "local", "expected"),
+    [(LightningEnvironment, 0, False), (LightningEnvironment, 1, True), (TorchElasticEnvironment, 1, False), (None, 0, False)],
+)
+def test_only_processes_that_lightning_watches_leave_with_0(environment, local, expected, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    strategy = SimpleNamespace(cluster_environment=environment()) if environment else SimpleNamespace()
+    assert started_by_lightning(SimpleNamespace(strategy=strategy)) is expected
 
 
 def test_a_restarted_job_goes_on_with_its_own_checkpoint_whatever_it_began_from(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from lcm.checkpoints.atomic import AtomicCheckpointIO
 from lcm.checkpoints.found import newest_whole, saved
 from lcm.checkpoints.integrity import COMMENT, damage
 from lcm.errors import UserError
+from lcm.files import locked
 from lcm.runs import meeting_place, resume_path, start_run
 
 ROUNDS = int(os.environ.get("LCM_ROUNDS", "10"))
@@ -154,6 +155,31 @@ def test_a_start_removes_the_litter_of_a_killed_one(last, tmp_path, monkeypatch)
     assert start_run(config(tmp_path, "last")) == run
     assert not list(run.rglob("*.partial"))
     assert len(list(run.rglob("*.ckpt"))) == 2
+
+
+def hold(file, here, ended):
+    kept = locked(file)
+    here.set()
+    ended.wait()
+    kept.close()
+
+
+def test_a_run_that_another_process_trains_is_left_alone(last, tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    run = tmp_path / "runs/a/3"
+    last.parent.rename(run.mkdir(parents=True) or run / "checkpoints")
+    (run / "checkpoints/last.partial").write_bytes(b"half")
+    here, ended = multiprocessing.Event(), multiprocessing.Event()
+    other = multiprocessing.Process(target=hold, args=(run / ".lock", here, ended))
+    other.start()
+    here.wait()
+    with pytest.raises(UserError, match=r"another process is training in .*runs/a/3: wait for its end"):
+        start_run(config(tmp_path, "last"))
+    assert (run / "checkpoints/last.partial").exists()
+    os.kill(other.pid, signal.SIGKILL)
+    other.join()
+    for _ in range(2):  # a sweep's jobs are one process
+        assert start_run(config(tmp_path, "last")) == run
 
 
 def test_the_processes_of_torchrun_have_one_run(tmp_path, monkeypatch):

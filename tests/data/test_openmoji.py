@@ -67,6 +67,22 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_process")
+def test_what_another_process_has_drawn_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    render, drawn = openmoji._render, []
+
+    def overtaken(tasks: list[Any]) -> Iterator[dict[str, Any]]:
+        with monkeypatch.context() as patch:
+            patch.setattr(openmoji, "_render", render)
+            patch.setattr("os.getpid", lambda: 1)
+            drawn.append((small(tmp_path / "a") / "manifest.json").stat().st_ino)
+        yield from render(tasks)
+
+    monkeypatch.setattr(openmoji, "_render", overtaken)
+    assert [(small(tmp_path / "a") / "manifest.json").stat().st_ino] == drawn
+    assert [folder.name for folder in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.usefixtures("in_process")
 def test_skin_tones_are_drawn_on_fewer_backgrounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toned = [emoji for emoji in captioned_svgs() if "skin tone" in emoji[0]][:2]
     monkeypatch.setattr(openmoji, "captioned_svgs", lambda: [("red apple", toned[0][1]), *toned])

@@ -242,6 +242,26 @@ def test_the_cache_makes_room_for_what_is_new(server: Server, tmp_path: Path) ->
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 2
 
 
+def test_room_is_made_although_another_process_makes_it_too(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch, known, glob = ShardCache.fetch, [], Path.glob
+
+    def evicted_at_first(self: ShardCache, url: str, *args: Any) -> str:
+        path = fetch(self, url, *args)
+        if not known:
+            Path(path).unlink()
+        known.append(path)
+        return path
+
+    monkeypatch.setattr(ShardCache, "fetch", evicted_at_first)
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: [*glob(path, pattern), path / "evicted.tar"])
+    assert len(Source([f"{server.url}/0.tar"], cache=cache(tmp_path)).open(0)) == 8
+    assert server.asked.count("/0.tar") == 2
+    with pytest.raises(FileNotFoundError):
+        Source([str(tmp_path / "nowhere.tar")]).open(0)
+
+
 def unending(handler: BaseHTTPRequestHandler, content: bytes) -> None:
     """Without a length, as long as someone listens."""
     handler.send_response(200)

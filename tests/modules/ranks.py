@@ -1,6 +1,6 @@
 """What a strategy makes of given batches: run as one of several processes by test_strategies.py, and by it for one process.
 
-`python -m tests.modules.ranks <tiny pipeline> <folder>` with LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
+`torchrun --standalone --nproc-per-node=2 -m tests.modules.ranks <tiny pipeline> <folder>`.
 """
 
 import os

@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -37,23 +36,12 @@ def folder(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def train_all(pipeline: Path, folder: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS), "NODE_RANK": "0"}
-    command, logs = [sys.executable, "-m", "tests.modules.ranks", str(pipeline), str(folder)], []
-    processes = []
-    for rank in range(RANKS):
-        logs.append((folder / f"log-{rank}").open("w"))
-        env = {**common, "LOCAL_RANK": str(rank)}
-        processes.append(subprocess.Popen(command, env=env, stdout=logs[-1], stderr=logs[-1], cwd=Path(__file__).parents[2]))
-    try:
-        codes = [process.wait(timeout=1800) for process in processes]
-        assert codes == [0] * RANKS, (folder / "log-0").read_text()[-3000:]
-    finally:
-        for process, log in zip(processes, logs, strict=True):
-            process.kill()
-            log.close()
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", "-m", "tests.modules.ranks"]
+    done = subprocess.run(
+        [sys.executable, *launch, str(pipeline), str(folder)],
+        cwd=Path(__file__).parents[2], timeout=1800, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-5000:]
 
 
 @pytest.fixture

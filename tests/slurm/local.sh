@@ -21,7 +21,7 @@ stop)
       sleep 0.1
     done
   done
-  sed "/$hosts $(echo "$dir" | tr / .)\$/d" /etc/hosts > "$dir/hosts" && cat "$dir/hosts" > /etc/hosts # a mount point stays one
+  flock /etc/hosts sh -c 'sed "/$1\$/d" /etc/hosts > "$2" && cat "$2" > /etc/hosts' sh "$hosts $(echo "$dir" | tr / .)" "$dir/hosts" # a mount point stays one
   exit ;;
 start) ;;
 *) echo "unknown: $cmd" >&2; exit 2 ;;
@@ -36,7 +36,7 @@ ln -sf /dev/null "$dir/run/gpu0" && ln -sf /dev/zero "$dir/run/gpu1" # a node's 
 for i in $(seq "$nodes"); do
   mkdir -p "$dir/spool/n$i" # slurmd -N does not make it
   echo "NodeName=n$i Name=gpu File=$dir/run/gpu[0-1]" >> "$dir/gres.conf"
-  echo "127.0.0.1 n$i $hosts $(echo "$dir" | tr / .)" >> /etc/hosts # the rendezvous is at the first node's name
+  flock /etc/hosts sh -c 'echo "$1" >> /etc/hosts' sh "127.0.0.1 n$i $hosts $(echo "$dir" | tr / .)" # the rendezvous is at the first node's name
 done
 # cred_expire: what a requeued job waits for (120 s by default). SlurmdTimeout: how soon a lost node is noticed.
 cat > "$dir/slurm.conf" <<CONF

@@ -130,7 +130,7 @@ def test_a_job_stopped_at_any_moment_ends_as_if_it_had_not_been(cluster: Cluster
 
 
 def test_a_stalled_rank_is_named_and_scancel_saves_and_ends_with_slurm_s_code(cluster: Cluster, tiny, tmp_path):
-    endless = ["trainer.max_steps=100000", "callbacks.watchdog.timeout=3", f"paths.runs={tmp_path}", "name=stalled"]
+    endless = ["trainer.max_steps=100000", "callbacks.watchdog.timeout=5", f"paths.runs={tmp_path}", "name=stalled"]
     job = cluster.submit(*tiny, *COMMON, *endless, "logger=many", "logger.wandb.offline=true", log=tmp_path / "log")
     run_dir = tmp_path / f"stalled/{job.number}"
     wait_for(lambda: len(column(run_dir, "train/loss")) > 3 or job.ended(), lambda: job.log)
