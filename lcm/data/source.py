@@ -103,7 +103,7 @@ class Source:
         if self.filters is None or self.filters.missing == "drop":
             return []
         described = []
-        with contextlib.closing(Shard(self.path(self.sound), needs=self.needs)) as shard:
+        with contextlib.suppress(OSError), contextlib.closing(Shard(self.path(self.sound), needs=self.needs)) as shard:
             for sample in islice(shard, LOOKED_AT):
                 with contextlib.suppress(Skip):
                     described.append((caption_of(sample), metadata(sample)))
