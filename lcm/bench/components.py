@@ -30,7 +30,7 @@ def seconds(run: Callable[[], Any], repeats: int) -> float:
 
 
 def measure(*, experiment: list[str], resolution: int, caption: str, repeats: int, matmul_size: int) -> Table:
-    """experiment: overrides of `train.py` that compose a latent consistency distillation with a target network."""
+    """experiment: overrides of `train.py` that compose a latent consistency distillation."""
     cfg, device = compose("train", experiment), pick_device("auto")
     module: LatentConsistencyDistillation = build(cfg.model)
     codec, batch_size = build(cfg.data.codec).to(device), cfg.data.batch_size
@@ -38,8 +38,8 @@ def measure(*, experiment: list[str], resolution: int, caption: str, repeats: in
     if module.compile_networks:
         module.compile_unets(torch.device(device))
     dtype = torch.bfloat16 if cfg.trainer.precision.startswith("bf16") else torch.float32
-    teacher, target, net = module.frozen["teacher"].to(device, dtype), module.target_net, module.net
-    assert target is not None
+    teacher, net = module.frozen["teacher"].to(device, dtype), module.net
+    target = net if module.target_net is None else module.target_net  # mu = 0: the student itself
     optimizer = module.make_optimizer(module.parameter_groups())
     autocast = partial(torch.autocast, device, dtype, enabled=dtype != torch.float32)
 
@@ -72,7 +72,8 @@ def measure(*, experiment: list[str], resolution: int, caption: str, repeats: in
         loss.backward()
         clip()
         optimizer.step()
-        ema_update_(target.parameters(), net.parameters(), module.ema_decay)
+        if target is not net:
+            ema_update_(target.parameters(), net.parameters(), module.ema_decay)
         optimizer.zero_grad(set_to_none=True)
 
     def clip() -> None:
@@ -93,7 +94,8 @@ def measure(*, experiment: list[str], resolution: int, caption: str, repeats: in
     objective().backward()
     found["clipping"] = seconds(clip, repeats)
     found["AdamW"] = seconds(optimizer.step, repeats)
-    found["target's average"] = seconds(lambda: ema_update_(target.parameters(), net.parameters(), 0.95), repeats)
+    if target is not net:
+        found["target's average"] = seconds(lambda: ema_update_(target.parameters(), net.parameters(), 0.95), repeats)
     whole = seconds(lambda: update(objective()), repeats)
 
     forward = forward_flop(net, batch.z0.shape, batch.cond)

@@ -1,4 +1,4 @@
-"""Training steps of the mini experiments as `train.py` runs them, beside the peers' step, all in one run."""
+"""Training steps as `train.py` runs them, beside the peers' step, all in one run."""
 
 from collections.abc import Callable
 from functools import partial

@@ -28,7 +28,7 @@ def checkpoint_path(run_dir: Path, ckpt_path: str) -> str | None:
 
 
 def saved(folder: Path) -> list[Path]:
-    """A run's checkpoints, first the one to go on from: last.ckpt, the one before it, then others as they were written.
+    """A run's checkpoints, first the one to go on from: last.ckpt, the one before it, then others, newest first.
 
     By name first: copying a run does not keep the times of its files.
     """

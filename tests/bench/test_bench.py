@@ -86,11 +86,13 @@ def test_scaling_is_measured(tiny_pipeline: Path, shards: Path):
         scaling.rate([*experiment, "data.batch_size=0"], 1, 1, 2)
 
 
-def test_the_parts_of_a_step_are_measured(tiny_pipeline: Path):
-    experiment = [f"model.teacher={tiny_pipeline}", "data.batch_size=2", "trainer.precision=32-true"]
+@pytest.mark.parametrize(("mu", "rows"), [(0.95, 11), (0, 10)])
+def test_the_parts_of_a_step_are_measured(tiny_pipeline: Path, mu: float, rows: int):
+    small = ["data.batch_size=2", "trainer.precision=32-true", f"model.ema_decay={mu}"]
+    experiment = [f"model.teacher={tiny_pipeline}", *small]
     table = components.measure(experiment=experiment, resolution=32, caption="red apple", repeats=1, matmul_size=64)
     check(table)
-    assert len(table.rows) == 11
+    assert len(table.rows) == rows
     assert {row["part"]: row["% of the step"] for row in table.rows}["the whole step"] == 100
 
 
