@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -126,5 +127,5 @@ def check_stamp(urls: Sequence[str], codec: LatentCodec, resolution: int, captio
 
 
 def short(value: Any) -> str:
-    """Hashes by their first digits."""
-    return str(value)[:12]
+    """Hashes, one a text encoder, by their first digits."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", str(value))

@@ -16,7 +16,7 @@ from lcm.core.batch import LatentBatch
 from lcm.data.codec import LatentCodec
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.encoding import Encoder, Variants
-from lcm.data.latents import DRAWN, POSTERIOR, TEXT, DecodeLatents, stamp
+from lcm.data.latents import DRAWN, POSTERIOR, TEXT, DecodeLatents, short, stamp
 from lcm.data.shards import Shard
 from lcm.data.source import Source
 from lcm.data.text import TextEncoder
@@ -145,10 +145,16 @@ def test_another_text_encoder_refuses_what_holds_its_states(
     folder, other = encode(**content), load_codec(str(tiny_pipeline))
     next(other.text.towers[0].parameters()).add_(0.1)
     if refused:
-        with pytest.raises(UserError, match="have text_encoder = "):
+        with pytest.raises(UserError, match=r"have text_encoder = ([0-9a-f]{12}), .* ask for (?!\1)[0-9a-f]{12}:"):
             batch(other, folder, latents=True)
     else:
         assert len(batch(other, folder, latents=True)) == SAMPLES
+
+
+def test_a_complaint_shows_where_two_text_encoders_differ() -> None:
+    assert short(f"{'a' * 64} {'b' * 64}") == f"{'a' * 12} {'b' * 12}"
+    assert short("posterior mean and std, unscaled, float16") == "posterior mean and std, unscaled, float16"
+    assert short(512) == "512"
 
 
 def test_a_folder_keeps_to_what_it_holds(encode: Encode) -> None:
