@@ -1,18 +1,18 @@
-"""What every latent module trains on."""
+"""The batch that every latent module trains on."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from lcm.core.condition import Condition
+from lcm.core.denoiser import Condition
 
 
 @dataclass
 class LatentBatch:
     """Algorithm 1's `(z, c) ~ D_z`.
 
-    z0: `[B, C, H/f, W/f]` float32, scaled to unit variance; cond: what is said of each, text states `[B, L, D]` or more;
-    uncond: the same of the empty caption, `[1, L, D]`; captions: the B texts; keys: the B names of the samples.
+    z0: `[B, C, H/f, W/f]` float32, scaled to unit variance. cond: the conditions of the B captions. uncond: the condition of the
+    empty caption, one row. captions: the B texts. keys: the B sample names.
     """
 
     z0: Tensor

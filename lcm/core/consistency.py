@@ -4,15 +4,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lcm.core.prediction import Denoise
-from lcm.core.schedule import NoiseSchedule
-from lcm.core.shapes import per_sample
+from lcm.core.denoiser import Denoise
+from lcm.core.process import Process, per_sample
 
-ConsistencyFn = Callable[[Denoise, Tensor, Tensor], Tensor]  # (denoise, z_t [B, C, H, W], t [B] int64) -> [B, C, H, W] float32
+ConsistencyFn = Callable[..., Tensor]  # (denoise, z_t [B, C, H, W], t [B], *, process) -> [B, C, H, W] float32
 
 
 def boundary_scalings(t: Tensor, *, sigma_data: float = 0.5, timestep_scaling: float = 10.0) -> tuple[Tensor, Tensor]:
-    """c_skip, c_out `[B]` float32 of integer timesteps t `[B]`, in the form every released LCM was trained with.
+    """Return c_skip, c_out `[B]` float32 at timesteps t `[B]`, in the form every released LCM was trained with.
 
     `c_skip = sd^2 / ((a t)^2 + sd^2)`, `c_out = a t / sqrt((a t)^2 + sd^2)`: without the extra factor sd of Consistency Models.
     """
@@ -21,14 +20,20 @@ def boundary_scalings(t: Tensor, *, sigma_data: float = 0.5, timestep_scaling: f
     return sigma_data**2 / square, scaled / square.sqrt()
 
 
-def consistency_fn(denoise: Denoise, z_t: Tensor, t: Tensor) -> Tensor:
-    """`f(z_t, t) = c_skip z_t + c_out x0(z_t, t)`, `[B, C, H, W]` float32; c and w are bound in `denoise`."""
+def consistency_fn(denoise: Denoise, z_t: Tensor, t: Tensor, *, process: Process) -> Tensor:
+    """LCM's `f(z_t, t) = c_skip z_t + c_out x0(z_t, t)`, `[B, C, H, W]` float32; the condition and w are bound in `denoise`.
+
+    The scalings repair that VP's clean end has noise. A flow ends at sigma = 0, where x0(z, t) = z holds by itself.
+    """
+    x0 = denoise(z_t, t).x0
+    if process.t_min < 0:
+        return x0
     c_skip, c_out = (per_sample(c, z_t.ndim) for c in boundary_scalings(t))
-    return c_skip * z_t + c_out * denoise(z_t, t).x0
+    return c_skip * z_t + c_out * x0
 
 
 def cm_scalings(sigma: Tensor, sigma_min: Tensor | float, *, sigma_data: float) -> tuple[Tensor, Tensor]:
-    """c_skip, c_out of Consistency Models (2303.01469, appendix C) at noise `sigma` of the VE process `x = z_0 + sigma eps`.
+    """Return c_skip, c_out of Consistency Models (2303.01469, appendix C) at noise `sigma` of `x = z_0 + sigma eps`.
 
     `c_skip = sd^2 / ((sigma - sigma_min)^2 + sd^2)`, `c_out = sd (sigma - sigma_min) / sqrt(sigma^2 + sd^2)`.
     """
@@ -36,15 +41,16 @@ def cm_scalings(sigma: Tensor, sigma_min: Tensor | float, *, sigma_data: float) 
     return sigma_data**2 / (gap**2 + sigma_data**2), sigma_data * gap / (sigma**2 + sigma_data**2).sqrt()
 
 
-def cm_consistency_fn(denoise: Denoise, z_t: Tensor, t: Tensor, *, schedule: NoiseSchedule, sigma_data: float = 1.0) -> Tensor:
-    """`f(x, sigma) = c_skip x + c_out F(x, sigma)` of Consistency Models, for a network of a VP schedule.
+def cm_consistency_fn(denoise: Denoise, z_t: Tensor, t: Tensor, *, process: Process, sigma_data: float = 1.0) -> Tensor:
+    """`f(x, sigma) = c_skip x + c_out F(x, sigma)` of Consistency Models, for a network of any process.
 
-    `x = z_t / alpha_t` has noise `sigma = sigma_t / alpha_t`, t_min is timestep 0. F is what the network's x0 means in that
-    form without t_min (EDM's preconditioning): the network of a diffusion model is then a consistency model to start from.
-    sigma_data: the latents' standard deviation, which Stable Diffusion scales to 1.
+    `x = z_t / alpha_t` has noise `sigma = sigma_t / alpha_t`. F is the network's x0 in EDM's preconditioning (no t_min), so a
+    diffusion model is a consistency model to start from. sigma_data: the latents' standard deviation, which is 1.
     """
-    alpha, sigma_t = schedule.at(t, z_t.ndim)
-    x, sigma, sigma_min = z_t / alpha, sigma_t / alpha, schedule.sigma[0] / schedule.alpha[0]
+    alpha, sigma_t = process.at(t, z_t.ndim)
+    x, sigma = z_t / alpha, sigma_t / alpha
+    clean = t[:1] * 0 + process.t_min
+    sigma_min = per_sample(process.sigma(clean) / process.alpha(clean), z_t.ndim)
     edm_skip, edm_out = cm_scalings(sigma, 0.0, sigma_data=sigma_data)
     c_skip, c_out = cm_scalings(sigma, sigma_min, sigma_data=sigma_data)
     return c_skip * x + c_out * (denoise(z_t, t).x0 - edm_skip * x) / edm_out

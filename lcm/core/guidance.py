@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from lcm.core.shapes import per_sample
+from lcm.core.process import per_sample
 from lcm.errors import UserError
 
 W_DIM = 256  # of the embedding of w in released models

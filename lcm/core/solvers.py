@@ -1,6 +1,6 @@
 """One step of the probability-flow ODE from t to s < t: the paper's Psi, and the steps that samplers repeat.
 
-Every solver is `(denoise, z_t, t, s, *, schedule) -> z_s` with z `[B, C, H, W]`, t and s `[B]` int64. `denoise` is a network
+Every solver is `(denoise, z_t, t, s, *, process) -> z_s` with z `[B, C, H, W]`, t and s `[B]` int64. `denoise` is a network
 with caption, guidance and prediction type already bound, so a solver never sees w. lambda = log(alpha / sigma), h = lambda_s -
 lambda_t > 0. Second-order solvers call `denoise` twice.
 """
@@ -10,70 +10,67 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lcm.core.prediction import Denoise
-from lcm.core.schedule import NoiseSchedule
-from lcm.core.shapes import per_sample
+from lcm.core.denoiser import Denoise
+from lcm.core.process import FLOOR, Process, per_sample
 
 Solver = Callable[..., Tensor]
 
 
-def ddim(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, schedule: NoiseSchedule) -> Tensor:
-    """DDIM with eta = 0 (2010.02502, eq. 12): `alpha_s x0 + sigma_s eps`. The paper's default Psi."""
-    alpha_s, sigma_s = schedule.at(s, z_t.ndim)
-    x0, eps = denoise(z_t, t)
-    return alpha_s * x0 + sigma_s * eps
+def ddim(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Process) -> Tensor:
+    """DDIM with eta = 0 (2010.02502, eq. 12): `alpha_s x0 + sigma_s eps`. The paper's default Psi; in a flow it is Euler's step."""
+    return process.jump(*denoise(z_t, t), s)
 
 
-def dpm_solver_1(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, schedule: NoiseSchedule) -> Tensor:
+def dpm_solver_1(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Process) -> Tensor:
     """DPM-Solver-1 (2206.00927, eq. 3.7): DDIM written in eps, `alpha_s / alpha_t z_t - sigma_s (e^h - 1) eps`."""
-    return eps_step(z_t, denoise(z_t, t).eps, t, s, schedule)
+    return eps_step(z_t, denoise(z_t, t).eps, t, s, process)
 
 
-def dpm_solver_2(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, schedule: NoiseSchedule) -> Tensor:
+def dpm_solver_2(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Process) -> Tensor:
     """Single-step DPM-Solver-2 (2206.00927, Algorithm 4 with r1 at the integer timestep nearest lambda's midpoint)."""
-    m, r = midpoint(t, s, schedule)
+    m, r = midpoint(t, s, process)
     eps_t = denoise(z_t, t).eps
-    eps_m = denoise(eps_step(z_t, eps_t, t, m, schedule), m).eps
-    return eps_step(z_t, eps_t + (eps_m - eps_t) / (2 * per_sample(r, z_t.ndim)), t, s, schedule)
+    eps_m = denoise(eps_step(z_t, eps_t, t, m, process), m).eps
+    return eps_step(z_t, eps_t + (eps_m - eps_t) / (2 * per_sample(r, z_t.ndim)), t, s, process)
 
 
-def dpm_solver_pp_1(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, schedule: NoiseSchedule) -> Tensor:
+def dpm_solver_pp_1(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Process) -> Tensor:
     """DPM-Solver++ of order 1 (2211.01095, eq. 9): DDIM written in x0, `sigma_s / sigma_t z_t - alpha_s (e^-h - 1) x0`."""
-    return x0_step(z_t, denoise(z_t, t).x0, t, s, schedule)
+    return x0_step(z_t, denoise(z_t, t).x0, t, s, process)
 
 
-def dpm_solver_pp_2(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, schedule: NoiseSchedule) -> Tensor:
+def dpm_solver_pp_2(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Process) -> Tensor:
     """DPM-Solver++(2S) (2211.01095, Algorithm 1), midpoint as in `dpm_solver_2`."""
-    m, r = midpoint(t, s, schedule)
+    m, r = midpoint(t, s, process)
     x0_t = denoise(z_t, t).x0
-    x0_m = denoise(x0_step(z_t, x0_t, t, m, schedule), m).x0
-    return x0_step(z_t, x0_t + (x0_m - x0_t) / (2 * per_sample(r, z_t.ndim)), t, s, schedule)
+    x0_m = denoise(x0_step(z_t, x0_t, t, m, process), m).x0
+    return x0_step(z_t, x0_t + (x0_m - x0_t) / (2 * per_sample(r, z_t.ndim)), t, s, process)
 
 
-def euler(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, schedule: NoiseSchedule) -> Tensor:
+def euler(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Process) -> Tensor:
     """Euler on the ODE `d(z/alpha) = eps d(sigma/alpha)` (2206.00364, Algorithm 1 without its correction).
 
     On this axis, the one k-diffusion and EulerDiscreteScheduler use, Euler's step is DDIM's.
     """
-    return eps_step(z_t, denoise(z_t, t).eps, t, s, schedule)
+    return eps_step(z_t, denoise(z_t, t).eps, t, s, process)
 
 
-def heun(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, schedule: NoiseSchedule) -> Tensor:
+def heun(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Process) -> Tensor:
     """Heun's trapezoid on the same ODE (2206.00364, Algorithm 1): the slope is averaged over both ends.
 
     From pure noise (zero-terminal-SNR, t = T - 1) the axis starts at infinity: few Heun steps diverge there.
     """
     eps_t = denoise(z_t, t).eps
-    eps_s = denoise(eps_step(z_t, eps_t, t, s, schedule), s).eps
-    return eps_step(z_t, (eps_t + eps_s) / 2, t, s, schedule)
+    eps_s = denoise(eps_step(z_t, eps_t, t, s, process), s).eps
+    return eps_step(z_t, (eps_t + eps_s) / 2, t, s, process)
 
 
-def midpoint(t: Tensor, s: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+def midpoint(t: Tensor, s: Tensor, process: Process) -> tuple[Tensor, Tensor]:
     """The integer timestep m nearest the middle of (lambda_t, lambda_s), and r = (lambda_m - lambda_t) / h: `[B]` each.
 
     Where t and s are neighbours there is no timestep between them, m = s and r = 1: a step with the slope of both ends.
     """
-    lambdas = schedule.half_log_snr(torch.arange(schedule.num_timesteps, device=t.device))
+    lambdas = process.half_log_snr(torch.arange(process.num_timesteps, device=t.device))
     middle = (lambdas[t] + lambdas[s]) / 2
     m = (lambdas[None] - middle[:, None]).abs().argmin(dim=1)
     m = torch.maximum(torch.minimum(m, t - 1), s)
@@ -81,15 +78,15 @@ def midpoint(t: Tensor, s: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Ten
     return m, torch.where(t > s, share, 1.0)  # t = s is a step of no length
 
 
-def eps_step(z_t: Tensor, eps: Tensor, t: Tensor, s: Tensor, schedule: NoiseSchedule) -> Tensor:
+def eps_step(z_t: Tensor, eps: Tensor, t: Tensor, s: Tensor, process: Process) -> Tensor:
     """Exact solution of the ODE for a constant eps."""
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t, z_t.ndim), schedule.at(s, z_t.ndim)
-    ratio = alpha_s / alpha_t
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = process.at(t, z_t.ndim), process.at(s, z_t.ndim)
+    ratio = alpha_s / alpha_t.clamp_min(FLOOR)
     return ratio * z_t + (sigma_s - ratio * sigma_t) * eps
 
 
-def x0_step(z_t: Tensor, x0: Tensor, t: Tensor, s: Tensor, schedule: NoiseSchedule) -> Tensor:
+def x0_step(z_t: Tensor, x0: Tensor, t: Tensor, s: Tensor, process: Process) -> Tensor:
     """Exact solution of the ODE for a constant x0."""
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t, z_t.ndim), schedule.at(s, z_t.ndim)
-    ratio = sigma_s / sigma_t
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = process.at(t, z_t.ndim), process.at(s, z_t.ndim)
+    ratio = sigma_s / sigma_t.clamp_min(FLOOR)
     return ratio * z_t + (alpha_s - ratio * alpha_t) * x0

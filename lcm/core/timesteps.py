@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lcm.core.schedule import NoiseSchedule
+from lcm.core.process import FLOOR, Process
 from lcm.errors import UserError
 
 POINTS = 50  # of the grid that the released LCMs were trained on
@@ -34,27 +34,28 @@ def full(num_timesteps: int = 1000, *, skip_steps: int = 20) -> Tensor:
     return torch.arange(skip_steps, num_timesteps)
 
 
-def karras(schedule: NoiseSchedule, *, points: int = 18) -> Tensor:
-    """At most `points` int64 ascending timesteps 0 .. T - 1, evenly spaced in `(sigma_t / alpha_t)^(1 / 7)`.
+def karras(process: Process, *, points: int = 18, device: torch.device | None = None) -> Tensor:
+    """Return at most `points` int64 ascending timesteps 0 .. T - 1, evenly spaced in `(sigma_t / alpha_t)^(1 / 7)`.
 
-    Those of Consistency Models (2206.00364, eq. 5), at the schedule's nearest integers.
+    This is the grid of Consistency Models (2206.00364, eq. 5), rounded to the process' nearest timesteps.
     """
-    if not 2 <= points <= schedule.num_timesteps:
-        raise UserError(f"points={points} does not fit {schedule.num_timesteps} timesteps: use 2 to {schedule.num_timesteps}")
-    root = (schedule.sigma / schedule.alpha) ** (1 / 7)
+    if not 2 <= points <= process.num_timesteps:
+        raise UserError(f"points={points} does not fit {process.num_timesteps} timesteps: use 2 to {process.num_timesteps}")
+    every = torch.arange(process.num_timesteps, device=device)
+    root = (process.sigma(every) / process.alpha(every).clamp_min(FLOOR)) ** (1 / 7)
     wanted = root[0] + (root[-1] - root[0]) * torch.arange(points, device=root.device) / (points - 1)
     return (root[None] - wanted[:, None]).abs().argmin(dim=1).unique()
 
 
-def skip_pair(timesteps: Tensor, index: Tensor, skip_steps: int) -> tuple[Tensor, Tensor]:
-    """Algorithm 1's (t_{n+k}, t_n) for drawn indices `[B]`: t = timesteps[index], s = t - k, not below 0."""
+def skip_pair(timesteps: Tensor, index: Tensor, skip_steps: int, t_min: int = 0) -> tuple[Tensor, Tensor]:
+    """Return Algorithm 1's (t_{n+k}, t_n) for drawn indices `[B]`: t = timesteps[index], s = t - k, not below t_min."""
     t = timesteps[index]
-    return t, (t - skip_steps).clamp_min(0)
+    return t, (t - skip_steps).clamp_min(t_min)
 
 
-def neighbours(timesteps: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """(t_{n+1}, t_n) of a grid: t = timesteps[index] and the timestep before it, 0 before the first; ascending `[N - 1]`."""
-    return timesteps[index], torch.nn.functional.pad(timesteps, (1, 0))[index]
+def neighbours(timesteps: Tensor, index: Tensor, t_min: int = 0) -> tuple[Tensor, Tensor]:
+    """Return (t_{n+1}, t_n) of an ascending grid `[N - 1]`: t = timesteps[index] and the timestep before it, t_min at first."""
+    return timesteps[index], torch.nn.functional.pad(timesteps, (1, 0), value=t_min)[index]
 
 
 def consistency_steps(

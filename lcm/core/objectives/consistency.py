@@ -1,23 +1,32 @@
-"""What consistency objectives share: the draws of a step and the consistency loss between two points of a path.
+"""The base of consistency objectives: the draws of a step, and the distance between two points of a path.
 
-An objective is `(nets, batch, draws, *, schedule, timesteps, distance) -> (loss, logs)`, of a distillation also with `solver`.
+An objective owns its draws, its loss, the sampler of its students and the scheduler that is saved with them.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lcm.core.condition import Condition
+from lcm.core.batch import LatentBatch
 from lcm.core.consistency import ConsistencyFn, consistency_fn
+from lcm.core.denoiser import Condition, Denoiser
 from lcm.core.guidance import draw_w
-from lcm.core.networks import Networks, conditioned
-from lcm.core.schedule import NoiseSchedule
+from lcm.core.process import Process
+from lcm.core.timesteps import POINTS, points_of
 
 Distance = Callable[[Tensor, Tensor], Tensor]
-Loss = tuple[Tensor, dict[str, Tensor]]  # a scalar to minimise, and what to log beside it
-Objective = Callable[..., Loss]
+Loss = tuple[Tensor, dict[str, Tensor]]  # a scalar to minimise, and values to log
+
+
+class Networks(NamedTuple):
+    """The paper's theta, theta- and (for distillation) the teacher."""
+
+    online: Denoiser
+    target: Denoiser
+    teacher: Denoiser | None = None
 
 
 @dataclass
@@ -29,32 +38,61 @@ class ConsistencyDraws:
     w: Tensor
 
 
-def draw(z0: Tensor, rng: torch.Generator, *, timesteps: Tensor, w_min: float, w_max: float) -> ConsistencyDraws:
-    """eps ~ N(0, 1), n uniform, w ~ U[w_min, w_max]."""
-    eps = torch.randn(z0.shape, generator=rng, device=z0.device)
-    index = torch.randint(len(timesteps), (len(z0),), generator=rng, device=z0.device)
-    return ConsistencyDraws(eps, index, draw_w(len(z0), w_min, w_max, rng))
+class ConsistencyObjective(nn.Module):
+    """Subclasses define `loss`.
 
-
-def consistency_loss(
-    nets: Networks,
-    cond: Condition,
-    w: Tensor | None,
-    far: tuple[Tensor, Tensor],
-    near: tuple[Tensor, Tensor],
-    *,
-    schedule: NoiseSchedule,
-    distance: Distance,
-    f: ConsistencyFn = consistency_fn,
-) -> Loss:
-    """`d(f_theta(z_t, w, c, t), f_theta-(z_s, w, c, s))` for far = (z_t, t) and near = (z_s, s); mean over the batch.
-
-    The target comes first, with the random state put back after it: where a network has dropout both draw the same mask.
+    process: of the student. timesteps: the trained t, `[N]` int64 ascending. distance: the paper's d. w is uniform in [w_min, w_max].
+    f: the consistency function.
     """
-    device = far[0].device
-    devices = [device] if device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices):
-        target = f(conditioned(nets.target, cond, schedule, w), *near)
-    pred = f(conditioned(nets.online, cond, schedule, w), *far)
-    loss = distance(pred, target).flatten(1).mean(1)
-    return loss.mean(), {"consistency_l2": (pred.detach() - target).square().mean()}
+
+    sampler: ClassVar[str] = "consistency"  # of `lcm.core.sampling`
+    timesteps: Tensor
+
+    def __init__(
+        self,
+        process: Process,
+        *,
+        timesteps: Tensor,
+        distance: Distance,
+        w_min: float = 0.0,
+        w_max: float = 0.0,
+        f: ConsistencyFn = consistency_fn,
+    ) -> None:
+        super().__init__()
+        self.process, self.distance, self.w_min, self.w_max, self.f = process, distance, w_min, w_max, f
+        self.register_buffer("timesteps", timesteps, persistent=False)
+
+    def draw(self, z0: Tensor, rng: torch.Generator) -> ConsistencyDraws:
+        """eps ~ N(0, 1), n uniform, w ~ U[w_min, w_max]."""
+        eps = torch.randn(z0.shape, generator=rng, device=z0.device)
+        index = torch.randint(len(self.timesteps), (len(z0),), generator=rng, device=z0.device)
+        return ConsistencyDraws(eps, index, draw_w(len(z0), self.w_min, self.w_max, rng))
+
+    def loss(self, nets: Networks, batch: LatentBatch, draws: Any) -> Loss:
+        raise NotImplementedError
+
+    def compare(
+        self, nets: Networks, cond: Condition, w: Tensor | None, far: tuple[Tensor, Tensor], near: tuple[Tensor, Tensor]
+    ) -> Loss:
+        """`d(f_theta(z_t, w, c, t), f_theta-(z_s, w, c, s))` for far = (z_t, t) and near = (z_s, s); mean over the batch."""
+        return self.distances(
+            lambda: self.f(nets.online.bound(cond, w), *far, process=self.process),
+            lambda: self.f(nets.target.bound(cond, w), *near, process=self.process),
+            far[0].device,
+        )
+
+    def distances(self, online: Callable[[], Tensor], target: Callable[[], Tensor], device: torch.device) -> Loss:
+        """The target comes first. The random state is put back after it, so that both networks draw the same dropout mask."""
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            target_point = target()
+        prediction = online()
+        loss = self.distance(prediction, target_point).flatten(1).mean(1)
+        return loss.mean(), {"consistency_l2": (prediction.detach() - target_point).square().mean()}
+
+    def sampling(self) -> dict[str, Any]:
+        """Return plain data for `lcm.json`, from which `lcm.core.sampling` rebuilds the sampler of a saved student."""
+        return {"sampler": self.sampler, "points": points_of(self.timesteps, self.process.num_timesteps)}
+
+    def scheduler(self) -> tuple[str, dict[str, Any]]:
+        """Return the name and the options of the diffusers scheduler that a saved student is sampled with."""
+        return "LCMScheduler", {"original_inference_steps": self.sampling()["points"] or POINTS}

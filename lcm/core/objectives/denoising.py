@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lcm.core.batch import LatentBatch
-from lcm.core.networks import Network
-from lcm.core.schedule import NoiseSchedule
+from lcm.core.denoiser import Denoiser, coefficients
+from lcm.core.process import Process
 
 
 @dataclass
@@ -18,34 +18,38 @@ class DenoisingDraws:
     t: Tensor
 
 
-def draw(z0: Tensor, rng: torch.Generator, *, schedule: NoiseSchedule, offset_noise: float = 0.0) -> DenoisingDraws:
-    """eps ~ N(0, 1), plus `offset_noise` times one normal a channel so that the mean colour is learnt too; t uniform."""
-    eps = torch.randn(z0.shape, generator=rng, device=z0.device)
-    if offset_noise:
-        eps = eps + offset_noise * torch.randn(*z0.shape[:2], 1, 1, generator=rng, device=z0.device)
-    t = torch.randint(schedule.num_timesteps, (len(z0),), generator=rng, device=z0.device)
-    return DenoisingDraws(eps, t)
+class Denoising(nn.Module):
+    """`E || target - net(z_t, t, c) ||^2`: the target follows the prediction type, the weight is `min_snr_weight` (None: 1).
+
+    offset_noise: this times one normal a channel is added to eps in training, so that the mean colour is learnt too.
+    """
+
+    def __init__(self, process: Process, *, min_snr_gamma: float | None = None, offset_noise: float = 0.0) -> None:
+        super().__init__()
+        self.process, self.min_snr_gamma, self.offset_noise = process, min_snr_gamma, offset_noise
+
+    def draw(self, z0: Tensor, rng: torch.Generator) -> DenoisingDraws:
+        """eps ~ N(0, 1) with the offset in training; t uniform."""
+        eps = torch.randn(z0.shape, generator=rng, device=z0.device)
+        if self.offset_noise and self.training:
+            eps = eps + self.offset_noise * torch.randn(*z0.shape[:2], 1, 1, generator=rng, device=z0.device)
+        t = torch.randint(self.process.num_timesteps, (len(z0),), generator=rng, device=z0.device)
+        return DenoisingDraws(eps, t)
+
+    def loss(self, net: Denoiser, batch: LatentBatch, draws: DenoisingDraws) -> tuple[Tensor, dict[str, Tensor]]:
+        z_t = self.process.jump(batch.z0, draws.eps, draws.t)
+        error = net.output(z_t, draws.t, batch.cond) - net.target(batch.z0, draws.eps, draws.t)
+        loss = error.square().flatten(1).mean(1)
+        if self.min_snr_gamma is not None:
+            loss = loss * min_snr_weight(net, draws.t, self.min_snr_gamma)
+        return loss.mean(), {}
 
 
-def denoising(
-    net: Network,
-    batch: LatentBatch,
-    draws: DenoisingDraws,
-    *,
-    schedule: NoiseSchedule,
-    min_snr_gamma: float | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """`E || target - net(z_t, t, c) ||^2`, target by the schedule's prediction type, weighted by `min_snr_weight`."""
-    z_t = schedule.add_noise(batch.z0, draws.eps, draws.t)
-    output = net(z_t, draws.t, batch.cond, None).float()
-    loss = (output - schedule.target(batch.z0, draws.eps, draws.t)).square().flatten(1).mean(1)
-    if min_snr_gamma is not None:
-        loss = loss * min_snr_weight(schedule, draws.t, min_snr_gamma)
-    return loss.mean(), {}
+def min_snr_weight(net: Denoiser, t: Tensor, gamma: float) -> Tensor:
+    """Min-SNR weighting (2303.09556, section 3.4), `[B]`: x0's error weighs min(SNR, gamma), in the units of the output.
 
-
-def min_snr_weight(schedule: NoiseSchedule, t: Tensor, gamma: float) -> Tensor:
-    """Min-SNR weighting (2303.09556, section 3.4): x0's error weighs min(SNR, gamma), in the prediction type's units; `[B]`."""
-    snr = schedule.snr(t)
-    own = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[schedule.prediction_type]
-    return snr.clamp(max=gamma) / own
+    At z_t an error of x0 changes the output `a x0 + b eps` by `a - b alpha / sigma`.
+    """
+    alpha, sigma = net.process.alpha(t), net.process.sigma(t)
+    a, b = coefficients(net.prediction_type, alpha, sigma)
+    return net.process.snr(t).clamp(max=gamma) / (a - b * alpha / sigma).square()

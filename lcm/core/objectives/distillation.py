@@ -1,31 +1,32 @@
 """Latent consistency distillation (LCM, Algorithm 1)."""
 
+from typing import Any
+
 import torch
-from torch import Tensor
 
 from lcm.core.batch import LatentBatch
-from lcm.core.networks import Networks, guided
-from lcm.core.objectives.consistency import ConsistencyDraws, Distance, Loss, consistency_loss
-from lcm.core.schedule import NoiseSchedule
+from lcm.core.denoiser import seen_from
+from lcm.core.objectives.consistency import ConsistencyDraws, ConsistencyObjective, Loss, Networks
+from lcm.core.process import Process
 from lcm.core.solvers import Solver
 from lcm.core.timesteps import skip_pair
 
 
-def latent_consistency_distillation(
-    nets: Networks,
-    batch: LatentBatch,
-    draws: ConsistencyDraws,
-    *,
-    schedule: NoiseSchedule,
-    timesteps: Tensor,
-    solver: Solver,
-    distance: Distance,
-    skip_steps: int = 20,
-) -> Loss:
-    """The student at t agrees with its target at s, one guided solver step of the teacher nearer the data."""
-    t, s = skip_pair(timesteps, draws.index, skip_steps)  # t_{n+k}, t_n
-    z_t = schedule.add_noise(batch.z0, draws.eps, t)
-    assert nets.teacher is not None
-    with torch.no_grad():
-        z_s = solver(guided(nets.teacher, batch.cond, batch.uncond, schedule, draws.w), z_t, t, s, schedule=schedule)
-    return consistency_loss(nets, batch.cond, draws.w, (z_t, t), (z_s, s), schedule=schedule, distance=distance)
+class LatentConsistencyDistillation(ConsistencyObjective):
+    """The student at t agrees with its target at s, one guided solver step of the teacher nearer the data.
+
+    solver: the paper's Psi. skip_steps: the paper's k, in timesteps.
+    """
+
+    def __init__(self, process: Process, *, solver: Solver, skip_steps: int = 20, **options: Any) -> None:
+        super().__init__(process, **options)
+        self.solver, self.skip_steps = solver, skip_steps
+
+    def loss(self, nets: Networks, batch: LatentBatch, draws: ConsistencyDraws) -> Loss:
+        t, s = skip_pair(self.timesteps, draws.index, self.skip_steps, self.process.t_min)  # t_{n+k}, t_n
+        z_t = self.process.jump(batch.z0, draws.eps, t)
+        assert nets.teacher is not None
+        with torch.no_grad():
+            guided = nets.teacher.guided(batch.cond, batch.uncond, draws.w)
+            z_s = self.solver(seen_from(guided, nets.teacher.process, self.process), z_t, t, s, process=self.process)
+        return self.compare(nets, batch.cond, draws.w, (z_t, t), (z_s, s))

@@ -4,52 +4,40 @@ import torch
 from torch import Tensor
 
 from lcm.core.batch import LatentBatch
-from lcm.core.condition import Condition
-from lcm.core.networks import Network, conditioned, guided
+from lcm.core.denoiser import Condition, Denoiser, seen_from
 from lcm.core.objectives.consistency import ConsistencyDraws, Loss
-from lcm.core.schedule import NoiseSchedule
 from lcm.core.solvers import ddim
 
 
-def match_guided_teacher(
-    student: Network, teacher: Network, batch: LatentBatch, draws: ConsistencyDraws, *, schedule: NoiseSchedule
-) -> Loss:
+def match_guided_teacher(student: Denoiser, teacher: Denoiser, batch: LatentBatch, draws: ConsistencyDraws) -> Loss:
     """Stage one (section 3.1): `omega(lambda_t) || x_teacher(z_t, c; w) - x_student(z_t, c, w) ||^2` at any t = draws.index."""
     t = draws.index
-    z_t = schedule.add_noise(batch.z0, draws.eps, t)
+    z_t = student.process.jump(batch.z0, draws.eps, t)
     with torch.no_grad():
-        target = guided(teacher, batch.cond, batch.uncond, schedule, draws.w)(z_t, t).x0
-    return x0_loss(student, batch.cond, draws.w, z_t, t, target, schedule)
+        guided = teacher.guided(batch.cond, batch.uncond, draws.w)
+        target = seen_from(guided, teacher.process, student.process)(z_t, t).x0
+    return x0_loss(student, batch.cond, draws.w, z_t, t, target)
 
 
-def halve_steps(
-    student: Network,
-    previous: Network,
-    batch: LatentBatch,
-    draws: ConsistencyDraws,
-    *,
-    schedule: NoiseSchedule,
-    timesteps: Tensor,
-) -> Loss:
+def halve_steps(student: Denoiser, previous: Denoiser, batch: LatentBatch, draws: ConsistencyDraws, *, timesteps: Tensor) -> Loss:
     """Stage two (section 3.2; 2202.00512, Algorithm 2): one DDIM step of the student is two of the student before it.
 
-    timesteps: `[2N + 1]` descending to 0, what the previous student's 2N steps pass; draws.index: of N.
+    timesteps: `[2N + 1]`, the descending path of the previous student's 2N steps, ending at t_min. draws.index: of N.
     """
+    process = student.process
     t, middle, s = (timesteps[2 * draws.index + i] for i in range(3))
-    z_t = schedule.add_noise(batch.z0, draws.eps, t)
+    z_t = process.jump(batch.z0, draws.eps, t)
     with torch.no_grad():
-        denoise = conditioned(previous, batch.cond, schedule, draws.w)
-        z_s = ddim(denoise, ddim(denoise, z_t, t, middle, schedule=schedule), middle, s, schedule=schedule)
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t, z_t.ndim), schedule.at(s, z_t.ndim)
+        denoise = previous.bound(batch.cond, draws.w)
+        z_s = ddim(denoise, ddim(denoise, z_t, t, middle, process=process), middle, s, process=process)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = process.at(t, z_t.ndim), process.at(s, z_t.ndim)
         ratio = sigma_s / sigma_t
         target = (z_s - ratio * z_t) / (alpha_s - ratio * alpha_t)  # the x0 whose one DDIM step leads to z_s
-    return x0_loss(student, batch.cond, draws.w, z_t, t, target, schedule)
+    return x0_loss(student, batch.cond, draws.w, z_t, t, target)
 
 
-def x0_loss(
-    student: Network, cond: Condition, w: Tensor, z_t: Tensor, t: Tensor, target: Tensor, schedule: NoiseSchedule
-) -> Loss:
+def x0_loss(student: Denoiser, cond: Condition, w: Tensor, z_t: Tensor, t: Tensor, target: Tensor) -> Loss:
     """Squared error of x0 under the "truncated SNR" weight `max(alpha^2 / sigma^2, 1)` (2202.00512, section 4)."""
-    error = (conditioned(student, cond, schedule, w)(z_t, t).x0 - target).square().flatten(1).mean(1)
-    weight = schedule.snr(t).clamp_min(1.0)
+    error = (student(z_t, t, cond, w).x0 - target).square().flatten(1).mean(1)
+    weight = student.process.snr(t).clamp_min(1.0)
     return (weight * error).mean(), {"x0_l2": error.detach().mean()}
