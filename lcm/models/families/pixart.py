@@ -1,0 +1,52 @@
+"""PixArt-alpha (2310.00426): a transformer with masked T5 states, VP noise and a learned variance."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from diffusers import PixArtTransformer2DModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.models.attention import BasicTransformerBlock
+from torch import Tensor, nn
+from transformers import T5EncoderModel, T5Tokenizer
+
+from lcm.core.denoiser import Condition
+from lcm.models.families import Family, Tower, tokens
+
+LENGTH = 120  # tokens of a caption
+
+
+class PixArt(Family):
+    """The network has no input for w: diffusers' pipeline could not pass it. The learned variance is not trained."""
+
+    pipelines = ("PixArtAlphaPipeline",)
+    network, network_class = "transformer", PixArtTransformer2DModel
+    towers = (Tower("text_encoder", T5EncoderModel, "tokenizer", T5Tokenizer),)
+    text = ("states", "mask")
+    blocks = (BasicTransformerBlock,)
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj", "linear", "linear_1", "linear_2")
+    lora_mixin = StableDiffusionLoraLoaderMixin
+
+    def call(
+        self, net: Any, forward: Callable[..., Any], z: Tensor, time: Tensor, cond: Condition, w: Tensor | None
+    ) -> Tensor:
+        dtype, factor = next(net.parameters()).dtype, 8
+        added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
+        if net.config["sample_size"] == 128:  # the 1024 px model is told the size in pixels
+            height, width = z.shape[-2] * factor, z.shape[-1] * factor
+            added["resolution"] = z.new_tensor([[height, width]], dtype=dtype).expand(len(z), 2)
+            added["aspect_ratio"] = z.new_tensor([[height / width]], dtype=dtype).expand(len(z), 1)
+        output = forward(
+            z.to(dtype),
+            encoder_hidden_states=cond["states"].to(dtype),
+            encoder_attention_mask=cond["mask"].to(dtype),
+            timestep=time,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        return output[:, : z.shape[1]]  # without the learned variance
+
+    def encode(self, tokenizers: Sequence[Any], encoders: Sequence[nn.Module], captions: list[str]) -> dict[str, Tensor]:
+        [encoder], texts = encoders, [caption.lower().strip() for caption in captions]  # as diffusers' pipeline does
+        inputs = tokens(tokenizers[0], texts, encoder.device, max_length=LENGTH)
+        mask = inputs["attention_mask"]
+        return {"states": encoder(inputs["input_ids"], attention_mask=mask)[0], "mask": mask.float()}

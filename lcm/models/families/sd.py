@@ -1,0 +1,61 @@
+"""Stable Diffusion 1 and 2, and latent consistency models of them: a UNet with the states of one CLIP text encoder."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from lcm.core.denoiser import Condition
+from lcm.core.guidance import W_DIM, embed_w
+from lcm.models.families import Family, Tower, network_like, tokens
+
+
+class StableDiffusion(Family):
+    """w enters through the projection `time_embedding.cond_proj` that released latent consistency models have."""
+
+    pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+    network, network_class = "unet", UNet2DConditionModel
+    towers: Sequence[Tower] = (Tower("text_encoder", CLIPTextModel, "tokenizer", CLIPTokenizer),)
+    blocks = (BasicTransformerBlock, ResnetBlock2D, Downsample2D, Upsample2D)
+    lora_targets = (  # LCM-LoRA's, as in diffusers' script: every linear layer and convolution of the blocks
+        *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+        *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+    )
+    lora_mixin = StableDiffusionLoraLoaderMixin
+
+    def call(
+        self, net: Any, forward: Callable[..., Any], z: Tensor, time: Tensor, cond: Condition, w: Tensor | None
+    ) -> Tensor:
+        dtype, dim = next(net.parameters()).dtype, net.config["time_cond_proj_dim"]  # net.dtype walks over all modules
+        options = {"timestep_cond": None if w is None or dim is None else embed_w(w, dim).to(dtype), "return_dict": False}
+        return forward(z.to(dtype), time, cond["states"].to(dtype), **options, **self.added(cond, dtype))[0]
+
+    def added(self, cond: Condition, dtype: Any) -> dict[str, Any]:
+        return {}
+
+    def encode(self, tokenizers: Sequence[Any], encoders: Sequence[nn.Module], captions: list[str]) -> dict[str, Tensor]:
+        [encoder] = encoders
+        return {"states": encoder(tokens(tokenizers[0], captions, encoder.device)["input_ids"])[0]}
+
+    def takes_w(self, net: Any) -> bool:
+        return net.config["time_cond_proj_dim"] is not None
+
+    def with_w(self, net: Any, *, zero_init: bool = True) -> Any:
+        known = net.config["time_cond_proj_dim"]
+        student = network_like(net, time_cond_proj_dim=known or W_DIM)
+        if known is None and zero_init and student.device.type != "meta":
+            nn.init.zeros_(student.time_embedding.cond_proj.weight)
+        return student
+
+    def w_projection(self, net: Any) -> nn.Parameter | None:
+        return getattr(net.time_embedding.cond_proj, "weight", None)
+
+    def student_pipeline(self, takes_w: bool) -> str:
+        return "LatentConsistencyModelPipeline" if takes_w else "StableDiffusionPipeline"

@@ -1,0 +1,48 @@
+"""Stable Diffusion XL: a UNet with the states of two CLIP text encoders, pooled text and the image's sizes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
+from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from lcm.core.denoiser import Condition
+from lcm.models.families import Tower, tokens
+from lcm.models.families.sd import StableDiffusion
+
+
+class StableDiffusionXL(StableDiffusion):
+    """2307.01952, section 2.2. The empty caption is zeros where `force_zeros_for_empty_prompt` says so."""
+
+    pipelines = ("StableDiffusionXLPipeline",)
+    towers = (
+        *StableDiffusion.towers,
+        Tower("text_encoder_2", CLIPTextModelWithProjection, "tokenizer_2", CLIPTokenizer),
+    )
+    text = ("states", "pooled")
+    takes_sizes = True
+    lora_mixin = StableDiffusionXLLoraLoaderMixin
+
+    def added(self, cond: Condition, dtype: Any) -> dict[str, Any]:
+        # Sizes stay integers: bfloat16 has 8 bits for them.
+        return {"added_cond_kwargs": {"text_embeds": cond["pooled"].to(dtype), "time_ids": cond["sizes"]}}
+
+    def encode(self, tokenizers: Sequence[Any], encoders: Sequence[nn.Module], captions: list[str]) -> dict[str, Tensor]:
+        """Return the states before the last layer of both encoders side by side, and the second one's pooled text."""
+        outputs = [
+            encoder(tokens(tokenizer, captions, encoder.device)["input_ids"], output_hidden_states=True)
+            for tokenizer, encoder in zip(tokenizers, encoders, strict=True)
+        ]
+        embeddings = {
+            "states": torch.cat([output.hidden_states[-2] for output in outputs], dim=-1),
+            "pooled": outputs[-1].text_embeds,
+        }
+        if "" in captions and self.index.get("force_zeros_for_empty_prompt", True):
+            for rows in embeddings.values():
+                rows[captions.index("")] = 0
+        return embeddings
+
+    def student_pipeline(self, takes_w: bool) -> str:
+        return "StableDiffusionXLPipeline"
