@@ -54,7 +54,8 @@ class Denoiser:
         if self.prediction_type == "sample":
             return Denoised(output, (z_t - alpha * output) / sigma.clamp_min(FLOOR))
         a, b = coefficients(self.prediction_type, alpha, sigma)
-        determinant = alpha * b - sigma * a
+        flow = self.prediction_type == "flow_prediction"
+        determinant = alpha + sigma if flow else per_sample(self.process.squared_norm(t), z_t.ndim)  # alpha b - sigma a
         return Denoised((b * z_t - sigma * output) / determinant, (alpha * output - a * z_t) / determinant)
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:

@@ -40,6 +40,10 @@ class Process(nn.Module):
         """Return the noise scale, `[B]` float32, at t `[B]` (int64 or float)."""
         raise NotImplementedError
 
+    def squared_norm(self, t: Tensor) -> Tensor:
+        """Return `alpha^2 + sigma^2`, `[B]`: exactly 1 in VP."""
+        return self.alpha(t) ** 2 + self.sigma(t) ** 2
+
     def timestep_at(self, half_log_snr: Tensor) -> Tensor:
         """Return the float time `[B]` at which `log(alpha / sigma)` has the given values `[B]`."""
         raise NotImplementedError
@@ -110,6 +114,9 @@ class VP(Process):
 
     def sigma(self, t: Tensor) -> Tensor:
         return interpolate(self.sigmas, t)
+
+    def squared_norm(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t, dtype=self.alphas.dtype)
 
     def timestep_at(self, half_log_snr: Tensor) -> Tensor:
         lambdas = self.alphas.log() - self.sigmas.log()  # they fall
