@@ -79,7 +79,7 @@ def make_cells(cfg: DictConfig, extract: Extractor, device: str) -> list[Cell]:
         for w in ws:
             check_w(name, model, w)
             for steps in listed(entry.steps):
-                model.sampler(sampler)[1](steps, model.schedule.num_timesteps)  # refuses a step count that does not fit
+                model.sampler(sampler)[1](steps, model.process.num_timesteps)  # refuses a step count that does not fit
                 facts = {**makes[path], "solver": plain(entry.get("solver")), "steps": steps, "w": float(w)}
                 folder = Path(cfg.features, digest([facts, extract.facts]))
                 cells.append(Cell(entry.get("label", name), steps, float(w), model, sampler, folder))
@@ -89,7 +89,7 @@ def make_cells(cfg: DictConfig, extract: Extractor, device: str) -> list[Cell]:
 
 
 def check_w(name: str, model: LatentModel, w: float) -> None:
-    if w != 0 and model.consistency and model.unet.config["time_cond_proj_dim"] is None:
+    if w != 0 and model.consistency and not model.family.takes_w(model.net):
         raise UserError(
             f"entries.{name} is a consistency model without an input for w, and its w = {w:g} is not 0: set entries.{name}.w=0"
         )
@@ -112,8 +112,8 @@ def drawn_by(model: LatentModel, dtype: str) -> dict[str, Any]:
     files = [*sorted((root / "core").glob("*.py")), *sorted((root / "models").glob("*.py"))]
     files += [root / "data/codec.py", root / "data/text.py"]
     return {
-        "weights": fingerprint(model.unet, *model.students.values(), model.codec.vae, *model.codec.text.towers),
-        "schedule": model.schedule.config,
+        "weights": fingerprint(model.net, *model.students.values(), model.codec.vae, *model.codec.text.encoders),
+        "schedule": model.process.config,
         "facts": model.facts,
         "consistency": model.consistency,
         "dtype": dtype,

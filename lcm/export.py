@@ -5,7 +5,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from diffusers import UNet2DConditionModel
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save
 
@@ -16,7 +15,7 @@ from lcm.errors import UserError
 from lcm.files import whole_file
 from lcm.inputs import output_folder
 from lcm.models.lora import is_adapted, merged
-from lcm.models.pipeline import load_unet
+from lcm.models.pipeline import load_network
 from lcm.modules.latent import LatentModule
 
 FORMATS = ("pipeline", "unet")
@@ -50,7 +49,7 @@ def trained(run: Path, checkpoint: str) -> LatentModule:
     return module
 
 
-def chosen(module: LatentModule, weights: str) -> UNet2DConditionModel:
+def chosen(module: LatentModule, weights: str) -> Any:
     if weights == "best":
         return module.best_net
     net = getattr(module, WEIGHTS[weights], None)
@@ -73,7 +72,7 @@ def main(cfg: DictConfig) -> None:
         module.save_model(str(output), net, dtype=dtype)
     else:
         output = output.with_suffix(".safetensors")
-        net = merged(net, load_unet(module.pipeline)) if is_adapted(net) else net
+        net = merged(net, load_network(module.pipeline)) if is_adapted(net) else net
         with whole_file(output) as file:
             state = {name: value.to(dtype).contiguous() for name, value in net.state_dict().items()}
             file.write(save(state, metadata={"format": "pt"}))

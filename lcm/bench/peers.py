@@ -14,7 +14,7 @@ from lcm.core.condition import Condition, each
 from lcm.core.networks import Network
 from lcm.core.objectives.consistency import draw
 from lcm.core.random import generator
-from lcm.data.codec import LatentCodec
+from lcm.models.codec import LatentCodec
 from lcm.models.student import as_network
 from lcm.modules.distillation import LatentConsistencyDistillation
 

@@ -10,7 +10,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lcm.core.random import generator
-from lcm.data.codec import LatentCodec
+from lcm.models.codec import LatentCodec
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.encoding import Encoder, Variants
 from lcm.data.latents import stamp

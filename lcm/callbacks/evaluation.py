@@ -87,7 +87,7 @@ class Evaluation(L.Callback):
             return
         self.last = trainer.global_step
         model = module.latent_model(trainer.datamodule.codec)  # type: ignore[attr-defined]
-        models = {"": model} if model.unet is module.net else {"": model, "_raw": replace(model, unet=module.net)}
+        models = {"": model} if model.net is module.net else {"": model, "_raw": replace(model, net=module.net)}
         values: dict[str, float] = {}
         for suffix, one in models.items():
             for steps in self.steps:
@@ -117,11 +117,11 @@ class Evaluation(L.Callback):
         world, rank = trainer.world_size, trainer.global_rank
         mine = [i % self.samples for i in range(rank, -(-self.samples // world) * world, world)]
         captions, seeds = [self.captions[i] for i in mine], [self.seed + i for i in mine]
-        training = model.unet.training
-        model.unet.eval()
+        training = model.net.training
+        model.net.eval()
         batches = model.images(captions, seeds, steps=steps, w=self.w, batch_size=self.batch_size)
         parts = [self.extract(images, captions[n * self.batch_size :][: len(images)]) for n, images in enumerate(batches)]
-        model.unet.train(training)
+        model.net.train(training)
         return {name: self.gathered(trainer, torch.cat([part[name] for part in parts])) for name in parts[0]}
 
     def gathered(self, trainer: L.Trainer, own: Tensor) -> Tensor:

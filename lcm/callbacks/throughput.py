@@ -42,7 +42,7 @@ class Throughput(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         size = len(batch["x"] if isinstance(batch, dict) else batch)
         if self.flop_per_image is None:  # the first batch warms up, and is not timed
-            self.flop_per_image = sum(call_flop(*call) for call in module.calls) / size
+            self.flop_per_image = sum(call_flop(module.family, *call) for call in module.calls) / size
             module.calls = None
             return self.restart()
         self.images += size

@@ -76,3 +76,19 @@ def trailing_steps(steps: int, num_timesteps: int = 1000) -> list[int]:
     if not 1 <= steps <= num_timesteps:
         raise UserError(f"steps={steps} does not fit the schedule: use 1 to {num_timesteps}")
     return [round(num_timesteps * (1 - i / steps)) - 1 for i in range(steps)]
+
+
+def few_step_flow(shift: float, steps: int, num_timesteps: int = 1000) -> dict[str, float]:
+    """Return the config with which diffusers' flow schedulers use `trailing_steps(steps)` of `Flow(shift)`, for this `steps` only.
+
+    Their own grid is linear from 1 to sigma_min, is shifted (a second time at sigma_min) and stretched to `shift_terminal`. Shifts and
+    stretches are Moebius maps that keep 1, so one shift and one terminal value give the wanted grid exactly.
+    """
+    if steps == 1:
+        return {"shift": shift}
+    inner, g = shift, 1 / num_timesteps
+    for _ in range(100):  # sigma_min depends on the inner shift, only slightly
+        sigma_min = inner * g / (1 + (inner - 1) * g)
+        k = (1 - sigma_min) * steps / (steps - 1)
+        inner = k * shift / (k * shift - shift + 1)
+    return {"shift": inner, "shift_terminal": shift / (steps + shift - 1)}

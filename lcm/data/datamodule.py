@@ -12,7 +12,7 @@ from lcm.core.batch import LatentBatch
 from lcm.core.random import generator
 from lcm.data.buckets import aspect, shapes_of
 from lcm.data.cache import ShardCache
-from lcm.data.codec import LatentCodec, to_signed_range
+from lcm.models.codec import LatentCodec, to_signed_range
 from lcm.data.epochs import training_order, validation_order
 from lcm.data.filters import Filters
 from lcm.data.latents import DecodeLatents, check_stamp, collate_latents

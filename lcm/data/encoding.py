@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lcm.core.random import generator
-from lcm.data.codec import LatentCodec
+from lcm.models.codec import LatentCodec
 from lcm.data.latents import DRAWN, POSTERIOR, SIZES, TEXTS
 from lcm.data.members import Sample
 from lcm.data.shards import CAPTION_MEMBERS
@@ -76,11 +76,11 @@ class Encoder:
             noise = torch.stack([torch.randn(mean.shape[1:], generator=rng) for rng in rngs])
             latents, name = mean + std * noise, DRAWN
         arrays = {name: latents.half().numpy()}
-        if self.codec.text.sized:
+        if self.codec.text.family.takes_sizes:
             arrays[SIZES] = batch["sizes"].numpy()
         if self.text:
-            states = zip(self.codec.text.parts, self.codec.text(batch["captions"]), strict=True)
-            arrays |= {TEXTS[part][0]: of.half().cpu().numpy() for part, of in states}
+            embeddings = self.codec.text(batch["captions"])
+            arrays |= {TEXTS[name][0]: rows.half().cpu().numpy() for name, rows in embeddings.items()}
         for i, texts in enumerate(members):
             caption = {"txt": batch["captions"][i]} if self.text else {}
             yield {**texts, **caption, **{member: npy(of[i]) for member, of in arrays.items()}}

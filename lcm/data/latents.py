@@ -12,14 +12,14 @@ import fsspec
 import numpy as np
 import torch
 
-from lcm.data.codec import LatentCodec
+from lcm.models.codec import LatentCodec
 from lcm.data.members import CaptionChoice, Sample, Skip, skipping
 from lcm.data.shards import first_of, local
 from lcm.errors import UserError
 from lcm.redaction import redacted
 
-POSTERIOR, DRAWN, SIZES, TEXT, POOLED = "latent.npy", "sample.npy", "sizes.npy", "text.npy", "pooled.npy"
-TEXTS = {"text": (TEXT, 2), "pooled": (POOLED, 1)}  # by a text encoder's part: the member and its dimensions
+POSTERIOR, DRAWN, SIZES = "latent.npy", "sample.npy", "sizes.npy"
+TEXTS = {"states": ("text.npy", 2), "mask": ("mask.npy", 1), "pooled": ("pooled.npy", 1)}  # embeddings: member and its dimensions
 CONTENT = {POSTERIOR: "posterior mean and std, unscaled, float16", DRAWN: "a sample of the posterior, unscaled, float16"}
 STAMP = "latents.json"
 
@@ -28,7 +28,7 @@ class DecodeLatents:
     """`sample -> {"moments": float16 [2C, h, w], "caption", "key"}`: mean and standard deviation of q(z|x), unscaled.
 
     A member `latent.npy` is `[V, 2C, h, w]`: V crops or mirrored copies, of which one is drawn. A member `sample.npy`
-    `[V, C, h, w]` is a draw of each posterior: the mean of one without width. With a member `text.npy` there is "text", the
+    `[V, C, h, w]` is a draw of each posterior: the mean of one without width. With a member `text.npy` there is "states", the
     float16 `[L, D]` text states of the .txt member, whether that is dropped or not, and with `pooled.npy` "pooled" `[P]`.
     A member `sizes.npy` `[V, 4]` gives its "original_sizes" and "crops", see `collate` of pictures.
     """
@@ -88,7 +88,7 @@ def stamp(codec: LatentCodec, resolution: int, *, drawn: bool = False, text: boo
     if not text:
         return found
     words = [json.dumps(sorted(tokenizer.get_vocab().items())) for tokenizer in codec.text.tokenizers]
-    return {**found, "text_encoder": " ".join(map(weights_hash, codec.text.towers, words))}
+    return {**found, "text_encoder": " ".join(map(weights_hash, codec.text.encoders, words))}
 
 
 def weights_hash(network: torch.nn.Module, more: str = "") -> str:

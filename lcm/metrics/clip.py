@@ -10,7 +10,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from lcm.errors import UserError
 from lcm.images import resized
-from lcm.models.parts import load_network
+from lcm.models.parts import load_part
 from lcm.models.pipeline import find
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's CLIP
@@ -51,7 +51,7 @@ class ClipBackbone(nn.Module):
 def mini_clip(pipeline: str, *, antialias: bool = True) -> ClipBackbone:
     """The CLIP in the `clip` folder of a mini pipeline, trained on the pipeline's own data."""
     folder: Path = find(pipeline, "clip", "tokenizer")
-    clip = load_network(CLIPModel, folder / "clip", dtype=torch.float32)
+    clip = load_part(CLIPModel, folder / "clip", dtype=torch.float32)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     return ClipBackbone(clip, tokenizer, name=str(pipeline), mean=HALF, std=HALF, antialias=antialias)
 

@@ -1,36 +1,37 @@
-"""Arithmetic: what a UNet takes, counted, and what the device can do, measured."""
+"""Arithmetic: the FLOP of a network, counted, and the rate of the device, measured."""
 
 import time
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lcm.core.condition import Condition, each
+from lcm.core.denoiser import Condition
 from lcm.core.random import generator
+from lcm.models.families import Family
 from lcm.models.lora import NAME, is_adapted
+from lcm.models.sharding import original_class
 from lcm.models.student import as_network
 
 
-def call_flop(unet: UNet2DConditionModel, z_shape: torch.Size, cond: Condition, trained: bool) -> int:
-    """FLOP (2 a multiply-add) of matmuls, convolutions and attention of one call, counted on the meta device.
+def call_flop(family: Family, net: Any, z_shape: torch.Size, cond: Condition, trained: bool) -> int:
+    """Return the FLOP (2 a multiply-add) of matmuls, convolutions and attention of one call, counted on the meta device.
 
-    trained: with its backward, which takes a forward's for the gradients of inputs (the very first layer's is not left aside)
-    and another for those of weights, of which adapters leave the network's own out.
+    trained: with its backward, which costs a forward for the gradients of inputs (the first layer included) and another for those
+    of weights. Adapters leave out the gradients of the network's own weights.
     """
-    forward = forward_flop(unet, z_shape, cond)
+    forward = forward_flop(family, net, z_shape, cond)
     if not trained:
         return forward
-    return 3 * forward - (forward_flop(unet, z_shape, cond, adapters=False) if is_adapted(unet) else 0)
+    return 3 * forward - (forward_flop(family, net, z_shape, cond, adapters=False) if is_adapted(net) else 0)
 
 
-def forward_flop(unet: UNet2DConditionModel, z_shape: torch.Size, cond: Condition, *, adapters: bool = True) -> int:
+def forward_flop(family: Family, net: Any, z_shape: torch.Size, cond: Condition, *, adapters: bool = True) -> int:
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        copy, t = UNet2DConditionModel.from_config(unet.config), torch.empty(z_shape[0], dtype=torch.int64)
-        if adapters and is_adapted(unet):
-            copy.add_adapter(unet.peft_config[NAME], NAME)
-        as_network(copy)(torch.empty(z_shape), t, each(lambda part: part.to("meta"), cond))
+        copy, t = original_class(net).from_config(net.config), torch.empty(z_shape[0], dtype=torch.int64)
+        if adapters and is_adapted(net):
+            copy.add_adapter(net.peft_config[NAME], NAME)
+        as_network(family, copy)(torch.empty(z_shape), t, {name: part.to("meta") for name, part in cond.items()})
     return counter.get_total_flops()
 
 

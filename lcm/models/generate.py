@@ -7,60 +7,68 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from lcm.core import sampling
 from lcm.core.consistency import cm_consistency_fn
-from lcm.core.networks import conditioned, guided
+from lcm.core.denoiser import Denoiser
+from lcm.core.process import Flow, Process
 from lcm.core.random import ImageNoise
-from lcm.core.schedule import NoiseSchedule
 from lcm.core.timesteps import POINTS, consistency_steps, trailing_steps
-from lcm.data.codec import LatentCodec
 from lcm.errors import UserError
 from lcm.models import pipeline as pipelines
+from lcm.models.codec import LatentCodec
+from lcm.models.families import Family
 from lcm.models.student import as_network
 
 log = logging.getLogger(__name__)
 Sampler = Callable[..., Tensor]
+FEW_STEP = (sampling.consistency, sampling.tcd)  # samplers of students, which use the trained timesteps
 
 
 @dataclass
 class LatentModel:
-    """A UNet with what it takes to make images: schedule and codec. `consistency`: a student, sampled by Algorithm 3.
+    """A network with all that makes images of prompts: family, process, prediction type and codec.
 
-    facts: what `lcm.json` says of the training. students: those of guided distillation, by their number of steps.
+    facts: the content of `lcm.json`, see `pipeline.training_facts`. students: those of guided distillation, by number of steps.
     """
 
-    unet: UNet2DConditionModel
-    schedule: NoiseSchedule
+    family: Family
+    net: Any
+    process: Process
+    prediction_type: str
     codec: LatentCodec
-    consistency: bool
     facts: dict[str, Any] = field(default_factory=dict)
-    students: dict[int, UNet2DConditionModel] = field(default_factory=dict)
+    students: dict[int, Any] = field(default_factory=dict)
 
     @classmethod
     def load(
         cls, pipeline: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, compile: bool = False
     ) -> "LatentModel":
-        """dtype: of the UNet, which takes nearly all the time; solvers, VAE and text encoder stay in float32.
+        """dtype: of the network, which takes nearly all the time; solvers, VAE and text encoders stay in float32.
 
-        compile: UNets and the VAE's decoder by torch.compile, when they are first called.
+        compile: networks and the VAE's decoder by torch.compile, when they are first called.
         """
 
-        def load(name: str) -> UNet2DConditionModel:
-            unet = pipelines.load_unet(pipeline, dtype, name=name).to(device).eval().requires_grad_(False)
+        def load(name: str | None = None) -> Any:
+            net = pipelines.load_network(pipeline, dtype, name=name).to(device).eval().requires_grad_(False)
             if compile:
-                unet.compile()
-            return unet
+                net.compile()
+            return net
 
-        unet, codec = load("unet"), pipelines.load_codec(pipeline).to(device)
+        net, codec = load(), pipelines.load_codec(pipeline).to(device)
         if compile:
             codec.vae.decoder.compile()
-        facts, consistency = pipelines.training_facts(pipeline), pipelines.is_consistency_model(pipeline)
+        facts = pipelines.training_facts(pipeline)
         *others, last = facts.get("students") or [None]
-        students = {n: load(f"unet_{n}") for n in others} | ({last: unet} if last else {})
-        return cls(unet, pipelines.load_schedule(pipeline).to(device), codec, consistency, facts, students)
+        students = {n: load(f"unet_{n}") for n in others} | ({last: net} if last else {})
+        process, prediction_type = pipelines.load_process(pipeline).to(device), pipelines.load_prediction_type(pipeline)
+        return cls(codec.text.family, net, process, prediction_type, codec, facts, students)
+
+    @property
+    def consistency(self) -> bool:
+        """Whether the network is a student of a few-step sampler."""
+        return self.facts.get("sampler", "ddim") != "ddim"
 
     def check_w(self, w: float) -> None:
         """A student answers for the w it was trained on; a teacher for any."""
@@ -69,16 +77,19 @@ class LatentModel:
             log.warning("w=%g is outside the range [%g, %g] this model was trained on: expect worse images", w, low, high)
 
     def sampler(self, sampler: Sampler | None) -> tuple[Sampler, Callable[..., list[int]]]:
-        """The given sampler, or the model's natural one, and the rule that places its timesteps."""
-        chosen: Sampler = sampler or (sampling.consistency if self.consistency else sampling.ddim)
-        if getattr(chosen, "func", chosen) is not sampling.consistency:
+        """Return the given sampler, or the model's own, and the rule that places its timesteps."""
+        chosen: Sampler = sampler or getattr(sampling, self.facts.get("sampler", "ddim"))
+        kind = getattr(chosen, "func", chosen)
+        if kind not in FEW_STEP:
             return chosen, self.distilled_steps if self.students else trailing_steps
-        points = self.facts.get("points") or POINTS  # null of other timesteps, missing in older folders
-        place = partial(consistency_steps, points=points, trained=self.facts.get("timesteps"))
-        if "sigma_data" not in self.facts:
-            return chosen, place
-        f = partial(cm_consistency_fn, schedule=self.schedule, sigma_data=self.facts["sigma_data"])
-        return partial(chosen, f=f), place
+        if sampler is None and "gamma" in self.facts:
+            chosen = partial(chosen, gamma=self.facts["gamma"])
+        if "sigma_data" in self.facts:
+            chosen = partial(chosen, f=partial(cm_consistency_fn, sigma_data=self.facts["sigma_data"]))
+        if isinstance(self.process, Flow):
+            return chosen, trailing_steps
+        points = self.facts.get("points") or POINTS  # null for other timesteps, missing in older folders
+        return chosen, partial(consistency_steps, points=points, trained=self.facts.get("timesteps"))
 
     def distilled_steps(self, steps: int, num_timesteps: int = 1000) -> list[int]:
         if steps not in self.students:
@@ -89,19 +100,20 @@ class LatentModel:
     def latents(self, prompts: list[str], seeds: list[int], *, steps: int, w: float, sampler: Sampler | None = None) -> Tensor:
         """`[N, C, h, w]` for N prompts; image i depends on prompt i and seed i alone, not on the batch it is in."""
         run, place = self.sampler(sampler)
-        timesteps = place(steps, self.schedule.num_timesteps)
-        side = self.unet.config["sample_size"]
+        timesteps = place(steps, self.process.num_timesteps)
+        side = self.net.config["sample_size"]
         side = (side, side) if isinstance(side, int) else tuple(side)
-        noise = ImageNoise(seeds, (self.unet.config["in_channels"], *side), self.unet.device)
+        noise = ImageNoise(seeds, (self.net.config["in_channels"], *side), self.net.device)
         z = noise()
         cond, uncond = self.codec.conditions(prompts, z)
-        ws = torch.full((len(prompts),), float(w), device=self.unet.device)
-        net = as_network(self.students.get(steps, self.unet))
-        if self.consistency or self.unet.config["time_cond_proj_dim"] is not None or w == 0:
-            denoise = conditioned(net, cond, self.schedule, ws)
+        ws = torch.full((len(prompts),), float(w), device=z.device)
+        net = self.students.get(steps, self.net)
+        denoiser = Denoiser(as_network(self.family, net), self.process, self.prediction_type)
+        if self.consistency or self.family.takes_w(net) or w == 0:
+            denoise = denoiser.bound(cond, ws)
         else:
-            denoise = guided(net, cond, uncond, self.schedule, ws)
-        return run(denoise, z, timesteps, schedule=self.schedule, noise=noise)
+            denoise = denoiser.guided(cond, uncond, ws)
+        return run(denoise, z, timesteps, process=self.process, noise=noise)
 
     def images(
         self,

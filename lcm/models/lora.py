@@ -2,42 +2,40 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
 
 from lcm.errors import UserError
+from lcm.models.families import Family
 from lcm.models.student import sharing
 
 NAME = "default"  # peft's and diffusers' name of an only adapter
-TARGETS = (  # LCM-LoRA's, as in diffusers' script: every linear layer and convolution of the blocks
-    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
-)
 
 
 def with_adapters(
-    net: UNet2DConditionModel, *, rank: int, alpha: int, target_modules: Sequence[str] = TARGETS
-) -> UNet2DConditionModel:
-    """A UNet of the same weights as `net`, not copied and frozen in both, and trainable adapters of its own.
+    family: Family, net: Any, *, rank: int, alpha: int | None = None, target_modules: Sequence[str] | None = None
+) -> Any:
+    """Return a network with the weights of `net`, shared and frozen in both, and trainable adapters of its own.
 
-    A layer that adapters are on computes `W x + alpha / rank * B A x`, A with `rank` rows; B starts at zero, so that the result
-    starts as `net`. target_modules: the ends of the layers' names.
+    A layer with adapters computes `W x + alpha / rank * B A x`, A with `rank` rows; B starts at zero, so the result starts as `net`.
+    alpha: None: as rank. target_modules: the ends of the layers' names; None: the family's.
     """
     if rank < 1:
-        raise UserError(f"model.rank={rank} is not a rank: give 1 or more")
+        raise UserError(f"model.adapters.rank={rank} is not a rank: give 1 or more")
+    targets = list(family.lora_targets if target_modules is None else target_modules)
     adapted = sharing(net, net.parameters())
     try:
-        adapted.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules)), NAME)
+        adapted.add_adapter(LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=targets), NAME)
     except ValueError as error:
-        raise UserError(f"model.target_modules: {error}") from error
+        raise UserError(f"model.adapters.target_modules: {error}") from error
     return adapted
 
 
-def is_adapted(unet: UNet2DConditionModel) -> bool:
-    return bool(getattr(unet, "peft_config", None))
+def is_adapted(network: Any) -> bool:
+    return bool(getattr(network, "peft_config", None))
 
 
 def is_of_adapter(name: str) -> bool:
@@ -45,24 +43,33 @@ def is_of_adapter(name: str) -> bool:
     return ".lora_" in name
 
 
-def merged(unet: UNet2DConditionModel, base: UNet2DConditionModel) -> UNet2DConditionModel:
-    """`base` with `alpha / rank * B A` of `unet` added to its weights, in place: those of `unet` may be rounded to bfloat16."""
-    base.add_adapter(unet.peft_config[NAME], NAME)
-    set_peft_model_state_dict(base, get_peft_model_state_dict(unet), NAME)
+def merged(network: Any, base: Any) -> Any:
+    """`base` with `alpha / rank * B A` of `network` added to its weights, in place: those of `network` may be rounded to bfloat16."""
+    base.add_adapter(network.peft_config[NAME], NAME)
+    set_peft_model_state_dict(base, get_peft_model_state_dict(network), NAME)
     base.fuse_lora()
     base.unload_lora()
     return base
 
 
-def save_adapters(folder: Path, unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
+def save_adapters(folder: Path, network: Any, family: Family, dtype: torch.dtype) -> None:
     """`folder/pytorch_lora_weights.safetensors`, as diffusers loads it; B times `alpha / rank`: no reader needs to know alpha.
 
     The names are peft's throughout: diffusers' conversion renames attention's alone and its loader then leaves those out.
     """
-    config = unet.peft_config[NAME]
+    config = network.peft_config[NAME]
     scales = {"lora_A": 1.0, "lora_B": config.lora_alpha / config.r}
     state = {
         name: (value * scales[name.split(".")[-2]]).to(dtype).contiguous()
-        for name, value in get_peft_model_state_dict(unet).items()
+        for name, value in get_peft_model_state_dict(network).items()
     }
-    StableDiffusionLoraLoaderMixin.save_lora_weights(folder, unet_lora_layers=state)
+    family.lora_mixin.save_lora_weights(folder, **{f"{family.network}_lora_layers": state})
+
+
+def leave_out_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    for name in [name for name in state if not is_of_adapter(name)]:
+        del state[name]
+
+
+def expect_no_frozen(module: nn.Module, keys: Any) -> None:
+    keys.missing_keys[:] = [name for name in keys.missing_keys if is_of_adapter(name)]

@@ -29,7 +29,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is not JSON ({error}): copy it anew from where the pipeline came") from error
 
 
-def load_network(kind: Any, folder: Path, **options: Any) -> Any:
+def load_part(kind: Any, folder: Path, **options: Any) -> Any:
     """kind: a class of diffusers or transformers, which of missing weights only warn: one leaves them empty, one draws them."""
     variant = variant_in(folder)
     with explained(folder):

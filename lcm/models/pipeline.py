@@ -4,33 +4,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import AutoencoderKL
 
-from lcm.core.schedule import NoiseSchedule
-from lcm.data.codec import LatentCodec
-from lcm.data.text import TextEncoder, XLTextEncoder
+from lcm.core.process import Process, process_of
 from lcm.errors import UserError
-from lcm.models.parts import explained, load_network, read_json
+from lcm.models.codec import LatentCodec
+from lcm.models.families import Family, family_of
+from lcm.models.parts import explained, load_part, read_json
+from lcm.models.text import TextEncoder
 
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-OF_XL = ("text_encoder_2", "tokenizer_2")  # of a Stable Diffusion XL pipeline, too
 ASSETS = Path(__file__).parent.parent / "assets"
+# The samplers of pipelines from elsewhere, by their scheduler; all others are sampled by DDIM.
+SAMPLERS = {"LCMScheduler": "consistency", "FlowMatchLCMScheduler": "consistency", "TCDScheduler": "tcd"}
 
 
-def find(pipeline: str, *parts: str) -> Path:
-    """The folder of a pipeline: `mini` (shipped), a path, or a hub id `owner/name`, with the given parts in it."""
+def find(pipeline: str) -> Path:
+    """Return the folder of a pipeline: `mini` (shipped), a path, or a hub id `owner/name`."""
     path = ASSETS / "mini" if pipeline == "mini" else Path(pipeline)
     if not path.is_dir():
         path = download(pipeline)
     if (path / "model" / "model_index.json").is_file():
         raise UserError(f"{pipeline} is a run's folder: give {path / 'model'}")
-    missing = [part for part in dict.fromkeys(PARTS + parts) if not (path / part).is_dir()]
-    if set(missing) & set(parts or PARTS):
-        raise UserError(
-            f"{pipeline} is not a Stable Diffusion pipeline folder: it lacks {', '.join(missing)}; a single-file checkpoint is "
-            "converted by diffusers' StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)"
-        )
+    family = family_of(path)
+    folders = [family.network, "vae", "scheduler"]
+    folders += [folder for tower in family.towers if not tower.optional for folder in (tower.encoder, tower.tokenizer)]
+    if missing := [folder for folder in folders if not (path / folder).is_dir()]:
+        raise UserError(f"{pipeline} is not a whole {family.pipelines[0]}: it lacks {', '.join(missing)}")
     return path
 
 
@@ -51,40 +50,48 @@ def download(hub_id: str) -> Path:
         raise UserError(f"{hub_id!r} is neither a folder here nor reachable on the hub ({type(error).__name__})") from error
 
 
-def load_unet(pipeline: str, dtype: torch.dtype = torch.float32, *, name: str = "unet") -> UNet2DConditionModel:
-    folder = find(pipeline, name, "scheduler")
-    unet = load_network(UNet2DConditionModel, folder / name, torch_dtype=dtype)
-    check_fit(unet, folder)
-    return unet
+def load_family(pipeline: str) -> Family:
+    return family_of(find(pipeline))
 
 
-def check_fit(unet: UNet2DConditionModel, folder: Path) -> None:
-    """Raise UserError for a UNet that is not a text-to-image one, or not one for the VAE and text encoders beside it."""
-    config, vae = unet.config, read_json(folder / "vae" / "config.json")
-    takes, gives, reads = config["in_channels"], config["out_channels"], config["cross_attention_dim"]
+def load_network(pipeline: str, dtype: torch.dtype = torch.float32, *, name: str | None = None) -> Any:
+    """Load the denoising network of a pipeline. name: its folder, by default the family's."""
+    folder = find(pipeline)
+    family = family_of(folder)
+    network = load_part(family.network_class, folder / (name or family.network), torch_dtype=dtype)
+    check_fit(network, folder)
+    return network
+
+
+def check_fit(network: Any, folder: Path) -> None:
+    """Raise UserError for a network that is not a text-to-image one, or not one for the VAE and text encoders beside it."""
+    config, vae = network.config, read_json(folder / "vae" / "config.json")
+    takes = config["in_channels"]
     latents = vae.get("latent_channels", takes)
-    written = sum(read_json(folder / part / "config.json").get("hidden_size", 0) for part in ("text_encoder", OF_XL[0]))
-    if not takes == gives == latents:
+    if takes != latents or config.get("out_channels", takes) not in (takes, 2 * takes):
         raise UserError(
-            f"{folder}: its UNet takes {takes} channels and gives {gives}, its latents have {latents}: give a text-to-image "
-            "pipeline, not one for inpainting, depth or upscaling"
+            f"{folder}: its network takes {takes} channels and gives {config['out_channels']}, its latents have {latents}: give a "
+            "text-to-image pipeline, not one for inpainting, depth or upscaling"
         )
-    if config["num_class_embeds"] is not None or config["class_embed_type"] is not None:
-        raise UserError(f"{folder}: its UNet is told a class beside the text: give a text-to-image pipeline, which is not")
-    if written and written != reads:
-        raise UserError(
-            f"{folder}: its UNet reads texts of width {reads}, its text encoders write {written}: give it the text encoders "
-            "that it was trained with"
-        )
+    if config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None:
+        raise UserError(f"{folder}: its network takes a class beside the text: give a text-to-image pipeline, which does not")
 
 
-def load_schedule(pipeline: str) -> NoiseSchedule:
-    """The noise schedule and prediction type of `scheduler/scheduler_config.json`."""
-    return NoiseSchedule.from_config(scheduler_config(pipeline))
+def load_process(pipeline: str) -> Process:
+    """Load the noise process of `scheduler/scheduler_config.json`."""
+    facts = training_facts(pipeline)
+    return process_of({**scheduler_config(pipeline), **{key: facts[key] for key in ("shift",) if key in facts}})
+
+
+def load_prediction_type(pipeline: str) -> str:
+    """Return the output type of a pipeline's network: its scheduler's, "flow_prediction" for flow matching."""
+    config = scheduler_config(pipeline)
+    flow = str(config.get("_class_name")).startswith("FlowMatch")
+    return "flow_prediction" if flow else config.get("prediction_type", "epsilon")
 
 
 def scheduler_config(pipeline: str) -> dict[str, Any]:
-    file = find(pipeline, "scheduler") / "scheduler" / "scheduler_config.json"
+    file = find(pipeline) / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         raise UserError(f"{pipeline} has no scheduler/scheduler_config.json")
     return read_json(file)
@@ -93,41 +100,26 @@ def scheduler_config(pipeline: str) -> dict[str, Any]:
 def load_codec(
     pipeline: str, *, dtype: torch.dtype | str | None = None, text_cache: float = 256, **options: Any
 ) -> LatentCodec:
-    """The frozen VAE and text encoders of a pipeline; dtype: theirs, or its name ("bfloat16"); text_cache: the `memory` of a
-    `TextEncoder`; options: those of `LatentCodec`."""
-    folder = find(pipeline, "vae", "text_encoder", "tokenizer")
+    """Load the frozen VAE and text encoders of a pipeline.
+
+    dtype: theirs, or its name ("bfloat16"). text_cache: the `memory` of a `TextEncoder`. options: those of `LatentCodec`.
+    """
+    folder = find(pipeline)
+    family = family_of(folder)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-
-    def tower(kind: type, ending: str = "") -> tuple[CLIPTokenizer, torch.nn.Module]:
-        network = load_network(kind, folder / f"text_encoder{ending}", dtype=torch.float32)
+    vae = load_part(AutoencoderKL, folder / "vae", torch_dtype=torch.float32)
+    if unsupported := [key for key in ("latents_mean", "latents_std") if vae.config[key] is not None]:
+        raise UserError(f"{folder}: its VAE has {', '.join(unsupported)}, which is not supported: give a pipeline without")
+    towers = [tower for tower in family.towers if (folder / tower.encoder).is_dir()]
+    encoders = [load_part(tower.encoder_class, folder / tower.encoder, dtype=torch.float32) for tower in towers]
+    tokenizers = []
+    for tower in towers:
         with explained(folder):
-            return CLIPTokenizer.from_pretrained(folder / f"tokenizer{ending}"), network
-
-    vae, first = load_network(AutoencoderKL, folder / "vae", torch_dtype=torch.float32), tower(CLIPTextModel)
-    if odd := [key for key in ("latents_mean", "latents_std", "shift_factor") if vae.config[key] is not None]:
-        raise UserError(f"{folder}: its VAE has {', '.join(odd)}, but latents are only scaled here: give a pipeline without")
-    text: TextEncoder
-    if is_xl(folder):
-        second = tower(CLIPTextModelWithProjection, "_2")
-        text = XLTextEncoder(first, second, zero_null=zero_null(folder), dtype=dtype, memory=text_cache)
-    else:
-        text = TextEncoder(first, dtype=dtype, memory=text_cache)
-    return LatentCodec(vae, text, dtype=dtype, **options)
-
-
-def is_xl(folder: Path) -> bool:
-    return all((folder / part).is_dir() for part in OF_XL)
-
-
-def zero_null(folder: Path) -> bool:
-    """Whether the null prompt of a Stable Diffusion XL pipeline is zeros, as it is unless the folder says otherwise."""
-    return read_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", True)
-
-
-def is_consistency_model(pipeline: str) -> bool:
-    return scheduler_config(pipeline).get("_class_name") == "LCMScheduler"
+            tokenizers.append(tower.tokenizer_class.from_pretrained(folder / tower.tokenizer))
+    return LatentCodec(vae, TextEncoder(family, tokenizers, encoders, dtype=dtype, memory=text_cache), dtype=dtype, **options)
 
 
 def training_facts(pipeline: str) -> dict[str, Any]:
-    """What `save_pipeline` noted of the training, e.g. the range of w; empty for a folder of another origin."""
-    return read_json(find(pipeline, "scheduler") / "lcm.json")
+    """Return what `save_pipeline` recorded of the training, with the sampler of the pipeline's scheduler if it names none."""
+    facts = read_json(find(pipeline) / "lcm.json")
+    return {"sampler": SAMPLERS.get(str(scheduler_config(pipeline).get("_class_name")), "ddim"), **facts}

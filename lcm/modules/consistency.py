@@ -1,91 +1,111 @@
-"""What consistency distillations and trainings share: a student, its target network, the draws of a step."""
+"""Consistency distillation and training: a student, its target network, and the teacher of a distillation."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from lcm.core.batch import LatentBatch
+from lcm.core.denoiser import Denoiser
 from lcm.core.ema import ema_update_
 from lcm.core.guidance import check_w_range
-from lcm.core.networks import Networks
-from lcm.core.objectives.consistency import Distance, Loss, Objective, draw
-from lcm.core.schedule import NoiseSchedule
-from lcm.core.solvers import Solver
-from lcm.core.timesteps import points_of
+from lcm.core.objectives.consistency import Distance, Networks
+from lcm.core.process import Process
 from lcm.errors import UserError
+from lcm.models.families import network_like
+from lcm.models.lora import expect_no_frozen, leave_out_frozen, with_adapters
+from lcm.models.pipeline import load_family, load_prediction_type
 from lcm.models.student import frozen_copy
 from lcm.modules.latent import LatentModule
 
 
 class ConsistencyModule(LatentModule):
-    """Trains a student `net` against `target_net`, its moving average.
+    """Trains a student, a copy of `net`, by a consistency objective (LCD, TCD, LCF, CD, CT).
 
-    timesteps: of the schedule's number of them, those t that are trained, `[N]` int64.
-    objective: see `lcm.core.objectives.consistency`; loss: the paper's d. w is drawn from [w_min, w_max].
-    ema_decay: the paper's mu; 0 makes the student its own target, and no second copy exists.
-    teacher_net, solver: of a distillation, the network that is kept as it is, and the paper's Psi.
+    net: the pipeline's network: the teacher of a distillation, and the start of the student. loss: the paper's d. ema_decay: the
+    paper's mu of the target network; 0 makes the student its own target. w_min, w_max: the range of guidance weights; the student
+    takes w as an input where the objective is guided and the family has the input. timesteps: `num_timesteps -> [N] int64`, the
+    trained t. solver: the paper's Psi. zero_init: the projection of w starts at zero, so the student starts as its teacher.
+    prediction_type: of the student; None: the teacher's. adapters: `{rank, alpha, target_modules}`, to train LoRA adapters on the
+    teacher's own weights (2311.05556); such a student takes no w, and a checkpoint holds the adapters and their averages only.
     """
-
-    consistency = True
-    takes_w = True  # the student
-    timesteps: Tensor
 
     def __init__(
         self,
-        net: UNet2DConditionModel,
-        schedule: NoiseSchedule,
+        net: Any,
+        process: Process,
         *,
-        timesteps: Callable[[int], Tensor],
-        objective: Objective,
+        pipeline: str,
+        objective: Callable[..., Any],
         loss: Distance,
-        teacher_net: UNet2DConditionModel | None = None,
-        solver: Solver | None = None,
         ema_decay: float = 0.95,
-        w_min: float = 2.0,
-        w_max: float = 14.0,
+        w_min: float | None = None,
+        w_max: float | None = None,
+        timesteps: Callable[[int], Tensor] | None = None,
+        solver: Callable[..., Tensor] | None = None,
+        zero_init: bool = True,
+        adapters: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if not 0 <= ema_decay < 1:
             raise UserError(f"model.ema_decay={ema_decay} is not in [0, 1)")
-        check_w_range(w_min, w_max)
-        super().__init__(net, schedule, **kwargs)
+        parts: dict[str, Any] = {"distance": loss}
+        if timesteps is not None:
+            parts["timesteps"] = timesteps(process.num_timesteps)
+        if solver is not None:
+            parts["solver"] = solver
+        if w_min is not None and w_max is not None:
+            check_w_range(w_min, w_max)
+            parts |= {"w_min": w_min, "w_max": w_max}
+        family = load_family(pipeline)
+        if adapters is not None:
+            student = with_adapters(family, net, **adapters)
+        else:
+            student = family.with_w(net, zero_init=zero_init) if w_max is not None else network_like(net)
+        super().__init__(student, process, pipeline=pipeline, objective=lambda p: objective(p, **parts), **kwargs)
+        self.teacher_prediction_type = load_prediction_type(pipeline)
         self.target_net = frozen_copy(self.net) if ema_decay else None
-        self.register_buffer("timesteps", timesteps(schedule.num_timesteps), persistent=False)
-        self.objective, self.loss = objective if solver is None else partial(objective, solver=solver), loss
-        if teacher_net is not None:
-            self.frozen["teacher"] = teacher_net.eval()
-        self.ema_decay, self.w_min, self.w_max = ema_decay, w_min, w_max
+        self.ema_decay, self.adapters = ema_decay, adapters
+        if solver is not None:
+            self.frozen["teacher"] = net.eval()
+        if adapters is not None:
+            self.register_state_dict_post_hook(leave_out_frozen)
+            self.register_load_state_dict_post_hook(expect_no_frozen)
 
-    def networks(self) -> Networks:
-        online = self.network(self.net)
-        teacher = self.frozen.get("teacher")
-        target = online if self.target_net is None else self.network(self.target_net)
-        return Networks(online, target, None if teacher is None else self.network(teacher))
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and self.adapters is not None:
+            raise UserError("adapters cannot be sharded: train them with trainer=ddp")
+        super().configure_model()
 
-    def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
-        loss, logs = self.consistency_step(batch, batch_idx, "train")
-        self.log_train(loss, logs, len(batch))
-        return loss
+    def setup(self, stage: str) -> None:
+        self.objective.advance(0, self.trainer.max_steps)
 
-    def validation_step(self, batch: LatentBatch, batch_idx: int) -> None:
-        loss, _ = self.consistency_step(batch, batch_idx, "val")
-        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.objective.advance(self.global_step, self.trainer.max_steps)
 
-    def consistency_step(self, batch: LatentBatch, batch_idx: int, stage: str) -> Loss:
-        options = {"timesteps": self.timesteps, "w_min": self.w_min, "w_max": self.w_max}
-        draws = self.draws(draw, batch.z0, batch_idx, stage, **options)
-        return self.objective(
-            self.networks(), batch, draws, schedule=self.schedule, timesteps=self.timesteps, distance=self.loss
-        )
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A validation or an export that follows is of the last update, as it was when the checkpoint was written."""
+        super().on_load_checkpoint(checkpoint)
+        self.objective.advance(max(checkpoint["global_step"] - 1, 0), self.trainer.max_steps)
+
+    def denoisers(self, online: nn.Module) -> Networks:
+        student, teacher = self.denoiser(online), self.frozen.get("teacher")
+        target = student if self.target_net is None else self.denoiser(self.target_net)
+        if teacher is None:
+            return Networks(student, target)
+        return Networks(student, target, Denoiser(self.network(teacher), self.process, self.teacher_prediction_type))
 
     def after_optimizer_step(self) -> None:
         super().after_optimizer_step()
         if self.target_net is not None:
-            ema_update_(self.target_net.parameters(), self.net.parameters(), self.ema_decay, self.gate)
+            decay = self.objective.target_decay(self.ema_decay)
+            ema_update_(self.target_net.parameters(), self.net.parameters(), decay, self.gate)
 
     def facts(self) -> dict[str, Any]:
-        w_range = {"w_min": self.w_min, "w_max": self.w_max} if self.takes_w else {}
-        return {**super().facts(), **w_range, "points": points_of(self.timesteps, self.schedule.num_timesteps)}
+        w_range = (self.objective.w_min, self.objective.w_max)
+        guidance: dict[str, Any] = {}
+        if self.family.takes_w(self.net):
+            guidance = dict(zip(("w_min", "w_max"), w_range, strict=True))
+        elif any(w_range):
+            guidance = {"teacher_w": list(w_range)}
+        adapters = {key: value for key, value in (self.adapters or {}).items() if key in ("rank", "alpha")}
+        return {**super().facts(), **guidance, **adapters}

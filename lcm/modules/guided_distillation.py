@@ -7,37 +7,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from lcm.core.batch import LatentBatch
 from lcm.core.ema import ema_update_
 from lcm.core.guidance import check_w_range
-from lcm.core.objectives.consistency import draw
-from lcm.core.objectives.guided_distillation import halve_steps, match_guided_teacher
-from lcm.core.schedule import NoiseSchedule
+from lcm.core.objectives.consistency import Networks
+from lcm.core.objectives.guided_distillation import GuidedDistillationObjective
+from lcm.core.process import Process
 from lcm.core.timesteps import trailing_steps
 from lcm.errors import UserError
-from lcm.models.saving import save_unet
+from lcm.models.pipeline import load_family
+from lcm.models.saving import save_network
 from lcm.models.sharding import whole
-from lcm.models.student import frozen_copy, make_student
+from lcm.models.student import frozen_copy
 from lcm.modules.latent import LatentModule
 
 
 class GuidedDistillation(LatentModule):
-    """Stage one: the student learns what the pipeline `teacher` answers under guidance, for any w in [w_min, w_max]. Then one
-    stage for each of `steps`: the student of N DDIM steps learns two of the student before it, which it starts from.
+    """Stage one: the student matches its guided teacher for any w in [w_min, w_max]. Then comes one stage for each of `steps`: the
+    student of N DDIM steps learns two steps of the student before it, and starts from it.
 
-    match_share: stage one's share of `trainer.max_steps`; the others share the rest alike. All students are saved in one
-    folder, which is sampled with any number of `steps`.
+    net: the pipeline's network, which is the teacher. match_share: stage one's share of `trainer.max_steps`; the other stages share
+    the rest equally. All students are saved in one folder, which is sampled with any number of `steps`.
     """
+
+    objective: GuidedDistillationObjective
 
     def __init__(
         self,
-        net: UNet2DConditionModel,
-        schedule: NoiseSchedule,
+        net: Any,
+        process: Process,
         *,
-        teacher: str,
+        pipeline: str,
         steps: list[int],
         match_share: float = 0.5,
         w_min: float = 2.0,
@@ -50,11 +52,19 @@ class GuidedDistillation(LatentModule):
             raise UserError(f"model.steps={steps}: each number must be half of the one before it, as in [8, 4, 2, 1]")
         if not 0 < match_share < 1:
             raise UserError(f"model.match_share={match_share} is not between 0 and 1")
-        super().__init__(make_student(net, zero_init=zero_init), schedule, pipeline=teacher, **kwargs)
+        student = load_family(pipeline).with_w(net, zero_init=zero_init)
+        super().__init__(
+            student,
+            process,
+            pipeline=pipeline,
+            objective=lambda p: GuidedDistillationObjective(p, w_min=w_min, w_max=w_max),
+            **kwargs,
+        )
+        if not self.family.takes_w(student):
+            raise UserError(f"guided distillation needs a network with an input for w, which {pipeline} has not: use model=lcd")
         self.previous = frozen_copy(self.net)  # the finished student of the stage before
-        self.steps, self.match_share, self.w_min, self.w_max = list(steps), match_share, w_min, w_max
+        self.steps, self.match_share = list(steps), match_share
         self.stage = 0
-        self.passed: dict[int, Tensor] = {}
         self.frozen["teacher"] = net.eval()
 
     @property
@@ -96,7 +106,7 @@ class GuidedDistillation(LatentModule):
         """The student, as far as it came, is kept, and the next one starts from it."""
         done = self.best_net
         if self.stage and (student := whole(done)) is not None and self.trainer.is_global_zero:
-            save_unet(self.folder_of(self.steps[self.stage - 1]), student)
+            save_network(self.folder_of(self.steps[self.stage - 1]), student)
         for network in (self.previous, self.net):
             ema_update_(network.parameters(), done.parameters(), 0.0)
         self.stage += 1
@@ -105,32 +115,12 @@ class GuidedDistillation(LatentModule):
         return Path(self.trainer.default_root_dir, "students", f"unet_{steps}")
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
-        loss, logs = self.distillation_step(batch, batch_idx, "train")
         self.log("train/stage", float(self.stage), batch_size=len(batch))
-        self.log_train(loss, logs, len(batch))
-        return loss
+        return super().training_step(batch, batch_idx)
 
-    def validation_step(self, batch: LatentBatch, batch_idx: int) -> None:
-        loss, _ = self.distillation_step(batch, batch_idx, "val")
-        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
-
-    def distillation_step(self, batch: LatentBatch, batch_idx: int, stage: str) -> tuple[Tensor, dict[str, Tensor]]:
-        student, w = self.network(self.net), {"w_min": self.w_min, "w_max": self.w_max}
-        if self.stage == 0:
-            every = torch.arange(self.schedule.num_timesteps, device=self.device)
-            draws = self.draws(draw, batch.z0, batch_idx, stage, timesteps=every, **w)
-            return match_guided_teacher(student, self.network(self.frozen["teacher"]), batch, draws, schedule=self.schedule)
-        steps = self.steps[self.stage - 1]
-        passed = self.passed_by(2 * steps)
-        draws = self.draws(draw, batch.z0, batch_idx, stage, timesteps=passed[:-1:2], **w)
-        return halve_steps(student, self.network(self.previous), batch, draws, schedule=self.schedule, timesteps=passed)
-
-    def passed_by(self, steps: int) -> Tensor:
-        """The timesteps on the way of so many DDIM steps, and 0; copied to the device once, since each copy waits for it."""
-        if steps not in self.passed:
-            times = [*trailing_steps(steps, self.schedule.num_timesteps), 0]
-            self.passed[steps] = torch.tensor(times, device=self.device)
-        return self.passed[steps]
+    def denoisers(self, online: nn.Module) -> Networks:
+        self.objective.steps = self.steps[self.stage - 1] if self.stage else 0
+        return Networks(*(self.denoiser(net) for net in (online, self.previous, self.frozen["teacher"])))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -141,7 +131,8 @@ class GuidedDistillation(LatentModule):
         self.stage = checkpoint["stage"]
 
     def facts(self) -> dict[str, Any]:
-        return {**super().facts(), "w_min": self.w_min, "w_max": self.w_max, "students": self.students}
+        w_range = {"w_min": self.objective.w_min, "w_max": self.objective.w_max}
+        return {**super().facts(), **w_range, "students": self.students}
 
     def more_networks(self) -> dict[str, Path]:
         folders = {f"unet_{steps}": self.folder_of(steps) for steps in self.students[:-1]}

@@ -1,20 +1,20 @@
-"""What the modules on latents share: the UNet's housekeeping, sampling, saving a pipeline folder."""
+"""The training of a network on latents: averages, compilation, sharding, saving."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from lcm.core.condition import Condition, each
+from lcm.core.batch import LatentBatch
+from lcm.core.denoiser import Condition, Denoiser, Network, coefficients
 from lcm.core.ema import ema_update_, warmed_up
-from lcm.core.networks import Network
-from lcm.core.schedule import NoiseSchedule
-from lcm.data.codec import LatentCodec
+from lcm.core.process import Process
+from lcm.models.codec import LatentCodec
 from lcm.models.generate import LatentModel
 from lcm.models.kernels import fast_attention, recomputed
+from lcm.models.pipeline import find, load_family, load_prediction_type
 from lcm.models.saving import save_pipeline
 from lcm.models.sharding import is_sharded, shard, whole
 from lcm.models.student import as_network, frozen_copy
@@ -22,24 +22,25 @@ from lcm.modules.base import TrainedModule
 
 
 class LatentModule(TrainedModule):
-    """Trains `net`, a UNet on latents.
+    """Trains `net` on latents by an objective: a teacher by denoising, and the base of the distillations.
 
-    pipeline: the folder or hub id whose VAE and text encoder `save_model` puts beside the trained UNet.
-    eval_ema: decay of a second, averaged copy that is sampled, validated and saved in place of `net`; None keeps none.
-    w_lr_scale: how many times faster than the rest a student's projection of w learns, which a short training needs to leave
-    zero. compile: the networks of a training step are compiled by torch.compile, for batches of one shape; validation and
-    sampling stay eager. gradient_checkpointing: recompute activations, for memory.
+    process, prediction_type (None: that of the pipeline): of `net`. objective: `process -> Objective`. pipeline: the folder or hub
+    id that `net` starts from; `save_model` copies its VAE and text encoders. eval_ema: decay of an average that is sampled,
+    validated and saved in place of `net`; None keeps none. w_lr_scale: learning-rate multiplier of the zero-initialised projection
+    of w; short runs need > 1. compile: torch.compile for the networks of a training step, for batches of one shape; validation and
+    sampling stay eager. gradient_checkpointing: recompute activations to save memory.
     """
 
-    consistency = False  # whether the trained network is sampled by Algorithm 3
-    calls: list[tuple[UNet2DConditionModel, torch.Size, Condition, bool]] | None = None  # of networks, where they are noted
+    calls: list[tuple[nn.Module, torch.Size, Condition, bool]] | None = None  # recorded network calls for FLOP counting
 
     def __init__(
         self,
-        net: UNet2DConditionModel,
-        schedule: NoiseSchedule,
+        net: Any,
+        process: Process,
         *,
         pipeline: str,
+        objective: Callable[..., Any],
+        prediction_type: str | None = None,
         eval_ema: float | None = None,
         w_lr_scale: float = 1.0,
         compile: bool = False,
@@ -47,36 +48,39 @@ class LatentModule(TrainedModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.net, self.schedule, self.pipeline = net.train(), schedule, pipeline
+        self.net, self.process, self.pipeline, self.family = net.train(), process, pipeline, load_family(pipeline)
+        self.prediction_type = prediction_type or load_prediction_type(pipeline)
+        coefficients(self.prediction_type, torch.ones(()), torch.ones(()))
+        self.objective = objective(process)
         self.eval_ema, self.w_lr_scale, self.compile_networks = eval_ema, w_lr_scale, compile
         self.ema_net = frozen_copy(net) if eval_ema is not None else None
-        self.compiled: dict[UNet2DConditionModel, Callable[..., Any]] = {}
+        self.compiled: dict[nn.Module, Callable[..., Any]] = {}
         if gradient_checkpointing:
             net.enable_gradient_checkpointing(None if compile else recomputed)
 
-    def unets(self) -> list[UNet2DConditionModel]:
-        """The student, its averages and the teacher, which is as large."""
-        return [net for net in (*self.children(), *self.frozen.values()) if isinstance(net, UNet2DConditionModel)]
+    def networks(self) -> list[Any]:
+        """Return the trained network, its averages and the teacher, which is as large."""
+        return [net for net in (*self.children(), *self.frozen.values()) if isinstance(net, self.family.network_class)]
 
     def configure_model(self) -> None:
-        """Before a strategy wraps the networks, which `trainer=fsdp` has sharded."""
+        """Compile, or shard under `trainer=fsdp`, before a strategy wraps the networks."""
         if self.device_mesh is None:
             if self.compile_networks:
-                self.compile_unets(self.trainer.strategy.root_device)
+                self.compile_all(self.trainer.strategy.root_device)
         elif not is_sharded(self.net):
             compute = torch.bfloat16 if self.trainer.precision.startswith("bf16") else None
-            for network in self.unets():
-                shard(network, self.device_mesh, compute, compile=self.compile_networks)
+            for network in self.networks():
+                shard(network, self.family.blocks, self.device_mesh, compute, compile=self.compile_networks)
 
-    def compile_unets(self, device: torch.device) -> None:
-        for network in self.unets():
-            if device.type == "cuda":  # eager ones are slower so: CUDA's group norm gives up this layout
+    def compile_all(self, device: torch.device) -> None:
+        for network in self.networks():
+            if device.type == "cuda":  # eager networks are slower so: CUDA's group norm gives up this layout
                 network.to(memory_format=torch.channels_last)
             self.compiled[network] = torch.compile(network, dynamic=False)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         [group] = super().parameter_groups()
-        projection = getattr(self.net.time_embedding.cond_proj, "weight", None)
+        projection = self.family.w_projection(self.net)
         if projection is None:
             return [group]
         rest = [p for p in group["params"] if p is not projection]
@@ -88,51 +92,76 @@ class LatentModule(TrainedModule):
             for network in self.frozen.values():
                 network.to(torch.bfloat16)
 
+    def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
+        draws = self.draws(self.objective.draw, batch.z0, batch_idx)
+        loss, logs = self.objective.loss(self.denoisers(self.net), batch, draws)
+        self.log_train(loss, logs, len(batch))
+        return loss
+
+    def validation_step(self, batch: LatentBatch, batch_idx: int) -> None:
+        draws = self.draws(self.objective.draw, batch.z0, batch_idx, "val")
+        loss, _ = self.objective.loss(self.denoisers(self.best_net), batch, draws)
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
+
+    def denoisers(self, online: nn.Module) -> Any:
+        """Return what the objective's loss takes, with `online` as the trained network."""
+        return self.denoiser(online)
+
     def after_optimizer_step(self) -> None:
         if self.ema_net is not None and self.eval_ema is not None:
             decay = warmed_up(self.eval_ema, self.global_step)
             ema_update_(self.ema_net.parameters(), self.net.parameters(), decay, self.gate)
 
-    def network(self, unet: UNet2DConditionModel) -> Network:
-        """A UNet as the objectives call it; `calls` notes shapes (on the meta device) and whether gradients are kept."""
-        net = as_network(unet, self.compiled.get(unet) if self.training else None)
+    def denoiser(self, net: nn.Module) -> Denoiser:
+        return Denoiser(self.network(net), self.process, self.prediction_type)
 
-        def noted(z_t: Tensor, t: Tensor, cond: Condition, w: Tensor | None = None) -> Tensor:
+    def network(self, net: nn.Module) -> Network:
+        """Return a network as the core calls it. `calls` records shapes (on the meta device) and whether gradients are kept."""
+        network = as_network(self.family, net, self.compiled.get(net) if self.training else None)
+
+        def recorded(z_t: Tensor, time: Tensor, cond: Condition, w: Tensor | None = None) -> Tensor:
             if self.calls is not None:
-                shapes = each(lambda part: part.to("meta"), cond)
-                self.calls.append((unet, z_t.shape, shapes, torch.is_grad_enabled()))
+                shapes = {name: part.to("meta") for name, part in cond.items()}
+                self.calls.append((net, z_t.shape, shapes, torch.is_grad_enabled()))
             with fast_attention(self.device):
-                return net(z_t, t, cond, w)
+                return network(z_t, time, cond, w)
 
-        return noted
+        return recorded
 
     @property
-    def best_net(self) -> UNet2DConditionModel:
+    def best_net(self) -> Any:
         """The network to sample, validate and save: the evaluation EMA if there is one."""
         return self.net if self.ema_net is None else self.ema_net
 
     def latent_model(self, codec: LatentCodec) -> LatentModel:
-        return LatentModel(self.best_net, self.schedule, codec.to(self.device), self.consistency, self.facts())
+        return LatentModel(
+            self.family, self.best_net, self.process, self.prediction_type, codec.to(self.device), self.facts()
+        )
 
     def facts(self) -> dict[str, Any]:
-        """What `lcm.json` of the saved folder says."""
-        return {"method": type(self).__name__, "pipeline": self.pipeline, "steps": self.global_step}
+        """Return the content of `lcm.json` in the saved folder."""
+        return {
+            "method": type(self.objective).__name__,
+            "pipeline": self.pipeline,
+            "steps": self.global_step,
+            **self.objective.sampling(),
+        }
 
-    def save_model(self, folder: str, net: UNet2DConditionModel | None = None, *, dtype: torch.dtype = torch.float16) -> None:
-        """Write a pipeline folder with `net`, by default the best one; called by every process, written by the first."""
+    def save_model(self, folder: str, net: Any = None, *, dtype: torch.dtype = torch.float16) -> None:
+        """Write a pipeline folder with `net`, by default the best one. Every process calls this, the first one writes."""
         net = whole(net or self.best_net)
         if net is not None and self.global_rank == 0:
             save_pipeline(
                 folder,
                 net,
-                self.schedule,
-                base=self.pipeline,
-                consistency=self.consistency,
+                family=self.family,
+                base=find(self.pipeline),
+                scheduler=self.objective.scheduler(self.prediction_type),
                 facts=self.facts(),
                 dtype=dtype,
                 more=self.more_networks(),
             )
 
     def more_networks(self) -> dict[str, Path]:
-        """Folders of further UNets that belong to the saved pipeline, by name."""
+        """Return the folders of further networks that belong to the saved pipeline, by name."""
         return {}

@@ -14,8 +14,8 @@ from lcm.core.batch import LatentBatch
 from lcm.core.consistency import ConsistencyFn, consistency_fn
 from lcm.core.denoiser import Condition, Denoiser
 from lcm.core.guidance import draw_w
-from lcm.core.process import Process
-from lcm.core.timesteps import POINTS, points_of
+from lcm.core.process import Flow, Process
+from lcm.core.timesteps import POINTS, few_step_flow, points_of
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 Loss = tuple[Tensor, dict[str, Tensor]]  # a scalar to minimise, and values to log
@@ -42,7 +42,7 @@ class ConsistencyObjective(nn.Module):
     """Subclasses define `loss`.
 
     process: of the student. timesteps: the trained t, `[N]` int64 ascending. distance: the paper's d. w is uniform in [w_min, w_max].
-    f: the consistency function.
+    f: the consistency function. saved_steps: the number of steps for which a flow student's saved scheduler pins its grid.
     """
 
     sampler: ClassVar[str] = "consistency"  # of `lcm.core.sampling`
@@ -57,9 +57,11 @@ class ConsistencyObjective(nn.Module):
         w_min: float = 0.0,
         w_max: float = 0.0,
         f: ConsistencyFn = consistency_fn,
+        saved_steps: int = 4,
     ) -> None:
         super().__init__()
         self.process, self.distance, self.w_min, self.w_max, self.f = process, distance, w_min, w_max, f
+        self.saved_steps = saved_steps
         self.register_buffer("timesteps", timesteps, persistent=False)
 
     def draw(self, z0: Tensor, rng: torch.Generator) -> ConsistencyDraws:
@@ -89,10 +91,21 @@ class ConsistencyObjective(nn.Module):
         loss = self.distance(prediction, target_point).flatten(1).mean(1)
         return loss.mean(), {"consistency_l2": (prediction.detach() - target_point).square().mean()}
 
+    def advance(self, step: int, max_steps: int) -> None:
+        """Adapt to the progress of the training before the update `step`. Most objectives stay as they are."""
+
+    def target_decay(self, decay: float) -> float:
+        """Return the target network's decay (mu) now; decay: the configured one."""
+        return decay
+
     def sampling(self) -> dict[str, Any]:
         """Return plain data for `lcm.json`, from which `lcm.core.sampling` rebuilds the sampler of a saved student."""
-        return {"sampler": self.sampler, "points": points_of(self.timesteps, self.process.num_timesteps)}
+        shift = {"shift": self.process.shift} if isinstance(self.process, Flow) else {}  # the saved scheduler's is another
+        return {"sampler": self.sampler, "points": points_of(self.timesteps, self.process.num_timesteps), **shift}
 
-    def scheduler(self) -> tuple[str, dict[str, Any]]:
-        """Return the name and the options of the diffusers scheduler that a saved student is sampled with."""
-        return "LCMScheduler", {"original_inference_steps": self.sampling()["points"] or POINTS}
+    def scheduler(self, prediction_type: str) -> tuple[str, dict[str, Any]]:
+        """Return the class and the config of the diffusers scheduler that is saved with a student."""
+        if isinstance(self.process, Flow):
+            return "FlowMatchLCMScheduler", {**self.process.config, **few_step_flow(self.process.shift, self.saved_steps)}
+        points = self.sampling()["points"] or POINTS
+        return "LCMScheduler", {**self.process.config, "prediction_type": prediction_type, "original_inference_steps": points}

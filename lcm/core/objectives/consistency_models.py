@@ -1,5 +1,6 @@
 """Consistency models of 2303.01469: distillation (Algorithm 2) and training (Algorithm 3), without guidance."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from lcm.core.objectives.consistency import ConsistencyDraws, ConsistencyObjecti
 from lcm.core.process import Process
 from lcm.core.solvers import Solver
 from lcm.core.timesteps import karras, neighbours
+from lcm.errors import UserError
 
 
 class ConsistencyModel(ConsistencyObjective):
@@ -20,7 +22,7 @@ class ConsistencyModel(ConsistencyObjective):
     sigma_data: the latents' standard deviation, see `cm_consistency_fn`.
     """
 
-    def __init__(self, process: Process, *, points: int, sigma_data: float = 1.0, **options: Any) -> None:
+    def __init__(self, process: Process, *, points: int = 18, sigma_data: float = 1.0, **options: Any) -> None:
         f = partial(cm_consistency_fn, sigma_data=sigma_data)
         super().__init__(process, timesteps=karras(process, points=points)[1:], f=f, **options)
         self.points, self.sigma_data = points, sigma_data
@@ -48,10 +50,35 @@ class ConsistencyDistillation(ConsistencyModel):
 
 
 class ConsistencyTraining(ConsistencyModel):
-    """As distillation, but without a teacher: z_t and z_s are the same z0 noised with the same eps."""
+    """As distillation, but without a teacher: z_t and z_s are the same z0 noised with the same eps.
+
+    The grid grows from `first_points` to `points`, and mu with it (appendix C):
+    `N(k) = ceil(sqrt(k / K ((s_1 + 1)^2 - s_0^2) + s_0^2) - 1) + 1`, `mu(k) = exp(s_0 log(mu_0) / N(k))`, mu_0 = ema_decay.
+    """
+
+    def __init__(self, process: Process, *, points: int = 150, first_points: int = 2, **options: Any) -> None:
+        super().__init__(process, points=points, **options)
+        self.first_points, self.points_now = first_points, points
+
+    def advance(self, step: int, max_steps: int) -> None:
+        if max_steps < 1:
+            raise UserError("consistency training's grid grows until trainer.max_steps: set a number of steps")
+        points = grid_points(step / max_steps, self.first_points, self.points)
+        points = min(points, self.process.num_timesteps)  # the paper's last grid has a point more than `points`
+        if points != self.points_now:
+            self.points_now = points
+            self.timesteps = karras(self.process, points=points, device=self.timesteps.device)[1:]
+
+    def target_decay(self, decay: float) -> float:
+        return math.exp(self.first_points * math.log(decay) / self.points_now)
 
     def loss(self, nets: Networks, batch: LatentBatch, draws: ConsistencyDraws) -> Loss:
         t, s = neighbours(self.timesteps, draws.index, self.process.t_min)
         z_t = self.process.jump(batch.z0, draws.eps, t)
         z_s = self.process.jump(batch.z0, draws.eps, s)
         return self.compare(nets, batch.cond, None, (z_t, t), (z_s, s))
+
+
+def grid_points(progress: float, first: int, last: int) -> int:
+    """N(k) at progress = k / K."""
+    return math.ceil(math.sqrt(progress * ((last + 1) ** 2 - first**2) + first**2) - 1) + 1

@@ -1,13 +1,14 @@
 """Training of the latent diffusion teacher: denoising score matching (Latent Diffusion, eq. 2)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lcm.core.batch import LatentBatch
 from lcm.core.denoiser import Denoiser, coefficients
-from lcm.core.process import Process
+from lcm.core.process import Flow, Process
 
 
 @dataclass
@@ -36,6 +37,12 @@ class Denoising(nn.Module):
         t = torch.randint(self.process.num_timesteps, (len(z0),), generator=rng, device=z0.device)
         return DenoisingDraws(eps, t)
 
+    def sampling(self) -> dict[str, Any]:
+        return {"sampler": "ddim"}
+
+    def scheduler(self, prediction_type: str) -> tuple[str, dict[str, Any]]:
+        return ddim_scheduler(self.process, prediction_type)
+
     def loss(self, net: Denoiser, batch: LatentBatch, draws: DenoisingDraws) -> tuple[Tensor, dict[str, Tensor]]:
         z_t = self.process.jump(batch.z0, draws.eps, draws.t)
         error = net.output(z_t, draws.t, batch.cond) - net.target(batch.z0, draws.eps, draws.t)
@@ -53,3 +60,12 @@ def min_snr_weight(net: Denoiser, t: Tensor, gamma: float) -> Tensor:
     alpha, sigma = net.process.alpha(t), net.process.sigma(t)
     a, b = coefficients(net.prediction_type, alpha, sigma)
     return net.process.snr(t).clamp(max=gamma) / (a - b * alpha / sigma).square()
+
+
+def ddim_scheduler(process: Process, prediction_type: str) -> tuple[str, dict[str, Any]]:
+    """Return the class and the config of the diffusers scheduler for DDIM, which is Euler's method in a flow."""
+    if isinstance(process, Flow):
+        return "FlowMatchEulerDiscreteScheduler", process.config
+    # StableDiffusionPipeline asks for steps_offset=1; trailing spacing does not use it.
+    options = {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "trailing", "steps_offset": 1}
+    return "DDIMScheduler", {**process.config, "prediction_type": prediction_type, **options}

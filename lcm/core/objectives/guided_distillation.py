@@ -1,12 +1,55 @@
 """Guided distillation (2210.03142): the guided teacher in one network, then ever fewer steps of a deterministic sampler."""
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lcm.core.batch import LatentBatch
 from lcm.core.denoiser import Condition, Denoiser, seen_from
-from lcm.core.objectives.consistency import ConsistencyDraws, Loss
+from lcm.core.guidance import draw_w
+from lcm.core.objectives.consistency import ConsistencyDraws, Loss, Networks
+from lcm.core.objectives.denoising import ddim_scheduler
+from lcm.core.process import Process
 from lcm.core.solvers import ddim
+from lcm.core.timesteps import trailing_steps
+
+
+class GuidedDistillationObjective(nn.Module):
+    """Stage one while `steps` is 0, then the stage of a student with that many DDIM steps.
+
+    w is uniform in [w_min, w_max]. `loss` takes the student, the previous student as its target, and the teacher.
+    """
+
+    def __init__(self, process: Process, *, w_min: float, w_max: float) -> None:
+        super().__init__()
+        self.process, self.w_min, self.w_max, self.steps = process, w_min, w_max, 0
+        self.paths: dict[tuple[int, torch.device], Tensor] = {}
+
+    def draw(self, z0: Tensor, rng: torch.Generator) -> ConsistencyDraws:
+        """eps ~ N(0, 1); index uniform over all timesteps, or over the student's steps; w ~ U[w_min, w_max]."""
+        eps = torch.randn(z0.shape, generator=rng, device=z0.device)
+        index = torch.randint(self.steps or self.process.num_timesteps, (len(z0),), generator=rng, device=z0.device)
+        return ConsistencyDraws(eps, index, draw_w(len(z0), self.w_min, self.w_max, rng))
+
+    def loss(self, nets: Networks, batch: LatentBatch, draws: ConsistencyDraws) -> Loss:
+        if self.steps == 0:
+            assert nets.teacher is not None
+            return match_guided_teacher(nets.online, nets.teacher, batch, draws)
+        return halve_steps(nets.online, nets.target, batch, draws, timesteps=self.path(2 * self.steps, batch.z0.device))
+
+    def path(self, steps: int, device: torch.device) -> Tensor:
+        """Return the timesteps of so many DDIM steps and t_min. Each is copied to the device once: a copy waits for the device."""
+        if (steps, device) not in self.paths:
+            times = [*trailing_steps(steps, self.process.num_timesteps), self.process.t_min]
+            self.paths[steps, device] = torch.tensor(times, device=device)
+        return self.paths[steps, device]
+
+    def sampling(self) -> dict[str, Any]:
+        return {"sampler": "ddim"}
+
+    def scheduler(self, prediction_type: str) -> tuple[str, dict[str, Any]]:
+        return ddim_scheduler(self.process, prediction_type)
 
 
 def match_guided_teacher(student: Denoiser, teacher: Denoiser, batch: LatentBatch, draws: ConsistencyDraws) -> Loss:

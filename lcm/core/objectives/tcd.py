@@ -10,7 +10,9 @@ from lcm.core.batch import LatentBatch
 from lcm.core.denoiser import seen_from
 from lcm.core.objectives.consistency import ConsistencyDraws, Loss, Networks
 from lcm.core.objectives.distillation import LatentConsistencyDistillation
+from lcm.core.process import Flow
 from lcm.core.timesteps import skip_pair
+from lcm.errors import UserError
 
 
 @dataclass
@@ -31,6 +33,10 @@ class TrajectoryConsistencyDistillation(LatentConsistencyDistillation):
 
     def __init__(self, *args: Any, gamma: float = 0.3, **options: Any) -> None:
         super().__init__(*args, **options)
+        if not 0 <= gamma <= 1:
+            raise UserError(f"model.objective.gamma={gamma} is not in [0, 1]")
+        if gamma and isinstance(self.process, Flow):
+            raise UserError("diffusers has no stochastic TCD sampler for flow models: set model.objective.gamma=0")
         self.gamma = gamma
 
     def draw(self, z0: Tensor, rng: torch.Generator) -> TrajectoryDraws:
@@ -60,5 +66,6 @@ class TrajectoryConsistencyDistillation(LatentConsistencyDistillation):
     def sampling(self) -> dict[str, Any]:
         return {**super().sampling(), "gamma": self.gamma}
 
-    def scheduler(self) -> tuple[str, dict[str, Any]]:
-        return "TCDScheduler", super().scheduler()[1]
+    def scheduler(self, prediction_type: str) -> tuple[str, dict[str, Any]]:
+        name, config = super().scheduler(prediction_type)
+        return ("FlowMatchEulerDiscreteScheduler" if isinstance(self.process, Flow) else "TCDScheduler"), config

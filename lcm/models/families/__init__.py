@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lcm.core.denoiser import Condition
 from lcm.errors import UserError
+from lcm.models.parts import read_json
 
 Tokenize = Callable[..., Tensor]
 
@@ -33,7 +34,7 @@ class Family:
     """What differs between pipelines. A subclass is one file in this package.
 
     pipelines: the `_class_name`s that `model_index.json` may have. network, network_class: the folder and the class of the
-    denoising network. towers: the text encoders. text: the names of the text embeddings in a `Condition`. takes_sizes: whether
+    denoising network. towers: the text encoders. text: the names of the text embeddings in a `Condition`. width: the key of the network's config with their width. takes_sizes: whether
     a condition also has the image's sizes. blocks: the modules that are sharded, compiled and recomputed one at a time.
     lora_targets: the layers that take adapters. lora_mixin: the loader of diffusers that defines the adapters' file.
     """
@@ -43,14 +44,15 @@ class Family:
     network_class: ClassVar[Any]
     towers: ClassVar[Sequence[Tower]]
     text: ClassVar[Sequence[str]] = ("states",)
+    width: ClassVar[str]
     takes_sizes: ClassVar[bool] = False
     blocks: ClassVar[tuple[type[nn.Module], ...]]
     lora_targets: ClassVar[Sequence[str]]
     lora_mixin: ClassVar[Any]
 
-    def __init__(self, index: dict[str, Any] | None = None) -> None:
-        """index: the content of `model_index.json`."""
-        self.index = index or {}
+    def __init__(self, index: dict[str, Any], config: dict[str, Any]) -> None:
+        """index: the content of `model_index.json`. config: that of the network's `config.json`."""
+        self.index, self.config = index, config
 
     def call(
         self, net: nn.Module, forward: Callable[..., Any], z: Tensor, time: Tensor, cond: Condition, w: Tensor | None
@@ -94,14 +96,15 @@ def families() -> tuple[type[Family], ...]:
     return tuple(dict.fromkeys(kind for kind in kinds if issubclass(kind, Family) and kind is not Family))
 
 
-def family_of(index: dict[str, Any], folder: Path | str = "the pipeline") -> Family:
-    """Return the family of a pipeline. index: the content of its `model_index.json`; raises UserError for an unknown class."""
-    name = index.get("_class_name", "StableDiffusionPipeline")
+def family_of(folder: Path) -> Family:
+    """Return the family of a pipeline folder by its `model_index.json`; raises UserError for an unknown class."""
+    index = read_json(folder / "model_index.json")
+    name = index.get("_class_name")
     for kind in families():
         if name in kind.pipelines:
-            return kind(index)
+            return kind(index, read_json(folder / kind.network / "config.json"))
     known = sorted(name for kind in families() for name in kind.pipelines)
-    raise UserError(f"{folder} is a {name}, which is not supported: use one of {', '.join(known)}")
+    raise UserError(f"{folder} is a {name or 'folder without model_index.json'}, which is not supported: use one of {', '.join(known)}")
 
 
 def network_like(net: Any, **changes: Any) -> Any:

@@ -20,6 +20,7 @@ class PixArt(Family):
 
     pipelines = ("PixArtAlphaPipeline",)
     network, network_class = "transformer", PixArtTransformer2DModel
+    width = "caption_channels"
     towers = (Tower("text_encoder", T5EncoderModel, "tokenizer", T5Tokenizer),)
     text = ("states", "mask")
     blocks = (BasicTransformerBlock,)

@@ -22,6 +22,7 @@ class StableDiffusion(Family):
 
     pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     network, network_class = "unet", UNet2DConditionModel
+    width = "cross_attention_dim"
     towers: Sequence[Tower] = (Tower("text_encoder", CLIPTextModel, "tokenizer", CLIPTokenizer),)
     blocks = (BasicTransformerBlock, ResnetBlock2D, Downsample2D, Upsample2D)
     lora_targets = (  # LCM-LoRA's, as in diffusers' script: every linear layer and convolution of the blocks

@@ -21,6 +21,7 @@ class StableDiffusion3(Family):
 
     pipelines = ("StableDiffusion3Pipeline",)
     network, network_class = "transformer", SD3Transformer2DModel
+    width = "joint_attention_dim"
     towers = (
         Tower("text_encoder", CLIPTextModelWithProjection, "tokenizer", CLIPTokenizer),
         Tower("text_encoder_2", CLIPTextModelWithProjection, "tokenizer_2", CLIPTokenizer),
@@ -58,6 +59,6 @@ class StableDiffusion3(Family):
             ids = tokens(tokenizers[2], captions, states.device, max_length=T5_LENGTH)["input_ids"]
             t5 = encoders[2](ids)[0]
         else:
-            t5 = states.new_zeros(len(captions), T5_LENGTH, self.width)
+            t5 = states.new_zeros(len(captions), T5_LENGTH, self.config["joint_attention_dim"])
         padded = nn.functional.pad(states, (0, t5.shape[-1] - states.shape[-1]))
         return {"states": torch.cat([padded, t5], dim=-2), "pooled": pooled}

@@ -9,10 +9,11 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from lcm.core.batch import LatentBatch
-from lcm.core.condition import Condition
+from lcm.core.denoiser import Condition
+from lcm.core.process import per_sample
 from lcm.core.random import own_rows
-from lcm.core.shapes import per_sample
-from lcm.data.text import TextEncoder, handed_over
+from lcm.models.families import on_device
+from lcm.models.text import TextEncoder
 
 
 class LatentCodec:
@@ -67,35 +68,42 @@ class LatentCodec:
     @torch.no_grad()
     def encode(self, batch: dict[str, Any], rng: torch.Generator | None = None, world: tuple[int, int] = (0, 1)) -> LatentBatch:
         """batch: `{"x": uint8 or [-1, 1] float [B, 3, H, W], "captions", "keys"}`, or "moments" `[B, 2C, h, w]` in place of x,
-        and possibly "text" `[B, L, D]` and whatever else a caption is made into; "original_sizes", "crops" `[B, 2]`.
+        and optionally the captions' embeddings by the family's names, and "original_sizes", "crops" `[B, 2]`.
 
         Returns a LatentBatch; rng draws the posterior, for all ranks; world: (this one, of how many).
         """
         moments = batch["moments"].float() if "moments" in batch else self.posterior(batch["x"], batch["keys"])
         mean, std = moments.chunk(2, dim=1)
         noise = own_rows(torch.randn(world[1] * len(mean), *mean.shape[1:], generator=rng, device=mean.device), *world)
-        z0 = (mean + std * noise) * self.vae.config["scaling_factor"]
+        shift, scale = self.text.family.latent_scaling(self.vae)
+        z0 = (mean + std * noise - shift) * scale
         return LatentBatch(z0, *self.conditions(batch["captions"], z0, batch), batch["captions"], batch["keys"])
 
     def conditions(
         self, captions: list[str], z: Tensor, batch: Mapping[str, Any] = MappingProxyType({})
     ) -> tuple[Condition, Condition]:
-        """What a UNet is told of `[B]` latents z and their captions, and what without captions; batch: see `encode`."""
-        if all(part in batch for part in self.text.parts):
-            null, said = self.text([""]), handed_over(torch.tensor([caption != "" for caption in captions]), z.device)
-            given = [batch[part].float() for part in self.text.parts]
-            # A dropped caption has the null prompt's states.
-            parts = [torch.where(per_sample(said, g.ndim), g, n) for g, n in zip(given, null, strict=True)]
+        """Return the conditions of `[B]` latents z with these captions, and the condition of the empty caption, one row.
+
+        batch: may hold the captions' embeddings, see `encode`.
+        """
+        family = self.text.family
+        if all(name in batch for name in family.text):
+            uncond, captioned = self.text([""]), on_device(torch.tensor([caption != "" for caption in captions]), z.device)
+            # A dropped caption has the empty caption's embeddings.
+            stored = {name: batch[name].float() for name in family.text}
+            cond = {name: torch.where(per_sample(captioned, rows.ndim), rows, uncond[name]) for name, rows in stored.items()}
         else:
             both = self.text([*captions, ""])
-            parts, null = [part[:-1] for part in both], [part[-1:] for part in both]
-        sizes = self.sizes(z, batch) if self.text.sized else None
-        return self.text.condition(parts, sizes), self.text.condition(null, sizes)
+            cond = {name: rows[:-1] for name, rows in both.items()}
+            uncond = {name: rows[-1:] for name, rows in both.items()}
+        if family.takes_sizes:
+            cond["sizes"] = uncond["sizes"] = self.sizes(z, batch)
+        return cond, uncond
 
     def sizes(self, z: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """`[B, 6]`, see `SizedText`: those of the batch, or of whole pictures of just this size."""
-        own = torch.stack([torch.full((len(z),), side * self.factor, device=z.device) for side in z.shape[2:]], dim=1)
-        return torch.cat([batch.get("original_sizes", own), batch.get("crops", torch.zeros_like(own)), own], dim=1)
+        """Return `[B, 6]`: original size, crop and target size of the batch, or those of whole images of just this size."""
+        target = torch.stack([torch.full((len(z),), side * self.factor, device=z.device) for side in z.shape[2:]], dim=1)
+        return torch.cat([batch.get("original_sizes", target), batch.get("crops", torch.zeros_like(target)), target], dim=1)
 
     def posterior(self, x: Tensor, keys: list[str] | None = None) -> Tensor:
         """Mean and standard deviation of q(z|x), unscaled: `[B, 2C, H/f, W/f]` float32; remembered by key, if at all."""
@@ -115,9 +123,10 @@ class LatentCodec:
     @torch.no_grad()
     def decode(self, z0: Tensor) -> Tensor:
         """Latents `[B, C, h, w]` -> images uint8 `[B, 3, H, W]`."""
+        shift, scale = self.text.family.latent_scaling(self.vae)
         images = []
         for part in z0.split(self.chunk):
-            x = self.vae.decode((part / self.vae.config["scaling_factor"]).to(self.vae.dtype)).sample
+            x = self.vae.decode((part / scale + shift).to(self.vae.dtype)).sample
             images.append(((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().contiguous())
         return torch.cat(images)
 
