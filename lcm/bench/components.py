@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from lcm.bench.measure import Table, now, peak_memory
 from lcm.command_line import build
 from lcm.composition import compose
-from lcm.core.condition import doubled
 from lcm.core.ema import ema_update_
-from lcm.core.objectives.consistency import draw
 from lcm.core.random import generator
 from lcm.inputs import pick_device
 from lcm.models.flops import forward_flop, matmul_tflops
-from lcm.modules.distillation import LatentConsistencyDistillation
+from lcm.modules.consistency import ConsistencyModule
 
 
 def seconds(run: Callable[[], Any], repeats: int) -> float:
@@ -32,11 +30,11 @@ def seconds(run: Callable[[], Any], repeats: int) -> float:
 def measure(*, experiment: list[str], resolution: int, caption: str, repeats: int, matmul_size: int) -> Table:
     """experiment: overrides of `train.py` that compose a latent consistency distillation."""
     cfg, device = compose("train", experiment), pick_device("auto")
-    module: LatentConsistencyDistillation = build(cfg.model)
+    module: ConsistencyModule = build(cfg.model)
     codec, batch_size = build(cfg.data.codec).to(device), cfg.data.batch_size
     module.to(device)
     if module.compile_networks:
-        module.compile_unets(torch.device(device))
+        module.compile_all(torch.device(device))
     dtype = torch.bfloat16 if cfg.trainer.precision.startswith("bf16") else torch.float32
     teacher, net = module.frozen["teacher"].to(device, dtype), module.net
     target = net if module.target_net is None else module.target_net  # mu = 0: the student itself
@@ -46,13 +44,13 @@ def measure(*, experiment: list[str], resolution: int, caption: str, repeats: in
     pixels = torch.zeros(batch_size, 3, resolution, resolution, dtype=torch.uint8, device=device)
     captions = [f"{caption}, number {i}" for i in range(batch_size)]
     batch = codec.encode({"x": pixels, "captions": captions, "keys": captions}, generator(device, "components"))
-    drawn = draw(batch.z0, generator(device, "draws"), timesteps=module.timesteps, w_min=module.w_min, w_max=module.w_max)
-    options = {"schedule": module.schedule, "timesteps": module.timesteps, "distance": module.loss}
+    drawn = module.objective.draw(batch.z0, generator(device, "draws"))
     t = torch.full((batch_size,), 500, device=device)
-    both, tt, cond = torch.cat([batch.z0, batch.z0]), torch.cat([t, t]), doubled(batch.cond, batch.uncond)
+    both, tt = torch.cat([batch.z0, batch.z0]), torch.cat([t, t])
+    cond = {name: torch.cat([part, batch.uncond[name].expand_as(part)]) for name, part in batch.cond.items()}
 
     def texts() -> None:
-        codec.text.known.clear()
+        codec.text.cache.clear()
         codec.text([*captions, ""])
 
     def call(unet: nn.Module, *args: Any) -> Tensor:
@@ -66,7 +64,7 @@ def measure(*, experiment: list[str], resolution: int, caption: str, repeats: in
 
     def objective() -> Tensor:
         with autocast():
-            return module.objective(module.networks(), batch, drawn, **options)[0]
+            return module.objective.loss(module.denoisers(net), batch, drawn)[0]
 
     def update(loss: Tensor) -> None:
         loss.backward()
@@ -98,7 +96,7 @@ def measure(*, experiment: list[str], resolution: int, caption: str, repeats: in
         found["target's average"] = seconds(lambda: ema_update_(target.parameters(), net.parameters(), 0.95), repeats)
     whole = seconds(lambda: update(objective()), repeats)
 
-    forward = forward_flop(net, batch.z0.shape, batch.cond)
+    forward = forward_flop(module.family, net, batch.z0.shape, batch.cond)
     flop = {"teacher, with and without caption": 2, "target": 1, "student, forward": 1, "student, backward": 2}
     ceiling = matmul_tflops(device, dtype, matmul_size)
     rows = [

@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from lcm.bench.measure import Table
 from lcm.core.guidance import W_DIM
-from lcm.models.sharding import UNITS
-from lcm.models.student import make_student
+
+from lcm.models.families.sd import StableDiffusion
 
 GIB = 2**30
 FLOAT32, BFLOAT16 = 4, 2  # bytes
@@ -75,14 +75,14 @@ def shares(student: UNet2DConditionModel, gpus: int) -> tuple[int, int]:
 def gathered(student: UNet2DConditionModel) -> int:
     """Bytes of blocks in one piece under FSDP2: the root's and two others (the next one is fetched while one runs) in bfloat16;
     the gradients of one, in bfloat16 and, to be reduced, in float32."""
-    blocks = [sum(p.numel() for p in block.parameters()) for block in student.modules() if isinstance(block, UNITS)]
+    blocks = [sum(p.numel() for p in block.parameters()) for block in student.modules() if isinstance(block, StableDiffusion.blocks)]
     root = sum(p.numel() for p in student.parameters()) - sum(blocks)
     return BFLOAT16 * (root + 2 * max(blocks)) + (BFLOAT16 + FLOAT32) * max(blocks)
 
 
 def rows(name: str, config: dict[str, Any], batch: int, gpus: int) -> list[dict[str, Any]]:
     with torch.device("meta"):
-        student = make_student(UNet2DConditionModel(**config))
+        student = StableDiffusion({}, config).with_w(UNet2DConditionModel(**config))
     part, every = shares(student, gpus)
     kept = {checkpointing: activations(config, batch, checkpointing=checkpointing) for checkpointing in (False, True)}
     found = []

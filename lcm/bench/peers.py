@@ -10,13 +10,11 @@ from PIL import Image
 from torch import Tensor
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from lcm.core.condition import Condition, each
-from lcm.core.networks import Network
-from lcm.core.objectives.consistency import draw
+from lcm.core.denoiser import Condition, Denoiser, Network
 from lcm.core.random import generator
 from lcm.models.codec import LatentCodec
 from lcm.models.student import as_network
-from lcm.modules.distillation import LatentConsistencyDistillation
+from lcm.modules.consistency import ConsistencyModule
 
 READING = (tar_file_expander, group_by_keys)  # what wds.tarfile_to_samples does with an opened shard
 
@@ -60,7 +58,7 @@ def _loader(shard: str, stages: list[Any], batch_size: int, workers: int) -> Ite
     return iter(wds.WebLoader(pipeline, batch_size=None, num_workers=workers))
 
 
-def distillation_step(module: LatentConsistencyDistillation, codec: LatentCodec, dtype: torch.dtype) -> Callable[..., float]:
+def distillation_step(module: ConsistencyModule, codec: LatentCodec, dtype: torch.dtype) -> Callable[..., float]:
     """`(pixels, captions) -> loss`: one update of the module's student, by our mathematics in their order of work.
 
     Images and captions are encoded each time, the float32 teacher is called for the condition and once more without, AdamW is
@@ -69,14 +67,14 @@ def distillation_step(module: LatentConsistencyDistillation, codec: LatentCodec,
     assert module.target_net is not None
     net, target, rng = module.net, module.target_net, generator(module.device, "peers")
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6)
-    networks = module.networks()._replace(teacher=twice(as_network(module.frozen["teacher"])))
-    options = {"schedule": module.schedule, "timesteps": module.timesteps, "distance": module.loss}
+    teacher = twice(as_network(module.family, module.frozen["teacher"]))
+    networks = module.denoisers(net)._replace(teacher=Denoiser(teacher, module.process, module.teacher_prediction_type))
 
     def step(pixels: Tensor, captions: list[str]) -> float:
         batch = codec.encode({"x": pixels.to(module.device), "captions": captions, "keys": captions}, rng)
-        draws = draw(batch.z0, rng, timesteps=module.timesteps, w_min=module.w_min, w_max=module.w_max)
+        draws = module.objective.draw(batch.z0, rng)
         with torch.autocast(module.device.type, dtype, enabled=dtype != torch.float32):
-            loss, _ = module.objective(networks, batch, draws, **options)
+            loss, _ = module.objective.loss(networks, batch, draws)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), module.clip_norm)
         optimizer.step()
@@ -92,7 +90,7 @@ def twice(teacher: Network) -> Network:
     """A pass of a doubled batch as two passes."""
 
     def net(z: Tensor, t: Tensor, cond: Condition, w: Tensor | None = None) -> Tensor:
-        halves = ((z.chunk(2)[i], t.chunk(2)[i], each(lambda part, i=i: part.chunk(2)[i], cond)) for i in (0, 1))
+        halves = ((z.chunk(2)[i], t.chunk(2)[i], {name: part.chunk(2)[i] for name, part in cond.items()}) for i in (0, 1))
         return torch.cat([teacher(*half, None) for half in halves])
 
     return net

@@ -14,16 +14,18 @@ from lcm.bench.measure import Table, in_turn
 from lcm.core.random import ImageNoise
 from lcm.inputs import pick_device
 from lcm.models.generate import LatentModel
-from lcm.models.pipeline import load_schedule, load_unet
+from lcm.models.pipeline import find, load_family, load_network, load_prediction_type, load_process
 from lcm.models.saving import save_pipeline
-from lcm.models.student import make_student
 
 
 def student_of(pipeline: str, folder: Path) -> str:
     """The teacher with a random projection of w, saved as a student: its images are poor, its speed is a student's."""
     torch.manual_seed(0)
-    student = make_student(load_unet(pipeline), zero_init=False)
-    save_pipeline(folder, student, load_schedule(pipeline), base=pipeline, consistency=True, facts={}, dtype=torch.float32)
+    family, process = load_family(pipeline), load_process(pipeline)
+    student = family.with_w(load_network(pipeline), zero_init=False)
+    scheduler = "LCMScheduler", {**process.config, "prediction_type": load_prediction_type(pipeline)}
+    options = {"family": family, "base": find(pipeline), "scheduler": scheduler, "facts": {"sampler": "consistency"}}
+    save_pipeline(folder, student, **options, dtype=torch.float32)
     return str(folder)
 
 

@@ -97,7 +97,7 @@ def peer_training(overrides: list[str], *, shard: str, dtype: torch.dtype, steps
     cfg = compose("train", overrides)
     data, module, device = build(cfg.data), build(cfg.model), pick_device("auto")
     data.codec.vae.to(dtype=dtype, memory_format=torch.contiguous_format)
-    for tower in data.codec.text.towers:
+    for tower in data.codec.text.encoders:
         tower.to(dtype)
     batches = peers.image_loader(shard, size=data.resolution, batch_size=data.batch_size, workers=data.num_workers)
     parts = (module, module.frozen["teacher"], data.codec.vae, data.codec.text)

@@ -5,14 +5,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from omegaconf import OmegaConf
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lcm.command_line import build
-from lcm.core.schedule import NoiseSchedule
+from lcm.core.process import VP
 from lcm.models.pipeline import find
-from lcm.models.saving import save_pipeline
 from lcm.targets import CONF
 
 VAE: dict[str, Any] = {  # of all Stable Diffusion models up to 2.1
@@ -37,14 +42,19 @@ def untrained_pipeline(net: str, folder: str) -> None:
     unet: UNet2DConditionModel = build(OmegaConf.load(CONF / "model/net" / f"{net}.yaml"))
     tokenizer = CLIPTokenizer.from_pretrained(find("mini") / "tokenizer", model_max_length=77)
     xl, width = unet.config["addition_embed_type"] == "text_time", unet.config["cross_attention_dim"]
-    with TemporaryDirectory(dir=target.parent) as parts:
-        AutoencoderKL(**VAE).save_pretrained(f"{parts}/vae")
-        CLIPTextModel(tower(tokenizer, 768 if xl else width)).save_pretrained(f"{parts}/text_encoder")
-        tokenizer.save_pretrained(f"{parts}/tokenizer")
-        if xl:
-            CLIPTextModelWithProjection(tower(tokenizer, width - 768)).save_pretrained(f"{parts}/text_encoder_2")
-            tokenizer.save_pretrained(f"{parts}/tokenizer_2")
-        save_pipeline(folder, unet, NoiseSchedule(), base=parts, consistency=False, facts={})
+    parts: dict[str, Any] = {
+        "unet": unet, "vae": AutoencoderKL(**VAE), "scheduler": DDIMScheduler(**VP().config), "tokenizer": tokenizer,
+        "text_encoder": CLIPTextModel(tower(tokenizer, 768 if xl else width)),
+    }  # fmt: skip
+    if xl:
+        second = CLIPTextModelWithProjection(tower(tokenizer, width - 768))
+        pipeline: Any = StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=tokenizer)
+    else:
+        pipeline = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    with TemporaryDirectory(dir=target.parent) as partial:
+        pipeline.to(torch.float16).save_pretrained(partial)
+        Path(partial).rename(target)
+        Path(partial).mkdir()
 
 
 def tower(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
