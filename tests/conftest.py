@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny pipeline folder of random weights and a handful of OpenMoji shards, made once a session."""
 
+import json
 import os
 import shutil
 
@@ -11,12 +12,34 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
-from lcm.core.schedule import NoiseSchedule
+from lcm.core.objectives.denoising import ddim_scheduler
+from lcm.core.process import VP
 from lcm.data.openmoji import build
-from lcm.models.saving import save_pipeline
 from lcm.models.tokenizer import train_tokenizer
 
 
@@ -55,49 +78,138 @@ def tiny_unet(**changes: object) -> UNet2DConditionModel:
     return UNet2DConditionModel(**{**config, **changes})
 
 
-def write_tiny_pipeline(folder: Path, **schedule: object) -> Path:
-    """A complete teacher folder: 32 px images, factor 4, with a CLIP beside it."""
+def tiny_vae(blocks: int = 3, **changes: object) -> AutoencoderKL:
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
-        block_out_channels=[8, 8, 8],
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        mid_block_add_attention=False,
-        sample_size=32,
-    )
-    tokenizer = train_tokenizer(CAPTIONS, merges=50, max_length=16)
+    config = {
+        "down_block_types": ["DownEncoderBlock2D"] * blocks,
+        "up_block_types": ["UpDecoderBlock2D"] * blocks,
+        "block_out_channels": [8] * blocks,
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "mid_block_add_attention": False,
+        "sample_size": 32,
+    }
+    return AutoencoderKL(**{**config, **changes})
+
+
+def tiny_clip(tokenizer: CLIPTokenizer, **changes: object) -> CLIPModel:
+    torch.manual_seed(0)
     towers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 8}
     special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    text = {**towers, **special, "vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    length = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
     vision = {**towers, "image_size": 32, "patch_size": 8}
-    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-    parts = folder.with_name(folder.name + "-parts")
-    vae.save_pretrained(parts / "vae")
-    clip.save_pretrained(parts / "clip")
-    clip.text_model.save_pretrained(parts / "text_encoder")
-    tokenizer.save_pretrained(parts / "tokenizer")
-    save_pipeline(
-        folder, tiny_unet(), NoiseSchedule(**schedule), base=str(parts), consistency=False, facts={}, dtype=torch.float32
+    return CLIPModel(CLIPConfig(text_config={**towers, **special, **length}, vision_config=vision, projection_dim=8))
+
+
+def tiny_projection(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModelWithProjection:
+    text = tiny_clip(tokenizer).config.text_config.to_dict()
+    torch.manual_seed(1)
+    changes = {"hidden_size": width, "num_hidden_layers": 2, "projection_dim": 8}
+    return CLIPTextModelWithProjection(CLIPTextConfig.from_dict({**text, **changes}))
+
+
+def tiny_t5() -> tuple[T5Tokenizer, T5EncoderModel]:
+    unigram = Tokenizer(models.Unigram())
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = {"special_tokens": ["<pad>", "</s>", "<unk>"], "unk_token": "<unk>"}
+    unigram.train_from_iterator(20 * CAPTIONS, trainers.UnigramTrainer(vocab_size=80, show_progress=False, **special))
+    vocab = [tuple(piece) for piece in json.loads(unigram.to_str())["model"]["vocab"]]
+    tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0)
+    torch.manual_seed(2)
+    widths = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    return tokenizer, T5EncoderModel(T5Config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", **widths))
+
+
+def write_tiny_pipeline(folder: Path, prediction_type: str = "epsilon", **process: object) -> Path:
+    """Write a complete teacher folder: 32 px images, factor 4, with a CLIP beside it."""
+    tokenizer = train_tokenizer(CAPTIONS, merges=50, max_length=16)
+    clip = tiny_clip(tokenizer)
+    pipeline = StableDiffusionPipeline(
+        vae=tiny_vae(),
+        unet=tiny_unet(),
+        text_encoder=CLIPTextModel(clip.config.text_config),
+        tokenizer=tokenizer,
+        scheduler=ddim(prediction_type, **process),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
+    pipeline.text_encoder.load_state_dict(clip.text_model.state_dict())
+    pipeline.save_pretrained(folder)
+    clip.save_pretrained(folder / "clip")
     return folder
+
+
+def ddim(prediction_type: str = "epsilon", **process: object) -> DDIMScheduler:
+    """Return the scheduler that a trained teacher is saved with."""
+    name, config = ddim_scheduler(VP(**process), prediction_type)
+    assert name == "DDIMScheduler"
+    return DDIMScheduler(**config)
 
 
 def write_tiny_xl_pipeline(folder: Path, tiny: Path) -> Path:
-    """The tiny teacher as Stable Diffusion XL has it: a second text encoder, pooled texts of 8 and sizes for the UNet."""
-    parts = folder.with_name(folder.name + "-parts")
-    shutil.copytree(tiny, parts)
-    torch.manual_seed(1)
-    first = CLIPTextConfig.from_pretrained(tiny / "text_encoder")
-    second = CLIPTextConfig.from_dict({**first.to_dict(), "hidden_size": 24, "num_hidden_layers": 2, "projection_dim": 8})
-    CLIPTextModelWithProjection(second).save_pretrained(parts / "text_encoder_2")
-    shutil.copytree(tiny / "tokenizer", parts / "tokenizer_2")
+    """Write the tiny teacher as Stable Diffusion XL: a second text encoder, pooled text of 8 and sizes for the UNet."""
+    first = StableDiffusionPipeline.from_pretrained(tiny)
     embedding = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 8 + 6 * 8}
-    unet = tiny_unet(cross_attention_dim=16 + 24, addition_embed_type="text_time", **embedding)
-    save_pipeline(folder, unet, NoiseSchedule(), base=str(parts), consistency=False, facts={}, dtype=torch.float32)
+    StableDiffusionXLPipeline(
+        vae=first.vae,
+        unet=tiny_unet(cross_attention_dim=16 + 24, addition_embed_type="text_time", **embedding),
+        text_encoder=first.text_encoder,
+        tokenizer=first.tokenizer,
+        text_encoder_2=tiny_projection(first.tokenizer, 24),
+        tokenizer_2=first.tokenizer,
+        scheduler=ddim(),
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    shutil.copytree(tiny / "clip", folder / "clip")
     return folder
+
+
+def write_tiny_pixart(folder: Path) -> Path:
+    """Write a PixArt-alpha teacher of 256 px, factor 8: the smallest size that its pipeline of diffusers accepts."""
+    tokenizer, t5 = tiny_t5()
+    torch.manual_seed(0)
+    shape = {"sample_size": 32, "in_channels": 4, "out_channels": 8, "num_layers": 1, "patch_size": 2}
+    heads = {"num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16, "caption_channels": 32}
+    transformer = PixArtTransformer2DModel(**shape, **heads)
+    parts = {"vae": tiny_vae(4), "tokenizer": tokenizer, "text_encoder": t5, "transformer": transformer}
+    PixArtAlphaPipeline(**parts, scheduler=ddim(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)).save_pretrained(folder)
+    return folder
+
+
+def write_tiny_sd3(folder: Path) -> Path:
+    """Write a Stable Diffusion 3 teacher of 32 px, factor 8: 16-channel latents with a shift, three text encoders, flow."""
+    tokenizer, (t5_tokenizer, t5) = train_tokenizer(CAPTIONS, merges=50, max_length=77), tiny_t5()
+    torch.manual_seed(0)
+    shape = {"sample_size": 4, "in_channels": 16, "out_channels": 16, "num_layers": 1, "patch_size": 2, "pos_embed_max_size": 8}
+    heads = {"num_attention_heads": 2, "attention_head_dim": 8, "caption_projection_dim": 16}
+    text = {"joint_attention_dim": 48, "pooled_projection_dim": 16}
+    torch.manual_seed(2)
+    t5_config = T5Config.from_dict({**t5.config.to_dict(), "d_model": 48})
+    StableDiffusion3Pipeline(
+        vae=tiny_vae(4, latent_channels=16, shift_factor=0.0609, scaling_factor=1.5305, use_quant_conv=False,
+                     use_post_quant_conv=False),
+        transformer=SD3Transformer2DModel(**shape, **heads, **text),
+        text_encoder=tiny_projection(tokenizer, 16),
+        tokenizer=tokenizer,
+        text_encoder_2=tiny_projection(tokenizer, 24),
+        tokenizer_2=tokenizer,
+        text_encoder_3=T5EncoderModel(t5_config),
+        tokenizer_3=t5_tokenizer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pixart_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_pixart(tmp_path_factory.mktemp("pipelines") / "pixart")
+
+
+@pytest.fixture(scope="session")
+def sd3_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_sd3(tmp_path_factory.mktemp("pipelines") / "sd3")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from lcm.core.denoiser import Denoise
-from lcm.core.process import Process, per_sample
+from lcm.core.process import FLOOR, Process, per_sample
 
 ConsistencyFn = Callable[..., Tensor]  # (denoise, z_t [B, C, H, W], t [B], *, process) -> [B, C, H, W] float32
 
@@ -48,9 +48,10 @@ def cm_consistency_fn(denoise: Denoise, z_t: Tensor, t: Tensor, *, process: Proc
     diffusion model is a consistency model to start from. sigma_data: the latents' standard deviation, which is 1.
     """
     alpha, sigma_t = process.at(t, z_t.ndim)
+    alpha = alpha.clamp_min(FLOOR)  # pure noise of a flow has alpha = 0
     x, sigma = z_t / alpha, sigma_t / alpha
     clean = t[:1] * 0 + process.t_min
     sigma_min = per_sample(process.sigma(clean) / process.alpha(clean), z_t.ndim)
     edm_skip, edm_out = cm_scalings(sigma, 0.0, sigma_data=sigma_data)
     c_skip, c_out = cm_scalings(sigma, sigma_min, sigma_data=sigma_data)
-    return c_skip * x + c_out * (denoise(z_t, t).x0 - edm_skip * x) / edm_out
+    return c_skip * x + c_out * (denoise(z_t, t).x0 - edm_skip * x) / edm_out.clamp_min(FLOOR)

@@ -23,6 +23,8 @@ def with_adapters(
     A layer with adapters computes `W x + alpha / rank * B A x`, A with `rank` rows; B starts at zero, so the result starts as `net`.
     alpha: None: as rank. target_modules: the ends of the layers' names; None: the family's.
     """
+    if family.lora_mixin is None:
+        raise UserError(f"model.adapters: diffusers has no adapters for {family.pipelines[0]}: set model.adapters=null")
     if rank < 1:
         raise UserError(f"model.adapters.rank={rank} is not a rank: give 1 or more")
     targets = list(family.lora_targets if target_modules is None else target_modules)

@@ -54,7 +54,7 @@ def save_pipeline(
     getattr(diffusers, name)(**config).save_pretrained(partial / "scheduler")
     index = {**read_json(base / "model_index.json"), "scheduler": ["diffusers", name]}
     if facts["sampler"] != "ddim":
-        index["_class_name"] = family.student_pipeline(family.takes_w(network))
+        index["_class_name"] = family.student_pipeline(family.takes_w(network), name)
     (partial / "model_index.json").write_text(json.dumps(index, indent=2))
     (partial / "lcm.json").write_text(json.dumps(facts, indent=2))
     shutil.rmtree(target, ignore_errors=True)

@@ -11,22 +11,19 @@ import torch
 
 from lcm.core import losses, solvers, timesteps
 from lcm.core.batch import LatentBatch
-from lcm.core.objectives.consistency_models import consistency_distillation, consistency_training
-from lcm.core.objectives.denoising import denoising
-from lcm.core.objectives.distillation import latent_consistency_distillation
-from lcm.core.objectives.finetuning import latent_consistency_finetuning
+from lcm.core.objectives.consistency_models import ConsistencyDistillation, ConsistencyTraining
+from lcm.core.objectives.denoising import Denoising
+from lcm.core.objectives.distillation import LatentConsistencyDistillation
+from lcm.core.objectives.finetuning import LatentConsistencyFinetuning
+from lcm.core.objectives.tcd import TrajectoryConsistencyDistillation
 from lcm.core.random import generator
-from lcm.core.schedule import NoiseSchedule
-from lcm.data.codec import LatentCodec
 from lcm.data.datamodule import ShardDataModule
-from lcm.models.pipeline import load_codec, load_unet
+from lcm.models.codec import LatentCodec
+from lcm.models.pipeline import load_codec, load_network, load_process
 from lcm.modules.base import TrainedModule
-from lcm.modules.consistency_models import ConsistencyModelDistillation, ConsistencyModelTraining
-from lcm.modules.diffusion import LatentDiffusion
-from lcm.modules.distillation import LatentConsistencyDistillation
-from lcm.modules.finetuning import LatentConsistencyFineTuning
+from lcm.modules.consistency import ConsistencyModule
 from lcm.modules.guided_distillation import GuidedDistillation
-from lcm.modules.lora import LoRADistillation
+from lcm.modules.latent import LatentModule
 from lcm.modules.lr_schedules import constant
 
 Make = Callable[..., Any]
@@ -43,28 +40,30 @@ def training(tiny_pipeline: Path) -> Make:
     return partial(new_module, tiny_pipeline)
 
 
-def new_module(tiny_pipeline: Path, kind: str, **options: Any) -> TrainedModule:
+def new_module(pipeline: Path, kind: str, **options: Any) -> TrainedModule:
+    """Return a module whose training starts from the pipeline; options replace its arguments, `objective.<name>` the objective's."""
     torch.manual_seed(0)
-    base, net, options = str(tiny_pipeline), load_unet(str(tiny_pipeline)), common(**options)
+    base = str(pipeline)
+    parts = {name.partition(".")[2]: options.pop(name) for name in list(options) if name.startswith("objective.")}
+    net, process, options = load_network(base), load_process(base), common(**options)
     if kind == "diffusion":
-        return LatentDiffusion(net, NoiseSchedule(), pipeline=base, **{"objective": denoising, "eval_ema": 0.9, **options})
+        return LatentModule(net, process, pipeline=base, **{"objective": partial(Denoising, **parts), "eval_ema": 0.9, **options})
     if kind == "guided":
-        return GuidedDistillation(net, NoiseSchedule(), teacher=base, **{"steps": [4, 2, 1], **options})
-    if kind == "cd":
-        method = {"teacher": base, "objective": consistency_distillation, "solver": solvers.heun}
-        return ConsistencyModelDistillation(net, NoiseSchedule(), **{"loss": losses.l2, **method, **options})
-    if kind == "ct":
-        method = {"pipeline": base, "objective": consistency_training, "loss": losses.l2}
-        return ConsistencyModelTraining(net, NoiseSchedule(), **{**method, **options})
-    grid = {"timesteps": timesteps.grid, "loss": partial(losses.huber, c=0.1)}
-    if kind == "distillation":
-        method = {"teacher": base, "objective": latent_consistency_distillation, "solver": solvers.ddim}
-        return LatentConsistencyDistillation(net, NoiseSchedule(), **{**grid, **method, **options})
-    if kind == "lora":
-        method = {"teacher": base, "objective": latent_consistency_distillation, "solver": solvers.ddim, "rank": 4}
-        return LoRADistillation(net, NoiseSchedule(), **{**grid, **method, **options})
-    method = {"student": base, "objective": latent_consistency_finetuning}
-    return LatentConsistencyFineTuning(net, NoiseSchedule(), **{**grid, **method, **options})
+        return GuidedDistillation(net, process, pipeline=base, **{"steps": [4, 2, 1], **options})
+    guided = {"w_min": 2.0, "w_max": 14.0, "timesteps": timesteps.grid, "loss": partial(losses.huber, c=0.1)}
+    methods: dict[str, dict[str, Any]] = {
+        "distillation": {"objective": LatentConsistencyDistillation, "solver": solvers.ddim, **guided},
+        "tcd": {"objective": TrajectoryConsistencyDistillation, "solver": solvers.ddim, **guided},
+        "lora": {"objective": LatentConsistencyDistillation, "solver": solvers.ddim, "adapters": {"rank": 4}, "ema_decay": 0.0,
+                 **guided},
+        "finetuning": {"objective": LatentConsistencyFinetuning, **guided},
+        "cd": {"objective": ConsistencyDistillation, "solver": solvers.heun, "loss": losses.l2},
+        "ct": {"objective": ConsistencyTraining, "ema_decay": 0.9, "loss": losses.l2},
+    }  # fmt: skip
+    method = methods[kind]
+    return ConsistencyModule(
+        net, process, pipeline=base, **{**method, "objective": partial(method["objective"], **parts), **options}
+    )
 
 
 @pytest.fixture(scope="session")
@@ -109,4 +108,4 @@ def batch() -> LatentBatch:
     """A batch of no data in particular."""
     rng = generator("cpu", "batch")
     z0, cond, uncond = (torch.randn(shape, generator=rng) for shape in ((4, 4, 8, 8), (4, 16, 16), (1, 16, 16)))
-    return LatentBatch(z0, cond, uncond, list("abcd"), list("abcd"))
+    return LatentBatch(z0, {"states": cond}, {"states": uncond}, list("abcd"), list("abcd"))

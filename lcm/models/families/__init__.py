@@ -1,5 +1,6 @@
 """Model families: how a pipeline of diffusers is read, called and written. One file a family, found by `family_of`."""
 
+import copy
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
@@ -36,7 +37,8 @@ class Family:
     pipelines: the `_class_name`s that `model_index.json` may have. network, network_class: the folder and the class of the
     denoising network. towers: the text encoders. text: the names of the text embeddings in a `Condition`. width: the key of the network's config with their width. takes_sizes: whether
     a condition also has the image's sizes. blocks: the modules that are sharded, compiled and recomputed one at a time.
-    lora_targets: the layers that take adapters. lora_mixin: the loader of diffusers that defines the adapters' file.
+    lora_targets: the layers that take adapters. lora_mixin: the loader of diffusers for the adapters' file; None:
+    diffusers has none, and adapters are refused.
     """
 
     pipelines: ClassVar[Sequence[str]]
@@ -47,8 +49,8 @@ class Family:
     width: ClassVar[str]
     takes_sizes: ClassVar[bool] = False
     blocks: ClassVar[tuple[type[nn.Module], ...]]
-    lora_targets: ClassVar[Sequence[str]]
-    lora_mixin: ClassVar[Any]
+    lora_targets: ClassVar[Sequence[str]] = ()
+    lora_mixin: ClassVar[Any] = None
 
     def __init__(self, index: dict[str, Any], config: dict[str, Any]) -> None:
         """index: the content of `model_index.json`. config: that of the network's `config.json`."""
@@ -79,9 +81,9 @@ class Family:
         """Return the weight that w enters through, which `model.w_lr_scale` speeds up."""
         return None
 
-    def student_pipeline(self, takes_w: bool) -> str:
-        """Return the `_class_name` under which a consistency model of this family is saved."""
-        return self.index.get("_class_name") or self.pipelines[0]
+    def student_pipeline(self, takes_w: bool, scheduler: str) -> str:
+        """Return the `_class_name` under which a student of this family is saved. scheduler: its class."""
+        return self.index["_class_name"]
 
     def latent_scaling(self, vae: Any) -> tuple[float, float]:
         """Return (shift, scale): a latent is `(posterior sample - shift) * scale`."""
@@ -112,6 +114,8 @@ def network_like(net: Any, **changes: Any) -> Any:
 
     New weights are drawn by their module's `reset_parameters`.
     """
+    if not changes:
+        return copy.deepcopy(net)
     with torch.device("meta"):  # drawing weights to overwrite them takes longer than copying them
         like = type(net).from_config({**net.config, **changes})
     if net.device.type == "meta":

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from diffusers import PixArtTransformer2DModel
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from transformers import T5EncoderModel, T5Tokenizer
@@ -24,8 +23,6 @@ class PixArt(Family):
     towers = (Tower("text_encoder", T5EncoderModel, "tokenizer", T5Tokenizer),)
     text = ("states", "mask")
     blocks = (BasicTransformerBlock,)
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj", "linear", "linear_1", "linear_2")
-    lora_mixin = StableDiffusionLoraLoaderMixin
 
     def call(
         self, net: Any, forward: Callable[..., Any], z: Tensor, time: Tensor, cond: Condition, w: Tensor | None

@@ -58,5 +58,5 @@ class StableDiffusion(Family):
     def w_projection(self, net: Any) -> nn.Parameter | None:
         return getattr(net.time_embedding.cond_proj, "weight", None)
 
-    def student_pipeline(self, takes_w: bool) -> str:
-        return "LatentConsistencyModelPipeline" if takes_w else "StableDiffusionPipeline"
+    def student_pipeline(self, takes_w: bool, scheduler: str) -> str:
+        return "LatentConsistencyModelPipeline" if takes_w and scheduler == "LCMScheduler" else "StableDiffusionPipeline"

@@ -44,5 +44,5 @@ class StableDiffusionXL(StableDiffusion):
                 rows[captions.index("")] = 0
         return embeddings
 
-    def student_pipeline(self, takes_w: bool) -> str:
+    def student_pipeline(self, takes_w: bool, scheduler: str) -> str:
         return "StableDiffusionXLPipeline"

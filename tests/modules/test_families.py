@@ -1,0 +1,158 @@
+"""Every family from a teacher to what diffusers draws: training, distillation, adapters, saving, sampling."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.schedulers import scheduling_flow_match_lcm
+
+from lcm.core import sampling
+from lcm.core.random import ImageNoise
+from lcm.data.datamodule import ShardDataModule
+from lcm.errors import UserError
+from lcm.models.families import families
+from lcm.models.generate import LatentModel
+from lcm.models.pipeline import load_codec, load_family, load_process
+from tests.data.conftest import png, write_shard
+from tests.modules.conftest import new_module
+
+PROMPTS, SEEDS = ["red apple on a white background", "rocket"], [3, 11]
+EVERY = pytest.mark.parametrize("name", ["tiny", "xl", "pixart", "sd3"])
+
+
+@pytest.fixture(scope="module")
+def pipelines(tiny_pipeline: Path, xl_pipeline: Path, pixart_pipeline: Path, sd3_pipeline: Path) -> dict[str, Path]:
+    return {"tiny": tiny_pipeline, "xl": xl_pipeline, "pixart": pixart_pipeline, "sd3": sd3_pipeline}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    samples = [{"__key__": str(i), "png": png((256, 256), color=(40 * i, 90, 200)), "txt": PROMPTS[i % 2]} for i in range(6)]
+    write_shard(folder / "0.tar", samples)
+    return folder
+
+
+@pytest.fixture
+def trained(pipelines: dict[str, Path], pictures: Path, fit: Any) -> Callable[..., Any]:
+    """`trained(name, kind, steps)`: a module after a few steps at the pipeline's own size."""
+
+    def train(name: str, kind: str, steps: int = 2, pipeline: Path | None = None, **options: Any) -> Any:
+        folder = pipeline or pipelines[name]
+        module, codec = new_module(folder, kind, **options), load_codec(str(folder))
+        side = module.net.config["sample_size"] * codec.factor
+        data = ShardDataModule(f"{pictures}/0.tar", codec=codec, resolution=side, num_workers=0, batch_size=2, shuffle=0)
+        fit(module, data, steps)
+        return module
+
+    return train
+
+
+def opened(folder: Path) -> Any:
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def alike(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-4 * float(theirs.std()))
+
+
+def noises(model: LatentModel) -> list[torch.Generator]:
+    return ImageNoise(SEEDS, ()).generators
+
+
+@pytest.fixture
+def noisy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let FlowMatchLCMScheduler draw each image's noise from its own seed: its pipeline passes no generator on."""
+    seeded = ImageNoise(SEEDS, ()).generators
+    first = [torch.randn((16, 4, 4), generator=generator) for generator in seeded]  # the pipeline's own, drawn before
+    del first
+
+    def randn(shape: Any, **options: Any) -> torch.Tensor:
+        return torch.stack([torch.randn(shape[1:], generator=generator) for generator in seeded])
+
+    monkeypatch.setattr(scheduling_flow_match_lcm, "randn_tensor", randn)
+
+
+def latents(model: LatentModel) -> torch.Tensor:
+    side = model.net.config["sample_size"]
+    return ImageNoise(SEEDS, (model.net.config["in_channels"], side, side))()
+
+
+def test_a_family_is_a_file_of_the_package() -> None:
+    assert {kind.__name__ for kind in families()} >= {"StableDiffusion", "StableDiffusionXL", "PixArt", "StableDiffusion3"}
+
+
+@EVERY
+@pytest.mark.parametrize("steps", [1, 4])
+def test_diffusers_draws_the_teacher_alike(name: str, steps: int, pipelines: dict[str, Path]) -> None:
+    """DDIM in VP, Euler in a flow, both with guidance, on the trailing grid."""
+    model, pipe = LatentModel.load(str(pipelines[name])), opened(pipelines[name])
+    options: dict[str, Any] = {"num_inference_steps": steps, "latents": latents(model), "guidance_scale": 4.0}
+    if name == "sd3":  # its scheduler's own grid ends at sigma = 0.009, see few_step_flow
+        options["sigmas"] = [1 - i / steps for i in range(steps)]
+    theirs = pipe(PROMPTS, output_type="latent", **options).images
+    ours = model.latents(PROMPTS, SEEDS, steps=steps, w=3.0, sampler=sampling.ddim)
+    alike(ours, theirs)
+
+
+@EVERY
+@pytest.mark.parametrize("kind", ["diffusion", "distillation", "tcd", "finetuning", "cd", "ct", "lora"])
+def test_every_method_trains_every_family(name: str, kind: str, trained: Any) -> None:
+    if (name, kind) == ("pixart", "lora"):
+        with pytest.raises(UserError, match="diffusers has no adapters for PixArtAlphaPipeline: set model.adapters=null"):
+            trained(name, kind, 1)
+        return
+    options = {"objective.gamma": 0.0} if kind == "tcd" and name == "sd3" else {}
+    module = trained(name, kind, 1, **options)
+    start = new_module(Path(module.pipeline), kind, **options)
+    changed = [
+        key for key, p in module.net.named_parameters() if p.requires_grad and not torch.equal(p, start.net.get_parameter(key))
+    ]
+    assert changed
+    assert all(p.isfinite().all() for p in module.net.parameters())
+
+
+@EVERY
+def test_a_student_is_drawn_by_diffusers_alike(name: str, trained: Any, tmp_path: Path, noisy: None) -> None:
+    """The first call of the saved folder, at equal noise, gives sample.py's latents; so does a second folder made of it."""
+    module = trained(name, "distillation", 2, zero_init=False)
+    module.save_model(str(tmp_path / "model"), dtype=torch.float32)
+    model, pipe = LatentModel.load(str(tmp_path / "model")), opened(tmp_path / "model")
+    w = 7.0 if model.family.takes_w(model.net) and name == "tiny" else 0.0
+    options = {"num_inference_steps": 4, "guidance_scale": w + 1, "generator": noises(model)}
+    theirs = pipe(PROMPTS, output_type="latent", **options).images
+    alike(model.latents(PROMPTS, SEEDS, steps=4, w=w), theirs)
+    assert load_process(str(tmp_path / "model")).config == load_process(module.pipeline).config
+    again = trained(name, "finetuning", 1, pipeline=tmp_path / "model")
+    again.save_model(str(tmp_path / "again"), dtype=torch.float32)
+    assert type(load_family(str(tmp_path / "again"))) is type(module.family)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("tiny", 2), ("tiny", 4), ("xl", 4), ("pixart", 4), ("sd3", 4)])
+def test_a_tcd_student_is_drawn_by_diffusers_alike(name: str, steps: int, trained: Any, tmp_path: Path) -> None:
+    gamma = 0.0 if name == "sd3" else 0.3
+    module = trained(name, "tcd", 2, zero_init=False, **{"objective.gamma": gamma})
+    module.save_model(str(tmp_path / "model"), dtype=torch.float32)
+    model, pipe = LatentModel.load(str(tmp_path / "model")), opened(tmp_path / "model")
+    assert type(pipe.scheduler).__name__ == ("FlowMatchEulerDiscreteScheduler" if name == "sd3" else "TCDScheduler")
+    w = 7.0 if name == "tiny" else 0.0
+    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": w + 1, "generator": noises(model)}
+    if name != "sd3":
+        options["eta"] = gamma
+    theirs = pipe(PROMPTS, output_type="latent", **options).images
+    alike(model.latents(PROMPTS, SEEDS, steps=steps, w=w), theirs)
+
+
+def test_adapters_of_a_flow_model_are_what_diffusers_loads(trained: Any, tmp_path: Path, noisy: None) -> None:
+    module = trained("sd3", "lora", 2, lr=0.05)
+    module.save_model(str(tmp_path / "model"), dtype=torch.float32)
+    model, pipe = LatentModel.load(str(tmp_path / "model")), opened(tmp_path / "model")
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "generator": noises(model)}
+    theirs = pipe(PROMPTS, output_type="latent", **options).images
+    alike(model.latents(PROMPTS, SEEDS, steps=4, w=0.0), theirs)
+    assert (tmp_path / "model/pytorch_lora_weights.safetensors").is_file()
