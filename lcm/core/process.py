@@ -114,7 +114,9 @@ class VP(Process):
     def timestep_at(self, half_log_snr: Tensor) -> Tensor:
         lambdas = self.alphas.log() - self.sigmas.log()  # they fall
         right = torch.searchsorted(-lambdas, -half_log_snr.contiguous()).clamp(1, self.num_timesteps - 1)
-        fraction = (half_log_snr - lambdas[right - 1]) / (lambdas[right] - lambdas[right - 1])
+        (alpha, sigma), ratio = (table[right - 1] for table in (self.alphas, self.sigmas)), (-half_log_snr).exp()
+        # Between two timesteps the tables are linear: (sigma + fraction d_sigma) / (alpha + fraction d_alpha) = ratio.
+        fraction = (ratio * alpha - sigma) / (self.sigmas[right] - sigma - ratio * (self.alphas[right] - alpha))
         return right - 1 + fraction.clamp(0, 1)
 
     def network_time(self, t: Tensor) -> Tensor:
@@ -159,9 +161,13 @@ def process_of(config: dict[str, Any]) -> Process:
     Raises UserError for other noise than VP and flow, and for betas left to defaults, which differ among diffusers' classes.
     """
     name = str(config.get("_class_name"))
-    if name.startswith("FlowMatch"):
+    if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
         if config.get("use_dynamic_shifting"):
-            raise UserError(f"the scheduler {name} shifts its times by the image size, which is not supported: set a fixed shift")
+            raise UserError(
+                f"the scheduler {name} shifts its times by the image size, which is not supported: set a fixed shift"
+            )
+        if config.get("use_flow_sigmas"):  # a DPM-Solver of diffusers, as Sana has it; its betas then mean nothing
+            config = {**config, "shift": config.get("flow_shift", 1.0)}
         return Flow(**arguments(Flow, config))
     if name.startswith(("EDM", "SCM", "FlowMap")):
         raise UserError(f"the scheduler {name} is not supported: use a model with betas (VP) or with flow matching")
