@@ -1,4 +1,4 @@
-"""The losses of the three methods, in closed form."""
+"""The losses of the methods on latents, in closed form."""
 
 from functools import partial
 
@@ -9,14 +9,12 @@ from torch import nn
 from lcm.core import losses, solvers
 from lcm.core.batch import LatentBatch
 from lcm.core.consistency import boundary_scalings
-from lcm.core.networks import Networks
-from lcm.core.objectives import consistency, denoising
-from lcm.core.objectives.consistency import ConsistencyDraws, consistency_loss
-from lcm.core.objectives.denoising import DenoisingDraws, min_snr_weight
-from lcm.core.objectives.distillation import latent_consistency_distillation
-from lcm.core.objectives.finetuning import latent_consistency_finetuning
-from lcm.core.prediction import PREDICTION_TYPES
-from lcm.core.schedule import NoiseSchedule
+from lcm.core.denoiser import PREDICTION_TYPES, Denoiser
+from lcm.core.objectives.consistency import ConsistencyDraws, ConsistencyObjective, Networks
+from lcm.core.objectives.denoising import Denoising, DenoisingDraws, min_snr_weight
+from lcm.core.objectives.distillation import LatentConsistencyDistillation
+from lcm.core.objectives.finetuning import LatentConsistencyFinetuning
+from lcm.core.process import VP, Flow
 from lcm.core.timesteps import grid
 
 B, SHAPE = 4, (4, 4, 8, 8)
@@ -30,12 +28,18 @@ def rng(seed=0):
 def a_batch(z0=None, cond=0.0, uncond=0.0):
     z0 = torch.randn(SHAPE, generator=rng(1)) if z0 is None else z0
     n = len(z0)
-    return LatentBatch(z0, torch.full((n, 1, 1), cond), torch.full((1, 1, 1), uncond), ["caption"] * n, ["key"] * n)
+    cond, uncond = {"states": torch.full((n, 1, 1), cond)}, {"states": torch.full((1, 1, 1), uncond)}
+    return LatentBatch(z0, cond, uncond, ["caption"] * n, ["key"] * n)
 
 
 def some_draws(*index):
     index = torch.tensor(index or (0, 12, 24, 49))
     return ConsistencyDraws(torch.randn(SHAPE, generator=rng(2)), index, torch.linspace(2, 14, B))
+
+
+def nets(*networks, process=None, prediction_type="epsilon"):
+    """The student, its target and the teacher as denoisers of one process."""
+    return Networks(*(Denoiser(net, process or VP(), prediction_type) for net in networks))
 
 
 class Recorder:
