@@ -26,6 +26,11 @@ class Gaussian:
         (mean_t, std_t), (mean_s, std_s) = self.moments(t), self.moments(s)
         return mean_s + (z - mean_t) * std_s / std_t
 
+    def end(self, z, t):
+        """(x0, eps) of z with the clean end of its path as x0: of a perfect consistency function."""
+        x0, (alpha, sigma) = self.flow(z, t, t * 0 + self.process.t_min), self.process.at(t, 4)
+        return Denoised(x0, (z - alpha * x0) / sigma.clamp_min(1e-30))
+
 
 def timestep(process, time):
     """The timestep that a network is told as `time`."""
