@@ -72,8 +72,8 @@ class Process(nn.Module):
 class VP(Process):
     """The variance-preserving process of DDPM and Stable Diffusion: tables of alpha and sigma, built in float64.
 
-    The arguments are keys of diffusers' `scheduler_config.json`; `squaredcos_cap_v2` is the cosine schedule. Between two timesteps
-    alpha and sigma are linear. The clean end is timestep 0, where some noise is left (Stable Diffusion: sigma = 0.03).
+    The arguments are keys of diffusers' `scheduler_config.json`; `squaredcos_cap_v2` is the cosine schedule. Between two
+    timesteps alpha and sigma are linear. The clean end is timestep 0, where some noise is left (Stable Diffusion: sigma = 0.03).
     """
 
     t_min = 0
@@ -175,8 +175,8 @@ def process_of(config: dict[str, Any]) -> Process:
         raise UserError("the scheduler's trained_betas are not supported: use a model whose betas follow a beta_schedule")
     if missing := [key for key in ("beta_schedule", "beta_start", "beta_end") if config.get(key) is None]:
         raise UserError(
-            f"the scheduler's config lacks {', '.join(missing)}: add the values of the model's training to scheduler_config.json "
-            "(Stable Diffusion: scaled_linear, 0.00085, 0.012)"
+            f"the scheduler's config lacks {', '.join(missing)}: add the values of the model's training to "
+            "scheduler_config.json (Stable Diffusion: scaled_linear, 0.00085, 0.012)"
         )
     return VP(**arguments(VP, config))
 

@@ -1,8 +1,8 @@
 """From noise to latents. Every sampler is `(denoise, z_T, timesteps, *, process, noise) -> z_0`.
 
-denoise: a denoiser with condition and guidance bound. z_T: `[B, C, H, W]` ~ N(0, I). timesteps: descending integers, from z_T's on.
-noise: `() -> [B, C, H, W]`, fresh standard normals. ODE and ancestral samplers end at the process' t_min. In VP some noise is left
-there (sigma_0 = 0.03), as in Stable Diffusion's own schedulers.
+denoise: a denoiser with condition and guidance bound. z_T: `[B, C, H, W]` ~ N(0, I). timesteps: descending integers, from
+z_T's on. noise: `() -> [B, C, H, W]`, fresh standard normals. ODE and ancestral samplers end at the process' t_min. In VP some
+noise is left there (sigma_0 = 0.03), as in Stable Diffusion's own schedulers.
 """
 
 import math

@@ -17,7 +17,7 @@ Solver = Callable[..., Tensor]
 
 
 def ddim(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Process) -> Tensor:
-    """DDIM with eta = 0 (2010.02502, eq. 12): `alpha_s x0 + sigma_s eps`. The paper's default Psi; in a flow it is Euler's step."""
+    """DDIM with eta = 0 (2010.02502, eq. 12): `alpha_s x0 + sigma_s eps`. The paper's default Psi; Euler's step in a flow."""
     return process.jump(*denoise(z_t, t), s)
 
 

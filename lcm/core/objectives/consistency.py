@@ -41,8 +41,8 @@ class ConsistencyDraws:
 class ConsistencyObjective(nn.Module):
     """Subclasses define `loss`.
 
-    process: of the student. timesteps: the trained t, `[N]` int64 ascending. distance: the paper's d. w is uniform in [w_min, w_max].
-    f: the consistency function.
+    process: of the student. timesteps: the trained t, `[N]` int64 ascending. distance: the paper's d. w is uniform in
+    [w_min, w_max]. f: the consistency function.
     """
 
     sampler: ClassVar[str] = "consistency"  # of `lcm.core.sampling`
