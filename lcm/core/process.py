@@ -72,8 +72,8 @@ class Process(nn.Module):
 class VP(Process):
     """The variance-preserving process of DDPM and Stable Diffusion: tables of alpha and sigma, built in float64.
 
-    The arguments are keys of diffusers' `scheduler_config.json`; `squaredcos_cap_v2` is the cosine schedule. alpha and sigma are
-    linear between two timesteps. The clean end is timestep 0, where some noise is left (Stable Diffusion: sigma = 0.03).
+    The arguments are keys of diffusers' `scheduler_config.json`; `squaredcos_cap_v2` is the cosine schedule. alpha and sigma
+    are linear between two timesteps. The clean end is timestep 0, where some noise is left (Stable Diffusion: sigma = 0.03).
     """
 
     t_min = 0
