@@ -289,3 +289,21 @@ def test_tcd_jumps_to_a_share_of_the_way_from_the_clean_end(gamma):
     assert ends[-1] == -1
     sigma = flow.sigma(torch.tensor(ends[:-1]))
     torch.testing.assert_close(sigma, (1 - gamma) * torch.tensor([0.75, 0.5, 0.25]), rtol=0, atol=1.01e-3)
+
+
+@pytest.mark.parametrize("name", ODES)
+@pytest.mark.parametrize("steps", [1, 20])
+def test_odes_of_a_flow_solve_a_point_mass(name, steps):
+    """From pure noise to the clean end itself."""
+    flow = Flow()
+    point = Gaussian(flow, mu=0.7, s=0.0)
+    z0 = ODES[name](point.denoise, Z.double(), trailing_steps(steps), process=flow, noise=no_noise)
+    torch.testing.assert_close(z0, torch.full_like(z0, 0.7), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", [sampling.dpm_solver_2m, sampling.dpm_solver_pp_2m])
+def test_multistep_solvers_end_a_flow_with_the_last_x0(sampler):
+    """The last step, to an infinite lambda, is first order."""
+    read, denoise = [], Denoiser(net, Flow(), "flow_prediction").bound({})
+    z0 = sampler(lambda z, t: read.append(denoise(z, t)) or read[-1], Z, trailing_steps(20), process=Flow(), noise=no_noise)
+    torch.testing.assert_close(z0, read[-1].x0, rtol=0, atol=1e-5)
