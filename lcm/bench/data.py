@@ -14,10 +14,10 @@ from PIL import Image
 from lcm.bench import peers
 from lcm.bench.measure import Rate, Table, in_turn, one_thread, reading_rate
 from lcm.bench.shards import write_latents, write_photos
-from lcm.models.codec import LatentCodec
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.latents import POSTERIOR
 from lcm.data.shards import IMAGES, Shard, expand_urls, first_of
+from lcm.models.codec import LatentCodec
 from lcm.models.pipeline import load_codec
 
 Loader = Callable[[int], Iterator[int]]  # workers -> sizes of batches, endless

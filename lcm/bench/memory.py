@@ -13,7 +13,6 @@ from torch.overrides import TorchFunctionMode
 
 from lcm.bench.measure import Table
 from lcm.core.guidance import W_DIM
-
 from lcm.models.families.sd import StableDiffusion
 
 GIB = 2**30
@@ -75,7 +74,9 @@ def shares(student: UNet2DConditionModel, gpus: int) -> tuple[int, int]:
 def gathered(student: UNet2DConditionModel) -> int:
     """Bytes of blocks in one piece under FSDP2: the root's and two others (the next one is fetched while one runs) in bfloat16;
     the gradients of one, in bfloat16 and, to be reduced, in float32."""
-    blocks = [sum(p.numel() for p in block.parameters()) for block in student.modules() if isinstance(block, StableDiffusion.blocks)]
+    blocks = [
+        sum(p.numel() for p in block.parameters()) for block in student.modules() if isinstance(block, StableDiffusion.blocks)
+    ]
     root = sum(p.numel() for p in student.parameters()) - sum(blocks)
     return BFLOAT16 * (root + 2 * max(blocks)) + (BFLOAT16 + FLOAT32) * max(blocks)
 

@@ -10,13 +10,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from lcm.core.random import generator
-from lcm.models.codec import LatentCodec
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.encoding import Encoder, Variants
 from lcm.data.latents import stamp
 from lcm.data.source import Source
 from lcm.data.transforms import Decode
 from lcm.encode import claim, encode_shard
+from lcm.models.codec import LatentCodec
 
 
 def photo(size: int, rng: torch.Generator) -> bytes:

@@ -46,7 +46,10 @@ def cm_consistency_fn(denoise: Denoise, z_t: Tensor, t: Tensor, *, process: Proc
 
     `x = z_t / alpha_t` has noise `sigma = sigma_t / alpha_t`. F is the network's x0 in EDM's preconditioning (no t_min), so a
     diffusion model is a consistency model to start from. sigma_data: the latents' standard deviation, which is 1.
+    A flow ends at sigma = 0, where f is x0 itself.
     """
+    if process.t_min < 0:
+        return denoise(z_t, t).x0
     alpha, sigma_t = process.at(t, z_t.ndim)
     alpha = alpha.clamp_min(FLOOR)  # pure noise of a flow has alpha = 0
     x, sigma = z_t / alpha, sigma_t / alpha

@@ -39,6 +39,10 @@ class Denoiser:
     process: Process
     prediction_type: str = "epsilon"
 
+    def __post_init__(self) -> None:
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise UserError(f"unknown prediction_type {self.prediction_type!r}: use one of {', '.join(PREDICTION_TYPES)}")
+
     def __call__(self, z_t: Tensor, t: Tensor, cond: Condition, w: Tensor | None = None) -> Denoised:
         """z_t: `[B, C, H, W]`, t: `[B]` timesteps, w: `[B]` guidance weights of a w-conditioned network."""
         return self.read(self.output(z_t, t, cond, w), z_t, t)
@@ -52,7 +56,8 @@ class Denoiser:
         if self.prediction_type == "epsilon":
             return Denoised((z_t - sigma * output) / alpha.clamp_min(FLOOR), output)
         if self.prediction_type == "sample":
-            return Denoised(output, (z_t - alpha * output) / sigma.clamp_min(FLOOR))
+            x0 = torch.where(sigma > 0, output, z_t / alpha.clamp_min(FLOOR))  # a flow's clean end is its own x0
+            return Denoised(x0, (z_t - alpha * x0) / sigma.clamp_min(FLOOR))
         a, b = coefficients(self.prediction_type, alpha, sigma)
         flow = self.prediction_type == "flow_prediction"
         determinant = alpha + sigma if flow else per_sample(self.process.squared_norm(t), z_t.ndim)  # alpha b - sigma a
@@ -90,22 +95,21 @@ def coefficients(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Te
         return one, zero
     if prediction_type == "v_prediction":  # 2202.00512, appendix D
         return -sigma, alpha
-    if prediction_type == "flow_prediction":
-        return -one, one
-    raise UserError(f"unknown prediction_type {prediction_type!r}: use one of {', '.join(PREDICTION_TYPES)}")
+    return -one, one
 
 
 def seen_from(denoise: Denoise, inner: Process, outer: Process) -> Denoise:
     """Let a denoiser of the process `inner` be called with points of the process `outer`.
 
-    (x0, eps) of a point do not depend on the process: equal `alpha / sigma` is the same point up to a scale.
+    (x0, eps) of a point do not depend on the process: equal `alpha / sigma` is the same point up to a scale. Beyond the noise
+    levels of `inner` its nearest one is used, with a point of the same scale.
     """
     if inner is outer or inner.config == outer.config:
         return denoise
 
     def mapped(z_t: Tensor, t: Tensor) -> Denoised:
         inner_t = inner.timestep_at(outer.half_log_snr(t))
-        ratio = inner.alpha(inner_t) / outer.alpha(t).clamp_min(FLOOR)
-        return denoise(per_sample(ratio, z_t.ndim) * z_t, inner_t)
+        scale, own_scale = (torch.hypot(p.alpha(at), p.sigma(at)) for p, at in ((inner, inner_t), (outer, t)))
+        return denoise(per_sample(scale / own_scale, z_t.ndim) * z_t, inner_t)
 
     return mapped

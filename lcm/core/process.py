@@ -76,8 +76,8 @@ class Process(nn.Module):
 class VP(Process):
     """The variance-preserving process of DDPM and Stable Diffusion: tables of alpha and sigma, built in float64.
 
-    The arguments are keys of diffusers' `scheduler_config.json`; `squaredcos_cap_v2` is the cosine schedule. Between two timesteps
-    alpha and sigma are linear. The clean end is timestep 0, where some noise is left (Stable Diffusion: sigma = 0.03).
+    The arguments are keys of diffusers' `scheduler_config.json`; `squaredcos_cap_v2` is the cosine schedule. alpha and sigma
+    are linear between two timesteps. The clean end is timestep 0, where some noise is left (Stable Diffusion: sigma = 0.03).
     """
 
     t_min = 0
@@ -121,7 +121,9 @@ class VP(Process):
     def timestep_at(self, half_log_snr: Tensor) -> Tensor:
         lambdas = self.alphas.log() - self.sigmas.log()  # they fall
         right = torch.searchsorted(-lambdas, -half_log_snr.contiguous()).clamp(1, self.num_timesteps - 1)
-        fraction = (half_log_snr - lambdas[right - 1]) / (lambdas[right] - lambdas[right - 1])
+        (alpha, sigma), ratio = (table[right - 1] for table in (self.alphas, self.sigmas)), (-half_log_snr).exp()
+        # Between two timesteps the tables are linear: (sigma + fraction d_sigma) / (alpha + fraction d_alpha) = ratio.
+        fraction = (ratio * alpha - sigma) / (self.sigmas[right] - sigma - ratio * (self.alphas[right] - alpha))
         return right - 1 + fraction.clamp(0, 1)
 
     def network_time(self, t: Tensor) -> Tensor:
@@ -166,9 +168,13 @@ def process_of(config: dict[str, Any]) -> Process:
     Raises UserError for other noise than VP and flow, and for betas left to defaults, which differ among diffusers' classes.
     """
     name = str(config.get("_class_name"))
-    if name.startswith("FlowMatch"):
+    if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
         if config.get("use_dynamic_shifting"):
-            raise UserError(f"the scheduler {name} shifts its times by the image size, which is not supported: set a fixed shift")
+            raise UserError(
+                f"the scheduler {name} shifts its times by the image size, which is not supported: set a fixed shift"
+            )
+        if config.get("use_flow_sigmas"):  # a DPM-Solver of diffusers, as Sana has it; its betas then mean nothing
+            config = {**config, "shift": config.get("flow_shift", 1.0)}
         return Flow(**arguments(Flow, config))
     if name.startswith(("EDM", "SCM", "FlowMap")):
         raise UserError(f"the scheduler {name} is not supported: use a model with betas (VP) or with flow matching")
@@ -176,8 +182,8 @@ def process_of(config: dict[str, Any]) -> Process:
         raise UserError("the scheduler's trained_betas are not supported: use a model whose betas follow a beta_schedule")
     if missing := [key for key in ("beta_schedule", "beta_start", "beta_end") if config.get(key) is None]:
         raise UserError(
-            f"the scheduler's config lacks {', '.join(missing)}: add the values of the model's training to scheduler_config.json "
-            "(Stable Diffusion: scaled_linear, 0.00085, 0.012)"
+            f"the scheduler's config lacks {', '.join(missing)}: add the values of the model's training to "
+            "scheduler_config.json (Stable Diffusion: scaled_linear, 0.00085, 0.012)"
         )
     return VP(**arguments(VP, config))
 

@@ -1,8 +1,8 @@
 """From noise to latents. Every sampler is `(denoise, z_T, timesteps, *, process, noise) -> z_0`.
 
-denoise: a denoiser with condition and guidance bound. z_T: `[B, C, H, W]` ~ N(0, I). timesteps: descending integers, from z_T's on.
-noise: `() -> [B, C, H, W]`, fresh standard normals. ODE and ancestral samplers end at the process' t_min. In VP some noise is left
-there (sigma_0 = 0.03), as in Stable Diffusion's own schedulers.
+denoise: a denoiser with condition and guidance bound. z_T: `[B, C, H, W]` ~ N(0, I). timesteps: descending integers, from
+z_T's on. noise: `() -> [B, C, H, W]`, fresh standard normals. ODE and ancestral samplers end at the process' t_min. In VP some
+noise is left there (sigma_0 = 0.03), as in Stable Diffusion's own schedulers.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lcm.core.consistency import ConsistencyFn, consistency_fn
-from lcm.core.denoiser import Denoise
+from lcm.core.denoiser import Denoise, Denoised
 from lcm.core.process import Process, per_sample
 from lcm.core.solvers import Solver, eps_step, x0_step
 
@@ -37,16 +37,14 @@ def consistency(
     return x0
 
 
-def tcd(
-    denoise: Denoise, z: Tensor, timesteps: list[int], *, process: Process, noise: Noise, gamma: float = 0.3
-) -> Tensor:
+def tcd(denoise: Denoise, z: Tensor, timesteps: list[int], *, process: Process, noise: Noise, gamma: float = 0.3) -> Tensor:
     """Strategic stochastic sampling of TCD (2402.19159, Algorithm 4).
 
-    A step from t to p jumps to `floor((1 - gamma) p)` and adds noise up to p. gamma = 0 is deterministic, gamma = 1 re-noises from
-    the clean end. The last step adds no noise.
+    A step from t to p jumps to `floor((1 - gamma) p)`, counted from the clean end, and adds noise up to p. gamma = 0 is
+    deterministic, gamma = 1 re-noises from the clean end. The last step adds no noise.
     """
     for t, p in pairwise([*timesteps, process.t_min]):
-        end = max(math.floor((1 - gamma) * p), process.t_min)
+        end = process.t_min + math.floor((1 - gamma) * (p - process.t_min))
         z = process.jump(*denoise(z, _at(t, z)), _at(end, z))
         if gamma and p != process.t_min:
             (alpha_m, sigma_m), (alpha_p, sigma_p) = process.at(_at(end, z), z.ndim), process.at(_at(p, z), z.ndim)
@@ -70,15 +68,14 @@ def ode(
     return z
 
 
-def ddim(
-    denoise: Denoise, z: Tensor, timesteps: list[int], *, process: Process, noise: Noise, eta: float = 0.0
-) -> Tensor:
+def ddim(denoise: Denoise, z: Tensor, timesteps: list[int], *, process: Process, noise: Noise, eta: float = 0.0) -> Tensor:
     """DDIM (2010.02502, eq. 12 and 16): eta = 0 is the ODE, eta = 1 is ancestral sampling."""
     for t, s in _steps(timesteps, z, process):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = process.at(t, z.ndim), process.at(s, z.ndim)
         x0, eps = denoise(z, t)
         variance = (sigma_s / sigma_t) ** 2 * (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2)
-        z = alpha_s * x0 + (sigma_s**2 - eta**2 * variance).sqrt() * eps
+        kept = alpha_t / alpha_s * sigma_s**2 / sigma_t  # of eps at eta = 1: the root of sigma_s^2 - variance
+        z = alpha_s * x0 + ((1 - eta**2) * sigma_s**2 + (eta * kept) ** 2).sqrt() * eps
         if eta:
             z = z + eta * variance.sqrt() * noise()
     return z
@@ -91,16 +88,25 @@ def ddpm(denoise: Denoise, z: Tensor, timesteps: list[int], *, process: Process,
 
 def dpm_solver_2m(denoise: Denoise, z: Tensor, timesteps: list[int], *, process: Process, noise: Noise) -> Tensor:
     """DPM-Solver of second order (2206.00927) in multistep form: as `dpm_solver_pp_2m`, with eps in the place of x0."""
-    return _multistep(lambda z, t: denoise(z, t).eps, eps_step, z, timesteps, process)
+
+    def step(start: Denoised, slope: Tensor, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return eps_step(z, start.x0, slope, t, s, process)
+
+    return _multistep(denoise, lambda start: start.eps, step, z, timesteps, process)
 
 
 def dpm_solver_pp_2m(denoise: Denoise, z: Tensor, timesteps: list[int], *, process: Process, noise: Noise) -> Tensor:
     """DPM-Solver++(2M) (2211.01095, Algorithm 2): second order at one network call a step."""
-    return _multistep(lambda z, t: denoise(z, t).x0, x0_step, z, timesteps, process)
+
+    def step(start: Denoised, slope: Tensor, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return x0_step(z, slope, t, s, process)
+
+    return _multistep(denoise, lambda start: start.x0, step, z, timesteps, process)
 
 
 def _multistep(
-    read: Callable[[Tensor, Tensor], Tensor],
+    denoise: Denoise,
+    read: Callable[[Denoised], Tensor],
     step: Callable[..., Tensor],
     z: Tensor,
     timesteps: list[int],
@@ -108,16 +114,17 @@ def _multistep(
 ) -> Tensor:
     """Linear multistep: extrapolate the model output (`read`) from the last two steps.
 
-    The first step is first order. So is the last of fewer than 15 (diffusers' `lower_order_final`).
+    The first step is first order. So is the last of fewer than 15, or to no noise (diffusers' `lower_order_final`).
     """
     previous: tuple[Tensor, Tensor] | None = None  # (model output, h) of the step before
     for i, (t, s) in enumerate(_steps(timesteps, z, process)):
-        now = read(z, t)
+        start = denoise(z, t)
+        now = read(start)
         h = per_sample(process.half_log_snr(s) - process.half_log_snr(t), z.ndim)
-        last = len(timesteps) < 15 and i == len(timesteps) - 1
+        last = i == len(timesteps) - 1 and (len(timesteps) < 15 or process.t_min < 0)
         slope = now if previous is None or last else now + (now - previous[0]) * h / (2 * previous[1])
         previous = (now, h)
-        z = step(z, slope, t, s, process)
+        z = step(start, slope, z, t, s)
     return z
 
 

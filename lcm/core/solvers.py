@@ -17,21 +17,21 @@ Solver = Callable[..., Tensor]
 
 
 def ddim(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Process) -> Tensor:
-    """DDIM with eta = 0 (2010.02502, eq. 12): `alpha_s x0 + sigma_s eps`. The paper's default Psi; in a flow it is Euler's step."""
+    """DDIM with eta = 0 (2010.02502, eq. 12): `alpha_s x0 + sigma_s eps`. The paper's default Psi; Euler's step in a flow."""
     return process.jump(*denoise(z_t, t), s)
 
 
 def dpm_solver_1(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Process) -> Tensor:
     """DPM-Solver-1 (2206.00927, eq. 3.7): DDIM written in eps, `alpha_s / alpha_t z_t - sigma_s (e^h - 1) eps`."""
-    return eps_step(z_t, denoise(z_t, t).eps, t, s, process)
+    return eps_step(z_t, *denoise(z_t, t), t, s, process)
 
 
 def dpm_solver_2(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Process) -> Tensor:
     """Single-step DPM-Solver-2 (2206.00927, Algorithm 4 with r1 at the integer timestep nearest lambda's midpoint)."""
     m, r = midpoint(t, s, process)
-    eps_t = denoise(z_t, t).eps
-    eps_m = denoise(eps_step(z_t, eps_t, t, m, process), m).eps
-    return eps_step(z_t, eps_t + (eps_m - eps_t) / (2 * per_sample(r, z_t.ndim)), t, s, process)
+    x0_t, eps_t = denoise(z_t, t)
+    eps_m = eps_at(denoise, eps_step(z_t, x0_t, eps_t, t, m, process), m, process, eps_t)
+    return eps_step(z_t, x0_t, eps_t + (eps_m - eps_t) / (2 * per_sample(r, z_t.ndim)), t, s, process)
 
 
 def dpm_solver_pp_1(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Process) -> Tensor:
@@ -52,17 +52,18 @@ def euler(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Proce
 
     On this axis, the one k-diffusion and EulerDiscreteScheduler use, Euler's step is DDIM's.
     """
-    return eps_step(z_t, denoise(z_t, t).eps, t, s, process)
+    return eps_step(z_t, *denoise(z_t, t), t, s, process)
 
 
 def heun(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Process) -> Tensor:
     """Heun's trapezoid on the same ODE (2206.00364, Algorithm 1): the slope is averaged over both ends.
 
-    From pure noise (zero-terminal-SNR, t = T - 1) the axis starts at infinity: few Heun steps diverge there.
+    To no noise (a flow, s = t_min) the step is first order, as in that algorithm. So it is from pure noise (a flow or
+    zero-terminal-SNR, t = T - 1), where the axis starts at infinity.
     """
-    eps_t = denoise(z_t, t).eps
-    eps_s = denoise(eps_step(z_t, eps_t, t, s, process), s).eps
-    return eps_step(z_t, (eps_t + eps_s) / 2, t, s, process)
+    x0_t, eps_t = denoise(z_t, t)
+    eps_s = eps_at(denoise, eps_step(z_t, x0_t, eps_t, t, s, process), s, process, eps_t)
+    return eps_step(z_t, x0_t, (eps_t + eps_s) / 2, t, s, process)
 
 
 def midpoint(t: Tensor, s: Tensor, process: Process) -> tuple[Tensor, Tensor]:
@@ -71,18 +72,24 @@ def midpoint(t: Tensor, s: Tensor, process: Process) -> tuple[Tensor, Tensor]:
     Where t and s are neighbours there is no timestep between them, m = s and r = 1: a step with the slope of both ends.
     """
     lambdas = process.half_log_snr(torch.arange(process.num_timesteps, device=t.device))
-    middle = (lambdas[t] + lambdas[s]) / 2
-    m = (lambdas[None] - middle[:, None]).abs().argmin(dim=1)
+    lambda_t, lambda_s = process.half_log_snr(t), process.half_log_snr(s)
+    m = (lambdas[None] - (lambda_t + lambda_s)[:, None] / 2).abs().argmin(dim=1)
     m = torch.maximum(torch.minimum(m, t - 1), s)
-    share = (lambdas[m] - lambdas[t]) / (lambdas[s] - lambdas[t])
+    share = (process.half_log_snr(m) - lambda_t) / (lambda_s - lambda_t)
     return m, torch.where(t > s, share, 1.0)  # t = s is a step of no length
 
 
-def eps_step(z_t: Tensor, eps: Tensor, t: Tensor, s: Tensor, process: Process) -> Tensor:
-    """Exact solution of the ODE for a constant eps."""
+def eps_at(denoise: Denoise, z: Tensor, t: Tensor, process: Process, otherwise: Tensor) -> Tensor:
+    """Return the noise in z; where there is none (a flow, t = t_min) no network knows it, and `otherwise` is returned."""
+    sigma = per_sample(process.sigma(t), z.ndim)
+    return torch.where(sigma > 0, denoise(z, t).eps, otherwise)
+
+
+def eps_step(z_t: Tensor, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, process: Process) -> Tensor:
+    """Exact solution of the ODE for a constant eps. x0: at z_t, which z_t and eps do not determine in pure noise."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = process.at(t, z_t.ndim), process.at(s, z_t.ndim)
     ratio = alpha_s / alpha_t.clamp_min(FLOOR)
-    return ratio * z_t + (sigma_s - ratio * sigma_t) * eps
+    return torch.where(alpha_t > FLOOR, ratio * z_t + (sigma_s - ratio * sigma_t) * eps, alpha_s * x0 + sigma_s * eps)
 
 
 def x0_step(z_t: Tensor, x0: Tensor, t: Tensor, s: Tensor, process: Process) -> Tensor:

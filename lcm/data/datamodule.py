@@ -12,7 +12,6 @@ from lcm.core.batch import LatentBatch
 from lcm.core.random import generator
 from lcm.data.buckets import aspect, shapes_of
 from lcm.data.cache import ShardCache
-from lcm.models.codec import LatentCodec, to_signed_range
 from lcm.data.epochs import training_order, validation_order
 from lcm.data.filters import Filters
 from lcm.data.latents import DecodeLatents, check_stamp, collate_latents
@@ -24,6 +23,7 @@ from lcm.data.stream import ShardStream
 from lcm.data.transforms import Decode, collate
 from lcm.data.workers import Loader
 from lcm.errors import UserError
+from lcm.models.codec import LatentCodec, to_signed_range
 
 log = logging.getLogger(__name__)
 

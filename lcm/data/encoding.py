@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from lcm.core.random import generator
-from lcm.models.codec import LatentCodec
 from lcm.data.latents import DRAWN, POSTERIOR, SIZES, TEXTS
 from lcm.data.members import Sample
 from lcm.data.shards import CAPTION_MEMBERS
 from lcm.data.transforms import Decode
+from lcm.models.codec import LatentCodec
 
 
 @dataclass

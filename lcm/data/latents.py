@@ -12,14 +12,18 @@ import fsspec
 import numpy as np
 import torch
 
-from lcm.models.codec import LatentCodec
 from lcm.data.members import CaptionChoice, Sample, Skip, skipping
 from lcm.data.shards import first_of, local
 from lcm.errors import UserError
+from lcm.models.codec import LatentCodec
 from lcm.redaction import redacted
 
 POSTERIOR, DRAWN, SIZES = "latent.npy", "sample.npy", "sizes.npy"
-TEXTS = {"states": ("text.npy", 2), "mask": ("mask.npy", 1), "pooled": ("pooled.npy", 1)}  # embeddings: member and its dimensions
+TEXTS = {
+    "states": ("text.npy", 2),
+    "mask": ("mask.npy", 1),
+    "pooled": ("pooled.npy", 1),
+}  # embeddings: member and its dimensions
 CONTENT = {POSTERIOR: "posterior mean and std, unscaled, float16", DRAWN: "a sample of the posterior, unscaled, float16"}
 STAMP = "latents.json"
 

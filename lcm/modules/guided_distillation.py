@@ -6,7 +6,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lcm.core.batch import LatentBatch
@@ -15,7 +14,6 @@ from lcm.core.guidance import check_w_range
 from lcm.core.objectives.consistency import Networks
 from lcm.core.objectives.guided_distillation import GuidedDistillationObjective
 from lcm.core.process import Process
-from lcm.core.timesteps import trailing_steps
 from lcm.errors import UserError
 from lcm.models.pipeline import load_family
 from lcm.models.saving import save_network

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lcm.core.batch import LatentBatch
-from lcm.core.denoiser import Condition, Denoiser, Network, coefficients
+from lcm.core.denoiser import Condition, Denoiser, Network
 from lcm.core.ema import ema_update_, warmed_up
 from lcm.core.process import Process
 from lcm.models.codec import LatentCodec
@@ -50,7 +50,7 @@ class LatentModule(TrainedModule):
         super().__init__(**kwargs)
         self.net, self.process, self.pipeline, self.family = net.train(), process, pipeline, load_family(pipeline)
         self.prediction_type = prediction_type or load_prediction_type(pipeline)
-        coefficients(self.prediction_type, torch.ones(()), torch.ones(()))
+        Denoiser(net, process, self.prediction_type)  # refuses an unknown prediction type
         self.objective = objective(process)
         self.eval_ema, self.w_lr_scale, self.compile_networks = eval_ema, w_lr_scale, compile
         self.ema_net = frozen_copy(net) if eval_ema is not None else None
@@ -134,9 +134,7 @@ class LatentModule(TrainedModule):
         return self.net if self.ema_net is None else self.ema_net
 
     def latent_model(self, codec: LatentCodec) -> LatentModel:
-        return LatentModel(
-            self.family, self.best_net, self.process, self.prediction_type, codec.to(self.device), self.facts()
-        )
+        return LatentModel(self.family, self.best_net, self.process, self.prediction_type, codec.to(self.device), self.facts())
 
     def facts(self) -> dict[str, Any]:
         """Return the content of `lcm.json` in the saved folder."""

@@ -1,26 +1,56 @@
 """Gaussian data, the one case where denoiser and probability-flow ODE are closed forms."""
 
-from lcm.core.prediction import Denoised
+from lcm.core.denoiser import Denoised, Denoiser
+from lcm.core.process import Flow
 
 
 class Gaussian:
     """z0 ~ N(mu, s^2) in each element; s = 0 is a point mass."""
 
-    def __init__(self, schedule, mu=0.3, s=0.5):
-        self.schedule, self.mu, self.s = schedule, mu, s
+    def __init__(self, process, mu=0.3, s=0.5):
+        self.process, self.mu, self.s = process, mu, s
 
     def moments(self, t):
         """Mean and standard deviation of z_t."""
-        alpha, sigma = self.schedule.at(t, 4)
+        alpha, sigma = self.process.at(t, 4)
         return alpha * self.mu, (alpha**2 * self.s**2 + sigma**2).sqrt()
 
     def denoise(self, z, t):
-        """E[x0 | z_t] and the eps that belongs to it."""
-        (alpha, sigma), (mean, std) = self.schedule.at(t, 4), self.moments(t)
-        x0 = self.mu + alpha * self.s**2 / std**2 * (z - mean)
-        return Denoised(x0, (z - alpha * x0) / sigma)
+        """E[x0 | z_t] and E[eps | z_t]."""
+        (alpha, sigma), (mean, std) = self.process.at(t, 4), self.moments(t)
+        scaled = (z - mean) / (std**2).clamp_min(1e-30)  # a point mass in a flow ends with std = 0
+        return Denoised(self.mu + alpha * self.s**2 * scaled, sigma * scaled)
 
     def flow(self, z, t, s):
         """The exact solution of the ODE from z at t to s."""
         (mean_t, std_t), (mean_s, std_s) = self.moments(t), self.moments(s)
         return mean_s + (z - mean_t) * std_s / std_t
+
+    def end(self, z, t):
+        """(x0, eps) of z with the clean end of its path as x0: of a perfect consistency function."""
+        x0, (alpha, sigma) = self.flow(z, t, t * 0 + self.process.t_min), self.process.at(t, 4)
+        return Denoised(x0, (z - alpha * x0) / sigma.clamp_min(1e-30))
+
+
+def timestep(process, time):
+    """The timestep that a network is told as `time`."""
+    if not isinstance(process, Flow):
+        return time
+    q = time / 1000
+    return q / (process.shift - (process.shift - 1) * q) * process.num_timesteps - 1
+
+
+def network(process, prediction_type, denoise):
+    """A denoiser whose network answers with the (x0, eps) of `denoise(z, t)`, in its prediction type."""
+
+    def net(z, time, cond, w=None):
+        t = timestep(process, time)
+        return denoiser.target(*denoise(z, t), t)
+
+    denoiser = Denoiser(net, process, prediction_type)
+    return denoiser
+
+
+def exact(process, prediction_type="epsilon", **data):
+    """The perfect denoiser of Gaussian data."""
+    return network(process, prediction_type, Gaussian(process, **data).denoise)

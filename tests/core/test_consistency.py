@@ -5,8 +5,8 @@ import torch
 from diffusers import LCMScheduler
 
 from lcm.core.consistency import boundary_scalings, cm_consistency_fn, cm_scalings, consistency_fn
-from lcm.core.prediction import PREDICTION_TYPES, Denoised
-from lcm.core.schedule import NoiseSchedule
+from lcm.core.denoiser import PREDICTION_TYPES, Denoised, Denoiser
+from lcm.core.process import VP, Flow
 
 Z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -44,11 +44,30 @@ def test_scalings_agree_with_diffusers():
 
 def test_boundary():
     """f(z, 0) = z exactly, however wrong the network."""
-    assert torch.equal(consistency_fn(lambda z, t: Denoised(1e6 * z.cos(), z), Z, torch.tensor([0, 0])), Z)
+    assert torch.equal(consistency_fn(lambda z, t: Denoised(1e6 * z.cos(), z), Z, torch.tensor([0, 0]), process=VP()), Z)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("f", [consistency_fn, cm_consistency_fn])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_boundary_of_a_flow(f, shift, prediction_type):
+    """f(z, -1) = z exactly, by no scalings."""
+    flow = Flow(shift=shift)
+    denoise = Denoiser(lambda z, time, cond, w: 1e6 * z.cos(), flow, prediction_type).bound({})
+    assert torch.equal(f(denoise, Z, torch.tensor([-1, -1]), process=flow), Z)
+
+
+@pytest.mark.parametrize("f", [consistency_fn, cm_consistency_fn])
+def test_a_flow_s_f_is_x0_at_every_t(f):
+    """`f = y - sigma u`, from pure noise to the first timestep."""
+    flow, t = Flow(), torch.tensor([999, 0])
+    denoise = Denoiser(lambda z, time, cond, w: z.cos(), flow, "flow_prediction").bound({})
+    expected = Z - torch.tensor([1.0, 0.001]).view(2, 1, 1, 1) * Z.cos()
+    torch.testing.assert_close(f(denoise, Z, t, process=flow), expected, rtol=0, atol=1e-6)
 
 
 def test_away_from_the_boundary_f_is_x0():
-    f = consistency_fn(lambda z, t: Denoised(z.cos(), z), Z, torch.tensor([19, 999]))
+    f = consistency_fn(lambda z, t: Denoised(z.cos(), z), Z, torch.tensor([19, 999]), process=VP())
     torch.testing.assert_close(f, Z.cos(), rtol=0, atol=1e-4)
 
 
@@ -56,8 +75,8 @@ def test_each_sample_has_its_own_t():
     def denoise(z, t):
         return Denoised(z * t.view(-1, 1, 1, 1), z)
 
-    together = consistency_fn(denoise, Z, torch.tensor([0, 3]))
-    alone = [consistency_fn(denoise, Z[i : i + 1], torch.tensor([t])) for i, t in enumerate((0, 3))]
+    together = consistency_fn(denoise, Z, torch.tensor([0, 3]), process=VP())
+    alone = [consistency_fn(denoise, Z[i : i + 1], torch.tensor([t]), process=VP()) for i, t in enumerate((0, 3))]
     assert torch.equal(together, torch.cat(alone))
 
 
@@ -78,16 +97,14 @@ def test_golden_scalings_of_consistency_models(sigma, c_skip, c_out):
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0])
 def test_the_boundary_of_consistency_models(sigma_data, prediction_type):
     """f(x, sigma_min) = x, the sample in the VE process's units, however wrong the network."""
-    schedule = NoiseSchedule(prediction_type=prediction_type)
-    denoise, t = (lambda z, t: Denoised(1e6 * z.cos(), z)), torch.tensor([0, 0])
-    f = cm_consistency_fn(denoise, Z, t, schedule=schedule, sigma_data=sigma_data)
-    assert torch.equal(f, Z / schedule.alpha[0])
+    process, t = VP(), torch.tensor([0, 0])
+    denoise = Denoiser(lambda z, time, cond, w: 1e6 * z.cos(), process, prediction_type).bound({})
+    f = cm_consistency_fn(denoise, Z, t, process=process, sigma_data=sigma_data)
+    assert torch.equal(f, Z / process.alphas[0])
 
 
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0])
 def test_a_diffusion_model_is_a_consistency_model_to_start_from(sigma_data):
     """Far from t_min the form gives back the network's x0."""
-    f = cm_consistency_fn(
-        lambda z, t: Denoised(z.cos(), z), Z, torch.tensor([800, 999]), schedule=NoiseSchedule(), sigma_data=sigma_data
-    )
+    f = cm_consistency_fn(lambda z, t: Denoised(z.cos(), z), Z, torch.tensor([800, 999]), process=VP(), sigma_data=sigma_data)
     torch.testing.assert_close(f, Z.cos(), rtol=0.02, atol=0.03)

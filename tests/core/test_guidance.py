@@ -5,21 +5,22 @@ import torch
 from diffusers import LatentConsistencyModelPipeline
 
 from lcm.core import solvers
+from lcm.core.denoiser import PREDICTION_TYPES, Denoiser
 from lcm.core.guidance import embed_w, guide
-from lcm.core.networks import conditioned, guided
-from lcm.core.prediction import PREDICTION_TYPES
-from lcm.core.schedule import NoiseSchedule
+from lcm.core.process import VP, Flow
 
 RNG = torch.Generator().manual_seed(0)
 Z = torch.randn(3, 4, 8, 8, generator=RNG)
-COND, UNCOND = torch.randn(3, 5, 2, generator=RNG), torch.randn(1, 5, 2, generator=RNG)
+COND, UNCOND = ({"states": torch.randn(n, 5, 2, generator=RNG)} for n in (3, 1))
+ALONE = {"states": UNCOND["states"].expand(3, 5, 2)}  # of every sample
 T, S, W = torch.tensor([499, 259, 999]), torch.tensor([479, 239, 979]), torch.tensor([0.0, 7.0, 14.0])
+every_process = pytest.mark.parametrize("process", [VP(), Flow()], ids=["vp", "flow"])
 every_type = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 
 
 def net(z, t, cond, w):
     assert w is None, "a teacher has no w"
-    return torch.tanh(z * cond.mean((1, 2)).view(-1, 1, 1, 1) + t.view(-1, 1, 1, 1) / 1000)
+    return torch.tanh(z * cond["states"].mean((1, 2)).view(-1, 1, 1, 1) + t.view(-1, 1, 1, 1) / 1000)
 
 
 def test_w_zero_is_conditional():
@@ -35,34 +36,48 @@ def test_golden_guided_eps():
     assert guide(torch.tensor([[-1.0]]), torch.tensor([[-0.8]]), torch.tensor([7.0])).item() == pytest.approx(-2.4)
 
 
+@every_process
 @every_type
-def test_one_doubled_forward_is_two_forwards(prediction_type):
+def test_one_doubled_forward_is_two_forwards(process, prediction_type):
     """Guiding the output guides x0 and eps alike."""
-    schedule = NoiseSchedule(prediction_type=prediction_type)
-    x0, eps = guided(net, COND, UNCOND, schedule, W)(Z, T)
-    cond, uncond = (conditioned(net, c, schedule)(Z, T) for c in (COND, UNCOND.expand_as(COND)))
+    denoiser, t = Denoiser(net, process, prediction_type), T.clamp(max=979)  # a flow's eps says nothing of x0 at 999
+    t = T if isinstance(process, VP) else t
+    x0, eps = denoiser.guided(COND, UNCOND, W)(Z, t)
+    cond, uncond = (denoiser.bound(c)(Z, t) for c in (COND, ALONE))
     torch.testing.assert_close(x0, guide(cond.x0, uncond.x0, W), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(eps, guide(cond.eps, uncond.eps, W), rtol=1e-4, atol=1e-4)
 
 
+@every_process
 @every_type
-def test_guided_ddim_is_the_papers_step(prediction_type):
+def test_guided_ddim_is_the_papers_step(process, prediction_type):
     """Algorithm 1: `z + (1 + w) Psi(c) - w Psi(null)` with Psi the increment of a solver's step."""
-    schedule = NoiseSchedule(prediction_type=prediction_type)
+    denoiser = Denoiser(net, process, prediction_type)
+    t = T if isinstance(process, VP) else T.clamp(max=989)
 
     def psi(cond):
-        return solvers.ddim(conditioned(net, cond, schedule), Z, T, S, schedule=schedule) - Z
+        return solvers.ddim(denoiser.bound(cond), Z, t, S, process=process) - Z
 
     w = W.view(3, 1, 1, 1)
-    expected = Z + (1 + w) * psi(COND) - w * psi(UNCOND.expand_as(COND))
-    step = solvers.ddim(guided(net, COND, UNCOND, schedule, W), Z, T, S, schedule=schedule)
+    expected = Z + (1 + w) * psi(COND) - w * psi(ALONE)
+    step = solvers.ddim(denoiser.guided(COND, UNCOND, W), Z, t, S, process=process)
     torch.testing.assert_close(step, expected, rtol=0, atol=1e-4)
 
 
 def test_guidance_costs_one_forward():
     calls = []
-    guided(lambda z, *_: calls.append(len(z)) or z, COND, UNCOND, NoiseSchedule(), W)(Z, T)
+    Denoiser(lambda z, *_: calls.append(len(z)) or z, VP()).guided(COND, UNCOND, W)(Z, T)
     assert calls == [6]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_every_part_of_a_condition_is_doubled(rows):
+    """The unconditional one may have one row, or one for each sample."""
+    cond = {"states": torch.zeros(3, 5, 2), "pooled": torch.zeros(3, 4), "sizes": torch.zeros(3, 6, dtype=torch.int64)}
+    uncond, seen = {name: torch.ones_like(part[:rows]) for name, part in cond.items()}, []
+    Denoiser(lambda z, time, cond, w: seen.append(cond) or z, VP()).guided(cond, uncond, W)(Z, T)
+    for name, part in cond.items():
+        assert torch.equal(seen[0][name], torch.cat([part, torch.ones_like(part)]))
 
 
 @pytest.mark.parametrize(

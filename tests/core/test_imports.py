@@ -35,7 +35,7 @@ def rank(part):
 
 
 def test_the_files_were_found():
-    assert "lcm/core/schedule.py" in FILES
+    assert "lcm/core/process.py" in FILES
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.startswith("lcm/core/")])

@@ -1,6 +1,7 @@
-"""The losses of the three methods, in closed form."""
+"""The losses of the methods on latents, in closed form."""
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -9,17 +10,17 @@ from torch import nn
 from lcm.core import losses, solvers
 from lcm.core.batch import LatentBatch
 from lcm.core.consistency import boundary_scalings
-from lcm.core.networks import Networks
-from lcm.core.objectives import consistency, denoising
-from lcm.core.objectives.consistency import ConsistencyDraws, consistency_loss
-from lcm.core.objectives.denoising import DenoisingDraws, min_snr_weight
-from lcm.core.objectives.distillation import latent_consistency_distillation
-from lcm.core.objectives.finetuning import latent_consistency_finetuning
-from lcm.core.prediction import PREDICTION_TYPES
-from lcm.core.schedule import NoiseSchedule
+from lcm.core.denoiser import PREDICTION_TYPES, Denoiser
+from lcm.core.objectives.consistency import ConsistencyDraws, ConsistencyObjective, Networks
+from lcm.core.objectives.denoising import Denoising, DenoisingDraws, min_snr_weight
+from lcm.core.objectives.distillation import LatentConsistencyDistillation
+from lcm.core.objectives.finetuning import LatentConsistencyFinetuning
+from lcm.core.process import VP, Flow
 from lcm.core.timesteps import grid
+from tests.core.gaussian import Gaussian, exact, network
 
 B, SHAPE = 4, (4, 4, 8, 8)
+every_process = pytest.mark.parametrize("process", [VP(), Flow()], ids=["vp", "flow"])
 every_type = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 
 
@@ -30,12 +31,18 @@ def rng(seed=0):
 def a_batch(z0=None, cond=0.0, uncond=0.0):
     z0 = torch.randn(SHAPE, generator=rng(1)) if z0 is None else z0
     n = len(z0)
-    return LatentBatch(z0, torch.full((n, 1, 1), cond), torch.full((1, 1, 1), uncond), ["caption"] * n, ["key"] * n)
+    cond, uncond = {"states": torch.full((n, 1, 1), cond)}, {"states": torch.full((1, 1, 1), uncond)}
+    return LatentBatch(z0, cond, uncond, ["caption"] * n, ["key"] * n)
 
 
 def some_draws(*index):
     index = torch.tensor(index or (0, 12, 24, 49))
     return ConsistencyDraws(torch.randn(SHAPE, generator=rng(2)), index, torch.linspace(2, 14, B))
+
+
+def denoisers(*networks, process=None, prediction_type="epsilon"):
+    """The student, its target and the teacher, of one process."""
+    return Networks(*(Denoiser(net, process or VP(), prediction_type) for net in networks))
 
 
 class Recorder:
@@ -60,6 +67,10 @@ class Scale(nn.Module):
         return self.dropout(self.weight * z)
 
 
+def says_its_caption(z, t, cond, w):
+    return cond["states"].view(-1, 1, 1, 1).expand_as(z)
+
+
 # one step of distillation: peers' scalar example, student eps -1.1, target eps -0.9, teacher eps -1.0 and -0.8 (null), w = 7
 
 STEPS = pytest.mark.parametrize(
@@ -73,17 +84,14 @@ STEPS = pytest.mark.parametrize(
 
 
 def golden_step(index, distance):
-    nets = Networks(Recorder(-1.1), Recorder(-0.9), lambda z, t, cond, w: cond.view(-1, 1, 1, 1).expand_as(z))
-    loss, logs = latent_consistency_distillation(
-        nets,
+    online, target = Recorder(-1.1), Recorder(-0.9)
+    objective = LatentConsistencyDistillation(VP(), timesteps=grid(), solver=solvers.ddim, distance=distance)
+    loss, logs = objective.loss(
+        denoisers(online, target, says_its_caption),
         a_batch(torch.full((1, 1, 1, 1), 0.5), cond=-1.0, uncond=-0.8),
         ConsistencyDraws(torch.full((1, 1, 1, 1), -1.2), torch.tensor([index]), torch.tensor([7.0])),
-        schedule=NoiseSchedule(),
-        timesteps=grid(),
-        solver=solvers.ddim,
-        distance=distance,
     )
-    return nets, loss.item(), logs
+    return Networks(online, target), loss.item(), logs
 
 
 @STEPS
@@ -110,14 +118,14 @@ def test_golden_distillation_loss(index, t, s, z_t, z_prev, student, target, l2,
     assert golden_step(index, partial(losses.huber, c=1e-3))[1] == pytest.approx(huber, abs=1e-5)
 
 
-def distil(nets, draws, **changes):
-    kwargs = {"schedule": NoiseSchedule(), "timesteps": grid(), "solver": solvers.ddim, "distance": losses.l2, **changes}
-    return latent_consistency_distillation(nets, a_batch(), draws, **kwargs)
+def distil(nets, draws, process=None, **changes):
+    options = {"timesteps": grid(), "solver": solvers.ddim, "distance": losses.l2, **changes}
+    return LatentConsistencyDistillation(process or VP(), **options).loss(nets, a_batch(), draws)
 
 
-def finetune(nets, draws, **changes):
-    kwargs = {"schedule": NoiseSchedule(), "timesteps": grid(), "distance": losses.l2, **changes}
-    return latent_consistency_finetuning(nets, a_batch(), draws, **kwargs)
+def finetune(nets, draws, process=None, **changes):
+    options = {"timesteps": grid(), "distance": losses.l2, **changes}
+    return LatentConsistencyFinetuning(process or VP(), **options).loss(nets, a_batch(), draws)
 
 
 every_objective = pytest.mark.parametrize("objective", [distil, finetune])
@@ -125,12 +133,12 @@ every_objective = pytest.mark.parametrize("objective", [distil, finetune])
 
 @every_objective
 def test_gradient_reaches_the_online_network_only(objective):
-    nets = Networks(Scale(0.5), Scale(0.4), Scale(0.3))
-    loss, logs = objective(nets, some_draws())
+    online, target, teacher = Scale(0.5), Scale(0.4), Scale(0.3)
+    loss, logs = objective(denoisers(online, target, teacher), some_draws())
     loss.backward()
-    assert nets.online.weight.grad.abs() > 0
-    assert nets.target.weight.grad is None
-    assert nets.teacher.weight.grad is None
+    assert online.weight.grad.abs() > 0
+    assert target.weight.grad is None
+    assert teacher.weight.grad is None
     assert not logs["consistency_l2"].requires_grad
 
 
@@ -141,7 +149,7 @@ def test_the_teacher_keeps_no_graph():
         seen.append(torch.is_grad_enabled())
         return z
 
-    distil(Networks(Scale(0.5), Scale(0.4), teacher), some_draws())
+    distil(denoisers(Scale(0.5), Scale(0.4), teacher), some_draws())
     assert seen == [False]
 
 
@@ -149,50 +157,107 @@ def test_the_teacher_keeps_no_graph():
 def test_the_network_may_be_its_own_target(objective):
     """The gradient is that of the first argument alone."""
     net = Scale(0.5)
-    objective(Networks(net, net, Scale(0.3)), some_draws())[0].backward()
-    apart = Networks(Scale(0.5), Scale(0.5), Scale(0.3))
-    objective(apart, some_draws())[0].backward()
-    assert torch.equal(net.weight.grad, apart.online.weight.grad)
+    objective(denoisers(net, net, Scale(0.3)), some_draws())[0].backward()
+    apart = Scale(0.5)
+    objective(denoisers(apart, Scale(0.5), Scale(0.3)), some_draws())[0].backward()
+    assert torch.equal(net.weight.grad, apart.weight.grad)
 
 
 @every_objective
 @pytest.mark.parametrize("skip_steps", [1, 20, 100])
 def test_skip_steps(objective, skip_steps):
-    nets = Networks(Recorder(0.1), Recorder(0.1), Recorder(0.1))
-    objective(nets, some_draws(), skip_steps=skip_steps)
-    assert nets.target.t.tolist() == [max(t - skip_steps, 0) for t in (19, 259, 499, 999)]
+    target = Recorder(0.1)
+    objective(denoisers(Recorder(0.1), target, Recorder(0.1)), some_draws(), skip_steps=skip_steps)
+    assert target.t.tolist() == [max(t - skip_steps, 0) for t in (19, 259, 499, 999)]
 
 
 @every_objective
 def test_loss_is_the_mean_over_samples(objective):
-    nets, draws = Networks(Scale(0.5), Scale(0.4), Scale(0.3)), some_draws()
+    nets, draws = denoisers(Scale(0.5), Scale(0.4), Scale(0.3)), some_draws()
     each = []
     objective(nets, draws, distance=lambda x, y: each.append(losses.l2(x, y)) or each[0])
     torch.testing.assert_close(objective(nets, draws)[0], each[0].mean())
 
 
 def test_finetuning_noises_both_points_with_the_same_eps():
-    nets, draws, schedule = Networks(Recorder(0.1), Recorder(0.1)), some_draws(), NoiseSchedule()
-    finetune(nets, draws)
-    for net in (nets.online, nets.target):
-        torch.testing.assert_close(net.z, schedule.add_noise(a_batch().z0, draws.eps, net.t))
+    online, target, draws = Recorder(0.1), Recorder(0.1), some_draws()
+    finetune(denoisers(online, target), draws)
+    for net in (online, target):
+        torch.testing.assert_close(net.z, VP().jump(a_batch().z0, draws.eps, net.t))
 
 
 def test_finetuning_of_a_perfect_network():
     """With x0 = z0, f differs between the points by c_skip (z - z0) only, which is near nothing except at s = 0."""
-    schedule, draws, z0 = NoiseSchedule(prediction_type="sample"), some_draws(1, 12, 24, 49), a_batch().z0
-    perfect = Networks(*[lambda z, t, cond, w: z0] * 2)
-    assert finetune(perfect, draws, schedule=schedule)[0] < 1e-9
-    at_boundary = finetune(perfect, some_draws(0, 0, 0, 0), schedule=schedule)[0]
-    z_0 = schedule.add_noise(z0, draws.eps, torch.zeros(B, dtype=torch.int64))
+    draws, z0 = some_draws(1, 12, 24, 49), a_batch().z0
+    perfect = denoisers(*[lambda z, t, cond, w: z0] * 2, prediction_type="sample")
+    assert finetune(perfect, draws)[0] < 1e-9
+    at_boundary = finetune(perfect, some_draws(0, 0, 0, 0))[0]
+    z_0 = VP().jump(z0, draws.eps, torch.zeros(B, dtype=torch.int64))
     torch.testing.assert_close(at_boundary, (z_0 - z0).square().mean(), rtol=1e-3, atol=0)
 
 
 def test_distillation_of_the_teachers_exact_flow():
     """On a point mass the teacher's step lands on the path, so a student that knows the point has no loss."""
-    schedule = NoiseSchedule(prediction_type="sample")
     knows = [lambda z, t, cond, w: torch.full_like(z, 0.7)] * 3
-    assert distil(Networks(*knows), some_draws(1, 12, 24, 49), schedule=schedule)[0] < 1e-9
+    assert distil(denoisers(*knows, prediction_type="sample"), some_draws(1, 12, 24, 49))[0] < 1e-9
+
+
+PROCESSES = {"vp": VP(), "flow": Flow(), "flow_3": Flow(shift=3.0)}
+WITHIN = (2, 12, 24, 38)  # of the grid: noise that Stable Diffusion's process has, too
+every_pair = pytest.mark.parametrize(("of_teacher", "of_student"), [*product(PROCESSES, PROCESSES)])
+
+
+@every_pair
+def test_teacher_and_student_of_any_type_and_process_agree_on_a_point_mass(of_teacher, of_student):
+    """All are told the same point in their own way; the teacher's step in the student's process stays on its path."""
+    theirs, own = PROCESSES[of_teacher], PROCESSES[of_student]
+    for teacher_type, student_type in product(PREDICTION_TYPES, PREDICTION_TYPES):
+        teacher, student = exact(theirs, teacher_type, mu=0.7, s=0.0), exact(own, student_type, mu=0.7, s=0.0)
+        assert distil(Networks(student, student, teacher), some_draws(*WITHIN), own)[0] < 1e-8
+
+
+@every_pair
+def test_teacher_and_student_of_any_type_and_process_agree_on_a_gaussian(of_teacher, of_student):
+    """The student's x0 is the end of the teacher's path: a perfect consistency function has no loss, a denoiser has one."""
+    theirs, own = PROCESSES[of_teacher], PROCESSES[of_student]
+    data, draws = Gaussian(own), some_draws(*WITHIN)
+    for teacher_type, student_type in product(PREDICTION_TYPES, PREDICTION_TYPES):
+        teacher = exact(theirs, teacher_type)
+        knows, denoises = network(own, student_type, data.end), exact(own, student_type)
+        options = {"process": own, "solver": solvers.dpm_solver_pp_2}
+        assert distil(Networks(knows, knows, teacher), draws, **options)[0] < 1e-6
+        assert distil(Networks(denoises, denoises, teacher), draws, **options)[0] > 1e-4
+
+
+def test_golden_distillation_in_a_flow():
+    """sigma 0.75 -> 0.70, and `f = y - sigma u`: teacher u -1.6 and -1.4 (null), w = 4, student u -1.9, target u -1.5."""
+    flow, seen, online, target = Flow(num_train_timesteps=20), [], Recorder(-1.9), Recorder(-1.5)
+    objective = LatentConsistencyDistillation(
+        flow,
+        timesteps=grid(20, points=20),
+        solver=solvers.ddim,
+        skip_steps=1,
+        distance=lambda x, y: seen.extend((x.item(), y.item())) or losses.l2(x, y),
+    )
+    loss, _ = objective.loss(
+        denoisers(online, target, says_its_caption, process=flow, prediction_type="flow_prediction"),
+        a_batch(torch.full((1, 1, 1, 1), 0.5), cond=-1.6, uncond=-1.4),
+        ConsistencyDraws(torch.full((1, 1, 1, 1), -1.2), torch.tensor([14]), torch.tensor([4.0])),
+    )
+    assert (online.t.item(), target.t.item()) == pytest.approx((750, 700))
+    assert (online.z.item(), target.z.item()) == pytest.approx((-0.775, -0.655), abs=1e-6)
+    assert seen == pytest.approx([0.650, 0.395], abs=1e-6)
+    assert loss.item() == pytest.approx(0.065025, abs=1e-6)
+
+
+@every_type
+def test_boundary_of_a_flow_makes_the_target_the_teachers_point(prediction_type):
+    """At s = -1, where nothing else is asked of the target network."""
+    flow, seen, options = Flow(), [], {"process": Flow(), "prediction_type": prediction_type}
+    for value in (-3.0, 50.0):
+        nets = denoisers(Scale(0.2), Recorder(value), Scale(0.3), **options)
+        distil(nets, some_draws(0, 0, 0, 0), flow, distance=lambda x, y: seen.append(y) or losses.l2(x, y))
+    assert torch.equal(*seen)
 
 
 def test_both_points_see_the_same_dropout():
@@ -200,29 +265,26 @@ def test_both_points_see_the_same_dropout():
     online, target = Scale(dropout=0.5).train(), Scale(dropout=0.5).train()
     z, t = torch.randn(SHAPE, generator=rng()), torch.full((B,), 499)
     assert not torch.equal(online(z, t, None, None), online(z, t, None, None))
-    loss, _ = consistency_loss(
-        Networks(online, target),
-        torch.zeros(B, 1, 1),
-        torch.zeros(B),
-        (z, t),
-        (z, t),
-        schedule=NoiseSchedule(),
-        distance=losses.l1,
-    )
+    objective = ConsistencyObjective(VP(), timesteps=grid(), distance=losses.l1)
+    loss, _ = objective.compare(denoisers(online, target), {}, torch.zeros(B), (z, t), (z, t))
     assert loss == 0
 
 
 def test_boundary_makes_the_target_the_teachers_point():
     """At s = 0 the target is z_s itself, whatever the target network says."""
-    said = [distil(Networks(Recorder(0.1), Recorder(x), Scale(0.3)), some_draws(0, 0, 0, 0))[0] for x in (-3.0, 50.0)]
+    said = [distil(denoisers(Recorder(0.1), Recorder(x), Scale(0.3)), some_draws(0, 0, 0, 0))[0] for x in (-3.0, 50.0)]
     assert said[0] == said[1]
 
 
 # draws
 
 
+def drawn(w_min, w_max):
+    return ConsistencyObjective(VP(), timesteps=grid(), distance=losses.l2, w_min=w_min, w_max=w_max)
+
+
 def draw(seed=0, z0=None):
-    return consistency.draw(torch.zeros(SHAPE) if z0 is None else z0, rng(seed), timesteps=grid(), w_min=2.0, w_max=14.0)
+    return drawn(2.0, 14.0).draw(torch.zeros(SHAPE) if z0 is None else z0, rng(seed))
 
 
 def test_consistency_draws_are_the_generators():
@@ -240,27 +302,31 @@ def test_consistency_draws_fill_their_ranges():
 
 
 def test_fixed_w():
-    assert (consistency.draw(torch.zeros(SHAPE), rng(), timesteps=grid(), w_min=7.5, w_max=7.5).w == 7.5).all()
+    assert (drawn(7.5, 7.5).draw(torch.zeros(SHAPE), rng()).w == 7.5).all()
 
 
 def test_denoising_draws_are_the_generators():
-    first, second = (denoising.draw(torch.zeros(SHAPE), rng(), schedule=NoiseSchedule(), offset_noise=0.1) for _ in range(2))
+    first, second = (Denoising(VP(), offset_noise=0.1).draw(torch.zeros(SHAPE), rng()) for _ in range(2))
     assert torch.equal(first.eps, second.eps)
     assert torch.equal(first.t, second.t)
 
 
 def test_denoising_draws_fill_their_range():
-    t = denoising.draw(torch.zeros(20000, 1, 1, 1), rng(), schedule=NoiseSchedule()).t
+    t = Denoising(VP()).draw(torch.zeros(20000, 1, 1, 1), rng()).t
     assert t.unique().tolist() == list(range(1000))
 
 
 def test_offset_noise_moves_each_channels_mean_only():
-    plain, offset = (
-        denoising.draw(torch.zeros(SHAPE), rng(), schedule=NoiseSchedule(), offset_noise=x).eps for x in (0.0, 0.1)
-    )
+    plain, offset = (Denoising(VP(), offset_noise=x).draw(torch.zeros(SHAPE), rng()).eps for x in (0.0, 0.1))
     shift = offset - plain
     torch.testing.assert_close(shift, shift.mean((2, 3), keepdim=True).expand_as(shift), rtol=0, atol=1e-6)
     assert shift[..., 0, 0].std().item() == pytest.approx(0.1, rel=0.5)
+
+
+def test_offset_noise_is_of_training_only():
+    plain, offset = (Denoising(VP(), offset_noise=x).eval().draw(torch.zeros(SHAPE), rng()) for x in (0.0, 0.1))
+    assert torch.equal(plain.eps, offset.eps)
+    assert torch.equal(plain.t, offset.t)
 
 
 # denoising
@@ -269,16 +335,17 @@ Z0, EPS = a_batch().z0, torch.randn(SHAPE, generator=rng(3))
 TIMES = torch.tensor([0, 259, 499, 999])
 
 
-def denoising_loss(prediction_type, x0_error, min_snr_gamma=None, t=TIMES):
+def denoising_loss(prediction_type, x0_error, min_snr_gamma=None, t=TIMES, process=None):
     """The loss of a network whose x0 is off by x0_error everywhere."""
-    schedule = NoiseSchedule(prediction_type=prediction_type)
-    alpha, sigma = schedule.at(t, 4)
+    process = process or VP()
+    alpha, sigma = process.at(t, 4)
 
-    def net(z, t, cond, w):
+    def net(z, time, cond, w):
         assert w is None
-        return schedule.target(Z0 + x0_error, EPS - x0_error * alpha / sigma, t)
+        return denoiser.target(Z0 + x0_error, EPS - x0_error * alpha / sigma, t)
 
-    return denoising.denoising(net, a_batch(), DenoisingDraws(EPS, t), schedule=schedule, min_snr_gamma=min_snr_gamma)[0]
+    denoiser = Denoiser(net, process, prediction_type)
+    return Denoising(process, min_snr_gamma=min_snr_gamma).loss(denoiser, a_batch(), DenoisingDraws(EPS, t))[0]
 
 
 @every_type
@@ -296,29 +363,30 @@ def test_golden_denoising_loss():
     assert denoising_loss("sample", 0.1).item() == pytest.approx(0.01, rel=1e-4)
 
 
+@every_process
 @every_type
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
-def test_min_snr_weighs_the_error_of_x0(prediction_type, gamma):
+def test_min_snr_weighs_the_error_of_x0(process, prediction_type, gamma):
     """2303.09556: min(SNR, gamma) times x0's squared error, whatever the network predicts."""
-    schedule = NoiseSchedule()
-    for t in TIMES:
-        snr = (schedule.alpha[t] / schedule.sigma[t]).item() ** 2
-        loss = denoising_loss(prediction_type, 0.1, gamma, t.expand(B)).item()
+    for t in TIMES if isinstance(process, VP) else TIMES[:-1]:  # in a flow's pure noise x0's error does not show
+        t = t.expand(B)
+        snr = (process.alpha(t) / process.sigma(t))[0].item() ** 2
+        loss = denoising_loss(prediction_type, 0.1, gamma, t, process).item()
         assert loss == pytest.approx(min(snr, gamma) * 0.01, rel=1e-3)
 
 
+@pytest.mark.parametrize("process", [VP(rescale_betas_zero_snr=True), Flow()], ids=["zero_snr", "flow"])
 @every_type
-def test_min_snr_weights_are_finite_with_zero_terminal_snr(prediction_type):
-    schedule = NoiseSchedule(prediction_type=prediction_type, rescale_betas_zero_snr=True)
-    weight = min_snr_weight(schedule, torch.arange(1000), 5.0)
+def test_min_snr_weights_are_finite_with_zero_terminal_snr(process, prediction_type):
+    weight = min_snr_weight(Denoiser(None, process, prediction_type), torch.arange(1000), 5.0)
     assert weight.isfinite().all()
     assert (weight >= 0).all()
 
 
 def test_scalings_used_are_those_of_each_t():
     """The student's f at t is c_skip z + c_out x0."""
-    nets, seen = Networks(Recorder(0.3), Recorder(0.3), Recorder(0.3)), []
-    schedule = NoiseSchedule(prediction_type="sample")
-    distil(nets, some_draws(), schedule=schedule, distance=lambda x, y: seen.append(x) or losses.l2(x, y))
-    c_skip, c_out = (c.view(B, 1, 1, 1) for c in boundary_scalings(nets.online.t))
-    torch.testing.assert_close(seen[0], c_skip * nets.online.z + c_out * 0.3)
+    online, seen = Recorder(0.3), []
+    nets = denoisers(online, Recorder(0.3), Recorder(0.3), prediction_type="sample")
+    distil(nets, some_draws(), distance=lambda x, y: seen.append(x) or losses.l2(x, y))
+    c_skip, c_out = (c.view(B, 1, 1, 1) for c in boundary_scalings(online.t))
+    torch.testing.assert_close(seen[0], c_skip * online.z + c_out * 0.3)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler
 
-from lcm.core.schedule import NoiseSchedule
+from lcm.core.process import VP, Flow
 from lcm.core.timesteps import consistency_steps, full, grid, karras, neighbours, points_of, skip_pair, trailing_steps
 from lcm.errors import UserError
 
@@ -34,9 +34,7 @@ def test_a_grid_is_known_by_its_timesteps(points):
     assert points_of(grid(500, points=points // 2 or 1), 500) == (points // 2 or 1)
 
 
-@pytest.mark.parametrize(
-    "timesteps", [full(), full(skip_steps=1), karras(NoiseSchedule())[1:], grid(500), grid()[:-1]], ids=len
-)
+@pytest.mark.parametrize("timesteps", [full(), full(skip_steps=1), karras(VP())[1:], grid(500), grid()[:-1]], ids=len)
 def test_other_timesteps_are_no_grid(timesteps):
     assert points_of(timesteps) is None
 
@@ -116,9 +114,9 @@ def test_too_few_or_too_many_steps(rule, most, beyond):
 
 @pytest.mark.parametrize("points", [2, 18, 40])
 def test_karras_points_are_even_in_the_seventh_root(points):
-    schedule, times = NoiseSchedule(), karras(NoiseSchedule(), points=points)
+    process, times = VP(), karras(VP(), points=points)
     assert (times[0], times[-1], len(times)) == (0, 999, points)
-    ratio = (schedule.sigma / schedule.alpha).double()
+    ratio = (process.sigmas / process.alphas).double()
     root = ratio ** (1 / 7)
     spacing = (root[-1] - root[0]) / (points - 1)
     # Each within half a timestep of where it should be, which at the noisy end is the coarsest rounding.
@@ -129,23 +127,39 @@ def test_karras_points_are_even_in_the_seventh_root(points):
 
 def test_karras_agrees_with_the_formula():
     """2303.01469: `t_i = (t_min^(1/7) + i / (N - 1) (t_max^(1/7) - t_min^(1/7)))^7`."""
-    schedule = NoiseSchedule()
-    ratio = (schedule.sigma / schedule.alpha).double()
+    process = VP()
+    ratio = (process.sigmas / process.alphas).double()
     low, high = ratio[0] ** (1 / 7), ratio[-1] ** (1 / 7)
     wanted = [(low + i / 17 * (high - low)) ** 7 for i in range(18)]
-    got = ratio[karras(schedule, points=18)]
+    got = ratio[karras(process, points=18)]
     torch.testing.assert_close(got, torch.stack(wanted), rtol=0.06, atol=0)
 
 
 @pytest.mark.parametrize("points", [1, 1001])
 def test_karras_errors(points):
     with pytest.raises(UserError, match=f"points={points}"):
-        karras(NoiseSchedule(), points=points)
+        karras(VP(), points=points)
 
 
 def test_a_fine_karras_grid_repeats_no_timestep():
-    times = karras(NoiseSchedule(), points=500)
+    times = karras(VP(), points=500)
     assert (times.diff() > 0).all()
+
+
+def test_karras_of_a_flow_reaches_pure_noise():
+    """There sigma / alpha is infinite; it counts as the largest noise that is divided by."""
+    times = karras(Flow(), points=18)
+    assert (times[0], times[-1]) == (0, 999)
+    assert (times.diff() > 0).all()
+
+
+def test_pairs_of_a_flow_end_clean():
+    _, s = skip_pair(grid(), torch.tensor([0, 1, 49]), 20, t_min=-1)
+    assert s.tolist() == [-1, 19, 979]
+    _, s = skip_pair(grid(), torch.tensor([0, 1, 49]), 50, t_min=-1)
+    assert s.tolist() == [-1, -1, 949]
+    _, s = neighbours(torch.tensor([10, 30, 999]), torch.tensor([0, 1, 2]), t_min=-1)
+    assert s.tolist() == [-1, 10, 30]
 
 
 def test_neighbours():

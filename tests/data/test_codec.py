@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from lcm.data.codec import LatentCodec, to_signed_range
 
 from lcm.core.random import generator
-from lcm.data.codec import LatentCodec, to_signed_range
 from lcm.models.pipeline import load_codec
 
 Encoded = Callable[..., tuple[LatentCodec, list[int]]]

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from lcm.data.codec import LatentCodec
 
 from lcm.core.batch import LatentBatch
-from lcm.data.codec import LatentCodec
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.filters import Filters
 from lcm.data.workers import init_worker, kill, workers_watched

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 import webdataset as wds
+from lcm.data.codec import LatentCodec
+from lcm.data.text import TextEncoder
 from tqdm import tqdm
 
 from lcm.core.batch import LatentBatch
-from lcm.data.codec import LatentCodec
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.encoding import Encoder, Variants
 from lcm.data.latents import DRAWN, POSTERIOR, TEXT, DecodeLatents, short, stamp
 from lcm.data.shards import Shard
 from lcm.data.source import Source
-from lcm.data.text import TextEncoder
 from lcm.data.transforms import Decode
 from lcm.encode import claim, done_file, encode_shard
 from lcm.errors import UserError

@@ -10,11 +10,11 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from lcm.core.schedule import NoiseSchedule
 from omegaconf import OmegaConf
 from PIL import Image
 
 from lcm.composition import compose
-from lcm.core.schedule import NoiseSchedule
 from lcm.errors import UserError
 from lcm.evaluate import evaluate
 from lcm.models import generate

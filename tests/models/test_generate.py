@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lcm.core.schedule import NoiseSchedule
 
 from lcm.core import sampling
-from lcm.core.schedule import NoiseSchedule
 from lcm.errors import UserError
 from lcm.models.generate import LatentModel
 from lcm.models.pipeline import load_unet

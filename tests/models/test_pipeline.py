@@ -10,11 +10,11 @@ import pytest
 import torch
 from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub.utils import filter_repo_objects
+from lcm.core.schedule import NoiseSchedule
 from safetensors.torch import load_file
 
 from lcm.core import sampling
 from lcm.core.random import ImageNoise
-from lcm.core.schedule import NoiseSchedule
 from lcm.errors import UserError
 from lcm.models.generate import LatentModel
 from lcm.models.pipeline import (

@@ -47,7 +47,9 @@ def new_module(pipeline: Path, kind: str, **options: Any) -> TrainedModule:
     parts = {name.partition(".")[2]: options.pop(name) for name in list(options) if name.startswith("objective.")}
     net, process, options = load_network(base), load_process(base), common(**options)
     if kind == "diffusion":
-        return LatentModule(net, process, pipeline=base, **{"objective": partial(Denoising, **parts), "eval_ema": 0.9, **options})
+        return LatentModule(
+            net, process, pipeline=base, **{"objective": partial(Denoising, **parts), "eval_ema": 0.9, **options}
+        )
     if kind == "guided":
         return GuidedDistillation(net, process, pipeline=base, **{"steps": [4, 2, 1], **options})
     guided = {"w_min": 2.0, "w_max": 14.0, "timesteps": timesteps.grid, "loss": partial(losses.huber, c=0.1)}

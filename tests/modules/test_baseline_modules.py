@@ -10,6 +10,8 @@ import lightning as L
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from lcm.core.networks import conditioned
+from lcm.modules.consistency_models import grid_points
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
@@ -19,14 +21,12 @@ from lcm.command_line import build
 from lcm.composition import compose
 from lcm.core import sampling
 from lcm.core.consistency import cm_consistency_fn
-from lcm.core.networks import conditioned
 from lcm.core.timesteps import karras
 from lcm.errors import UserError
 from lcm.export import trained
 from lcm.models.generate import LatentModel
 from lcm.models.pipeline import load_unet
 from lcm.models.student import as_network
-from lcm.modules.consistency_models import grid_points
 
 Make = Callable[..., Any]
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")

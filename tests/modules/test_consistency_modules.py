@@ -9,18 +9,18 @@ import lightning as L
 import pytest
 import torch
 from diffusers import LCMScheduler, UNet2DConditionModel
+from lcm.core.schedule import NoiseSchedule
+from lcm.data.codec import LatentCodec
+from lcm.modules.finetuning import LatentConsistencyFineTuning
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 from lcm.core.batch import LatentBatch
-from lcm.core.schedule import NoiseSchedule
 from lcm.core.timesteps import full, grid
-from lcm.data.codec import LatentCodec
 from lcm.errors import UserError
 from lcm.models.generate import LatentModel
 from lcm.models.pipeline import is_consistency_model, load_schedule, load_unet, training_facts
 from lcm.models.student import as_network
-from lcm.modules.finetuning import LatentConsistencyFineTuning
 
 Make = Callable[..., Any]
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline
+from lcm.core.condition import SizedText
+from lcm.data.codec import LatentCodec
 from tqdm import tqdm
 
 from lcm.core import sampling
-from lcm.core.condition import SizedText
 from lcm.core.random import ImageNoise, generator
-from lcm.data.codec import LatentCodec
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.encoding import Encoder, Variants
 from lcm.data.latents import stamp

@@ -41,8 +41,9 @@ class ConsistencyDraws:
 class ConsistencyObjective(nn.Module):
     """Subclasses define `loss`.
 
-    process: of the student. timesteps: the trained t, `[N]` int64 ascending. distance: the paper's d. w is uniform in [w_min, w_max].
-    f: the consistency function. saved_steps: the number of steps for which a flow student's saved scheduler pins its grid.
+    process: of the student. timesteps: the trained t, `[N]` int64 ascending. distance: the paper's d. w is uniform in
+    [w_min, w_max]. f: the consistency function. saved_steps: the number of steps for which the saved scheduler of a flow
+    student pins its grid.
     """
 
     sampler: ClassVar[str] = "consistency"  # of `lcm.core.sampling`

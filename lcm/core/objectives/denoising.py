@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lcm.core.batch import LatentBatch
 from lcm.core.denoiser import Denoiser, coefficients
-from lcm.core.process import Flow, Process
+from lcm.core.process import FLOOR, Flow, Process
 
 
 @dataclass
@@ -57,7 +57,7 @@ def min_snr_weight(net: Denoiser, t: Tensor, gamma: float) -> Tensor:
 
     At z_t an error of x0 changes the output `a x0 + b eps` by `a - b alpha / sigma`.
     """
-    alpha, sigma = net.process.alpha(t), net.process.sigma(t)
+    alpha, sigma = net.process.alpha(t).clamp_min(FLOOR), net.process.sigma(t)  # a flow's alpha ends at 0
     a, b = coefficients(net.prediction_type, alpha, sigma)
     return net.process.snr(t).clamp(max=gamma) / (a - b * alpha / sigma).square()
 

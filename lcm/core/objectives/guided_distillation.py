@@ -62,7 +62,9 @@ def match_guided_teacher(student: Denoiser, teacher: Denoiser, batch: LatentBatc
     return x0_loss(student, batch.cond, draws.w, z_t, t, target)
 
 
-def halve_steps(student: Denoiser, previous: Denoiser, batch: LatentBatch, draws: ConsistencyDraws, *, timesteps: Tensor) -> Loss:
+def halve_steps(
+    student: Denoiser, previous: Denoiser, batch: LatentBatch, draws: ConsistencyDraws, *, timesteps: Tensor
+) -> Loss:
     """Stage two (section 3.2; 2202.00512, Algorithm 2): one DDIM step of the student is two of the student before it.
 
     timesteps: `[2N + 1]`, the descending path of the previous student's 2N steps, ending at t_min. draws.index: of N.

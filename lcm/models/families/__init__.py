@@ -106,7 +106,9 @@ def family_of(folder: Path) -> Family:
         if name in kind.pipelines:
             return kind(index, read_json(folder / kind.network / "config.json"))
     known = sorted(name for kind in families() for name in kind.pipelines)
-    raise UserError(f"{folder} is a {name or 'folder without model_index.json'}, which is not supported: use one of {', '.join(known)}")
+    raise UserError(
+        f"{folder} is a {name or 'folder without model_index.json'}, which is not supported: use one of {', '.join(known)}"
+    )
 
 
 def network_like(net: Any, **changes: Any) -> Any:

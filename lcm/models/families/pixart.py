@@ -24,9 +24,7 @@ class PixArt(Family):
     text = ("states", "mask")
     blocks = (BasicTransformerBlock,)
 
-    def call(
-        self, net: Any, forward: Callable[..., Any], z: Tensor, time: Tensor, cond: Condition, w: Tensor | None
-    ) -> Tensor:
+    def call(self, net: Any, forward: Callable[..., Any], z: Tensor, time: Tensor, cond: Condition, w: Tensor | None) -> Tensor:
         dtype, factor = next(net.parameters()).dtype, 8
         added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
         if net.config["sample_size"] == 128:  # the 1024 px model is told the size in pixels

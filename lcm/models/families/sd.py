@@ -31,9 +31,7 @@ class StableDiffusion(Family):
     )
     lora_mixin = StableDiffusionLoraLoaderMixin
 
-    def call(
-        self, net: Any, forward: Callable[..., Any], z: Tensor, time: Tensor, cond: Condition, w: Tensor | None
-    ) -> Tensor:
+    def call(self, net: Any, forward: Callable[..., Any], z: Tensor, time: Tensor, cond: Condition, w: Tensor | None) -> Tensor:
         dtype, dim = next(net.parameters()).dtype, net.config["time_cond_proj_dim"]  # net.dtype walks over all modules
         options = {"timestep_cond": None if w is None or dim is None else embed_w(w, dim).to(dtype), "return_dict": False}
         return forward(z.to(dtype), time, cond["states"].to(dtype), **options, **self.added(cond, dtype))[0]

@@ -35,9 +35,7 @@ class StableDiffusion3(Family):
     )
     lora_mixin = SD3LoraLoaderMixin
 
-    def call(
-        self, net: Any, forward: Callable[..., Any], z: Tensor, time: Tensor, cond: Condition, w: Tensor | None
-    ) -> Tensor:
+    def call(self, net: Any, forward: Callable[..., Any], z: Tensor, time: Tensor, cond: Condition, w: Tensor | None) -> Tensor:
         dtype = next(net.parameters()).dtype
         return forward(
             hidden_states=z.to(dtype),
