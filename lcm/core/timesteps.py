@@ -79,10 +79,11 @@ def trailing_steps(steps: int, num_timesteps: int = 1000) -> list[int]:
 
 
 def few_step_flow(shift: float, steps: int, num_timesteps: int = 1000) -> dict[str, float]:
-    """Return the config with which diffusers' flow schedulers use `trailing_steps(steps)` of `Flow(shift)`, for this `steps` only.
+    """Return the config with which diffusers' flow schedulers use `trailing_steps(steps)` of `Flow(shift)`, for this `steps`
+    only.
 
-    Their own grid is linear from 1 to sigma_min, is shifted (a second time at sigma_min) and stretched to `shift_terminal`. Shifts and
-    stretches are Moebius maps that keep 1, so one shift and one terminal value give the wanted grid exactly.
+    Their own grid is linear from 1 to sigma_min, is shifted (a second time at sigma_min) and stretched to `shift_terminal`.
+    Shifts and stretches are Moebius maps that keep 1, so one shift and one terminal value give the wanted grid exactly.
     """
     if steps == 1:
         return {"shift": shift}

@@ -17,8 +17,8 @@ from lcm.models.student import as_network
 def call_flop(family: Family, net: Any, z_shape: torch.Size, cond: Condition, trained: bool) -> int:
     """Return the FLOP (2 a multiply-add) of matmuls, convolutions and attention of one call, counted on the meta device.
 
-    trained: with its backward, which costs a forward for the gradients of inputs (the first layer included) and another for those
-    of weights. Adapters leave out the gradients of the network's own weights.
+    trained: with its backward, which costs a forward for the gradients of inputs (the first layer included) and another for
+    those of weights. Adapters leave out the gradients of the network's own weights.
     """
     forward = forward_flop(family, net, z_shape, cond)
     if not trained:

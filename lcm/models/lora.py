@@ -20,8 +20,8 @@ def with_adapters(
 ) -> Any:
     """Return a network with the weights of `net`, shared and frozen in both, and trainable adapters of its own.
 
-    A layer with adapters computes `W x + alpha / rank * B A x`, A with `rank` rows; B starts at zero, so the result starts as `net`.
-    alpha: None: as rank. target_modules: the ends of the layers' names; None: the family's.
+    A layer with adapters computes `W x + alpha / rank * B A x`, A with `rank` rows; B starts at zero, so the result starts as
+    `net`. alpha: None: as rank. target_modules: the ends of the layers' names; None: the family's.
     """
     if family.lora_mixin is None:
         raise UserError(f"model.adapters: diffusers has no adapters for {family.pipelines[0]}: set model.adapters=null")
@@ -46,7 +46,9 @@ def is_of_adapter(name: str) -> bool:
 
 
 def merged(network: Any, base: Any) -> Any:
-    """`base` with `alpha / rank * B A` of `network` added to its weights, in place: those of `network` may be rounded to bfloat16."""
+    """`base` with `alpha / rank * B A` of `network` added to its weights, in place: those of `network` may be rounded to
+    bfloat16.
+    """
     base.add_adapter(network.peft_config[NAME], NAME)
     set_peft_model_state_dict(base, get_peft_model_state_dict(network), NAME)
     base.fuse_lora()

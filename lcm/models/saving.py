@@ -33,9 +33,10 @@ def save_pipeline(
 ) -> None:
     """Write a pipeline folder that diffusers opens unmodified: a copy of `base` with another network and scheduler.
 
-    scheduler: the class of diffusers and its config. facts: the content of `lcm.json`. more: further networks' folders by their
-    names in the pipeline. Adapters are merged into the network of `base`, and also saved by themselves, in the file that diffusers'
-    `load_lora_weights` looks for. The folder is written beside its place and renamed, so it is whole or absent.
+    scheduler: the class of diffusers and its config. facts: the content of `lcm.json`. more: further networks' folders by
+    their names in the pipeline. Adapters are merged into the network of `base`, and also saved by themselves, in the file
+    that diffusers' `load_lora_weights` looks for. The folder is written beside its place and renamed, so it is whole or
+    absent.
     """
     target = Path(folder)
     partial = target.with_name(target.name + ".partial")

@@ -20,8 +20,8 @@ def as_network(family: Family, net: Any, compiled: Callable[..., Any] | None = N
     def network(z_t: Tensor, time: Tensor, cond: Condition, w: Tensor | None = None) -> Tensor:
         if set(cond) != names or cond["states"].shape[-1] != width:
             raise UserError(
-                f"the network reads {', '.join(sorted(names))} of width {width}, the text encoders give {', '.join(sorted(cond))} "
-                f"of width {cond['states'].shape[-1]}: set data.codec.pipeline to the pipeline that is trained, and encode "
+                f"the network reads {', '.join(sorted(names))} of width {width}, the text encoders give "
+                f"{', '.join(sorted(cond))} of width {cond['states'].shape[-1]}: set data.codec.pipeline to the pipeline that is trained, and encode "
                 "latents with text embeddings by it"
             )
         return family.call(net, forward, z_t, time, cond, w)

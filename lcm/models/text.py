@@ -13,8 +13,8 @@ from lcm.models.families import Family
 class TextEncoder:
     """Captions in, text embeddings out, as the pipeline's family defines them.
 
-    dtype: of the encoders; None keeps it. memory: megabytes of embeddings to cache on the device, least recently used first out:
-    6 kB a caption of the mini model, 118 kB of SD 1.5 (bfloat16), 318 kB of SDXL.
+    dtype: of the encoders; None keeps it. memory: megabytes of embeddings to cache on the device, least recently used first
+    out: 6 kB a caption of the mini model, 118 kB of SD 1.5 (bfloat16), 318 kB of SDXL.
     """
 
     def __init__(
@@ -38,7 +38,9 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> dict[str, Tensor]:
-        """Return float32 embeddings `[B, ...]` by the family's names. Only captions that are not cached are encoded, once each."""
+        """Return float32 embeddings `[B, ...]` by the family's names. Only captions that are not cached are encoded, once
+        each.
+        """
         new = [caption for caption in dict.fromkeys(captions) if caption not in self.cache]
         if new:
             embeddings = self.family.encode(self.tokenizers, self.encoders, new)

@@ -21,12 +21,13 @@ from lcm.modules.latent import LatentModule
 class ConsistencyModule(LatentModule):
     """Trains a student, a copy of `net`, by a consistency objective (LCD, TCD, LCF, CD, CT).
 
-    net: the pipeline's network: the teacher of a distillation, and the start of the student. loss: the paper's d. ema_decay: the
-    paper's mu of the target network; 0 makes the student its own target. w_min, w_max: the range of guidance weights; the student
-    takes w as an input where the objective is guided and the family has the input. timesteps: `num_timesteps -> [N] int64`, the
-    trained t. solver: the paper's Psi. zero_init: the projection of w starts at zero, so the student starts as its teacher.
-    prediction_type: of the student; None: the teacher's. adapters: `{rank, alpha, target_modules}`, to train LoRA adapters on the
-    teacher's own weights (2311.05556); such a student takes no w, and a checkpoint holds the adapters and their averages only.
+    net: the pipeline's network: the teacher of a distillation, and the start of the student. loss: the paper's d. ema_decay:
+    the paper's mu of the target network; 0 makes the student its own target. w_min, w_max: the range of guidance weights; the
+    student takes w as an input where the objective is guided and the family has the input. timesteps: `num_timesteps -> [N]
+    int64`, the trained t. solver: the paper's Psi. zero_init: the projection of w starts at zero, so the student starts as
+    its teacher. prediction_type: of the student; None: the teacher's. adapters: `{rank, alpha, target_modules}`, to train
+    LoRA adapters on the teacher's own weights (2311.05556); such a student takes no w, and a checkpoint holds the adapters
+    and their averages only.
     """
 
     def __init__(

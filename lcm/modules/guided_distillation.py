@@ -23,11 +23,11 @@ from lcm.modules.latent import LatentModule
 
 
 class GuidedDistillation(LatentModule):
-    """Stage one: the student matches its guided teacher for any w in [w_min, w_max]. Then comes one stage for each of `steps`: the
-    student of N DDIM steps learns two steps of the student before it, and starts from it.
+    """Stage one: the student matches its guided teacher for any w in [w_min, w_max]. Then comes one stage for each of
+    `steps`: the student of N DDIM steps learns two steps of the student before it, and starts from it.
 
-    net: the pipeline's network, which is the teacher. match_share: stage one's share of `trainer.max_steps`; the other stages share
-    the rest equally. All students are saved in one folder, which is sampled with any number of `steps`.
+    net: the pipeline's network, which is the teacher. match_share: stage one's share of `trainer.max_steps`; the other stages
+    share the rest equally. All students are saved in one folder, which is sampled with any number of `steps`.
     """
 
     objective: GuidedDistillationObjective

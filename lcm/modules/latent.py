@@ -24,11 +24,11 @@ from lcm.modules.base import TrainedModule
 class LatentModule(TrainedModule):
     """Trains `net` on latents by an objective: a teacher by denoising, and the base of the distillations.
 
-    process, prediction_type (None: that of the pipeline): of `net`. objective: `process -> Objective`. pipeline: the folder or hub
-    id that `net` starts from; `save_model` copies its VAE and text encoders. eval_ema: decay of an average that is sampled,
-    validated and saved in place of `net`; None keeps none. w_lr_scale: learning-rate multiplier of the zero-initialised projection
-    of w; short runs need > 1. compile: torch.compile for the networks of a training step, for batches of one shape; validation and
-    sampling stay eager. gradient_checkpointing: recompute activations to save memory.
+    process, prediction_type (None: that of the pipeline): of `net`. objective: `process -> Objective`. pipeline: the folder
+    or hub id that `net` starts from; `save_model` copies its VAE and text encoders. eval_ema: decay of an average that is
+    sampled, validated and saved in place of `net`; None keeps none. w_lr_scale: learning-rate multiplier of the
+    zero-initialised projection of w; short runs need > 1. compile: torch.compile for the networks of a training step, for
+    batches of one shape; validation and sampling stay eager. gradient_checkpointing: recompute activations to save memory.
     """
 
     calls: list[tuple[nn.Module, torch.Size, Condition, bool]] | None = None  # recorded network calls for FLOP counting

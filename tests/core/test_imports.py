@@ -1,17 +1,15 @@
-"""Imports run one way: errors, ... <- core <- data <- models <- modules <- metrics, callbacks, ... <- programs."""
+"""Imports run one way: errors, ... <- core <- models <- data <- modules <- metrics, callbacks, ... <- programs."""
 
 import ast
 import sys
 from importlib.util import resolve_name
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 FILES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "lcm").rglob("*.py"))]
 LAYERS = [
     {"errors", "files", "images", "limits", "precision", "redaction", "signals", "targets"},
-    *({"core"}, {"data"}, {"models"}, {"modules"}, {"metrics", "callbacks", "checkpoints", "loggers", "strategies"}),
+    *({"core"}, {"models"}, {"data"}, {"modules"}, {"metrics", "callbacks", "checkpoints", "loggers", "strategies"}),
 ]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PROGRAMS = len(LAYERS)  # lcm/*.py
@@ -38,20 +36,20 @@ def test_the_files_were_found():
     assert "lcm/core/process.py" in FILES
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("lcm/core/")])
-def test_core_needs_torch_and_the_standard_library_only(file):
-    for name in imports(file):
-        top = name.partition(".")[0]
-        assert top in {"torch", *sys.stdlib_module_names} or name.startswith(("lcm.core", "lcm.errors.")), name
+def test_core_needs_torch_and_the_standard_library_only():
+    for file in (file for file in FILES if file.startswith("lcm/core/")):
+        for name in imports(file):
+            top = name.partition(".")[0]
+            assert top in {"torch", *sys.stdlib_module_names} or name.startswith(("lcm.core", "lcm.errors.")), (file, name)
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file != "lcm/__init__.py"])
-def test_no_package_imports_one_to_its_right(file):
-    own = rank(Path(file).with_suffix("").parts[1])
-    for name in imports(file):
-        top, _, rest = name.partition(".")
-        if top == "lcm":
-            assert rank(rest.partition(".")[0]) <= own, f"{file} imports {name}"
+def test_no_package_imports_one_to_its_right():
+    for file in (file for file in FILES if file != "lcm/__init__.py"):
+        own_rank = rank(Path(file).with_suffix("").parts[1])
+        for name in imports(file):
+            top, _, rest = name.partition(".")
+            if top == "lcm":
+                assert rank(rest.partition(".")[0]) <= own_rank, f"{file} imports {name}"
 
 
 def test_no_module_beside_the_programs_shadows_the_standard_library():
@@ -59,7 +57,7 @@ def test_no_module_beside_the_programs_shadows_the_standard_library():
     assert not sys.stdlib_module_names & {path.stem for path in (ROOT / "lcm").glob("*")} - {"__init__"}
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_the_package_does_not_import_its_scripts(file):
+def test_the_package_does_not_import_its_scripts():
     scripts = {path.stem for path in ROOT.glob("*.py")} | {"tests"}
-    assert not scripts & {name.partition(".")[0] for name in imports(file)}
+    for file in FILES:
+        assert not scripts & {name.partition(".")[0] for name in imports(file)}, file

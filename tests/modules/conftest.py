@@ -41,7 +41,9 @@ def training(tiny_pipeline: Path) -> Make:
 
 
 def new_module(pipeline: Path, kind: str, **options: Any) -> TrainedModule:
-    """Return a module whose training starts from the pipeline; options replace its arguments, `objective.<name>` the objective's."""
+    """Return a module whose training starts from the pipeline; options replace its arguments, `objective.<name>` the
+    objective's.
+    """
     torch.manual_seed(0)
     base = str(pipeline)
     parts = {name.partition(".")[2]: options.pop(name) for name in list(options) if name.startswith("objective.")}

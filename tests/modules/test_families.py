@@ -104,7 +104,7 @@ def test_diffusers_draws_the_teacher_alike(name: str, steps: int, pipelines: dic
 @pytest.mark.parametrize("kind", ["diffusion", "distillation", "tcd", "finetuning", "cd", "ct", "lora"])
 def test_every_method_trains_every_family(name: str, kind: str, trained: Any) -> None:
     if (name, kind) == ("pixart", "lora"):
-        with pytest.raises(UserError, match="diffusers has no adapters for PixArtAlphaPipeline: set model.adapters=null"):
+        with pytest.raises(UserError, match=r"diffusers has no adapters for PixArtAlphaPipeline: set model.adapters=null"):
             trained(name, kind, 1)
         return
     options = {"objective.gamma": 0.0} if kind == "tcd" and name == "sd3" else {}

@@ -39,7 +39,9 @@ class GuidedDistillationObjective(nn.Module):
         return halve_steps(nets.online, nets.target, batch, draws, timesteps=self.path(2 * self.steps, batch.z0.device))
 
     def path(self, steps: int, device: torch.device) -> Tensor:
-        """Return the timesteps of so many DDIM steps and t_min. Each is copied to the device once: a copy waits for the device."""
+        """Return the timesteps of so many DDIM steps and t_min. Each is copied to the device once: a copy waits for the
+        device.
+        """
         if (steps, device) not in self.paths:
             times = [*trailing_steps(steps, self.process.num_timesteps), self.process.t_min]
             self.paths[steps, device] = torch.tensor(times, device=device)

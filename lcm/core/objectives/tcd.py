@@ -67,5 +67,5 @@ class TrajectoryConsistencyDistillation(LatentConsistencyDistillation):
         return {**super().sampling(), "gamma": self.gamma}
 
     def scheduler(self, prediction_type: str) -> tuple[str, dict[str, Any]]:
-        name, config = super().scheduler(prediction_type)
+        _, config = super().scheduler(prediction_type)
         return ("FlowMatchEulerDiscreteScheduler" if isinstance(self.process, Flow) else "TCDScheduler"), config
