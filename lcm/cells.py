@@ -109,8 +109,7 @@ def make_sampler(name: str, solver: Any) -> Sampler | None:
 def drawn_by(model: LatentModel, dtype: str) -> dict[str, Any]:
     """What an image depends on besides prompt, seed, steps, w and solver: the weights and the code that draws."""
     root = Path(__file__).parent
-    files = [*sorted((root / "core").glob("*.py")), *sorted((root / "models").glob("*.py"))]
-    files += [root / "data/codec.py", root / "data/text.py"]
+    files = [file for part in ("core", "models", "models/families") for file in sorted((root / part).glob("*.py"))]
     return {
         "weights": fingerprint(model.net, *model.students.values(), model.codec.vae, *model.codec.text.encoders),
         "schedule": model.process.config,

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from lcm.core.process import Process, process_of
 from lcm.errors import UserError
 from lcm.models.codec import LatentCodec
-from lcm.models.families import Family, family_of
+from lcm.models.families import Family, families, family_of
 from lcm.models.parts import explained, load_part, read_json
 from lcm.models.text import TextEncoder
 
@@ -39,11 +39,11 @@ def download(hub_id: str) -> Path:
         raise UserError(f"there is no pipeline folder {hub_id!r}: give a folder, a hub id (owner/name), or 'mini'")
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.txt", "*/*.safetensors", "*/*.json", "*/*.txt"]
+    wanted = ["*.json", "*.txt", "*/*.safetensors", "*/*.json", "*/*.txt", "*/spiece.model"]
     unused = ["safety_checker/*", "image_encoder/*", "vae_*/*", "*.non_ema.*"]  # gigabytes
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=[*unused, "*.fp16*"]))
-        if not any(folder.glob("unet/*.safetensors")):  # it has no others
+        if not any(file for kind in families() for file in folder.glob(f"{kind.network}/*.safetensors")):  # it has no others
             folder = Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=unused))
         return folder
     except Exception as error:

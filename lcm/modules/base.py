@@ -15,6 +15,13 @@ Optimizer = Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer]
 LRSchedule = Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler]
 Draws = TypeVar("Draws")  # a dataclass of tensors, a row a sample
 
+FIRST_EDITION = {  # the methods' names in checkpoints of the first edition, which have the same tensors
+    "LatentDiffusion": "Denoising",
+    "LatentConsistencyFineTuning": "LatentConsistencyFinetuning",
+    "LoRADistillation": "LatentConsistencyDistillation of adapters",
+    "ConsistencyModelDistillation": "ConsistencyDistillation",
+    "ConsistencyModelTraining": "ConsistencyTraining",
+}
 LOOK_EVERY = 10  # optimizer steps between two looks at a GPU's gradient norm: each is a wait for the device
 
 
@@ -62,13 +69,18 @@ class TrainedModule(L.LightningModule):
         """What is trained; a group's "lr_scale" multiplies the optimizer's learning rate."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
+    @property
+    def method(self) -> str:
+        """Return the name under which checkpoints are told apart."""
+        return type(self).__name__
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["method"] = type(self).__name__
+        checkpoint["method"] = self.method
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises UserError for another method's, whose weights may even fit."""
-        own, found = type(self).__name__, checkpoint.get("method", type(self).__name__)
-        if found != own:
+        own, found = self.method, checkpoint.get("method", self.method)
+        if FIRST_EDITION.get(found, found) != own:
             raise UserError(
                 f"the checkpoint is of {found}, this training is a {own}: give it a name= of its own, or another ckpt_path"
             )

@@ -72,6 +72,10 @@ class ConsistencyModule(LatentModule):
             self.register_state_dict_post_hook(leave_out_frozen)
             self.register_load_state_dict_post_hook(expect_no_frozen)
 
+    @property
+    def method(self) -> str:
+        return super().method + (" of adapters" if self.adapters is not None else "")
+
     def configure_model(self) -> None:
         if self.device_mesh is not None and self.adapters is not None:
             raise UserError("adapters cannot be sharded: train them with trainer=ddp")
@@ -108,5 +112,8 @@ class ConsistencyModule(LatentModule):
             guidance = dict(zip(("w_min", "w_max"), w_range, strict=True))
         elif any(w_range):
             guidance = {"teacher_w": list(w_range)}
-        adapters = {key: value for key, value in (self.adapters or {}).items() if key in ("rank", "alpha")}
+        adapters: dict[str, Any] = {}
+        if self.adapters is not None:
+            rank, alpha = self.adapters["rank"], self.adapters.get("alpha")
+            adapters = {"rank": rank, "alpha": rank if alpha is None else alpha}
         return {**super().facts(), **guidance, **adapters}

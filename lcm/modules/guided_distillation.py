@@ -107,7 +107,11 @@ class GuidedDistillation(LatentModule):
             save_network(self.folder_of(self.steps[self.stage - 1]), student)
         for network in (self.previous, self.net):
             ema_update_(network.parameters(), done.parameters(), 0.0)
-        self.stage += 1
+        self.enter(self.stage + 1)
+
+    def enter(self, stage: int) -> None:
+        self.stage = stage
+        self.objective.steps = self.steps[stage - 1] if stage else 0
 
     def folder_of(self, steps: int) -> Path:
         return Path(self.trainer.default_root_dir, "students", f"unet_{steps}")
@@ -117,7 +121,6 @@ class GuidedDistillation(LatentModule):
         return super().training_step(batch, batch_idx)
 
     def denoisers(self, online: nn.Module) -> Networks:
-        self.objective.steps = self.steps[self.stage - 1] if self.stage else 0
         return Networks(*(self.denoiser(net) for net in (online, self.previous, self.frozen["teacher"])))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -126,7 +129,7 @@ class GuidedDistillation(LatentModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self.stage = checkpoint["stage"]
+        self.enter(checkpoint["stage"])
 
     def facts(self) -> dict[str, Any]:
         w_range = {"w_min": self.objective.w_min, "w_max": self.objective.w_max}

@@ -129,6 +129,11 @@ class LatentModule(TrainedModule):
         return recorded
 
     @property
+    def method(self) -> str:
+        """Return the objective's name: modules are shared by methods whose weights fit each other."""
+        return type(self.objective).__name__.removesuffix("Objective")
+
+    @property
     def best_net(self) -> Any:
         """The network to sample, validate and save: the evaluation EMA if there is one."""
         return self.net if self.ema_net is None else self.ema_net
@@ -139,7 +144,7 @@ class LatentModule(TrainedModule):
     def facts(self) -> dict[str, Any]:
         """Return the content of `lcm.json` in the saved folder."""
         return {
-            "method": type(self.objective).__name__,
+            "method": self.method,
             "pipeline": self.pipeline,
             "steps": self.global_step,
             **self.objective.sampling(),

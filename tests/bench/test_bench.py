@@ -13,7 +13,7 @@ from lcm.bench.measure import Table, in_turn
 from lcm.bench.shards import photo
 from lcm.core.random import generator
 from lcm.errors import UserError
-from lcm.models.student import make_student
+from lcm.models.families.sd import StableDiffusion
 
 
 def check(table: Table) -> None:
@@ -53,7 +53,7 @@ def test_the_slope_is_that_of_the_memory_after_the_warm_up():
 @pytest.mark.slow
 def test_steps_are_measured(tiny_pipeline: Path, shards: Path):
     batch = ["data.batch_size=4", "trainer.precision=32-true", "data.num_workers=0", "model.w_lr_scale=1"]
-    lcd = ["experiment=lcd_mini", f"model.teacher={tiny_pipeline}", *batch]
+    lcd = ["experiment=lcd_mini", f"model.pipeline={tiny_pipeline}", *batch]
     net = [f"model.pipeline={tiny_pipeline}", "model/net=pipeline"]
     teacher = ["experiment=teacher_mini", *net, *batch[:-1]]
     table = step.measure(
@@ -75,7 +75,7 @@ def test_steps_are_measured(tiny_pipeline: Path, shards: Path):
 
 @pytest.mark.slow
 def test_scaling_is_measured(tiny_pipeline: Path, shards: Path):
-    options = [f"model.teacher={tiny_pipeline}", "data.batch_size=4", "data.num_workers=0"]
+    options = [f"model.pipeline={tiny_pipeline}", "data.batch_size=4", "data.num_workers=0"]
     experiment = ["experiment=lcd_mini", "trainer=ddp", "trainer.accelerator=cpu", *options]
     train = f"{shards}/train-*.tar"
     table = scaling.measure(experiment=experiment, shards=train, resolution=32, processes=[1, 2], threads=1, steps=4, repeats=1)
@@ -89,7 +89,7 @@ def test_scaling_is_measured(tiny_pipeline: Path, shards: Path):
 @pytest.mark.parametrize(("mu", "rows"), [(0.95, 11), (0, 10)])
 def test_the_parts_of_a_step_are_measured(tiny_pipeline: Path, mu: float, rows: int):
     small = ["data.batch_size=2", "trainer.precision=32-true", f"model.ema_decay={mu}"]
-    experiment = [f"model.teacher={tiny_pipeline}", *small]
+    experiment = [f"model.pipeline={tiny_pipeline}", *small]
     table = components.measure(experiment=experiment, resolution=32, caption="red apple", repeats=1, matmul_size=64)
     check(table)
     assert len(table.rows) == rows
@@ -112,12 +112,12 @@ def test_sampling_is_measured_and_both_make_the_same_images(tiny_pipeline: Path)
 
 
 def test_the_peers_two_passes_are_our_one():
-    z, t, cond = torch.randn(6, 4, 2, 2), torch.arange(6), torch.randn(6, 3, 5)
+    z, t, cond = torch.randn(6, 4, 2, 2), torch.arange(6), {"states": torch.randn(6, 3, 5)}
     passes = []
 
-    def net(z: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, w: None) -> torch.Tensor:
+    def net(z: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor], w: None) -> torch.Tensor:
         passes.append(len(z))
-        return z * t.view(-1, 1, 1, 1) + cond.sum((1, 2)).view(-1, 1, 1, 1)
+        return z * t.view(-1, 1, 1, 1) + cond["states"].sum((1, 2)).view(-1, 1, 1, 1)
 
     assert torch.equal(peers.twice(net)(z, t, cond), net(z, t, cond, None))
     assert passes == [3, 3, 6]
@@ -163,7 +163,7 @@ def test_memory_is_counted_on_shapes():
     table = memory.measure(networks={"tiny": UNET}, batch_sizes={"tiny": 2}, gpus=2)
     check(table)
     ddp, _, fsdp, alone = table.rows
-    count = make_student(UNet2DConditionModel(**UNET)).num_parameters()
+    count = StableDiffusion({}, {}).with_w(UNet2DConditionModel(**UNET)).num_parameters()
     assert ddp["AdamW"] * memory.GIB == 8 * count
     assert all(fsdp[name] <= 0.52 * ddp[name] for name in ("student", "gradients", "AdamW", "target", "teacher"))
     assert fsdp["states"] - alone["states"] == pytest.approx(fsdp["target"])

@@ -10,18 +10,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from lcm.callbacks import throughput
 from lcm.callbacks.throughput import Throughput
 from lcm.models.flops import forward_flop
-from lcm.models.pipeline import load_unet
+from lcm.models.pipeline import load_family, load_network
 from tests.modules.conftest import codec, data, fit, training  # noqa: F401  (fixtures)
 
 KINDS = ["diffusion", "distillation", "finetuning", "cd", "ct", "guided", "lora"]
 
 
 def test_a_forward_is_counted_without_being_run(tiny_pipeline):
-    unet = load_unet(str(tiny_pipeline))
+    family, unet = load_family(str(tiny_pipeline)), load_network(str(tiny_pipeline))
     z, t, cond = torch.randn(3, 4, 8, 8), torch.tensor([1, 2, 3]), torch.randn(3, 7, unet.config["cross_attention_dim"])
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), FlopCounterMode(display=False) as counter:
         unet(z, t, cond)
-    assert forward_flop(unet, z.shape, cond) == counter.get_total_flops() > 1e5
+    assert forward_flop(family, unet, z.shape, {"states": cond}) == counter.get_total_flops() > 1e5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -56,9 +56,9 @@ class Clock:
 def test_rates_are_those_of_the_time_since_the_last_log_without_validation(monkeypatch):
     clock, logged = Clock(), {}
     monkeypatch.setattr(throughput, "time", clock)
-    monkeypatch.setattr(throughput, "call_flop", lambda unet, z, cond, trained: (1 + 2 * trained) * unet * z)
+    monkeypatch.setattr(throughput, "call_flop", lambda family, unet, z, cond, trained: (1 + 2 * trained) * unet * z)
     trainer = SimpleNamespace(global_step=0, log_every_n_steps=2, world_size=4, sanity_checking=False)
-    module = SimpleNamespace(log=lambda name, value, **_: logged.update({name: value}), log_dict=logged.update)
+    module = SimpleNamespace(family=None, log=lambda name, value, **_: logged.update({name: value}), log_dict=logged.update)
     callback, batch = Throughput(peak_tflops=1e-3), list(range(8))
     callback.on_train_start(trainer, module)
 

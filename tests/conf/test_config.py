@@ -30,9 +30,9 @@ FULL_SIZE = {
 }
 PARTS = [
     (group, path.stem)
-    for group in ("solver", "loss", "timesteps", "lr_schedule", "optimizer", "net", "schedule", "objective")
+    for group in ("solver", "loss", "timesteps", "lr_schedule", "optimizer", "net", "process", "objective")
     for path in sorted((CONF / "model" / group).glob("*.yaml"))
-    if path.stem not in ("teacher", "student", "pipeline")
+    if path.stem != "pipeline"
 ]
 
 
@@ -92,7 +92,7 @@ def test_every_yaml_key_is_a_parameter_of_its_target(overrides):
         accepted = parameters(node._target_)
         given = {str(key) for key in node if not str(key).startswith("_")}
         if node._target_.endswith(("load_codec",)):
-            accepted |= parameters("lcm.data.codec.LatentCodec")
+            accepted |= parameters("lcm.models.codec.LatentCodec")
         if node._target_.endswith("build_styles"):
             accepted |= parameters("lcm.data.openmoji.build")
         if node._target_.endswith("WandbLogger"):
@@ -170,9 +170,9 @@ def test_what_was_probably_meant_is_named(args, says):
 
 @pytest.mark.parametrize(("group", "option"), PARTS)
 def test_every_part_can_be_swapped_in(group, option):
-    base = {"net": "teacher_mini", "schedule": "teacher_mini", "objective": "lcd_mini"}.get(group, "lcd_mini")
+    base = {"net": "teacher_mini", "process": "teacher_mini", "objective": "lcd_mini"}.get(group, "lcd_mini")
     if group == "objective" and option != "lcd":
-        base = {"lcf": "lcf_mini", "denoising": "teacher_mini", "cd": "cd_mini", "ct": "ct_mini"}[option]
+        base = {"lcf": "lcf_mini", "denoising": "teacher_mini", "cd": "cd_mini", "ct": "ct_mini", "tcd": "tcd_mini"}[option]
     cfg = composed(base, f"model/{group}={option}")
     with torch.device("meta"):
         assert (part := build(cfg.model[group])) is not None
@@ -182,9 +182,9 @@ def test_every_part_can_be_swapped_in(group, option):
 
 @pytest.mark.parametrize(("experiment", "net"), FULL_SIZE.items())
 def test_full_size_recipes_build_with_the_real_names_and_shapes(experiment, net):
-    schedule = ["model/schedule=scaled_linear"]
+    process = ["model/process=scaled_linear"]
     with torch.device("meta"):
-        module = build(composed(experiment, f"model/net={net}", *schedule).model)
+        module = build(composed(experiment, f"model/net={net}", *process).model)
     teacher = module.frozen.get("teacher", module.net)
     shapes = {name: tuple(p.shape) for name, p in teacher.named_parameters()}
     shapes.pop("time_embedding.cond_proj.weight", None)

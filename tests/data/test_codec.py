@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from lcm.data.codec import LatentCodec, to_signed_range
 
 from lcm.core.random import generator
+from lcm.models.codec import LatentCodec, to_signed_range
 from lcm.models.pipeline import load_codec
 
 Encoded = Callable[..., tuple[LatentCodec, list[int]]]
@@ -65,8 +65,8 @@ def test_a_batch_keeps_captions_and_keys(codec: LatentCodec) -> None:
     batch = codec.encode(BATCH)
     assert (batch.captions, batch.keys, len(batch)) == (BATCH["captions"], BATCH["keys"], 5)
     assert batch.z0.shape == (5, 4, 8, 8)
-    assert batch.cond.shape == (5, 16, 16)
-    assert batch.uncond.shape == (1, 16, 16)
+    assert batch.cond["states"].shape == (5, 16, 16)
+    assert batch.uncond["states"].shape == (1, 16, 16)
 
 
 def test_the_vaes_layout_is_its_own(codec: LatentCodec) -> None:
@@ -79,7 +79,7 @@ def test_the_vaes_layout_is_its_own(codec: LatentCodec) -> None:
 
 def test_nothing_encoded_carries_a_gradient(codec: LatentCodec) -> None:
     batch = codec.encode(BATCH)
-    assert not any(tensor.requires_grad for tensor in (batch.z0, batch.cond, batch.uncond))
+    assert not any(tensor.requires_grad for tensor in (batch.z0, batch.cond["states"], batch.uncond["states"]))
 
 
 def test_chunks_bound_what_the_vae_takes_and_change_nothing(
@@ -118,14 +118,14 @@ def test_without_a_cache_nothing_is_kept(codec: LatentCodec, monkeypatch: pytest
 
 
 def test_uncond_is_the_empty_caption(codec: LatentCodec) -> None:
-    assert torch.equal(codec.encode(BATCH).uncond, codec.text([""])[0])
-    torch.testing.assert_close(codec.encode(BATCH).cond[2:3], codec.text([""])[0])
+    assert torch.equal(codec.encode(BATCH).uncond["states"], codec.text([""])["states"])
+    torch.testing.assert_close(codec.encode(BATCH).cond["states"][2:3], codec.text([""])["states"])
 
 
 def test_a_caption_encodes_alike_in_any_batch(tiny_pipeline: Path) -> None:
     plain = load_codec(str(tiny_pipeline), text_cache=0)
     torch.testing.assert_close(
-        plain.text(["dog face", "a much longer caption of a rocket"])[0][:1], plain.text(["dog face"])[0]
+        plain.text(["dog face", "a much longer caption of a rocket"])["states"][:1], plain.text(["dog face"])["states"]
     )
 
 
@@ -135,7 +135,7 @@ def encoded(tiny_pipeline: Path) -> Encoded:
 
     def make(**options: Any) -> tuple[LatentCodec, list[int]]:
         codec, sizes = load_codec(str(tiny_pipeline), **options), []
-        codec.text.towers[0].register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+        codec.text.encoders[0].register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
         return codec, sizes
 
     return make
@@ -146,20 +146,20 @@ def test_a_caption_is_encoded_once(encoded: Encoded) -> None:
     first = codec.encode(BATCH)
     again = codec.encode({**BATCH, "captions": ["rocket", "red apple", "red apple", "sun", "dog face"]})
     assert sizes == [4, 1]  # "red apple" twice, and the null prompt with the empty caption
-    assert torch.equal(again.cond[[0, 1, 2, 4]], first.cond[[3, 0, 4, 1]])
-    assert torch.equal(again.uncond[0], first.cond[2])
+    assert torch.equal(again.cond["states"][[0, 1, 2, 4]], first.cond["states"][[3, 0, 4, 1]])
+    assert torch.equal(again.uncond["states"][0], first.cond["states"][2])
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_remembered_states_are_those_of_a_plain_encoding(encoded: Encoded, dtype: str | None) -> None:
     """Bit-equal where a row of a matrix product does not depend on how many there are, as on the CPUs tried; else nearly so."""
     (codec, _), (plain, sizes) = encoded(dtype=dtype), encoded(dtype=dtype, text_cache=0)
-    codec.text(["rocket", "sun"])[0]
+    codec.text(["rocket", "sun"])["states"]
     captions = ["dog face", "sun", "a cat", "rocket"]
     for _ in range(2):
-        expected = plain.text(captions)[0]
+        expected = plain.text(captions)["states"]
         tolerance = 1e-6 if dtype is None else 0.02
-        torch.testing.assert_close(codec.text(captions)[0], expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(codec.text(captions)["states"], expected, rtol=tolerance, atol=tolerance)
     assert sizes == [4, 4]
 
 
@@ -167,19 +167,19 @@ def test_text_states_are_bounded_and_the_longest_unused_go_first(
     encoded: Encoded,
 ) -> None:
     codec, _ = encoded(text_cache=2.5 * 16 * 16 * 4 / 1e6)  # two captions
-    codec.text(["a", "b"])[0]
-    codec.text(["a"])[0]
-    codec.text(["c"])[0]
-    assert list(codec.text.known) == ["a", "c"]
-    assert codec.text(list("defgd"))[0].shape == (5, 16, 16)  # more than there is room for
-    assert list(codec.text.known) == ["g", "d"]
-    assert all(states.untyped_storage().nbytes() == states.nbytes for [states] in codec.text.known.values())
+    codec.text(["a", "b"])["states"]
+    codec.text(["a"])["states"]
+    codec.text(["c"])["states"]
+    assert list(codec.text.cache) == ["a", "c"]
+    assert codec.text(list("defgd"))["states"].shape == (5, 16, 16)  # more than there is room for
+    assert list(codec.text.cache) == ["g", "d"]
+    assert all(states.untyped_storage().nbytes() == states.nbytes for [states] in codec.text.cache.values())
 
 
 def test_text_states_move_with_the_codec(encoded: Encoded) -> None:
     codec, _ = encoded()
-    codec.text(["a", "b"])[0]
-    assert [states.device.type for [states] in codec.to("meta").text.known.values()] == ["meta", "meta"]
+    codec.text(["a", "b"])["states"]
+    assert [states.device.type for [states] in codec.to("meta").text.cache.values()] == ["meta", "meta"]
 
 
 def test_what_validation_encoded_serves_training(encoded: Encoded) -> None:
@@ -187,15 +187,15 @@ def test_what_validation_encoded_serves_training(encoded: Encoded) -> None:
     with torch.inference_mode():
         codec.encode(BATCH)
     batch, weight = codec.encode(BATCH), torch.ones(16, requires_grad=True)
-    ((batch.cond + batch.uncond) * weight).sum().backward()
+    ((batch.cond["states"] + batch.uncond["states"]) * weight).sum().backward()
     assert weight.grad is not None
 
 
 def test_long_captions_are_cut_with_the_end_kept(tiny_pipeline: Path) -> None:
     codec = load_codec(str(tiny_pipeline))
     seen: list[torch.Tensor] = []
-    hook = codec.text.towers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    codec.text(["red apple " * 50, "dog"])[0]
+    hook = codec.text.encoders[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    codec.text(["red apple " * 50, "dog"])["states"]
     hook.remove()
     assert seen[0].shape == (2, 16)
     assert (seen[0][:, -1] == codec.text.tokenizers[0].eos_token_id).all()
@@ -220,14 +220,14 @@ def test_wild_latents_decode_to_the_full_range_of_bytes(codec: LatentCodec) -> N
 def test_bfloat16_networks_give_float32_batches(tiny_pipeline: Path, codec: LatentCodec, dtype: Any) -> None:
     low = load_codec(str(tiny_pipeline), dtype=dtype)
     batch, exact = low.encode(BATCH, generator("cpu", 7)), codec.encode(BATCH, generator("cpu", 7))
-    assert low.vae.dtype == low.text.towers[0].dtype == torch.bfloat16
-    assert batch.z0.dtype == batch.cond.dtype == batch.uncond.dtype == torch.float32
+    assert low.vae.dtype == low.text.encoders[0].dtype == torch.bfloat16
+    assert batch.z0.dtype == batch.cond["states"].dtype == batch.uncond["states"].dtype == torch.float32
     assert (batch.z0 - exact.z0).std() < 0.03 * exact.z0.std()
-    assert (batch.cond - exact.cond).std() < 0.03 * exact.cond.std()
+    assert (batch.cond["states"] - exact.cond["states"]).std() < 0.03 * exact.cond["states"].std()
     assert low.decode(batch.z0).dtype == torch.uint8
 
 
 def test_the_networks_are_frozen(codec: LatentCodec) -> None:
-    assert not any(p.requires_grad for net in (codec.vae, codec.text.towers[0]) for p in net.parameters())
+    assert not any(p.requires_grad for net in (codec.vae, codec.text.encoders[0]) for p in net.parameters())
     assert not codec.vae.training
-    assert not codec.text.towers[0].training
+    assert not codec.text.encoders[0].training

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from lcm.data.codec import LatentCodec
 
 from lcm.core.batch import LatentBatch
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.filters import Filters
 from lcm.data.workers import init_worker, kill, workers_watched
 from lcm.errors import UserError
+from lcm.models.codec import LatentCodec
 from lcm.models.pipeline import load_codec
 from tests.data.conftest import pairs, png, write_shard
 

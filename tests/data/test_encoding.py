@@ -10,24 +10,26 @@ from typing import Any
 import pytest
 import torch
 import webdataset as wds
-from lcm.data.codec import LatentCodec
-from lcm.data.text import TextEncoder
 from tqdm import tqdm
 
 from lcm.core.batch import LatentBatch
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.encoding import Encoder, Variants
-from lcm.data.latents import DRAWN, POSTERIOR, TEXT, DecodeLatents, short, stamp
+from lcm.data.latents import DRAWN, POSTERIOR, TEXTS, DecodeLatents, short, stamp
 from lcm.data.shards import Shard
 from lcm.data.source import Source
 from lcm.data.transforms import Decode
 from lcm.encode import claim, done_file, encode_shard
 from lcm.errors import UserError
+from lcm.models.codec import LatentCodec
 from lcm.models.pipeline import load_codec
+from lcm.models.text import TextEncoder
 from tests.data.conftest import png, write_shard
 
 Encode = Callable[..., Path]
 SAMPLES = 9
+
+STATES = TEXTS["states"][0]  # the member
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +84,13 @@ def test_latents_give_the_batches_that_their_images_give(codec: LatentCodec, ima
     assert got.captions == expected.captions
     assert 0 < got.captions.count("") < SAMPLES
     torch.testing.assert_close(got.z0, expected.z0, rtol=2e-3, atol=2e-3)  # stored in float16
-    assert torch.equal(got.cond, expected.cond)
+    assert torch.equal(got.cond["states"], expected.cond["states"])
 
 
 def test_a_drawn_sample_is_one_of_the_posterior_whatever_the_seed_of_training(codec: LatentCodec, encode: Encode) -> None:
     posterior, drawn = latents(encode()), encode("drawn", drawn=True)
-    assert [set(sample) & {POSTERIOR, DRAWN, TEXT} for sample in latents(drawn)] == SAMPLES * [{DRAWN}]
+    members = {POSTERIOR, DRAWN, *(name for name, _ in TEXTS.values())}
+    assert [set(sample) & members for sample in latents(drawn)] == SAMPLES * [{DRAWN}]
     first, second = (batch(codec, drawn, latents=True, seed=seed) for seed in (1, 2))
     assert torch.equal(first.z0, second.z0)
     data = ShardDataModule(f"{drawn.parent}/latents/0.tar", codec=codec, latents=True, resolution=32)
@@ -116,20 +119,20 @@ def test_stored_text_states_take_the_text_encoders_place(
     got = batch(codec, folder, latents=True, **options)
     assert encoded == [[""]]
     assert got.captions == expected.captions
-    torch.testing.assert_close(got.cond, expected.cond, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(got.cond["states"], expected.cond["states"], rtol=1e-3, atol=1e-3)
 
 
 def test_a_dropped_caption_has_the_states_of_the_null_prompt_all_the_same(codec: LatentCodec, encode: Encode) -> None:
     got = batch(codec, encode(text=True), latents=True, caption_dropout=0.5, seed=5)
     assert 0 < got.captions.count("") < SAMPLES
-    for caption, states in zip(got.captions, got.cond, strict=True):
-        assert torch.equal(states, got.uncond[0]) == (caption == "")
+    for caption, states in zip(got.captions, got.cond["states"], strict=True):
+        assert torch.equal(states, got.uncond["states"][0]) == (caption == "")
 
 
 def test_states_are_those_of_the_caption_chosen(codec: LatentCodec, encode: Encode) -> None:
     got = batch(codec, encode(text=True, captions={"txt": 1, "blip": 1}), latents=True)
     assert 0 < sum(caption.startswith("not ") for caption in got.captions) < SAMPLES
-    torch.testing.assert_close(got.cond, codec.text(got.captions)[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(got.cond["states"], codec.text(got.captions)["states"], rtol=1e-3, atol=1e-3)
 
 
 def test_a_choice_of_captions_is_refused_where_states_of_one_are_stored(codec: LatentCodec, encode: Encode) -> None:
@@ -143,7 +146,7 @@ def test_another_text_encoder_refuses_what_holds_its_states(
     tiny_pipeline: Path, encode: Encode, content: dict[str, bool], refused: bool
 ) -> None:
     folder, other = encode(**content), load_codec(str(tiny_pipeline))
-    next(other.text.towers[0].parameters()).add_(0.1)
+    next(other.text.encoders[0].parameters()).add_(0.1)
     if refused:
         with pytest.raises(UserError, match=r"have text_encoder = ([0-9a-f]{12}), .* ask for (?!\1)[0-9a-f]{12}:"):
             batch(other, folder, latents=True)
@@ -167,7 +170,7 @@ def test_a_folder_keeps_to_what_it_holds(encode: Encode) -> None:
 def test_a_stored_array_that_is_damaged_costs_that_sample(codec: LatentCodec, encode: Encode) -> None:
     folder = encode(text=True)
     samples = list(latents(folder))
-    samples[2][TEXT], samples[4][POSTERIOR] = samples[2][TEXT][:-8], b""
+    samples[2][STATES], samples[4][POSTERIOR] = samples[2][STATES][:-8], b""
     write_shard(folder / "0.tar", samples)
     done_file(folder / "0.tar").unlink()
     data = ShardDataModule(f"{folder}/0.tar", codec=codec, latents=True, resolution=32, num_workers=0, batch_size=SAMPLES)

@@ -41,7 +41,7 @@ def run_cold(tmp_path: Path) -> Callable[..., Result]:
 def tiny(tiny_pipeline: Path, shards: Path) -> list[str]:
     """Overrides that shrink the default experiment to seconds."""
     return [
-        f"model.teacher={tiny_pipeline}",
+        f"model.pipeline={tiny_pipeline}",
         *tiny_data(shards),
         "trainer.max_steps=6",
         "callbacks.checkpoint.every_n_train_steps=2",

@@ -25,7 +25,7 @@ def complaint(done) -> str:
         ("model/solver=ddmi", "model/solver has: ddim"),
         ("model/solvr=ddim", "did you mean 'model/solver'?"),
         ("model.ema_decay=1.5", "model.ema_decay=1.5 is not in [0, 1)"),
-        ("model.teacher=nowhere", "there is no pipeline folder 'nowhere'"),
+        ("model.pipeline=nowhere", "there is no pipeline folder 'nowhere'"),
         ("data.batch_size=0", "data.batch_size=0: expected a whole number from 1"),
         ("trainer.precision=8", "trainer.precision=8: choose among 32-true"),
         ("trainer.devices=0", "trainer.devices=0: expected how many"),
@@ -53,11 +53,11 @@ def test_train_refuses(run, tiny, override, says, tmp_path):
 
 def test_a_folder_that_is_not_a_pipeline_or_predicts_something_unknown(run, tiny, tiny_pipeline, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "it lacks unet" in complaint(run("train.py", *tiny, f"model.teacher={tmp_path}/empty"))
+    assert "which is not supported: use one of" in complaint(run("train.py", *tiny, f"model.pipeline={tmp_path}/empty"))
     broken = shutil.copytree(tiny_pipeline, tmp_path / "broken")
     file = broken / "scheduler/scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": "flow"}))
-    assert "unknown prediction_type 'flow'" in complaint(run("train.py", *tiny, f"model.teacher={broken}"))
+    assert "unknown prediction_type 'flow'" in complaint(run("train.py", *tiny, f"model.pipeline={broken}"))
 
 
 def test_shards_without_captions(run, tiny, tmp_path):

@@ -2,15 +2,16 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import threading
 import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
-from lcm.core.schedule import NoiseSchedule
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -18,18 +19,17 @@ from lcm.composition import compose
 from lcm.errors import UserError
 from lcm.evaluate import evaluate
 from lcm.models import generate
-from lcm.models.pipeline import load_unet
-from lcm.models.saving import save_pipeline
-from lcm.models.student import make_student
+from lcm.models.pipeline import load_network
+from lcm.models.saving import save_network
 from tests.e2e.conftest import command, environment, tiny_data
+from tests.models.conftest import save_student
+from tests.modules.conftest import new_module
 
 
 @pytest.fixture(scope="module")
 def student(tiny_pipeline, tmp_path_factory):
-    folder, base = tmp_path_factory.mktemp("pipelines") / "student", str(tiny_pipeline)
-    unet = make_student(load_unet(base))
-    save_pipeline(folder, unet, NoiseSchedule(), base=base, consistency=True, facts={}, dtype=torch.float32)
-    return folder
+    folder = tmp_path_factory.mktemp("pipelines") / "student"
+    return Path(save_student(folder, tiny_pipeline, zero_init=True))
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +147,9 @@ def test_another_w_seed_solver_or_weight_is_drawn_anew(run, drawn, tmp_path, stu
         drawn.clear()
         run(change)
         assert drawn, change
-    unet, other = load_unet(str(student)), tmp_path / "other"
+    unet, other = load_network(str(student)), shutil.copytree(student, tmp_path / "other")
     unet.conv_out.bias.data[0] += 1e-3
-    save_pipeline(other, unet, NoiseSchedule(), base=str(student), consistency=True, facts={}, dtype=torch.float32)
+    save_network(other / "unet", unet, torch.float32)
     drawn.clear()
     run(f"entries.LCM.pipeline={other}")
     assert len(drawn) == 8 * 2
@@ -232,8 +232,7 @@ def test_wrong_input_is_refused_in_a_sentence_before_drawing(run, drawn, overrid
 
 
 def test_an_unguided_consistency_model_is_not_asked_for_w(run, drawn, tiny_pipeline, tmp_path):
-    options = {"base": str(tiny_pipeline), "consistency": True, "facts": {}, "dtype": torch.float32}
-    save_pipeline(tmp_path / "cd", load_unet(str(tiny_pipeline)), NoiseSchedule(), **options)
+    new_module(tiny_pipeline, "cd").save_model(str(tmp_path / "cd"), dtype=torch.float32)
     with pytest.raises(UserError, match=r"set entries\.LCM\.w=0"):
         run(f"entries.LCM.pipeline={tmp_path}/cd")
     assert not drawn
@@ -304,10 +303,11 @@ def test_training_on_two_processes_measures_what_one_does(tiny_pipeline, shards,
     for devices in (1, 2):
         done = subprocess.run(
             command(
-                "train.py", f"model.teacher={tiny_pipeline}", *tiny_data(shards), "trainer.max_steps=2", "callbacks=evaluation",
-                f"callbacks.evaluation.backbone.pipeline={tiny_pipeline}", "callbacks.evaluation.samples=5",
-                "callbacks.evaluation.every_n_steps=1", "model.optimizer.lr=0", "data.codec.dtype=null", "trainer=ddp",
-                "trainer.accelerator=cpu", f"trainer.devices={devices}", f"name=on{devices}", "callbacks.samples.steps=[1]",
+                "train.py", f"model.pipeline={tiny_pipeline}", *tiny_data(shards), "trainer.max_steps=2",
+                "callbacks=evaluation", f"callbacks.evaluation.backbone.pipeline={tiny_pipeline}",
+                "callbacks.evaluation.samples=5", "callbacks.evaluation.every_n_steps=1", "model.optimizer.lr=0",
+                "data.codec.dtype=null", "trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={devices}",
+                f"name=on{devices}", "callbacks.samples.steps=[1]",
             ),
             cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=500,
         )  # fmt: skip

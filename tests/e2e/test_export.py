@@ -48,7 +48,7 @@ def test_a_sharded_run_goes_on_and_is_exported_as_train_saves_it(run, tiny, tmp_
 
 
 def test_adapters_are_exported_as_train_saves_them(run, tiny, tmp_path):
-    model = ["experiment=lcd_lora_mini", "model.rank=4", "model.ema_decay=0"]
+    model = ["experiment=lcd_lora_mini", "model.adapters.rank=4", "model.ema_decay=0"]
     trained = run("train.py", *tiny, *model, "trainer.max_steps=2", "callbacks.samples.steps=[1]")
     assert trained.returncode == 0, trained.stderr
     run_dir = tmp_path / "runs/lcd_lora_mini/0"

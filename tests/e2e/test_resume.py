@@ -85,7 +85,7 @@ def test_the_last_step_is_saved_and_more_steps_go_on_from_it(run, tiny, tiny_pip
     assert all(torch.equal(value, other["state_dict"][key]) for key, value in one["state_dict"].items())
     assert losses(tmp_path / "runs/a/0") == losses(tmp_path / "runs/b/0")
 
-    tuning = ["experiment=lcf_mini", f"model.student={tiny_pipeline}", *tiny[1:], "name=a", "ckpt_path=last"]
+    tuning = ["experiment=lcf_mini", f"model.pipeline={tiny_pipeline}", *tiny[1:], "name=a", "ckpt_path=last"]
     done = run("train.py", *tuning)
     assert done.returncode == 1
     assert "error: the checkpoint is of LatentConsistencyDistillation, this training is a Latent" in done.stderr

@@ -60,7 +60,7 @@ def test_distil_sample_evaluate_and_fine_tune(run_cold, tiny, shards, tiny_pipel
     assert len(json.loads((tmp_path / "outputs/evaluate/table.json").read_text())["rows"]) == 4
 
     done = run(
-        "train.py", "experiment=lcf_mini", "model.student=runs/lcd_mini/0/model", *tiny_data(shards),
+        "train.py", "experiment=lcf_mini", "model.pipeline=runs/lcd_mini/0/model", *tiny_data(shards),
         "trainer.max_steps=4", "callbacks.samples.steps=[1]",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -75,7 +75,7 @@ def test_a_teacher_trains_from_nothing_and_can_then_be_distilled(run, tiny, shar
         "trainer.max_steps=3", "callbacks.samples.steps=[2]",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    done = run("train.py", *tiny, "model.teacher=runs/teacher_mini/0/model", "model.ema_decay=0", "trainer.max_steps=2")
+    done = run("train.py", *tiny, "model.pipeline=runs/teacher_mini/0/model", "model.ema_decay=0", "trainer.max_steps=2")
     assert done.returncode == 0, done.stderr
 
 
@@ -128,9 +128,8 @@ def test_a_sweep_goes_on_when_a_job_cannot(run, tiny, tmp_path):
 
 @pytest.mark.parametrize(("experiment", "steps"), [("guided_distill_mini", 8), ("cd_mini", 2), ("ct_mini", 2)])
 def test_a_baseline_trains_and_samples(experiment, steps, run, tiny_pipeline, shards, tmp_path):
-    base = "pipeline" if experiment == "ct_mini" else "teacher"
     done = run(
-        "train.py", f"experiment={experiment}", f"model.{base}={tiny_pipeline}", *tiny_data(shards),
+        "train.py", f"experiment={experiment}", f"model.pipeline={tiny_pipeline}", *tiny_data(shards),
         "trainer.max_steps=8", "callbacks=default",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -145,7 +144,7 @@ def test_a_baseline_trains_and_samples(experiment, steps, run, tiny_pipeline, sh
 def test_stable_diffusion_xl_is_distilled_by_two_processes_and_sampled(run, xl_pipeline, shards, tmp_path):
     data = [option for option in tiny_data(shards) if option != "data.build=null"]  # data=shards has no such key
     sharded = ["trainer.accelerator=cpu", "trainer.devices=2", "model.compile=false", "callbacks.samples.steps=[1]"]
-    teacher = f"model.teacher={xl_pipeline}"
+    teacher = f"model.pipeline={xl_pipeline}"
     done = run("train.py", "experiment=lcd_sdxl", teacher, *data, "trainer.max_steps=2", *sharded)
     assert done.returncode == 0, done.stderr
     StableDiffusionXLPipeline.from_pretrained(tmp_path / "runs/lcd_sdxl/0/model")

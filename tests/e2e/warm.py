@@ -22,7 +22,7 @@ LIBRARIES = [
     "lcm.runs",
     "lcm.data.datamodule",
     "lcm.data.workers",
-    "lcm.modules.distillation",
+    "lcm.modules.consistency",
     "lcm.callbacks.progress",
     "lcm.callbacks.samples",
     "diffusers.models.autoencoders.autoencoder_kl",

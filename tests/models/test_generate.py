@@ -5,14 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lcm.core.schedule import NoiseSchedule
 
 from lcm.core import sampling
 from lcm.errors import UserError
 from lcm.models.generate import LatentModel
-from lcm.models.pipeline import load_unet
-from lcm.models.saving import save_pipeline
-from lcm.models.student import make_student
+from tests.models.conftest import save_student
 
 PROMPTS = [
     f"{name} on a {colour} background" for name in ("red apple", "dog face") for colour in ("white", "pink", "gray", "blue")
@@ -27,18 +24,15 @@ def teacher(tiny_pipeline: Path) -> LatentModel:
 
 @pytest.fixture(scope="module")
 def student(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> LatentModel:
-    folder, base = tmp_path_factory.mktemp("pipelines") / "student", str(tiny_pipeline)
-    torch.manual_seed(0)
-    unet, facts = make_student(load_unet(base), zero_init=False), {"w_min": 2.0, "w_max": 14.0}
-    save_pipeline(folder, unet, NoiseSchedule(), base=base, consistency=True, facts=facts, dtype=torch.float32)
-    return LatentModel.load(str(folder))
+    folder = tmp_path_factory.mktemp("pipelines") / "student"
+    return LatentModel.load(save_student(folder, tiny_pipeline, w_min=2.0, w_max=14.0))
 
 
 def forwards(model: LatentModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The batch sizes of the UNet's forwards from here on."""
     sizes: list[int] = []
-    forward = model.unet.forward
-    monkeypatch.setattr(model.unet, "forward", lambda z, *args, **kwargs: sizes.append(len(z)) or forward(z, *args, **kwargs))
+    forward = model.net.forward
+    monkeypatch.setattr(model.net, "forward", lambda z, *args, **kwargs: sizes.append(len(z)) or forward(z, *args, **kwargs))
     return sizes
 
 
@@ -126,8 +120,8 @@ def test_a_teacher_takes_any_w(teacher: LatentModel, caplog: pytest.LogCaptureFi
 
 
 def test_a_loaded_model_is_frozen(teacher: LatentModel) -> None:
-    assert not teacher.unet.training
-    assert not any(p.requires_grad for p in teacher.unet.parameters())
+    assert not teacher.net.training
+    assert not any(p.requires_grad for p in teacher.net.parameters())
     assert not teacher.latents(["rocket"], [0], steps=1, w=1.0).requires_grad
 
 

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lcm.errors import UserError
-from lcm.models.pipeline import load_codec, load_unet
+from lcm.models.pipeline import load_codec, load_network
 
 NETWORKS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "unet": ("diffusion_pytorch_model", load_unet),
+    "unet": ("diffusion_pytorch_model", load_network),
     "vae": ("diffusion_pytorch_model", lambda folder: load_codec(folder).vae),
-    "text_encoder": ("model", lambda folder: load_codec(folder).text.towers[0]),
-    "text_encoder_2": ("model", lambda folder: load_codec(folder).text.towers[1]),
+    "text_encoder": ("model", lambda folder: load_codec(folder).text.encoders[0]),
+    "text_encoder_2": ("model", lambda folder: load_codec(folder).text.encoders[1]),
 }
 
 

@@ -10,36 +10,31 @@ import pytest
 import torch
 from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub.utils import filter_repo_objects
-from lcm.core.schedule import NoiseSchedule
 from safetensors.torch import load_file
 
 from lcm.core import sampling
+from lcm.core.objectives.denoising import ddim_scheduler
+from lcm.core.process import VP
 from lcm.core.random import ImageNoise
 from lcm.errors import UserError
 from lcm.models.generate import LatentModel
 from lcm.models.pipeline import (
     download,
     find,
-    is_consistency_model,
     load_codec,
-    load_schedule,
-    load_unet,
+    load_family,
+    load_network,
+    load_prediction_type,
+    load_process,
     training_facts,
 )
 from lcm.models.saving import save_pipeline
-from lcm.models.student import make_student
 from tests.conftest import tiny_unet
+from tests.models.conftest import save_student, save_teacher
 
 pytestmark = pytest.mark.filterwarnings("ignore:(?s).*steps_offset:FutureWarning")
 PROMPTS = ["red apple on a white background", "rocket"]
 SEEDS = [3, 11]
-FACTS = {"w_min": 2.0, "w_max": 14.0}
-
-
-def save(folder: Path, unet: UNet2DConditionModel, base: Path, *, consistency: bool = False, **schedule: Any) -> str:
-    schedule_ = NoiseSchedule(**schedule)
-    save_pipeline(folder, unet, schedule_, base=str(base), consistency=consistency, facts=FACTS, dtype=torch.float32)
-    return str(folder)
 
 
 def with_scheduler(folder: Path, base: Path, **changes: Any) -> str:
@@ -53,9 +48,7 @@ def with_scheduler(folder: Path, base: Path, **changes: Any) -> str:
 @pytest.fixture(scope="module")
 def student(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A student whose w matters, saved as a consistency model."""
-    torch.manual_seed(0)
-    unet = make_student(load_unet(str(tiny_pipeline)), zero_init=False)
-    return save(tmp_path_factory.mktemp("pipelines") / "student", unet, tiny_pipeline, consistency=True)
+    return save_student(tmp_path_factory.mktemp("pipelines") / "student", tiny_pipeline, w_min=2.0, w_max=14.0)
 
 
 def test_a_missing_folder_is_a_user_error(tmp_path: Path) -> None:
@@ -86,8 +79,12 @@ def test_an_unreachable_hub_id_is_a_user_error() -> None:
             {"unet/model.safetensors", "unet/model.non_ema.safetensors", "unet/a.bin", "b.ckpt"},
             {"unet/model.safetensors"},
         ),
+        (
+            {"transformer/model.safetensors", "transformer/model.fp16.safetensors", "tokenizer/spiece.model"},
+            {"transformer/model.safetensors", "tokenizer/spiece.model"},
+        ),
     ],
-    ids=["both", "fp16 alone", "others"],
+    ids=["both", "fp16 alone", "others", "transformer"],
 )
 def test_of_a_hub_repository_only_what_is_read_is_fetched(files, fetched, tmp_path: Path, monkeypatch) -> None:
     def snapshot_download(hub_id: str, **patterns: Any) -> str:
@@ -103,14 +100,23 @@ def test_of_a_hub_repository_only_what_is_read_is_fetched(files, fetched, tmp_pa
 
 def test_the_parts_that_a_folder_lacks_are_named(tiny_pipeline: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_pipeline, tmp_path / "half", ignore=shutil.ignore_patterns("unet", "tokenizer"))
-    with pytest.raises(UserError, match="it lacks unet, tokenizer;"):
+    with pytest.raises(UserError, match=r"is not a whole StableDiffusionPipeline: it lacks unet, tokenizer$"):
         find(str(tmp_path / "half"))
-    assert find(str(tmp_path / "half"), "vae").is_dir()
+
+
+@pytest.mark.parametrize("name", ["StableCascadePipeline", None])
+def test_a_pipeline_of_another_class_is_a_user_error(tiny_pipeline: Path, tmp_path: Path, name: str | None) -> None:
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "odd")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(
+        UserError, match=r"which is not supported: use one of .*, PixArtAlphaPipeline, StableDiffusion3Pipeline"
+    ):
+        find(str(folder))
 
 
 def test_a_folder_without_weights_is_a_user_error(tiny_pipeline: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_pipeline, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
-    for load in (load_unet, load_codec):
+    for load in (load_network, load_codec):
         with pytest.raises(UserError):
             load(str(tmp_path / "empty"))
 
@@ -128,9 +134,8 @@ def test_broken_json_is_a_user_error_that_names_it(tiny_pipeline: Path, tmp_path
     [
         ({"in_channels": 9}, "takes 9 channels and gives 4, its latents have 4: give a text-to-image pipeline"),
         ({"in_channels": 16, "out_channels": 16}, "takes 16 channels and gives 16, its latents have 4"),
-        ({"num_class_embeds": 10}, "is told a class"),
-        ({"class_embed_type": "timestep"}, "is told a class"),
-        ({"cross_attention_dim": 24}, "reads texts of width 24, its text encoders write 16: give it the text encoders"),
+        ({"num_class_embeds": 10}, "takes a class beside the text"),
+        ({"class_embed_type": "timestep"}, "takes a class beside the text"),
     ],
 )
 def test_a_unet_that_does_not_fit_its_pipeline_is_a_user_error(
@@ -139,44 +144,60 @@ def test_a_unet_that_does_not_fit_its_pipeline_is_a_user_error(
     folder = shutil.copytree(tiny_pipeline, tmp_path / "odd")
     tiny_unet(**changes).save_pretrained(folder / "unet")
     with pytest.raises(UserError, match=says):
-        load_unet(str(folder))
+        load_network(str(folder))
 
 
-def test_a_vae_that_shifts_its_latents_is_a_user_error(tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_text_encoders_that_do_not_fit_their_network_are_a_user_error(tiny_pipeline: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "odd")
+    tiny_unet(cross_attention_dim=24).save_pretrained(folder / "unet")
+    with pytest.raises(UserError, match="reads states of width 24, the text encoders give states of width 16: set"):
+        LatentModel.load(str(folder)).latents(["rocket"], [0], steps=1, w=0.0)
+
+
+def test_a_vae_that_scales_each_channel_by_itself_is_a_user_error(tiny_pipeline: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_pipeline, tmp_path / "odd")
     file = folder / "vae/config.json"
     changes = {"latents_mean": [0.1] * 4, "latents_std": [2.0] * 4}
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-    with pytest.raises(UserError, match="its VAE has latents_mean, latents_std, but"):
+    with pytest.raises(UserError, match="its VAE has latents_mean, latents_std, which"):
         load_codec(str(folder))
 
 
-@pytest.mark.parametrize("changes", [{"prediction_type": "flow"}, {"beta_schedule": "exotic"}])
-def test_an_unknown_schedule_is_a_user_error(tiny_pipeline: Path, tmp_path: Path, changes: dict[str, str]) -> None:
-    with pytest.raises(UserError, match=f"unknown {next(iter(changes))}"):
-        load_schedule(with_scheduler(tmp_path / "odd", tiny_pipeline, **changes))
+def test_an_unknown_schedule_is_a_user_error(tiny_pipeline: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown beta_schedule"):
+        load_process(with_scheduler(tmp_path / "odd", tiny_pipeline, beta_schedule="exotic"))
+
+
+def test_an_unknown_prediction_type_is_a_user_error(tiny_pipeline: Path, tmp_path: Path) -> None:
+    folder = with_scheduler(tmp_path / "odd", tiny_pipeline, prediction_type="flow")
+    with pytest.raises(UserError, match="unknown prediction_type"):
+        LatentModel.load(folder).latents(["rocket"], [0], steps=1, w=0.0)
 
 
 @pytest.mark.parametrize("consistency", [False, True])
 def test_a_round_trip_keeps_weights_and_schedule(tiny_pipeline: Path, tmp_path: Path, consistency: bool) -> None:
-    schedule = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "v_prediction"}
-    schedule["rescale_betas_zero_snr"] = True
-    unet = make_student(load_unet(str(tiny_pipeline)), zero_init=False)
-    folder = save(tmp_path / "saved", unet, tiny_pipeline, consistency=consistency, **schedule)
-    loaded = load_unet(folder).state_dict()
+    process = VP(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, rescale_betas_zero_snr=True)
+    torch.manual_seed(0)
+    unet = load_family(str(tiny_pipeline)).with_w(load_network(str(tiny_pipeline)), zero_init=False)
+    if consistency:
+        folder = save_student(tmp_path / "saved", tiny_pipeline, "v_prediction", process, w_max=3.0)
+    else:
+        folder = save_teacher(tmp_path / "saved", unet, tiny_pipeline, "v_prediction", process, w_max=3.0)
+    loaded = load_network(folder).state_dict()
     assert loaded.keys() == unet.state_dict().keys()
     assert all(torch.equal(loaded[name], value) for name, value in unet.state_dict().items())
-    assert load_schedule(folder).config == NoiseSchedule(**schedule).config
-    assert torch.equal(load_schedule(folder).alpha, NoiseSchedule(**schedule).alpha)
-    assert is_consistency_model(folder) == consistency
-    assert training_facts(folder) == FACTS
+    assert load_process(folder).config == process.config
+    assert torch.equal(load_process(folder).alphas, process.alphas)
+    assert load_prediction_type(folder) == "v_prediction"
+    facts = {"sampler": "consistency", "points": 50} if consistency else {"sampler": "ddim"}
+    assert training_facts(folder) == {**facts, "w_max": 3.0}
+    assert LatentModel.load(folder).consistency == consistency
 
 
 def test_saving_leaves_the_network_as_it_was(tiny_pipeline: Path, tmp_path: Path) -> None:
-    unet = load_unet(str(tiny_pipeline))
-    save_pipeline(
-        tmp_path / "half", unet, NoiseSchedule(), base=str(tiny_pipeline), consistency=False, facts={}, dtype=torch.float16
-    )
+    unet = load_network(str(tiny_pipeline))
+    options = {"family": load_family(str(tiny_pipeline)), "base": tiny_pipeline, "facts": {"sampler": "ddim"}}
+    save_pipeline(tmp_path / "half", unet, **options, scheduler=ddim_scheduler(VP(), "epsilon"), dtype=torch.float16)
     assert unet.dtype == torch.float32
     saved = load_file(tmp_path / "half" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {weight.dtype for weight in saved.values()} == {torch.float16}
@@ -185,16 +206,16 @@ def test_saving_leaves_the_network_as_it_was(tiny_pipeline: Path, tmp_path: Path
 def test_a_failed_save_keeps_the_folder_that_was_there(
     tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = save(tmp_path / "saved", load_unet(str(tiny_pipeline)), tiny_pipeline)
+    folder = save_teacher(tmp_path / "saved", load_network(str(tiny_pipeline)), tiny_pipeline)
     monkeypatch.setattr(UNet2DConditionModel, "save_pretrained", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        save(tmp_path / "saved", load_unet(folder), tiny_pipeline)
+        save_teacher(tmp_path / "saved", load_network(folder), tiny_pipeline)
     assert find(folder)
 
 
 def test_a_pipeline_can_be_saved_over_its_own_base(tiny_pipeline: Path, tmp_path: Path) -> None:
-    folder = save(tmp_path / "saved", load_unet(str(tiny_pipeline)), tiny_pipeline)
-    assert find(save(tmp_path / "saved", load_unet(folder), Path(folder)))
+    folder = save_teacher(tmp_path / "saved", load_network(str(tiny_pipeline)), tiny_pipeline)
+    assert find(save_teacher(tmp_path / "saved", load_network(folder), Path(folder)))
 
 
 def assert_alike(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> None:
@@ -217,15 +238,18 @@ def test_diffusers_samples_the_teacher_alike(tiny_pipeline: Path, steps: int, w:
 
 
 @pytest.mark.parametrize(
-    "schedule",
+    "options",
     [
         {"prediction_type": "v_prediction"},
         {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
         {"prediction_type": "sample", "beta_schedule": "squaredcos_cap_v2"},
     ],
 )
-def test_diffusers_samples_any_schedule_alike(tiny_pipeline: Path, tmp_path: Path, schedule: dict[str, Any]) -> None:
-    folder = save(tmp_path / "teacher", load_unet(str(tiny_pipeline)), tiny_pipeline, **schedule)
+def test_diffusers_samples_any_schedule_alike(tiny_pipeline: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    process = VP(**{key: value for key, value in options.items() if key != "prediction_type"})
+    folder = save_teacher(
+        tmp_path / "teacher", load_network(str(tiny_pipeline)), tiny_pipeline, options["prediction_type"], process
+    )
     assert_alike(*teacher_latents(folder, 5, 4.0), tolerance=1e-3)
 
 
@@ -262,17 +286,14 @@ def test_diffusers_samples_the_student_alike(student: str, steps: int, w: float)
 
 @pytest.mark.parametrize("points", [20, 100])
 def test_diffusers_samples_a_student_of_another_grid_alike(tiny_pipeline: Path, tmp_path: Path, points: int) -> None:
-    unet, facts = make_student(load_unet(str(tiny_pipeline)), zero_init=False), {**FACTS, "points": points}
-    options = {"consistency": True, "facts": facts, "dtype": torch.float32}
-    save_pipeline(folder := tmp_path / "model", unet, NoiseSchedule(), base=str(tiny_pipeline), **options)
-    ours = LatentModel.load(str(folder)).latents(PROMPTS, SEEDS, steps=3, w=6.0)
-    assert_alike(ours, student_samples(str(folder), 3, 6.0))
+    folder = save_student(tmp_path / "model", tiny_pipeline, points=points)
+    ours = LatentModel.load(folder).latents(PROMPTS, SEEDS, steps=3, w=6.0)
+    assert_alike(ours, student_samples(folder, 3, 6.0))
 
 
 @pytest.mark.parametrize("schedule", [{}, {"rescale_betas_zero_snr": True}])
 def test_diffusers_samples_a_v_predicting_student_alike(tiny_pipeline: Path, tmp_path: Path, schedule: dict[str, bool]) -> None:
-    unet = make_student(load_unet(str(tiny_pipeline)), zero_init=False)
-    folder = save(tmp_path / "v", unet, tiny_pipeline, consistency=True, prediction_type="v_prediction", **schedule)
+    folder = save_student(tmp_path / "v", tiny_pipeline, "v_prediction", VP(**schedule))
     assert_alike(LatentModel.load(folder).latents(PROMPTS, SEEDS, steps=4, w=6.0), student_samples(folder, 4, 6.0))
 
 
@@ -295,7 +316,7 @@ def test_any_prompt_encodes_and_ends(tiny_pipeline: Path, prompt: str) -> None:
     assert len(ids) == 16
     assert ids[0] == codec.text.tokenizers[0].bos_token_id
     assert ids[-1] == codec.text.tokenizers[0].eos_token_id
-    assert codec.text([prompt])[0].isfinite().all()
+    assert codec.text([prompt])["states"].isfinite().all()
 
 
 @pytest.mark.parametrize("prompt", ["naïve café", "红苹果", "🍎🚀"])

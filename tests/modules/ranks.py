@@ -1,6 +1,6 @@
 """What a strategy makes of given batches: run as one of several processes by test_strategies.py, and by it for one process.
 
-`torchrun --standalone --nproc-per-node=2 -m tests.modules.ranks <tiny pipeline> <folder>`.
+`torchrun --standalone --nproc-per-node=2 -m tests.modules.ranks <tiny pipeline> <pixart's> <sd3's> <folder>`.
 """
 
 import os
@@ -26,6 +26,11 @@ from lcm.strategies.fsdp import FullySharded
 from tests.modules.conftest import new_module
 
 RANKS, STEPS, HALF = 2, 4, 2
+SHAPES: dict[str, dict[str, tuple[int, ...]]] = {  # of a sample of each pipeline
+    "tiny": {"z0": (4, 8, 8), "states": (16, 16)},
+    "pixart": {"z0": (4, 8, 8), "states": (6, 32), "mask": (6,)},
+    "sd3": {"z0": (16, 4, 4), "states": (6, 48), "pooled": (16,)},
+}
 STRATEGIES = {
     "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
     "fsdp": FullySharded,
@@ -44,13 +49,17 @@ class Batches(IterableDataset):
         return iter(self.batches)
 
 
-def batch(index: int, rank: int | None) -> LatentBatch:
-    """Two samples of the rank, or those of all ranks."""
-    rng = generator("cpu", "batch", index)
-    z0, cond = (torch.randn(2 * RANKS, *shape, generator=rng) for shape in ((4, 8, 8), (16, 16)))
+def batch(index: int, rank: int | None, of: str = "tiny") -> LatentBatch:
+    """Two samples of the rank, or those of all ranks. of: the pipeline."""
+    rng, shapes = generator("cpu", "batch", index), SHAPES[of]
+    drawn = {name: torch.randn(2 * RANKS, *shape, generator=rng) for name, shape in shapes.items()}
+    if "mask" in drawn:
+        drawn["mask"] = (drawn["mask"] > -0.5).float()
     rows = slice(None) if rank is None else slice(2 * rank, 2 * rank + 2)
+    z0, *conds = (values[rows] for values in drawn.values())
     names = list("abcdefgh"[: 2 * RANKS])[rows]
-    return LatentBatch(z0[rows], cond[rows], torch.ones(1, 16, 16), names, names)
+    uncond = {name: torch.ones(1, *shape) for name, shape in shapes.items() if name != "z0"}
+    return LatentBatch(z0, dict(zip(uncond, conds, strict=True)), uncond, names, names)
 
 
 class Losses(L.Callback):
@@ -81,17 +90,20 @@ def train(
     poisoned: int | None = None,
     precision: str = "32-true",
     validate: bool = False,
+    of: str = "tiny",
+    export: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Losses (of this process), gradient norms and weights after `steps`.
 
-    strategy None: this process trains on the batches of all. resume: a checkpoint of `HALF` steps.
+    strategy None: this process trains on the batches of all. resume: a checkpoint of `HALF` steps. of: the pipeline's name.
+    export: the pipeline is saved in `folder` afterwards.
     """
     # With AdamW's usual eps of 1e-8 the order of a sum decides the step of a weight whose gradient is nearly zero.
     optimizer = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0, eps=1e-6, fused=True)
     module = new_module(pipeline, kind, clip_norm=0.05, **{"optimizer": optimizer, **options})
     rank = int(os.environ["LOCAL_RANK"]) if strategy else None
-    own = [batch(i, rank) for i in range(HALF * accumulate if resume else 0, STEPS * accumulate)]
+    own = [batch(i, rank, of) for i in range(HALF * accumulate if resume else 0, STEPS * accumulate)]
     if poisoned is not None and rank == 1:
         own[poisoned].z0.fill_(float("nan"))
     watch = Losses()
@@ -110,6 +122,8 @@ def train(
         stopped = str(error)
     if save:
         trainer.save_checkpoint(save)
+    if export:
+        module.save_model(str(folder / "model"), dtype=torch.float32)
     result = {"losses": watch.losses, "norms": watch.norms, "stopped": stopped, "weights": whole(module.state_dict())}
     return {**result, "sizes": sizes(module)}
 
@@ -126,6 +140,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
        for kind in ("distillation", "diffusion") for s in ("ddp", "fsdp") for k in (1, 2)},
     "hsdp": {"kind": "distillation", "strategy": "hsdp"},
     "recomputed": {"kind": "distillation", "strategy": "fsdp", "gradient_checkpointing": True, "validate": True},
+    **{f"{of}-fsdp": {"kind": "distillation", "strategy": "fsdp", "of": of, "export": True} for of in ("pixart", "sd3")},
     "poisoned": {"kind": "distillation", "strategy": "fsdp", "poisoned": 2},
     "bf16": {"kind": "distillation", "strategy": "fsdp", "precision": "bf16-mixed"},
     **{f"half-{s}": {"kind": "distillation", "strategy": s, "steps": HALF, "save": f"half-{s}.ckpt"}
@@ -136,9 +151,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    pipeline, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    *pipelines, folder = (Path(arg) for arg in sys.argv[1:])
     for name, options in SCENARIOS.items():
         files = {key: folder / options[key] for key in ("resume", "save") if key in options}
+        pipeline = pipelines[list(SHAPES).index(options.get("of", "tiny"))]
         result = train(pipeline, folder=folder / name, **{**options, **files})
         torch.save(result, folder / f"{name}-{os.environ['LOCAL_RANK']}.pt")
 

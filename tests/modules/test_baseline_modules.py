@@ -10,8 +10,6 @@ import lightning as L
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from lcm.core.networks import conditioned
-from lcm.modules.consistency_models import grid_points
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
@@ -21,11 +19,13 @@ from lcm.command_line import build
 from lcm.composition import compose
 from lcm.core import sampling
 from lcm.core.consistency import cm_consistency_fn
+from lcm.core.denoiser import Denoiser
+from lcm.core.objectives.consistency_models import grid_points
 from lcm.core.timesteps import karras
 from lcm.errors import UserError
 from lcm.export import trained
 from lcm.models.generate import LatentModel
-from lcm.models.pipeline import load_unet
+from lcm.models.pipeline import load_network
 from lcm.models.student import as_network
 
 Make = Callable[..., Any]
@@ -78,12 +78,12 @@ def test_the_saved_folder_holds_every_student(training: Make, data: Make, fit: M
     fit(module, data(), 10, callbacks=[watch])
     module.save_model(folder := str(tmp_path / "model"))
     for name, batch in (("unet_4", 5), ("unet_2", 7), ("unet", 9)):
-        assert torch.equal(vector(load_unet(folder, name=name)), watch.after[batch].half().float())
+        assert torch.equal(vector(load_network(folder, name=name)), watch.after[batch].half().float())
     model = LatentModel.load(folder)
     assert list(model.students) == [4, 2, 1]
     images = [model.latents(["rocket"], [0], steps=steps, w=3.0) for steps in (1, 2, 4)]
     assert all(image.isfinite().all() for image in images)
-    one_net = [run_ddim(model, model.unet, steps) for steps in (1, 2, 4)]
+    one_net = [run_ddim(model, model.net, steps) for steps in (1, 2, 4)]
     assert [torch.equal(a, b) for a, b in zip(images, one_net, strict=True)] == [True, False, False]
     assert torch.equal(images[2], run_ddim(model, model.students[4], 4))
     with pytest.raises(UserError, match="steps=3: this model was distilled for 4, 2, 1 steps"):
@@ -91,8 +91,8 @@ def test_the_saved_folder_holds_every_student(training: Make, data: Make, fit: M
     assert StableDiffusionPipeline.from_pretrained(folder).unet.config.time_cond_proj_dim == 256
 
 
-def run_ddim(model: LatentModel, unet: Any, steps: int) -> Tensor:
-    plain = LatentModel(unet, model.schedule, model.codec, consistency=False)
+def run_ddim(model: LatentModel, net: Any, steps: int) -> Tensor:
+    plain = LatentModel(model.family, net, model.process, model.prediction_type, model.codec)
     return plain.latents(["rocket"], [0], steps=steps, w=3.0)
 
 
@@ -116,8 +116,7 @@ def stopped(tiny_pipeline: Path, data: Make, fit: Make, tmp_path: Path) -> Make:
     """`stopped(experiment, step)`: a run of 10 steps in tmp_path that was stopped there; gives its module."""
 
     def run(experiment: str, step: int) -> Any:
-        base = "pipeline" if experiment == "ct_mini" else "teacher"
-        cfg = compose("train", [f"experiment={experiment}", f"model.{base}={tiny_pipeline}", "trainer.max_steps=10"])
+        cfg = compose("train", [f"experiment={experiment}", f"model.pipeline={tiny_pipeline}", "trainer.max_steps=10"])
         OmegaConf.save(cfg, tmp_path / "config.yaml")
         trainer = fit(module := build(cfg.model), data(), 10, callbacks=[StopAt(step)], plugins=[AtomicCheckpointIO()])
         trainer.save_checkpoint(tmp_path / "checkpoints/last.ckpt")
@@ -162,7 +161,7 @@ def test_an_export_midway_has_the_students_there_are(step: int, students: list[i
     exported.save_model(folder := str(tmp_path / "model"))
     model = LatentModel.load(folder)
     assert list(model.students) == students
-    assert torch.equal(vector(model.unet), vector(module.best_net).half().float())
+    assert torch.equal(vector(model.net), vector(module.best_net).half().float())
 
 
 @pytest.mark.parametrize("max_steps", [-1, 4, 7])
@@ -191,7 +190,7 @@ def test_a_share_that_leaves_a_stage_without_steps_is_a_user_error(match_share: 
 @MODELS
 def test_a_consistency_model_starts_as_the_unet_and_takes_no_w(kind: str, training: Make, tiny_pipeline: Path) -> None:
     module = training(kind)
-    assert torch.equal(vector(module.net), vector(load_unet(str(tiny_pipeline))))
+    assert torch.equal(vector(module.net), vector(load_network(str(tiny_pipeline))))
     assert module.net.config["time_cond_proj_dim"] is None
     assert (kind == "cd") == ("teacher" in module.frozen)
 
@@ -201,14 +200,15 @@ def test_a_consistency_model_is_sampled_as_it_was_trained(
     kind: str, training: Make, data: Make, fit: Make, tmp_path: Path
 ) -> None:
     """In its own form, at its own timesteps, whatever w is asked for, one forward a step."""
-    module = training(kind, sigma_data=0.7)
+    module = training(kind, **{"objective.sigma_data": 0.7})
     fit(module, data(), 2)
     module.save_model(folder := str(tmp_path / "model"))
     model = LatentModel.load(folder)
     drawn = model.latents(["rocket"], [0], steps=1, w=3.0)
     z = drawn_noise(model)
-    denoise = conditioned(as_network(model.unet), model.codec.text(["rocket"])[0], model.schedule)
-    f = cm_consistency_fn(denoise, z, torch.tensor([999]), schedule=model.schedule, sigma_data=0.7)
+    denoiser = Denoiser(as_network(model.family, model.net), model.process, model.prediction_type)
+    denoise = denoiser.bound(model.codec.conditions(["rocket"], z)[0])
+    f = cm_consistency_fn(denoise, z, torch.tensor([999]), process=model.process, sigma_data=0.7)
     torch.testing.assert_close(drawn, f)
     assert torch.equal(model.latents(["rocket"], [0], steps=1, w=0.0), drawn)
     run, place = model.sampler(None)
@@ -222,9 +222,10 @@ def drawn_noise(model: LatentModel) -> Tensor:
 
 
 def test_the_pair_s_grid_is_karras(training: Make) -> None:
-    module = training("cd", points=12)
-    assert module.timesteps.tolist() == karras(module.schedule, points=12)[1:].tolist()
-    assert module.facts()["timesteps"] == module.timesteps.tolist()
+    module = training("cd", **{"objective.points": 12})
+    timesteps = module.objective.timesteps.tolist()
+    assert timesteps == karras(module.process, points=12)[1:].tolist()
+    assert module.facts()["timesteps"] == timesteps
 
 
 @pytest.mark.parametrize(("progress", "points"), [(0.0, 2), (0.25, 76), (0.5, 107), (1.0, 151)])
@@ -234,11 +235,11 @@ def test_golden_grid_of_consistency_training(progress: float, points: int) -> No
 
 
 def test_the_grid_and_mu_of_consistency_training_grow(training: Make, data: Make, fit: Make) -> None:
-    module, seen = training("ct", points=40), []
+    module, seen = training("ct", **{"objective.points": 40}), []
 
     class See(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
-            seen.append((len(module.timesteps) + 1, module.ema_decay))
+            seen.append((len(module.objective.timesteps) + 1, module.objective.target_decay(module.ema_decay)))
 
     fit(module, data(), 4, callbacks=[See()])
     sizes, decays = zip(*seen, strict=True)
@@ -249,21 +250,20 @@ def test_the_grid_and_mu_of_consistency_training_grow(training: Make, data: Make
 
 
 def test_the_grid_of_consistency_training_ends_with_every_timestep(training: Make) -> None:
-    module = training("ct", points=1000)
-    module.trainer = L.Trainer(max_steps=1000, accelerator="cpu", logger=False, enable_checkpointing=False)
-    module.grow(999)
-    assert module.now == 1000
+    objective = training("ct", **{"objective.points": 1000}).objective
+    objective.advance(999, 1000)
+    assert objective.points_now == 1000
 
 
 def test_a_checkpoint_of_consistency_training_is_of_the_grid_at_its_step(
     training: Make, data: Make, fit: Make, tmp_path: Path
 ) -> None:
-    first, second, path = training("ct", points=40), training("ct", points=40), tmp_path / "cut.ckpt"
-    fit(first, data(), 4, callbacks=[StopAt(2)]).save_checkpoint(path)
-    assert len(first.timesteps) < len(second.timesteps)
+    first, second = (training("ct", **{"objective.points": 40}) for _ in range(2))
+    fit(first, data(), 4, callbacks=[StopAt(2)]).save_checkpoint(path := tmp_path / "cut.ckpt")
+    assert len(first.objective.timesteps) < len(second.objective.timesteps)
     fit(second, data(), 4, ckpt_path=str(path), callbacks=[(start := AtStart())])
     assert start.facts["timesteps"] == first.facts()["timesteps"]
-    assert start.ema_decay == first.ema_decay
+    assert start.decay == first.objective.target_decay(first.ema_decay)
 
 
 def test_an_export_of_consistency_training_is_of_the_grid_at_its_step(stopped: Make, tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ class AtStart(L.Callback):
     """What a module is before its first batch."""
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        self.facts, self.ema_decay = module.facts(), module.ema_decay
+        self.facts, self.decay = module.facts(), module.objective.target_decay(module.ema_decay)
 
 
 @pytest.mark.parametrize("max_steps", [-1, 0])

@@ -9,18 +9,20 @@ import lightning as L
 import pytest
 import torch
 from diffusers import LCMScheduler, UNet2DConditionModel
-from lcm.core.schedule import NoiseSchedule
-from lcm.data.codec import LatentCodec
-from lcm.modules.finetuning import LatentConsistencyFineTuning
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 from lcm.core.batch import LatentBatch
+from lcm.core.objectives.finetuning import LatentConsistencyFinetuning
+from lcm.core.process import VP
 from lcm.core.timesteps import full, grid
 from lcm.errors import UserError
+from lcm.models.codec import LatentCodec
 from lcm.models.generate import LatentModel
-from lcm.models.pipeline import is_consistency_model, load_schedule, load_unet, training_facts
+from lcm.models.pipeline import load_network, load_process, training_facts
 from lcm.models.student import as_network
+from lcm.modules.consistency import ConsistencyModule
+from tests.modules.conftest import new_module
 
 Make = Callable[..., Any]
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
@@ -59,7 +61,7 @@ def test_the_teacher_is_not_in_the_module_tree(training: Make) -> None:
 def test_fine_tuning_has_no_teacher(training: Make) -> None:
     module = training("finetuning")
     assert module.frozen == {}
-    assert module.networks().teacher is None
+    assert module.denoisers(module.net).teacher is None
 
 
 @BOTH
@@ -79,7 +81,7 @@ def test_the_target_is_the_closed_form_average(kind: str, accumulate: int, train
 @BOTH
 def test_without_decay_the_student_is_its_own_target(kind: str, training: Make, data: Make, fit: Make) -> None:
     module = training(kind, ema_decay=0)
-    networks = module.networks()
+    networks = module.denoisers(module.net)
     assert module.target_net is None
     assert networks.target is networks.online
     assert {name.split(".")[0] for name in module.state_dict()} == {"net"}
@@ -96,17 +98,21 @@ def test_the_target_carries_no_gradient(kind: str, training: Make, data: Make, f
 
 @pytest.mark.parametrize("w", [0.0, 2.0, 14.0])
 def test_a_zero_initialised_student_is_the_teacher_for_any_w(w: float, training: Make, batch: LatentBatch) -> None:
-    nets = training("distillation").networks()
+    module = training("distillation")
+    nets = module.denoisers(module.net)
     t, ws = torch.tensor([19, 339, 659, 999]), torch.full((4,), w)
     with torch.no_grad():
-        assert torch.equal(nets.online(batch.z0, t, batch.cond, ws), nets.teacher(batch.z0, t, batch.cond, None))
+        assert torch.equal(nets.online.output(batch.z0, t, batch.cond, ws), nets.teacher.output(batch.z0, t, batch.cond, None))
 
 
 def test_a_student_without_zero_initialisation_is_not_the_teacher(training: Make, batch: LatentBatch) -> None:
-    nets = training("distillation", zero_init=False).networks()
+    module = training("distillation", zero_init=False)
+    nets = module.denoisers(module.net)
     t, ws = torch.tensor([19, 339, 659, 999]), torch.full((4,), 8.0)
     with torch.no_grad():
-        assert not torch.allclose(nets.online(batch.z0, t, batch.cond, ws), nets.teacher(batch.z0, t, batch.cond, None))
+        assert not torch.allclose(
+            nets.online.output(batch.z0, t, batch.cond, ws), nets.teacher.output(batch.z0, t, batch.cond, None)
+        )
 
 
 @BOTH
@@ -120,7 +126,7 @@ def test_training_makes_w_matter(training: Make, data: Make, fit: Make, batch: L
     fit(module, data(), 2)
     t = torch.full((4,), 999)
     with torch.no_grad():
-        low, high = (as_network(module.net)(batch.z0, t, batch.cond, torch.full((4,), w)) for w in (2.0, 14.0))
+        low, high = (as_network(module.family, module.net)(batch.z0, t, batch.cond, torch.full((4,), w)) for w in (2.0, 14.0))
     assert not torch.allclose(low, high, rtol=1e-6)
 
 
@@ -145,10 +151,10 @@ def test_the_saved_folder_is_the_trained_student(
     fit(module, data(), 2)
     module.save_model(folder := str(tmp_path / "model"))
     best = module.net if eval_ema is None else module.ema_net
-    loaded = load_unet(folder)
+    loaded = load_network(folder)
     assert torch.equal(parameters_to_vector(loaded.parameters()), parameters_to_vector(best.parameters()).half().float())
-    assert is_consistency_model(folder)
-    assert load_schedule(folder).config == module.schedule.config
+    assert LatentModel.load(folder).consistency
+    assert load_process(folder).config == module.process.config
     assert training_facts(folder).items() >= {"steps": 2, "w_min": 1.0, "w_max": 5.0}.items()
     assert LatentModel.load(folder).latents(["rocket"], [0], steps=2, w=3.0).isfinite().all()
 
@@ -165,20 +171,26 @@ def test_a_student_is_sampled_at_timesteps_that_it_was_trained_at(
     scheduler.set_timesteps(4)
     for model in (module.latent_model(codec), LatentModel.load(folder)):
         place = model.sampler(None)[1]
-        assert set(place(4)) <= set(module.timesteps.tolist())
+        assert set(place(4)) <= set(module.objective.timesteps.tolist())
         assert place(4) == scheduler.timesteps.tolist()
         assert place(points or 50)[-1] == 1000 // (points or 50) - 1
 
 
 def test_trained_timesteps_are_of_the_models_schedule(training: Make, tiny_pipeline: Path) -> None:
-    of = training("finetuning")
-    options = {"optimizer": of.make_optimizer, "lr_schedule": of.make_lr_schedule, "loss": of.loss, "objective": of.objective}
-    short = NoiseSchedule(num_train_timesteps=500)
+    of, short, base = training("finetuning"), VP(num_train_timesteps=500), str(tiny_pipeline)
+    options = {"optimizer": of.make_optimizer, "lr_schedule": of.make_lr_schedule, "loss": of.objective.distance}
     for timesteps, first in ((grid, 9), (full, 20)):
-        tuned = LatentConsistencyFineTuning(
-            load_unet(str(tiny_pipeline)), short, student=str(tiny_pipeline), timesteps=timesteps, **options
+        tuned = ConsistencyModule(
+            load_network(base),
+            short,
+            pipeline=base,
+            objective=LatentConsistencyFinetuning,
+            timesteps=timesteps,
+            w_min=2.0,
+            w_max=14.0,
+            **options,
         )
-        assert (tuned.timesteps[0], tuned.timesteps[-1]) == (first, 499)
+        assert (tuned.objective.timesteps[0], tuned.objective.timesteps[-1]) == (first, 499)
 
 
 def test_the_projection_of_w_learns_faster_by_its_scale(training: Make, data: Make, fit: Make) -> None:
@@ -196,12 +208,8 @@ def test_a_student_is_fine_tuned_as_it_is(training: Make, data: Make, fit: Make,
     distilled = training("distillation")
     fit(distilled, data(), 2)
     distilled.save_model(folder := str(tmp_path / "student"))
-    options = {"optimizer": distilled.make_optimizer, "lr_schedule": distilled.make_lr_schedule, "loss": distilled.loss}
-    objective = training("finetuning").objective
-    tuned = LatentConsistencyFineTuning(
-        load_unet(folder), load_schedule(folder), student=folder, timesteps=grid, objective=objective, **options
-    )
-    assert torch.equal(parameters_to_vector(tuned.net.parameters()), parameters_to_vector(load_unet(folder).parameters()))
+    tuned = new_module(Path(folder), "finetuning")
+    assert torch.equal(parameters_to_vector(tuned.net.parameters()), parameters_to_vector(load_network(folder).parameters()))
     assert float(tuned.net.time_embedding.cond_proj.weight.detach().abs().sum()) > 0
     fit(tuned, data(), 1)
 
@@ -220,6 +228,7 @@ def test_training_runs_on_compiled_networks_and_nothing_else_does(
     fit(module, data(), 2)
     assert called == [module.frozen["teacher"], module.target_net, module.net] * 2
     module.eval()
-    module.consistency_step(batch, 0, "val")
+    draws = module.draws(module.objective.draw, batch.z0, 0, "val")
+    module.objective.loss(module.denoisers(module.net), batch, draws)
     module.latent_model(codec).latents(["rocket"], [0], steps=1, w=3.0)
     assert len(called) == 6

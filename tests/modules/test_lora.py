@@ -14,7 +14,7 @@ from lcm.core.batch import LatentBatch
 from lcm.errors import UserError
 from lcm.models.generate import LatentModel
 from lcm.models.lora import is_of_adapter
-from lcm.models.pipeline import is_consistency_model, load_unet, training_facts
+from lcm.models.pipeline import load_family, load_network, training_facts
 from lcm.models.student import as_network
 from lcm.modules.base import TrainedModule
 
@@ -27,19 +27,26 @@ def adapters(module: TrainedModule) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
-def output(unet: UNet2DConditionModel, batch: LatentBatch) -> Tensor:
-    with torch.no_grad():
-        return as_network(unet.eval())(batch.z0, T, batch.cond)
+@pytest.fixture
+def output(tiny_pipeline: Path, batch: LatentBatch) -> Callable[[UNet2DConditionModel], Tensor]:
+    """`output(unet)`: what a network makes of the batch."""
+    family = load_family(str(tiny_pipeline))
+
+    def of(unet: UNet2DConditionModel) -> Tensor:
+        with torch.no_grad():
+            return as_network(family, unet.eval())(batch.z0, T, batch.cond)
+
+    return of
 
 
 @pytest.mark.parametrize("averages", [{}, {"eval_ema": 0.9}, {"ema_decay": 0.9}], ids=str)
 def test_there_is_one_set_of_weights(averages: dict[str, float], training: Make, tiny_pipeline: Path) -> None:
     module = training("lora", **averages)
-    of_teacher = list(load_unet(str(tiny_pipeline)).parameters())
-    weights = {id(p): p for network in module.unets() for p in network.parameters()}
+    of_teacher = list(load_network(str(tiny_pipeline)).parameters())
+    weights = {id(p): p for network in module.networks() for p in network.parameters()}
     more = sum(value.numel() for value in module.state_dict().values())
     assert sum(p.numel() for p in weights.values()) == sum(p.numel() for p in of_teacher) + more
-    assert len(module.unets()) == 2 + len(averages)
+    assert len(module.networks()) == 2 + len(averages)
 
 
 @pytest.mark.parametrize("options", [{}, {"precision": "bf16-mixed"}], ids=["float32", "bf16"])
@@ -62,10 +69,11 @@ def test_the_weights_stay_and_are_stored_in_the_precision_of_the_teacher(
 
 @pytest.mark.parametrize("w", [0.0, 14.0])
 def test_fresh_adapters_are_the_teacher_for_any_w(w: float, training: Make, batch: LatentBatch) -> None:
-    nets = training("lora").networks()
+    module = training("lora")
+    nets = module.denoisers(module.net)
     with torch.no_grad():
-        of_student = nets.online(batch.z0, T, batch.cond, torch.full((4,), w))
-        assert torch.equal(of_student, nets.teacher(batch.z0, T, batch.cond, None))
+        of_student = nets.online.output(batch.z0, T, batch.cond, torch.full((4,), w))
+        assert torch.equal(of_student, nets.teacher.output(batch.z0, T, batch.cond, None))
     assert nets.target is nets.online
 
 
@@ -111,33 +119,33 @@ def test_a_checkpoint_without_an_adapter_is_refused(training: Make) -> None:
 
 @pytest.mark.parametrize("eval_ema", [None, 0.5])
 def test_the_average_is_saved_in_place_of_the_last_adapters(
-    eval_ema: float | None, training: Make, data: Make, fit: Make, batch: LatentBatch, tmp_path: Path
+    eval_ema: float | None, training: Make, data: Make, fit: Make, output: Make, tmp_path: Path
 ) -> None:
     module = training("lora", eval_ema=eval_ema)
     fit(module, data(), 3)
     module.save_model(folder := str(tmp_path / "model"), dtype=torch.float32)
-    found = output(load_unet(folder), batch)
-    torch.testing.assert_close(found, output(module.net if eval_ema is None else module.ema_net, batch), atol=1e-4, rtol=0)
+    found = output(load_network(folder))
+    torch.testing.assert_close(found, output(module.net if eval_ema is None else module.ema_net), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("alpha", [None, 2])
 @pytest.mark.filterwarnings("ignore")
 def test_diffusers_opens_the_merged_folder_and_loads_the_adapters(
-    alpha: int | None, training: Make, data: Make, fit: Make, batch: LatentBatch, tiny_pipeline: Path, tmp_path: Path
+    alpha: int | None, training: Make, data: Make, fit: Make, output: Make, tiny_pipeline: Path, tmp_path: Path
 ) -> None:
-    module = training("lora", alpha=alpha, lr=1e-2)
+    module = training("lora", adapters={"rank": 4, "alpha": alpha}, lr=1e-2)
     fit(module, data(), 3)
     module.save_model(folder := str(tmp_path / "model"), dtype=torch.float32)
     whole = StableDiffusionPipeline.from_pretrained(folder)
     assert isinstance(whole.scheduler, LCMScheduler)
     assert not [path for path in Path(folder).rglob("*") if path.suffix in (".bin", ".pt", ".ckpt")]
     teacher = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
-    before = output(teacher.unet, batch)
+    before = output(teacher.unet)
     teacher.load_lora_weights(folder)
     teacher.scheduler = LCMScheduler.from_config(teacher.scheduler.config)
     for unet in (teacher.unet, module.net):
-        torch.testing.assert_close(output(unet, batch), output(whole.unet, batch), atol=1e-4, rtol=0)
-    assert (output(whole.unet, batch) - before).abs().max() > 1e-2
+        torch.testing.assert_close(output(unet), output(whole.unet), atol=1e-4, rtol=0)
+    assert (output(whole.unet) - before).abs().max() > 1e-2
     image = teacher("rocket", num_inference_steps=2, guidance_scale=1.0, output_type="np").images[0]
     assert image.shape == (32, 32, 3)
 
@@ -148,11 +156,11 @@ def test_the_merged_folder_is_sampled_in_one_pass_a_step(
     module = training("lora", w_min=1.0, w_max=5.0)
     fit(module, data(), 2)
     module.save_model(folder := str(tmp_path / "model"))
-    assert is_consistency_model(folder)
-    facts = {"method": "LoRADistillation", "steps": 2, "rank": 4, "alpha": 4, "teacher_w": [1.0, 5.0]}
+    facts = {"method": "LatentConsistencyDistillation of adapters", "steps": 2, "rank": 4, "alpha": 4, "teacher_w": [1.0, 5.0]}
     assert training_facts(folder).items() >= facts.items()
     model, batches = LatentModel.load(folder), []
-    model.unet.register_forward_pre_hook(lambda unet, args: batches.append(len(args[0])))
+    assert model.consistency
+    model.net.register_forward_pre_hook(lambda unet, args: batches.append(len(args[0])))
     model.check_w(9.0)
     images = [model.latents(["rocket", "dog"], [0, 1], steps=3, w=w) for w in (0.0, 9.0)]
     assert torch.equal(*images)
@@ -167,8 +175,8 @@ def test_it_is_sampled_in_training(training: Make, data: Make, fit: Make) -> Non
 
 @pytest.mark.parametrize("options", [{"rank": 0}, {"target_modules": ["to_nothing"]}])
 def test_adapters_that_are_none_are_a_user_error(options: dict[str, Any], training: Make) -> None:
-    with pytest.raises(UserError, match=rf"model\.{next(iter(options))}"):
-        training("lora", **options)
+    with pytest.raises(UserError, match=rf"model\.adapters\.{next(iter(options))}"):
+        training("lora", adapters={"rank": 4, **options})
 
 
 def test_sharding_is_refused(training: Make) -> None:

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from lcm.bench import memory
+from lcm.models.pipeline import load_network
 from tests.modules.conftest import new_module
-from tests.modules.ranks import RANKS, SCENARIOS, train
+from tests.modules.ranks import RANKS, SCENARIOS, SHAPES, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:::lightning")]
 # Of weights that 4 steps moved by up to 4e-3. Sums are taken in another order, the more so over another batch size, and AdamW
@@ -22,7 +23,12 @@ Result = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pipelines(tiny_pipeline: Path, pixart_pipeline: Path, sd3_pipeline: Path) -> dict[str, Path]:
+    return {"tiny": tiny_pipeline, "pixart": pixart_pipeline, "sd3": sd3_pipeline}
+
+
+@pytest.fixture(scope="module")
+def folder(pipelines: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every scenario, trained by two processes, once for all of xdist's workers."""
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "ranks"
@@ -30,15 +36,15 @@ def folder(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "trained").exists():
-            train_all(tiny_pipeline, folder)
+            train_all(pipelines, folder)
             (folder / "trained").touch()
     return folder
 
 
-def train_all(pipeline: Path, folder: Path) -> None:
+def train_all(pipelines: dict[str, Path], folder: Path) -> None:
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", "-m", "tests.modules.ranks"]
     done = subprocess.run(
-        [sys.executable, *launch, str(pipeline), str(folder)],
+        [sys.executable, *launch, *(str(pipelines[name]) for name in SHAPES), str(folder)],
         cwd=Path(__file__).parents[2], timeout=1800, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:]
@@ -51,9 +57,9 @@ def found(folder: Path) -> Any:
 
 
 @pytest.fixture
-def alone(tiny_pipeline: Path, tmp_path: Path) -> Any:
-    """`alone(kind, **options)`: the same batches and draws in this process."""
-    return lambda kind, **options: train(tiny_pipeline, kind, tmp_path / "alone", **options)
+def alone(pipelines: dict[str, Path], tmp_path: Path) -> Any:
+    """`alone(kind, of="tiny", **options)`: the same batches and draws in this process."""
+    return lambda kind, of="tiny", **options: train(pipelines[of], kind, tmp_path / "alone", of=of, **options)
 
 
 def assert_close(got: Result, wanted: Result, atol: float = RANKS_APART) -> None:
@@ -85,6 +91,23 @@ def test_every_network_is_sharded(found: Any, tiny_pipeline: Path) -> None:
         assert second["sizes"][name] <= 0.52 * ddp["sizes"][name]
     assert first["sizes"]["net"] == memory.FLOAT32 * memory.shares(new_module(tiny_pipeline, "distillation").net, RANKS)[0]
     assert found("hsdp")["sizes"]["net"] == ddp["sizes"]["net"]
+
+
+@pytest.mark.parametrize("of", ["pixart", "sd3"])
+def test_a_transformer_is_sharded_and_saved_as_one_process_has_it(of: str, found: Any, alone: Any, folder: Path) -> None:
+    one, ranks = alone("distillation", of), [found(f"{of}-fsdp", rank) for rank in range(RANKS)]
+    losses = [sum(step) / RANKS for step in zip(*(rank["losses"] for rank in ranks), strict=True)]
+    assert losses == pytest.approx(one["losses"], rel=1e-4)
+    assert ranks[0]["norms"] == pytest.approx(one["norms"], rel=1e-4)
+    for rank in ranks:
+        assert_close(rank, one, SIZES_APART)
+    for name in ("net", "target_net", "teacher"):
+        held = [rank["sizes"][name] for rank in ranks]
+        assert sum(held) == one["sizes"][name]
+        assert max(held) < 0.6 * one["sizes"][name]
+    saved = load_network(str(folder / f"{of}-fsdp/model"))
+    for name, value in saved.state_dict().items():
+        assert torch.equal(value, ranks[0]["weights"][f"net.{name}"]), name
 
 
 @pytest.mark.parametrize("name", ["hsdp", "recomputed"])

@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline
-from lcm.core.condition import SizedText
-from lcm.data.codec import LatentCodec
 from tqdm import tqdm
 
 from lcm.core import sampling
@@ -20,9 +18,9 @@ from lcm.data.source import Source
 from lcm.data.transforms import Decode
 from lcm.encode import claim, encode_shard
 from lcm.errors import UserError
+from lcm.models.codec import LatentCodec
 from lcm.models.generate import LatentModel
-from lcm.models.pipeline import load_codec, load_schedule, load_unet, training_facts
-from lcm.models.saving import save_pipeline
+from lcm.models.pipeline import load_codec, load_family, load_network, training_facts
 from lcm.models.student import as_network
 from tests.data.conftest import png, write_shard
 from tests.modules.conftest import new_module
@@ -51,62 +49,63 @@ def alike(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 def test_texts_are_those_of_diffusers_pipeline(codec: LatentCodec, xl_pipeline: Path) -> None:
     states, no_states, pooled, not_pooled = opened(xl_pipeline).encode_prompt(PROMPTS, do_classifier_free_guidance=True)
     cond, uncond = codec.conditions(PROMPTS, torch.zeros(2, 4, 8, 8))
-    torch.testing.assert_close(cond.states, states)
-    torch.testing.assert_close(cond.pooled, pooled)
+    torch.testing.assert_close(cond["states"], states)
+    torch.testing.assert_close(cond["pooled"], pooled)
     assert not no_states.any()
     assert not not_pooled.any()
-    torch.testing.assert_close(uncond.states.expand_as(states), no_states)
-    torch.testing.assert_close(uncond.pooled.expand_as(pooled), not_pooled)
-    assert cond.states.std() > 0.1
-    assert cond.pooled.std() > 0.01
+    torch.testing.assert_close(uncond["states"].expand_as(states), no_states)
+    torch.testing.assert_close(uncond["pooled"].expand_as(pooled), not_pooled)
+    assert cond["states"].std() > 0.1
+    assert cond["pooled"].std() > 0.01
 
 
 def test_a_folder_may_say_that_the_null_prompt_is_read_as_any_other(xl_pipeline: Path, tmp_path: Path) -> None:
-    base = str(xl_pipeline)
-    save_pipeline(tmp_path / "a", load_unet(base), load_schedule(base), base=base, consistency=False, facts={})
+    new_module(xl_pipeline, "diffusion").save_model(str(tmp_path / "a"))
     index = json.loads((tmp_path / "a/model_index.json").read_text())
     assert index["force_zeros_for_empty_prompt"] is True
     (tmp_path / "a/model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": False}))
     _, null, _, pooled = opened(tmp_path / "a").encode_prompt("rocket", negative_prompt="", do_classifier_free_guidance=True)
     _, uncond = load_codec(str(tmp_path / "a")).conditions(["rocket"], torch.zeros(1, 4, 8, 8))
-    torch.testing.assert_close(uncond.states, null)
-    torch.testing.assert_close(uncond.pooled, pooled)
+    torch.testing.assert_close(uncond["states"], null)
+    torch.testing.assert_close(uncond["pooled"], pooled)
 
 
 def test_sizes_are_those_of_the_batch_or_of_whole_pictures(codec: LatentCodec) -> None:
     batch = codec.encode({**BATCH, **SIZES})
-    assert batch.cond.sizes.tolist() == [[64, 48, 5, 0, 32, 32], [32, 32, 0, 0, 32, 32], [900, 1200, 0, 7, 32, 32]]
-    assert torch.equal(batch.uncond.sizes, batch.cond.sizes)
-    assert codec.encode(BATCH).cond.sizes.tolist() == 3 * [[32, 32, 0, 0, 32, 32]]
-    assert batch.cond.sizes.dtype == torch.int64  # bfloat16 would round 1023 to 1024
+    assert batch.cond["sizes"].tolist() == [[64, 48, 5, 0, 32, 32], [32, 32, 0, 0, 32, 32], [900, 1200, 0, 7, 32, 32]]
+    assert torch.equal(batch.uncond["sizes"], batch.cond["sizes"])
+    assert codec.encode(BATCH).cond["sizes"].tolist() == 3 * [[32, 32, 0, 0, 32, 32]]
+    assert batch.cond["sizes"].dtype == torch.int64  # bfloat16 would round 1023 to 1024
 
 
 def test_texts_and_sizes_reach_the_network(codec: LatentCodec, xl_pipeline: Path) -> None:
-    net, cond = as_network(load_unet(str(xl_pipeline))), codec.encode({**BATCH, **SIZES}).cond
+    net, cond = as_network(codec.text.family, load_network(str(xl_pipeline))), codec.encode({**BATCH, **SIZES}).cond
     z, t = torch.randn(3, 4, 8, 8, generator=generator("cpu", 0)), torch.tensor([500, 500, 500])
     with torch.no_grad():
         found = net(z, t, cond)
-        for part in SizedText._fields:
-            changed = cond._replace(**{part: getattr(cond, part).flip(0)})
+        assert set(cond) == {"states", "pooled", "sizes"}
+        for part, rows in cond.items():
+            changed = {**cond, part: rows.flip(0)}
             different = (net(z, t, changed) - found).abs().amax(dim=(1, 2, 3))
             assert (different[[0, 2]] > 1e-4).all(), part
             assert different[1] < 1e-6, part  # the middle one's are the same
 
 
-@pytest.mark.parametrize("kind", ["", "not "])
+@pytest.mark.parametrize("of_xl", [True, False])
 def test_text_encoders_of_the_other_kind_are_refused(
-    kind: str, codec: LatentCodec, xl_pipeline: Path, tiny_pipeline: Path
+    of_xl: bool, codec: LatentCodec, xl_pipeline: Path, tiny_pipeline: Path
 ) -> None:
-    unet, texts = (xl_pipeline, load_codec(str(tiny_pipeline))) if kind == "" else (tiny_pipeline, codec)
-    z = torch.zeros(1, 4, 8, 8)
-    with pytest.raises(UserError, match=f"the UNet is {kind}Stable Diffusion XL's, .* set data.codec.pipeline"):
-        as_network(load_unet(str(unet)))(z, torch.tensor([1]), texts.conditions(["a"], z)[0])
+    folder, texts = (xl_pipeline, load_codec(str(tiny_pipeline))) if of_xl else (tiny_pipeline, codec)
+    reads, gives = ("pooled, sizes, states of width 40", "states of width 16")[:: 1 if of_xl else -1]
+    z, net = torch.zeros(1, 4, 8, 8), as_network(load_family(str(folder)), load_network(str(folder)))
+    with pytest.raises(UserError, match=f"reads {reads}, the text encoders give {gives}: set data.codec.pipeline"):
+        net(z, torch.tensor([1]), texts.conditions(["a"], z)[0])
 
 
 def test_texts_of_another_width_are_refused(tiny_pipeline: Path) -> None:
-    net, z = as_network(load_unet(str(tiny_pipeline))), torch.zeros(1, 4, 8, 8)
-    with pytest.raises(UserError, match="reads texts of width 16, not 24: set"):
-        net(z, torch.tensor([1]), torch.zeros(1, 16, 24))
+    net, z = as_network(load_family(str(tiny_pipeline)), load_network(str(tiny_pipeline))), torch.zeros(1, 4, 8, 8)
+    with pytest.raises(UserError, match="reads states of width 16, the text encoders give states of width 24: set"):
+        net(z, torch.tensor([1]), {"states": torch.zeros(1, 16, 24)})
 
 
 @pytest.mark.parametrize(("steps", "w"), [(1, 3.0), (4, 7.5), (5, 0.0)])
@@ -181,8 +180,8 @@ def test_latent_shards_give_the_batches_that_their_images_give(codec: LatentCode
         found.append(source.on_after_batch_transfer(next(iter(source.train_dataloader())), 0))
     expected, got = found
     assert got.captions == expected.captions
-    assert torch.equal(got.cond.sizes, expected.cond.sizes)
-    assert expected.cond.sizes.unique(dim=0).shape == (3, 6)
+    assert torch.equal(got.cond["sizes"], expected.cond["sizes"])
+    assert expected.cond["sizes"].unique(dim=0).shape == (3, 6)
     for part in ("states", "pooled"):
-        torch.testing.assert_close(getattr(got.cond, part), getattr(expected.cond, part), rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(got.cond[part], expected.cond[part], rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(got.z0, expected.z0, rtol=2e-3, atol=5e-3)

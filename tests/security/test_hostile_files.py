@@ -23,7 +23,7 @@ from lcm.data.datamodule import ShardDataModule
 from lcm.errors import UserError
 from lcm.manifest import write
 from lcm.metrics.inception import check
-from lcm.models.pipeline import load_codec, load_unet
+from lcm.models.pipeline import load_codec, load_network
 from lcm.runs import resume_path
 from tests.data.conftest import keys, pairs, png, stream, take, write_shard
 
@@ -52,7 +52,7 @@ def marker(tmp_path: Path) -> Iterator[Path]:
 
 
 PARTS = {
-    "unet": ("diffusion_pytorch_model", load_unet),
+    "unet": ("diffusion_pytorch_model", load_network),
     "vae": ("diffusion_pytorch_model", load_codec),
     "text_encoder": ("pytorch_model", load_codec),
     "clip": ("pytorch_model", lambda folder: build({"_target_": "lcm.metrics.clip.mini_clip", "pipeline": folder})),

@@ -13,8 +13,8 @@ from lcm.composition import check_overrides
 from lcm.errors import UserError
 
 REFUSED = [
-    "lcm.core.schedule.NoiseSchedule.at",
-    "lcm.core.schedule.NoiseSchedule.from_config",
+    "lcm.core.process.VP.at",
+    "lcm.models.generate.LatentModel.load",
     "os.system",
     "builtins.eval",
     "builtins.print",

@@ -1,0 +1,41 @@
+"""Pipelines of the tiny teacher's weights, saved as trainings save them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcm.core.objectives.denoising import ddim_scheduler
+from lcm.core.process import VP, Process
+from lcm.models.pipeline import find, load_family, load_network
+from lcm.models.saving import save_pipeline
+
+
+def save_teacher(
+    folder: Path, net: Any, base: Path, prediction_type: str = "epsilon", process: Process | None = None, **facts: Any
+) -> str:
+    scheduler = ddim_scheduler(process or VP(), prediction_type)
+    options = {"family": load_family(str(base)), "base": find(str(base)), "scheduler": scheduler}
+    save_pipeline(folder, net, **options, facts={"sampler": "ddim", **facts}, dtype=torch.float32)
+    return str(folder)
+
+
+def save_student(
+    folder: Path,
+    base: Path,
+    prediction_type: str = "epsilon",
+    process: Process | None = None,
+    *,
+    points: int = 50,
+    zero_init: bool = False,
+    **facts: Any,
+) -> str:
+    """Save a student, by default of random weights for w, as latent consistency distillation saves it."""
+    family = load_family(str(base))
+    torch.manual_seed(0)
+    net = family.with_w(load_network(str(base)), zero_init=zero_init)
+    config = {"prediction_type": prediction_type, "original_inference_steps": points}
+    scheduler = "LCMScheduler", {**(process or VP()).config, **config}
+    options = {"family": family, "base": find(str(base)), "scheduler": scheduler}
+    save_pipeline(folder, net, **options, facts={"sampler": "consistency", "points": points, **facts}, dtype=torch.float32)
+    return str(folder)
