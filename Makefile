@@ -15,7 +15,7 @@ demo: .venv/installed
 	  "picture: outputs/demo/grid.png   (teacher DDIM beside LCM, same prompts and seeds)" \
 	  "table:   outputs/demo/table.md" \
 	  "next:    $(BIN)/python sample.py prompts='person biking on a pink background' steps=2" \
-	  "         $(BIN)/python train.py experiment=lcf_mini model.student=$$model   (another style, no teacher)"
+	  "         $(BIN)/python train.py experiment=lcf_mini model.pipeline=$$model   (another style, no teacher)"
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal   # most tests, and the programs they start, keep to one thread

@@ -67,7 +67,9 @@ def parameters(target: str) -> set[str] | None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes_and_names_itself(experiment):
-    assert composed(experiment).name == experiment
+    cfg = composed(experiment)
+    assert cfg.name == experiment
+    assert all(cfg[part] for part in ("data", "model", "trainer", "callbacks"))  # an empty `data:` would be null
 
 
 EXPERIMENT_CHOICES = [[f"experiment={name}"] for name in EXPERIMENTS]
