@@ -70,8 +70,8 @@ def check_fit(network: Any, folder: Path) -> None:
     latents = vae.get("latent_channels", takes)
     if takes != latents or config.get("out_channels", takes) not in (takes, 2 * takes):
         raise UserError(
-            f"{folder}: its network takes {takes} channels and gives {config['out_channels']}, its latents have {latents}: give "
-            "a text-to-image pipeline, not one for inpainting, depth or upscaling"
+            f"{folder}: its network takes {takes} channels and gives {config['out_channels']}, its latents have {latents}: "
+            "give a text-to-image pipeline, not one for inpainting, depth or upscaling"
         )
     if config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None:
         raise UserError(f"{folder}: its network takes a class beside the text: give a text-to-image pipeline, which does not")

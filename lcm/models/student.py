@@ -21,8 +21,8 @@ def as_network(family: Family, net: Any, compiled: Callable[..., Any] | None = N
         if set(cond) != names or cond["states"].shape[-1] != width:
             raise UserError(
                 f"the network reads {', '.join(sorted(names))} of width {width}, the text encoders give "
-                f"{', '.join(sorted(cond))} of width {cond['states'].shape[-1]}: set data.codec.pipeline to the pipeline that is trained, and encode "
-                "latents with text embeddings by it"
+                f"{', '.join(sorted(cond))} of width {cond['states'].shape[-1]}: "
+                "set data.codec.pipeline to the pipeline that is trained, and encode latents with text embeddings by it"
             )
         return family.call(net, forward, z_t, time, cond, w)
 

@@ -168,7 +168,7 @@ def test_ddim_in_vp_is_euler_in_flow_coordinates():
     q_t, q_s = sigma_t / (alpha_t + sigma_t), sigma_s / (alpha_s + sigma_s)
     y_s = Z / (alpha_t + sigma_t) + (q_s - q_t) * (eps - x0)
     step = solvers.ddim(denoise, Z, t, s, process=PROCESS)
-    torch.testing.assert_close(step / (alpha_s + sigma_s), y_s, rtol=0, atol=1e-12)
+    torch.testing.assert_close(step / (alpha_s + sigma_s), y_s, rtol=0, atol=1e-6)  # float32 tables
 
 
 @every_flow

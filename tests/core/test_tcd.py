@@ -10,7 +10,8 @@ from lcm.core.objectives.consistency import ConsistencyDraws, Networks
 from lcm.core.objectives.distillation import LatentConsistencyDistillation
 from lcm.core.objectives.tcd import TrajectoryConsistencyDistillation, TrajectoryDraws
 from lcm.core.process import VP, Flow
-from lcm.core.timesteps import consistency_steps, full, grid
+from lcm.core.timesteps import consistency_steps, full, grid, trailing_steps
+from lcm.errors import UserError
 from tests.core.gaussian import exact
 from tests.core.test_objectives import SHAPE, B, Recorder, Scale, a_batch, denoisers, rng, says_its_caption, some_draws
 
@@ -19,7 +20,8 @@ every_type = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 
 
 def tcd(process=None, **changes):
-    options = {"timesteps": grid(), "solver": solvers.ddim, "distance": losses.l2, **changes}
+    gamma = {"gamma": 0.0} if isinstance(process, Flow) else {}  # another one is refused: it could not be saved
+    options = {"timesteps": grid(), "solver": solvers.ddim, "distance": losses.l2, **gamma, **changes}
     return TrajectoryConsistencyDistillation(process or VP(), **options)
 
 
@@ -194,8 +196,26 @@ def test_a_student_is_saved_with_its_sampler():
 
 
 def test_the_saved_scheduler_steps_through_the_trained_grid():
-    name, options = tcd(timesteps=grid(points=100)).scheduler()
+    name, options = tcd(timesteps=grid(points=100)).scheduler("epsilon")
     scheduler = getattr(diffusers, name)(**options)
     assert isinstance(scheduler, diffusers.TCDScheduler)
     scheduler.set_timesteps(4)
     assert scheduler.timesteps.tolist() == consistency_steps(4, points=100)
+
+
+def test_a_stochastic_sampler_of_a_flow_is_refused():
+    with pytest.raises(UserError, match=r"no stochastic TCD sampler for flow models: set model.objective.gamma=0"):
+        tcd(Flow(), gamma=0.3)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_the_saved_scheduler_of_a_flow_pins_the_grid(shift, steps):
+    """The default grid of diffusers' schedulers is then `trailing_steps(steps)` of the process."""
+    flow = Flow(shift=shift)
+    name, options = tcd(flow, saved_steps=steps).scheduler("flow_prediction")
+    scheduler = getattr(diffusers, name)(**options)
+    scheduler.set_timesteps(steps)
+    expected = flow.sigma(torch.tensor(trailing_steps(steps)))
+    torch.testing.assert_close(scheduler.sigmas[:-1], expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(scheduler.timesteps, 1000 * expected, rtol=0, atol=1e-3)
