@@ -24,6 +24,7 @@ from lcm.models.student import as_network
 log = logging.getLogger(__name__)
 Sampler = Callable[..., Tensor]
 FEW_STEP = (sampling.consistency, sampling.tcd)  # samplers of students, which use the trained timesteps
+OWN: dict[str, Sampler] = {"ddim": sampling.ddim, "consistency": sampling.consistency, "tcd": sampling.tcd}  # names in lcm.json
 
 
 @dataclass
@@ -78,7 +79,10 @@ class LatentModel:
 
     def sampler(self, sampler: Sampler | None) -> tuple[Sampler, Callable[..., list[int]]]:
         """Return the given sampler, or the model's own, and the rule that places its timesteps."""
-        chosen: Sampler = sampler or getattr(sampling, self.facts.get("sampler", "ddim"))
+        own = self.facts.get("sampler", "ddim")
+        if own not in OWN:
+            raise UserError(f"lcm.json names the sampler {own!r}: use one of {', '.join(OWN)}")
+        chosen = sampler or OWN[own]
         kind = getattr(chosen, "func", chosen)
         if kind not in FEW_STEP:
             return chosen, self.distilled_steps if self.students else trailing_steps

@@ -53,7 +53,9 @@ def test_train_refuses(run, tiny, override, says, tmp_path):
 
 def test_a_folder_that_is_not_a_pipeline_or_predicts_something_unknown(run, tiny, tiny_pipeline, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "which is not supported: use one of" in complaint(run("train.py", *tiny, f"model.pipeline={tmp_path}/empty"))
+    assert "is no pipeline folder: it lacks model_index.json" in complaint(
+        run("train.py", *tiny, f"model.pipeline={tmp_path}/empty")
+    )
     broken = shutil.copytree(tiny_pipeline, tmp_path / "broken")
     file = broken / "scheduler/scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": "flow"}))

@@ -1,6 +1,7 @@
 """Images from prompts: independent of the batch, as many forwards as the method needs, and what is refused."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,12 @@ def test_a_student_refuses_steps_off_its_grid(student: LatentModel, steps: int) 
 def test_a_teacher_refuses_steps_off_the_schedule(teacher: LatentModel, steps: int) -> None:
     with pytest.raises(UserError, match=f"steps={steps}"):
         teacher.latents(["rocket"], [0], steps=steps, w=2.0)
+
+
+def test_a_sampler_that_is_none_is_a_user_error(teacher: LatentModel) -> None:
+    """The name comes from a file of whoever made the folder."""
+    with pytest.raises(UserError, match=r"lcm\.json names the sampler 'torch': use one of ddim, consistency, tcd"):
+        replace(teacher, facts={"sampler": "torch"}).latents(["rocket"], [0], steps=1, w=0.0)
 
 
 def test_prompts_need_as_many_seeds(teacher: LatentModel) -> None:

@@ -180,6 +180,56 @@ def test_a_checkpoint_holds_trained_tensors_and_plain_containers(
     assert content["ShardDataModule"]["position"] == 8
 
 
+FIRST_EDITION = {
+    "diffusion": "LatentDiffusion",
+    "distillation": "LatentConsistencyDistillation",
+    "finetuning": "LatentConsistencyFineTuning",
+    "lora": "LoRADistillation",
+    "cd": "ConsistencyModelDistillation",
+    "ct": "ConsistencyModelTraining",
+    "guided": "GuidedDistillation",
+}
+
+
+@pytest.mark.parametrize(("kind", "method"), FIRST_EDITION.items())
+def test_a_checkpoint_of_the_first_edition_goes_on(
+    kind: str, method: str, training: Make, data: Make, fit: Make, tmp_path: Path
+) -> None:
+    """Its tensors have the same names, see `test_a_checkpoint_holds_trained_tensors_and_plain_containers`."""
+    first, second, path = training(kind), training(kind), tmp_path / "1.ckpt"
+    fit(first, data(), 6, callbacks=[StopAfter(1)]).save_checkpoint(path)
+    content = torch.load(path, weights_only=True)
+    assert (content["method"] == method) == (kind in ("distillation", "guided"))
+    torch.save({**content, "method": method}, path)
+    fit(second, data(), 6, ckpt_path=path, callbacks=[start := StopAfter(2)])
+    assert_equal(start.weights, weights(first))
+
+
+class StopAfter(L.Callback):
+    """Stops after a step, and keeps the weights of the start."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        self.weights = weights(module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        trainer.should_stop = trainer.global_step == self.step
+
+
+@pytest.mark.parametrize("kind", [*FIRST_EDITION, "tcd"])
+def test_a_checkpoint_of_another_method_is_refused(kind: str, training: Make) -> None:
+    """Also one whose weights fit, such as LCD's for TCD."""
+    methods, module = {**FIRST_EDITION, "tcd": "TrajectoryConsistencyDistillation", "clip": "Clip"}, training(kind)
+    del methods[kind]
+    for method in methods.values():
+        with pytest.raises(
+            UserError, match=f"the checkpoint is of {method}, this training is a .*: give it a name= of its own"
+        ):
+            module.on_load_checkpoint({"method": method})
+
+
 class Poison(L.Callback):
     """Turns the batch of one step into NaN, and keeps the weights that it found."""
 

@@ -52,20 +52,22 @@ def marker(tmp_path: Path) -> Iterator[Path]:
 
 
 PARTS = {
-    "unet": ("diffusion_pytorch_model", load_network),
-    "vae": ("diffusion_pytorch_model", load_codec),
-    "text_encoder": ("pytorch_model", load_codec),
-    "clip": ("pytorch_model", lambda folder: build({"_target_": "lcm.metrics.clip.mini_clip", "pipeline": folder})),
+    "unet": ("tiny", "diffusion_pytorch_model", load_network),
+    "vae": ("tiny", "diffusion_pytorch_model", load_codec),
+    "text_encoder": ("tiny", "pytorch_model", load_codec),
+    "clip": ("tiny", "pytorch_model", lambda folder: build({"_target_": "lcm.metrics.clip.mini_clip", "pipeline": folder})),
+    "transformer": ("pixart", "diffusion_pytorch_model", load_network),
+    "text_encoder_3": ("sd3", "pytorch_model", load_codec),
 }
 
 
 @pytest.mark.parametrize("indexed", [False, True], ids=["alone", "by an index"])
 @pytest.mark.parametrize("part", PARTS)
 def test_a_pipeline_folder_with_pickled_weights_is_refused(
-    part: str, indexed: bool, tiny_pipeline: Path, tmp_path: Path, marker: Path
+    part: str, indexed: bool, request: pytest.FixtureRequest, tmp_path: Path, marker: Path
 ) -> None:
-    name, load = PARTS[part]
-    folder = shutil.copytree(tiny_pipeline, tmp_path / "teacher")
+    base, name, load = PARTS[part]
+    folder = shutil.copytree(request.getfixturevalue(f"{base}_pipeline"), tmp_path / "teacher")
     for file in (folder / part).glob("*.safetensors"):
         file.unlink()
     torch.save(Trap(marker), folder / part / f"{name}.bin")
@@ -78,8 +80,9 @@ def test_a_pipeline_folder_with_pickled_weights_is_refused(
         load(str(folder))
 
 
-def test_a_tokenizer_brings_no_code_of_its_own(tiny_pipeline: Path, tmp_path: Path, marker: Path) -> None:
-    folder = shutil.copytree(tiny_pipeline, tmp_path / "teacher")
+@pytest.mark.parametrize("base", ["tiny", "pixart"])
+def test_a_tokenizer_brings_no_code_of_its_own(base: str, request: pytest.FixtureRequest, tmp_path: Path, marker: Path) -> None:
+    folder = shutil.copytree(request.getfixturevalue(f"{base}_pipeline"), tmp_path / "teacher")
     file = folder / "tokenizer/tokenizer_config.json"
     config = {**json.loads(file.read_text()), "auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}
     file.write_text(json.dumps(config))

@@ -105,10 +105,10 @@ def family_of(folder: Path) -> Family:
     for kind in families():
         if name in kind.pipelines:
             return kind(index, read_json(folder / kind.network / "config.json"))
+    if name is None:
+        raise UserError(f"{folder} is no pipeline folder: it lacks model_index.json")
     known = sorted(name for kind in families() for name in kind.pipelines)
-    raise UserError(
-        f"{folder} is a {name or 'folder without model_index.json'}, which is not supported: use one of {', '.join(known)}"
-    )
+    raise UserError(f"{folder} is a {name}, which is not supported: use one of {', '.join(known)}")
 
 
 def network_like(net: Any, **changes: Any) -> Any:
