@@ -24,8 +24,8 @@ def student_of(pipeline: str, folder: Path) -> str:
     family, process = load_family(pipeline), load_process(pipeline)
     student = family.with_w(load_network(pipeline), zero_init=False)
     scheduler = "LCMScheduler", {**process.config, "prediction_type": load_prediction_type(pipeline)}
-    options = {"family": family, "base": find(pipeline), "scheduler": scheduler, "facts": {"sampler": "consistency"}}
-    save_pipeline(folder, student, **options, dtype=torch.float32)
+    facts = {"sampler": "consistency"}
+    save_pipeline(folder, student, family=family, base=find(pipeline), scheduler=scheduler, facts=facts, dtype=torch.float32)
     return str(folder)
 
 

@@ -183,8 +183,8 @@ def test_every_part_can_be_swapped_in(group, option):
 
 
 @pytest.mark.parametrize(("experiment", "net"), FULL_SIZE.items())
-def test_full_size_recipes_build_with_the_real_names_and_shapes(experiment, net):
-    process = ["model/process=scaled_linear"]
+def test_full_size_recipes_build_with_the_real_names_and_shapes(experiment, net, tiny_pipeline, xl_pipeline):
+    process = ["model/process=scaled_linear", f"model.pipeline={xl_pipeline if net == 'sdxl' else tiny_pipeline}"]
     with torch.device("meta"):
         module = build(composed(experiment, f"model/net={net}", *process).model)
     teacher = module.frozen.get("teacher", module.net)

@@ -77,3 +77,8 @@ def test_a_clip_by_folder_normalises_as_openai_or_as_its_folder_says(folder, bac
 def test_a_missing_clip_says_what_to_get(model):
     with pytest.raises(UserError, match=r"model\.safetensors"):
         pretrained_clip(model)
+
+
+def test_a_pipeline_without_a_clip_of_its_own_is_a_user_error(pixart_pipeline):
+    with pytest.raises(UserError, match="has no folder clip, as the mini pipeline has: set backbone=clip"):
+        mini_clip(str(pixart_pipeline))

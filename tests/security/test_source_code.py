@@ -4,6 +4,9 @@ import ast
 from pathlib import Path
 
 import pytest
+from transformers import CLIPTokenizer, T5Tokenizer
+
+from lcm.models.families import families
 
 ROOT = Path(__file__).parents[2]
 FILES = [*sorted((ROOT / "lcm").rglob("*.py")), *sorted(ROOT.glob("*.py"))]
@@ -15,7 +18,8 @@ NEVER = {
 NEVER_METHODS = {"extractall", "load_from_checkpoint", "from_single_file", "read_pickle"}
 REQUIRED = {"torch.load": ("weights_only", True), "load_checkpoint": ("weights_only", True)}
 REQUIRED |= {name: ("allow_pickle", False) for name in ("np.load", "numpy.load", "read_array")}
-TOKENIZERS = {"CLIPTokenizer", "CLIPTokenizerFast"}  # json and text; models are weights
+OF_FAMILIES = {CLIPTokenizer, T5Tokenizer}  # json, text and sentencepiece's protobuf; models are weights
+TOKENIZERS = {"CLIPTokenizer", "CLIPTokenizerFast", "tower.tokenizer_class"}
 
 
 def dangers(source: str) -> list[str]:
@@ -45,6 +49,10 @@ def found(node: ast.AST) -> str | None:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_no_file_runs_what_it_reads(file: Path) -> None:
     assert dangers(file.read_text()) == []
+
+
+def test_every_tokenizer_of_a_family_is_one_without_code() -> None:
+    assert {tower.tokenizer_class for kind in families() for tower in kind.towers} <= OF_FAMILIES
 
 
 @pytest.mark.parametrize(

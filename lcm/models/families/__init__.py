@@ -62,7 +62,7 @@ class Family:
         """Return the network's output `[B, C, h, w]`. forward: the network or its compiled form. Inputs follow its dtype."""
         raise NotImplementedError
 
-    def encode(self, tokenizers: Sequence[Any], encoders: Sequence[nn.Module], captions: list[str]) -> dict[str, Tensor]:
+    def encode(self, tokenizers: Sequence[Any], encoders: Sequence[Any], captions: list[str]) -> dict[str, Tensor]:
         """Return the text embeddings of the captions by the names in `text`, a row a caption."""
         raise NotImplementedError
 

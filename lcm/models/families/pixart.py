@@ -5,7 +5,7 @@ from typing import Any
 
 from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention import BasicTransformerBlock
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import T5EncoderModel, T5Tokenizer
 
 from lcm.core.denoiser import Condition
@@ -41,7 +41,7 @@ class PixArt(Family):
         )[0]
         return output[:, : z.shape[1]]  # without the learned variance
 
-    def encode(self, tokenizers: Sequence[Any], encoders: Sequence[nn.Module], captions: list[str]) -> dict[str, Tensor]:
+    def encode(self, tokenizers: Sequence[Any], encoders: Sequence[Any], captions: list[str]) -> dict[str, Tensor]:
         [encoder], texts = encoders, [caption.lower().strip() for caption in captions]  # as diffusers' pipeline does
         inputs = tokens(tokenizers[0], texts, encoder.device, max_length=LENGTH)
         mask = inputs["attention_mask"]

@@ -1,7 +1,7 @@
 """Stable Diffusion 1 and 2, and latent consistency models of them: a UNet with the states of one CLIP text encoder."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
@@ -20,10 +20,10 @@ from lcm.models.families import Family, Tower, network_like, tokens
 class StableDiffusion(Family):
     """w enters through the projection `time_embedding.cond_proj` that released latent consistency models have."""
 
-    pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+    pipelines: ClassVar[Sequence[str]] = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     network, network_class = "unet", UNet2DConditionModel
     width = "cross_attention_dim"
-    towers: Sequence[Tower] = (Tower("text_encoder", CLIPTextModel, "tokenizer", CLIPTokenizer),)
+    towers: ClassVar[Sequence[Tower]] = (Tower("text_encoder", CLIPTextModel, "tokenizer", CLIPTokenizer),)
     blocks = (BasicTransformerBlock, ResnetBlock2D, Downsample2D, Upsample2D)
     lora_targets = (  # LCM-LoRA's, as in diffusers' script: every linear layer and convolution of the blocks
         *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
@@ -39,7 +39,7 @@ class StableDiffusion(Family):
     def added(self, cond: Condition, dtype: Any) -> dict[str, Any]:
         return {}
 
-    def encode(self, tokenizers: Sequence[Any], encoders: Sequence[nn.Module], captions: list[str]) -> dict[str, Tensor]:
+    def encode(self, tokenizers: Sequence[Any], encoders: Sequence[Any], captions: list[str]) -> dict[str, Tensor]:
         [encoder] = encoders
         return {"states": encoder(tokens(tokenizers[0], captions, encoder.device)["input_ids"])[0]}
 

@@ -45,7 +45,7 @@ class StableDiffusion3(Family):
             return_dict=False,
         )[0]
 
-    def encode(self, tokenizers: Sequence[Any], encoders: Sequence[nn.Module], captions: list[str]) -> dict[str, Tensor]:
+    def encode(self, tokenizers: Sequence[Any], encoders: Sequence[Any], captions: list[str]) -> dict[str, Tensor]:
         """Return CLIP's states side by side, padded to T5's width, before T5's along the tokens; and both pooled texts."""
         outputs = [
             encoder(tokens(tokenizer, captions, encoder.device)["input_ids"], output_hidden_states=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from lcm.core.denoiser import Condition
@@ -29,7 +29,7 @@ class StableDiffusionXL(StableDiffusion):
         # Sizes stay integers: bfloat16 has 8 bits for them.
         return {"added_cond_kwargs": {"text_embeds": cond["pooled"].to(dtype), "time_ids": cond["sizes"]}}
 
-    def encode(self, tokenizers: Sequence[Any], encoders: Sequence[nn.Module], captions: list[str]) -> dict[str, Tensor]:
+    def encode(self, tokenizers: Sequence[Any], encoders: Sequence[Any], captions: list[str]) -> dict[str, Tensor]:
         """Return the states before the last layer of both encoders side by side, and the second one's pooled text."""
         outputs = [
             encoder(tokens(tokenizer, captions, encoder.device)["input_ids"], output_hidden_states=True)
