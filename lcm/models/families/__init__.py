@@ -119,7 +119,9 @@ def network_like(net: Any, **changes: Any) -> Any:
     if not changes:
         return copy.deepcopy(net)
     with torch.device("meta"):  # drawing weights to overwrite them takes longer than copying them
-        like = type(net).from_config({**net.config, **changes})
+        # Without the names of values left to their defaults, for which diffusers would take the default again.
+        config = {key: value for key, value in net.config.items() if key != "_use_default_values"}
+        like = type(net).from_config({**config, **changes})
     if net.device.type == "meta":
         return like
     like = nn.Module.to(like, net.dtype).to_empty(device=net.device)
