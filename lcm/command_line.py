@@ -21,6 +21,7 @@ from omegaconf.errors import InterpolationToMissingValueError
 from lcm.composition import check_overrides, plain
 from lcm.errors import UserError
 from lcm.redaction import hide_in_logs, redacted
+from lcm.runs import resolve_models
 from lcm.targets import CONF, check_targets
 
 failures: list[int] = []  # the numbers of a sweep's jobs that ended in an error
@@ -34,6 +35,7 @@ def program(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
             quiet()
             try:
                 check_missing(cfg)
+                resolve_models(cfg, cfg.paths.runs)
                 return main(cfg)
             except UserError as error:
                 return fail(error)

@@ -16,6 +16,7 @@ from lcm.errors import UserError
 from lcm.files import whole_file
 from lcm.inputs import output_folder
 from lcm.models.lora import is_adapted, merged
+from lcm.models.parts import rounded
 from lcm.models.pipeline import load_unet
 from lcm.modules.latent import LatentModule
 
@@ -75,7 +76,7 @@ def main(cfg: DictConfig) -> None:
         output = output.with_suffix(".safetensors")
         net = merged(net, load_unet(module.pipeline)) if is_adapted(net) else net
         with whole_file(output) as file:
-            state = {name: value.to(dtype).contiguous() for name, value in net.state_dict().items()}
+            state = {name: value.contiguous() for name, value in rounded(net, dtype).state_dict().items()}
             file.write(save(state, metadata={"format": "pt"}))
     print(f"model:   {output}   ({cfg.weights} weights of step {module.global_step}, {cfg.dtype})")
 

@@ -23,6 +23,7 @@ from lcm.files import locked, remove, whole_file
 from lcm.redaction import redacted
 
 LOCK = ".lock"
+MODELS = ("pipeline", "teacher", "student", "model")  # keys that name one; it is a folder, a hub id, mini, last or last:<name>
 held: list[TextIO] = []
 
 
@@ -172,16 +173,37 @@ def write_config(cfg: DictConfig, trainer: Any) -> None:
             logger.log_hyperparams(redacted(OmegaConf.to_container(cfg, resolve=True)))
 
 
+def resolve_models(node: Any, runs: str) -> None:
+    """Replace "last" and "last:<name>" in a configuration by the folder, so that a resumed run goes on with the same model."""
+    for key in list(node) if OmegaConf.is_dict(node) else range(len(node)):
+        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+            continue
+        if OmegaConf.is_config(node[key]):
+            resolve_models(node[key], runs)
+        elif key in MODELS and isinstance(node[key], str):
+            node[key] = chosen(node[key], runs, os.getcwd())
+
+
+@cache
+def chosen(pipeline: str, runs: str, working_directory: str) -> str:
+    """`find_pipeline`, the same for all jobs of a sweep, which save models themselves."""
+    return find_pipeline(pipeline, runs)
+
+
 def find_pipeline(pipeline: str, runs: str) -> str:
     """A pipeline folder, hub id or "mini" as given; for "last" the newest model that a run under `runs` saved, for
     "last:<name>" the newest of the runs of that name."""
     last, _, name = pipeline.partition(":")
+    files = sorted(Path(runs).glob("*/*/model/model_index.json"), key=lambda file: file.stat().st_mtime)
+    names = [file.parts[-4] for file in files]
     if last != "last":
+        if pipeline in names and not Path(pipeline).is_dir():
+            raise UserError(f"there is no folder {pipeline!r}: the newest model of the run {pipeline} is last:{pipeline}")
         return pipeline
-    models = sorted(Path(runs).glob(f"{name or '*'}/*/model/model_index.json"), key=lambda file: file.stat().st_mtime)
-    if not models:
-        train = f"python train.py experiment={name}" if name else "python train.py"
-        raise UserError(
-            f"no run under {Path(runs, name)}/ has saved a model yet: run `{train}`, or set pipeline=<folder or hub id>"
-        )
-    return str(models[-1].parent)
+    folders = [file.parent for file, of_name in zip(files, names, strict=True) if not name or of_name == name]
+    if not folders:
+        known = [f"last:{of_name}" for of_name in dict.fromkeys(reversed(names))][:10]
+        cure = f"give {' or '.join(known)}" if known else "train one by `python train.py`"
+        run = f"no run called {name}" if name else "no run"
+        raise UserError(f"{run} under {runs}/ has saved a model: {cure}, or give a folder, a hub id (owner/name) or mini")
+    return str(folders[-1])

@@ -49,18 +49,19 @@ class LatentModel:
         """
 
         def load(name: str) -> UNet2DConditionModel:
-            unet = pipelines.load_unet(pipeline, dtype, name=name).to(device).eval().requires_grad_(False)
+            unet = pipelines.load_unet(folder, dtype, name=name).to(device).eval().requires_grad_(False)
             if compile:
                 unet.compile()
             return unet
 
-        unet, codec = load("unet"), pipelines.load_codec(pipeline).to(device)
+        folder = pipelines.find(pipeline)  # once: a hub id is looked up each time
+        unet, codec = load("unet"), pipelines.load_codec(folder).to(device)
         if compile:
             codec.vae.decoder.compile()
-        facts, consistency = pipelines.training_facts(pipeline), pipelines.is_consistency_model(pipeline)
+        facts, consistency = pipelines.training_facts(folder), pipelines.is_consistency_model(folder)
         *others, last = facts.get("students") or [None]
         students = {n: load(f"unet_{n}") for n in others} | ({last: unet} if last else {})
-        return cls(unet, pipelines.load_schedule(pipeline).to(device), codec, consistency, facts, students)
+        return cls(unet, pipelines.load_schedule(folder).to(device), codec, consistency, facts, students)
 
     def check_w(self, w: float) -> None:
         """A student answers for the w it was trained on; a teacher for any."""

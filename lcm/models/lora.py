@@ -9,6 +9,7 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 
 from lcm.errors import UserError
+from lcm.models.parts import check_saved
 from lcm.models.student import sharing
 
 NAME = "default"  # peft's and diffusers' name of an only adapter
@@ -61,8 +62,7 @@ def save_adapters(folder: Path, unet: UNet2DConditionModel, dtype: torch.dtype) 
     """
     config = unet.peft_config[NAME]
     scales = {"lora_A": 1.0, "lora_B": config.lora_alpha / config.r}
-    state = {
-        name: (value * scales[name.split(".")[-2]]).to(dtype).contiguous()
-        for name, value in get_peft_model_state_dict(unet).items()
-    }
+    scaled = {name: value * scales[name.split(".")[-2]] for name, value in get_peft_model_state_dict(unet).items()}
+    state = {name: value.to(dtype).contiguous() for name, value in scaled.items()}
+    check_saved(state, scaled)
     StableDiffusionLoraLoaderMixin.save_lora_weights(folder, unet_lora_layers=state)

@@ -1,5 +1,6 @@
 """Pipeline folders in Stable Diffusion's format, read: teachers, students and the mini model alike."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +12,66 @@ from lcm.core.schedule import NoiseSchedule
 from lcm.data.codec import LatentCodec
 from lcm.data.text import TextEncoder, XLTextEncoder
 from lcm.errors import UserError
-from lcm.models.parts import explained, load_network, read_json
+from lcm.models.parts import load_network, load_tokenizer, read_json
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 OF_XL = ("text_encoder_2", "tokenizer_2")  # of a Stable Diffusion XL pipeline, too
 ASSETS = Path(__file__).parent.parent / "assets"
+CONVERT = (
+    "a single-file checkpoint is converted by diffusers' StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)"
+)
+
+log = logging.getLogger(__name__)
 
 
-def find(pipeline: str, *parts: str) -> Path:
+def find(pipeline: str | Path, *parts: str) -> Path:
     """The folder of a pipeline: `mini` (shipped), a path, or a hub id `owner/name`, with the given parts in it."""
-    path = ASSETS / "mini" if pipeline == "mini" else Path(pipeline)
-    if not path.is_dir():
-        path = download(pipeline)
-    if (path / "model" / "model_index.json").is_file():
-        raise UserError(f"{pipeline} is a run's folder: give {path / 'model'}")
+    path = ASSETS / "mini" if pipeline == "mini" else Path(pipeline).expanduser()
+    if path.is_file():
+        raise UserError(f"{pipeline} is a file, not a pipeline folder: {CONVERT}")
+    if not path.is_dir() or not str(pipeline):
+        path = download(str(pipeline))
     missing = [part for part in dict.fromkeys(PARTS + parts) if not (path / part).is_dir()]
     if set(missing) & set(parts or PARTS):
-        raise UserError(
-            f"{pipeline} is not a Stable Diffusion pipeline folder: it lacks {', '.join(missing)}; a single-file checkpoint is "
-            "converted by diffusers' StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)"
-        )
+        raise UserError(f"{pipeline} {explanation(path, missing)}")
     return path
+
+
+def explanation(path: Path, missing: list[str]) -> str:
+    """The end of a sentence: the kind of a folder that is no pipeline's, and the folder or the way to give instead."""
+    places = ("model", "*", "*/model", "*/*/model", "snapshots/*", "models--*/snapshots/*")
+    inside = [file.parent for place in places for file in path.glob(f"{place}/model_index.json")]
+    above = [folder for folder in path.absolute().parents if (folder / "model_index.json").is_file()]
+    if near := [*sorted(inside, key=lambda folder: folder.stat().st_mtime)[-1:], *above][:1]:
+        cached = [part.split("--", 1)[1].replace("--", "/") for part in near[0].absolute().parts if part.startswith("models--")]
+        if cached and inside:
+            return f"is a folder of the hub's cache: give {near[0]}, or the hub id {cached[-1]}"
+        kind = "a run's folder" if inside and (near[0] / "lcm.json").is_file() else "not a pipeline's folder"
+        return f"is {kind}: give {near[0]}"
+    if adapters_in(path):
+        return (
+            "holds adapters (LoRA) only: give the pipeline they were trained for, or merge them into it by diffusers' "
+            "load_lora_weights(...), fuse_lora(), unload_lora_weights() and save_pretrained(folder)"
+        )
+    config = {**read_json(path / "config.json"), **read_json(path / "model_index.json")}
+    kind = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
+    if kind and not str(kind).startswith("StableDiffusion"):
+        return f"is a {kind}, not a Stable Diffusion pipeline: it lacks {', '.join(missing)}"
+    return f"is not a Stable Diffusion pipeline folder: it lacks {', '.join(missing)}; {CONVERT}"
+
+
+def adapters_in(folder: Path) -> list[Path]:
+    """Files of adapters (LoRA), as diffusers and peft name them."""
+    return [*folder.glob("*lora*.safetensors"), *folder.glob("adapter_model.*"), *folder.glob("adapter_config.json")]
 
 
 def download(hub_id: str) -> Path:
     """A snapshot of a hub repository's safetensors and configs."""
-    if len(hub_id.split("/")) != 2 or hub_id.startswith((".", "/")):
-        raise UserError(f"there is no pipeline folder {hub_id!r}: give a folder, a hub id (owner/name), or 'mini'")
+    if len(hub_id.split("/")) != 2 or hub_id.startswith((".", "/", "~")):
+        raise UserError(
+            f"there is no pipeline folder {hub_id!r}: give a folder, a hub id (owner/name), mini, last (the newest model of a "
+            "run) or last:<name of a run>"
+        )
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.txt", "*/*.safetensors", "*/*.json", "*/*.txt"]
@@ -51,10 +85,15 @@ def download(hub_id: str) -> Path:
         raise UserError(f"{hub_id!r} is neither a folder here nor reachable on the hub ({type(error).__name__})") from error
 
 
-def load_unet(pipeline: str, dtype: torch.dtype = torch.float32, *, name: str = "unet") -> UNet2DConditionModel:
+def load_unet(pipeline: str | Path, dtype: torch.dtype = torch.float32, *, name: str = "unet") -> UNet2DConditionModel:
     folder = find(pipeline, name, "scheduler")
     unet = load_network(UNet2DConditionModel, folder / name, torch_dtype=dtype)
     check_fit(unet, folder)
+    if (adapters := adapters_in(folder)) and "rank" not in training_facts(folder):  # a run's are merged into its UNet
+        log.warning(
+            f"{adapters[0]} is not used, the UNet beside it is as it is: merge adapters into a pipeline by diffusers' "
+            "load_lora_weights(...), fuse_lora(), unload_lora_weights() and save_pretrained(folder)"
+        )
     return unet
 
 
@@ -78,12 +117,12 @@ def check_fit(unet: UNet2DConditionModel, folder: Path) -> None:
         )
 
 
-def load_schedule(pipeline: str) -> NoiseSchedule:
+def load_schedule(pipeline: str | Path) -> NoiseSchedule:
     """The noise schedule and prediction type of `scheduler/scheduler_config.json`."""
     return NoiseSchedule.from_config(scheduler_config(pipeline))
 
 
-def scheduler_config(pipeline: str) -> dict[str, Any]:
+def scheduler_config(pipeline: str | Path) -> dict[str, Any]:
     file = find(pipeline, "scheduler") / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         raise UserError(f"{pipeline} has no scheduler/scheduler_config.json")
@@ -91,7 +130,7 @@ def scheduler_config(pipeline: str) -> dict[str, Any]:
 
 
 def load_codec(
-    pipeline: str, *, dtype: torch.dtype | str | None = None, text_cache: float = 256, **options: Any
+    pipeline: str | Path, *, dtype: torch.dtype | str | None = None, text_cache: float = 256, **options: Any
 ) -> LatentCodec:
     """The frozen VAE and text encoders of a pipeline; dtype: theirs, or its name ("bfloat16"); text_cache: the `memory` of a
     `TextEncoder`; options: those of `LatentCodec`."""
@@ -100,8 +139,7 @@ def load_codec(
 
     def tower(kind: type, ending: str = "") -> tuple[CLIPTokenizer, torch.nn.Module]:
         network = load_network(kind, folder / f"text_encoder{ending}", dtype=torch.float32)
-        with explained(folder):
-            return CLIPTokenizer.from_pretrained(folder / f"tokenizer{ending}"), network
+        return load_tokenizer(folder / f"tokenizer{ending}", network.config), network
 
     vae, first = load_network(AutoencoderKL, folder / "vae", torch_dtype=torch.float32), tower(CLIPTextModel)
     if odd := [key for key in ("latents_mean", "latents_std", "shift_factor") if vae.config[key] is not None]:
@@ -124,10 +162,10 @@ def zero_null(folder: Path) -> bool:
     return read_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", True)
 
 
-def is_consistency_model(pipeline: str) -> bool:
+def is_consistency_model(pipeline: str | Path) -> bool:
     return scheduler_config(pipeline).get("_class_name") == "LCMScheduler"
 
 
-def training_facts(pipeline: str) -> dict[str, Any]:
+def training_facts(pipeline: str | Path) -> dict[str, Any]:
     """What `save_pipeline` noted of the training, e.g. the range of w; empty for a folder of another origin."""
     return read_json(find(pipeline, "scheduler") / "lcm.json")

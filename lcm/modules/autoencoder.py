@@ -1,6 +1,5 @@
 """The KL autoencoder of a latent diffusion pipeline (Latent Diffusion, 2112.10752, section 3.1)."""
 
-import copy
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lcm.core.random import own_rows
+from lcm.models.parts import rounded
 from lcm.modules.base import TrainedModule
 
 
@@ -53,7 +53,7 @@ class Autoencoder(TrainedModule):
     def save_model(self, folder: str) -> None:
         """Write `folder/vae`, its scaling factor making the latents unit-variance, as Stable Diffusion's does."""
         self.vae.register_to_config(scaling_factor=round(1 / float(self.latent_std), 5))
-        copy.deepcopy(self.vae).half().save_pretrained(f"{folder}/vae")
+        rounded(self.vae, torch.float16).save_pretrained(f"{folder}/vae")
 
 
 def psnr(error: Tensor) -> Tensor:
