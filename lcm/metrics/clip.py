@@ -1,6 +1,5 @@
 """CLIP as a backbone of metrics: embeddings of images for distances, of captions for the CLIP score."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from lcm.errors import UserError
 from lcm.images import resized
-from lcm.models.parts import load_network, load_tokenizer
+from lcm.models.parts import load_network, load_tokenizer, read_json
 from lcm.models.pipeline import find
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's CLIP
@@ -60,13 +59,13 @@ def mini_clip(pipeline: str, *, antialias: bool = True) -> ClipBackbone:
 def pretrained_clip(model: str, *, antialias: bool = True) -> ClipBackbone:
     """A CLIP by folder or hub id, in transformers' format with safetensors. Raises UserError if it is not there."""
     folder = Path(model).expanduser()
+    if model == "mini" or (folder / "model_index.json").is_file():
+        raise UserError(f"{model} is a pipeline: choose its CLIP by backbone=mini backbone.pipeline={model}")
     if not folder.is_dir() and (len(model.split("/")) != 2 or model.startswith((".", "/"))):
         raise UserError(
             f"there is no CLIP folder {model!r}: put config.json, model.safetensors and the tokenizer's files of, for example, "
             "openai/clip-vit-large-patch14 there, or give a hub id (owner/name)"
         )
-    if (folder / "model_index.json").is_file():
-        raise UserError(f"{model} is a pipeline folder: its CLIP is backbone=mini backbone.pipeline={model}")
     if not folder.is_dir():
         folder = snapshot(model)
     clip = load_network(CLIPModel, folder, dtype=torch.float32)
@@ -87,6 +86,5 @@ def snapshot(hub_id: str) -> Path:
 
 def normalisation(folder: Path) -> dict[str, Any]:
     """Mean and standard deviation of `preprocessor_config.json`, where a folder has one; else OpenAI's, which others share."""
-    file = folder / "preprocessor_config.json"
-    config = json.loads(file.read_text()) if file.is_file() else {}
+    config = read_json(folder / "preprocessor_config.json")
     return {"mean": config.get("image_mean", MEAN), "std": config.get("image_std", STD)}

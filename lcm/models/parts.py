@@ -49,6 +49,8 @@ def load_network(kind: Any, folder: Path, **options: Any) -> Any:
         check_is_clip(folder)
     for file in files:
         check_header(file)
+    for file in folder.glob("*.index*.json"):
+        read_json(file)
     with explained(folder):
         network, info = kind.from_pretrained(folder, use_safetensors=True, variant=variant, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
@@ -93,12 +95,13 @@ def check_header(file: Path) -> None:
 
 def damage(file: Path) -> str | None:
     """The common reasons for a file that holds something else than its name says."""
-    start = file.read_bytes()[:64].lstrip() if file.stat().st_size < 1e6 else b""
-    if file.stat().st_size == 0:
+    with file.open("rb") as content:
+        start = content.read(64)
+    if not start:
         return "is empty"
     if start.startswith(b"version https://git-lfs"):
         return "is a pointer of git-lfs, not the file itself (`git lfs pull` fetches it)"
-    return "is a web page, not the file itself" if start.startswith(b"<") else None
+    return "is a web page, not the file itself" if start.lstrip().startswith(b"<") else None
 
 
 def non_finite(weights: Mapping[str, Tensor]) -> list[str]:
@@ -146,8 +149,9 @@ def check_saved(weights: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> 
 
 def check_is_clip(folder: Path) -> None:
     config = read_json(folder / "config.json")
-    if config.get("model_type", "clip") not in CLIP_TYPES:
-        name = next(iter(config.get("architectures") or ()), config["model_type"])
+    kind = config.get("model_type")
+    name = next(iter(config.get("architectures") or ()), kind or "CLIPTextModel")
+    if kind not in CLIP_TYPES and (kind or not name.startswith("CLIP")):
         raise UserError(f"{folder} holds a {name}: only CLIP's text encoders are read, give a pipeline that has one")
 
 

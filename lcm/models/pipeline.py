@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 def find(pipeline: str | Path, *parts: str) -> Path:
     """The folder of a pipeline: `mini` (shipped), a path, or a hub id `owner/name`, with the given parts in it."""
-    path = ASSETS / "mini" if pipeline == "mini" else Path(pipeline).expanduser()
+    path = ASSETS / "mini" if pipeline == "mini" else Path(str(pipeline)).expanduser()
     if path.is_file():
         raise UserError(f"{pipeline} is a file, not a pipeline folder: {CONVERT}")
     if not path.is_dir() or not str(pipeline):
@@ -39,6 +39,8 @@ def find(pipeline: str | Path, *parts: str) -> Path:
 
 def explanation(path: Path, missing: list[str]) -> str:
     """The end of a sentence: the kind of a folder that is no pipeline's, and the folder or the way to give instead."""
+    if not set(missing) & set(PARTS):
+        return f"has no {', '.join(missing)} beside its other parts: give a pipeline that has"
     places = ("model", "*", "*/model", "*/*/model", "snapshots/*", "models--*/snapshots/*")
     inside = [file.parent for place in places for file in path.glob(f"{place}/model_index.json")]
     above = [folder for folder in path.absolute().parents if (folder / "model_index.json").is_file()]

@@ -148,7 +148,7 @@ def test_a_clip_for_metrics_is_checked_alike(tiny_pipeline: Path, tmp_path: Path
     (folder / "model.safetensors").write_bytes(POINTER)
     with pytest.raises(UserError, match=r"model\.safetensors: it is a pointer of git-lfs"):
         pretrained_clip(str(folder))
-    with pytest.raises(UserError, match=r"is a pipeline folder: its CLIP is backbone=mini backbone.pipeline="):
+    with pytest.raises(UserError, match=r"is a pipeline: choose its CLIP by backbone=mini backbone\.pipeline="):
         pretrained_clip(str(tiny_pipeline))
 
 
