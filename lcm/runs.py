@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
+import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -164,12 +165,22 @@ def resume_path(cfg: DictConfig) -> str | None:
     return found
 
 
-def write_config(cfg: DictConfig, trainer: Any) -> None:
-    """Keep the run's configuration, without secrets, beside its results and in its loggers."""
-    if trainer.is_global_zero:
-        OmegaConf.save(redacted(OmegaConf.to_container(cfg)), Path(cfg.paths.run_dir, "config.yaml"))
+class ConfigFile(L.Callback):
+    """Keeps the run's configuration, without secrets, beside its results and in its loggers.
+
+    Written at the first batch: a resume that is refused leaves the configuration of what was run.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg, self.written = cfg, False
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if self.written or not trainer.is_global_zero:
+            return
+        self.written = True
+        OmegaConf.save(redacted(OmegaConf.to_container(self.cfg)), Path(self.cfg.paths.run_dir, "config.yaml"))
         for logger in trainer.loggers:
-            logger.log_hyperparams(redacted(OmegaConf.to_container(cfg, resolve=True)))
+            logger.log_hyperparams(redacted(OmegaConf.to_container(self.cfg, resolve=True)))
 
 
 def find_pipeline(pipeline: str, runs: str) -> str:
