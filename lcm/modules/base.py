@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lcm.core.random import generator, own_rows
+from lcm.core.random import RankRows
 from lcm.errors import UserError
 
 Optimizer = Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer]
@@ -164,22 +164,20 @@ class TrainedModule(L.LightningModule):
                 schedule.step()
 
     def draws(self, draw: Callable[..., Draws], z0: Tensor, batch_idx: int, stage: str = "train", **options: Any) -> Draws:
-        """This rank's rows of `draw(z0 of all ranks, generator, **options)`.
-
-        A function of (seed, stage, batch) and of a sample's place in the global batch, not of what ran before nor of how many
-        ranks share the batch: each draws for all, 64 kB a 512 px sample.
-        """
-        rank, world_size = self.global_rank, self.world_size
-        everyone = z0[:1].expand(world_size * len(z0), *z0.shape[1:])
-        drawn = draw(everyone, self.rng(batch_idx, stage), **options)
-        return type(drawn)(**{name: own_rows(values, rank, world_size) for name, values in vars(drawn).items()})
+        """This rank's rows of `draw(z0 of all ranks, generator, **options)`; see `RankRows`."""
+        parts = []
+        for size, rng, rows in self.rows(batch_idx, stage).blocks(len(z0)):
+            drawn = draw(z0[:1].expand(size, *z0.shape[1:]), rng, **options)
+            parts.append({name: values[rows] for name, values in vars(drawn).items()})
+        return type(drawn)(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
     @property
     def world_size(self) -> int:
         return 1 if self._trainer is None else self._trainer.world_size
 
-    def rng(self, batch_idx: int, stage: str = "train") -> torch.Generator:
-        return generator(self.device, self.seed, stage, batch_idx, 0)  # 0: once the rank; kept so that recorded runs repeat
+    def rows(self, batch_idx: int, stage: str = "train") -> RankRows:
+        keys = (self.seed, stage, batch_idx)
+        return RankRows(self.device, *keys, rank=self.global_rank, world_size=self.world_size)
 
     def log_train(self, loss: Tensor, logs: Mapping[str, Tensor], batch_size: int) -> None:
         if self.world_size > 1 and (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
