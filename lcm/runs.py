@@ -3,9 +3,11 @@
 import itertools
 import json
 import os
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
@@ -87,6 +89,11 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+@rank_zero_only
+def warn(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def unless_refused(run_dir: Path) -> Iterator[None]:
     """What wrong input ends before a first step leaves no folder of a run that never was."""
@@ -162,7 +169,20 @@ def resume_path(cfg: DictConfig) -> str | None:
     found = checkpoint_path(Path(cfg.paths.run_dir), cfg.ckpt_path)
     if found is None:
         say("start:   from the first step: this run has no checkpoint yet")
+        if runs := resumable(Path(cfg.paths.runs), cfg.name):
+            warn(
+                f"warning: ckpt_path=last found no checkpoint of {cfg.name}: training starts anew; runs with checkpoints are "
+                f"{', '.join(runs)}: stop this one and give name=, or paths.run_id=, to go on with one of them"
+            )
     return found
+
+
+def resumable(runs: Path, name: str) -> list[str]:
+    """Return the runs that have a checkpoint, as `<name>/<id>`, up to five, those of the nearest names first."""
+    folders = {path.parent.parent for path in runs.glob(f"*/*/{FOLDER}/*.ckpt")}
+    newest = sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True)
+    newest.sort(key=lambda folder: SequenceMatcher(None, folder.parent.name, name).ratio(), reverse=True)
+    return [f"{folder.parent.name}/{folder.name}" for folder in newest[:5]]
 
 
 class ConfigFile(L.Callback):
