@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from lcm.command_line import build, build_all, program
 from lcm.data.workers import workers_watched
-from lcm.runs import resume_path, start_run, unless_refused, write_config
+from lcm.runs import ConfigFile, resume_path, start_run, unless_refused
 
 
 @program("train")
@@ -20,9 +20,8 @@ def main(cfg: DictConfig) -> float | None:
         ckpt_path = resume_path(cfg)
         L.seed_everything(cfg.seed, workers=True, verbose=False)
         datamodule, model = build(cfg.data), build(cfg.model)
-        callbacks, loggers = build_all(cfg.callbacks), build_all(cfg.logger)
+        callbacks, loggers = [ConfigFile(cfg), *build_all(cfg.callbacks)], build_all(cfg.logger)
         trainer = L.Trainer(**build(cfg.trainer), callbacks=callbacks, logger=loggers, default_root_dir=run_dir)
-        write_config(cfg, trainer)
         with workers_watched():
             trainer.fit(model, datamodule, ckpt_path=ckpt_path)
     if trainer.interrupted:

@@ -3,13 +3,16 @@
 import itertools
 import json
 import os
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
+import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -87,6 +90,11 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+@rank_zero_only
+def warn(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def unless_refused(run_dir: Path) -> Iterator[None]:
     """What wrong input ends before a first step leaves no folder of a run that never was."""
@@ -162,15 +170,38 @@ def resume_path(cfg: DictConfig) -> str | None:
     found = checkpoint_path(Path(cfg.paths.run_dir), cfg.ckpt_path)
     if found is None:
         say("start:   from the first step: this run has no checkpoint yet")
+        if runs := resumable(Path(cfg.paths.runs), cfg.name):
+            warn(
+                f"warning: ckpt_path=last found no checkpoint of {cfg.name}: training starts anew; runs with checkpoints are "
+                f"{', '.join(runs)}: stop this one and give name=, or paths.run_id=, to go on with one of them"
+            )
     return found
 
 
-def write_config(cfg: DictConfig, trainer: Any) -> None:
-    """Keep the run's configuration, without secrets, beside its results and in its loggers."""
-    if trainer.is_global_zero:
-        OmegaConf.save(redacted(OmegaConf.to_container(cfg)), Path(cfg.paths.run_dir, "config.yaml"))
+def resumable(runs: Path, name: str) -> list[str]:
+    """Return the runs that have a checkpoint, as `<name>/<id>`, up to five, those of the nearest names first."""
+    folders = {path.parent.parent for path in runs.glob(f"*/*/{FOLDER}/*.ckpt")}
+    newest = sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True)
+    newest.sort(key=lambda folder: SequenceMatcher(None, folder.parent.name, name).ratio(), reverse=True)
+    return [f"{folder.parent.name}/{folder.name}" for folder in newest[:5]]
+
+
+class ConfigFile(L.Callback):
+    """Keeps the run's configuration, without secrets, beside its results and in its loggers.
+
+    Written at the first batch: a resume that is refused leaves the configuration of what was run.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg, self.written = cfg, False
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if self.written or not trainer.is_global_zero:
+            return
+        self.written = True
+        OmegaConf.save(redacted(OmegaConf.to_container(self.cfg)), Path(self.cfg.paths.run_dir, "config.yaml"))
         for logger in trainer.loggers:
-            logger.log_hyperparams(redacted(OmegaConf.to_container(cfg, resolve=True)))
+            logger.log_hyperparams(redacted(OmegaConf.to_container(self.cfg, resolve=True)))
 
 
 def resolve_models(node: Any, runs: str) -> None:

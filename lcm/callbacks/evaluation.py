@@ -106,10 +106,11 @@ class Evaluation(L.Callback):
                 trainer.save_checkpoint(self.best_file)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "metric": self.keep_best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        if state_dict.get("metric", self.keep_best) == self.keep_best:  # the best of another metric is no measure
+            self.best = state_dict["best"]
 
     def features(self, trainer: L.Trainer, model: LatentModel, steps: int) -> Features:
         """Of all captions, on every rank: rank r of R draws r, r + R, ...; the last ones twice where R does not divide them, so

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lcm.core.batch import LatentBatch
 from lcm.core.condition import Condition
-from lcm.core.random import own_rows
+from lcm.core.random import RankRows, normal
 from lcm.core.shapes import per_sample
 from lcm.data.text import TextEncoder, handed_over
 
@@ -65,16 +65,15 @@ class LatentCodec:
             part.to(memory_format=torch.channels_last if pays else torch.contiguous_format)
 
     @torch.no_grad()
-    def encode(self, batch: dict[str, Any], rng: torch.Generator | None = None, world: tuple[int, int] = (0, 1)) -> LatentBatch:
+    def encode(self, batch: dict[str, Any], rng: RankRows | torch.Generator | None = None) -> LatentBatch:
         """batch: `{"x": uint8 or [-1, 1] float [B, 3, H, W], "captions", "keys"}`, or "moments" `[B, 2C, h, w]` in place of x,
         and possibly "text" `[B, L, D]` and whatever else a caption is made into; "original_sizes", "crops" `[B, 2]`.
 
-        Returns a LatentBatch; rng draws the posterior, for all ranks; world: (this one, of how many).
+        Returns a LatentBatch; rng draws the posterior.
         """
         moments = batch["moments"].float() if "moments" in batch else self.posterior(batch["x"], batch["keys"])
         mean, std = moments.chunk(2, dim=1)
-        noise = own_rows(torch.randn(world[1] * len(mean), *mean.shape[1:], generator=rng, device=mean.device), *world)
-        z0 = (mean + std * noise) * self.vae.config["scaling_factor"]
+        z0 = (mean + std * normal(mean.shape, rng, mean.device)) * self.vae.config["scaling_factor"]
         return LatentBatch(z0, *self.conditions(batch["captions"], z0, batch), batch["captions"], batch["keys"])
 
     def conditions(

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lcm.core.batch import LatentBatch
-from lcm.core.random import generator
+from lcm.core.random import RankRows
 from lcm.data.buckets import aspect, shapes_of
 from lcm.data.cache import ShardCache
 from lcm.data.codec import LatentCodec, to_signed_range
@@ -195,8 +195,9 @@ class ShardDataModule(L.LightningDataModule):
         device = batch["moments" if self.latents else "x"].device
         if self.codec.device != device:
             self.codec.to(device)
-        rng = generator(self.codec.device, self.seed, training, batch["position"], 0)  # 0: as in TrainedModule.rng
-        return self.codec.encode(batch, rng, self.world)
+        rank, world_size = self.world
+        keys = (self.seed, training, batch["position"])
+        return self.codec.encode(batch, RankRows(self.codec.device, *keys, rank=rank, world_size=world_size))
 
     def teardown(self, stage: str) -> None:
         if stage == "fit" and self.skips.by_reason:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from diffusers import UNet2DConditionModel
@@ -29,6 +30,7 @@ class ConsistencyModule(LatentModule):
     teacher_net, solver: of a distillation, the network that is kept as it is, and the paper's Psi.
     """
 
+    averages = MappingProxyType({**LatentModule.averages, "target_net": "model.ema_decay"})
     consistency = True
     takes_w = True  # the student
     timesteps: Tensor
@@ -52,15 +54,17 @@ class ConsistencyModule(LatentModule):
             raise UserError(f"model.ema_decay={ema_decay} is not in [0, 1)")
         check_w_range(w_min, w_max)
         super().__init__(net, schedule, **kwargs)
-        self.target_net = frozen_copy(self.net) if ema_decay else None
+        # In the student's mode, so that both draw one dropout mask.
+        self.target_net = frozen_copy(self.net).train() if ema_decay else None
         self.register_buffer("timesteps", timesteps(schedule.num_timesteps), persistent=False)
         self.objective, self.loss = objective if solver is None else partial(objective, solver=solver), loss
         if teacher_net is not None:
             self.frozen["teacher"] = teacher_net.eval()
         self.ema_decay, self.w_min, self.w_max = ema_decay, w_min, w_max
 
-    def networks(self) -> Networks:
-        online = self.network(self.net)
+    def networks(self, stage: str = "train") -> Networks:
+        """Return what an objective compares; a validation's student is the network that is saved."""
+        online = self.network(self.net if stage == "train" else self.best_net)
         teacher = self.frozen.get("teacher")
         target = online if self.target_net is None else self.network(self.target_net)
         return Networks(online, target, None if teacher is None else self.network(teacher))
@@ -78,7 +82,7 @@ class ConsistencyModule(LatentModule):
         options = {"timesteps": self.timesteps, "w_min": self.w_min, "w_max": self.w_max}
         draws = self.draws(draw, batch.z0, batch_idx, stage, **options)
         return self.objective(
-            self.networks(), batch, draws, schedule=self.schedule, timesteps=self.timesteps, distance=self.loss
+            self.networks(stage), batch, draws, schedule=self.schedule, timesteps=self.timesteps, distance=self.loss
         )
 
     def after_optimizer_step(self) -> None:

@@ -28,3 +28,4 @@ class LatentConsistencyDistillation(ConsistencyModule):
     ) -> None:
         student = make_student(net, zero_init=zero_init)
         super().__init__(student, schedule, pipeline=teacher, teacher_net=net, solver=solver, **kwargs)
+        self.zero_init = zero_init

@@ -19,3 +19,4 @@ class LatentConsistencyFineTuning(ConsistencyModule):
         self, net: UNet2DConditionModel, schedule: NoiseSchedule, *, student: str, zero_init: bool = True, **kwargs: Any
     ) -> None:
         super().__init__(make_student(net, zero_init=zero_init), schedule, pipeline=student, **kwargs)
+        self.zero_init = zero_init

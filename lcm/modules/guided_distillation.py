@@ -13,7 +13,7 @@ from torch import Tensor
 from lcm.core.batch import LatentBatch
 from lcm.core.ema import ema_update_
 from lcm.core.guidance import check_w_range
-from lcm.core.objectives.consistency import draw
+from lcm.core.objectives.consistency import Loss, draw
 from lcm.core.objectives.guided_distillation import halve_steps, match_guided_teacher
 from lcm.core.schedule import NoiseSchedule
 from lcm.core.timesteps import trailing_steps
@@ -51,6 +51,7 @@ class GuidedDistillation(LatentModule):
         if not 0 < match_share < 1:
             raise UserError(f"model.match_share={match_share} is not between 0 and 1")
         super().__init__(make_student(net, zero_init=zero_init), schedule, pipeline=teacher, **kwargs)
+        self.zero_init = zero_init
         self.previous = frozen_copy(self.net)  # the finished student of the stage before
         self.steps, self.match_share, self.w_min, self.w_max = list(steps), match_share, w_min, w_max
         self.stage = 0
@@ -114,8 +115,9 @@ class GuidedDistillation(LatentModule):
         loss, _ = self.distillation_step(batch, batch_idx, "val")
         self.log("val/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
 
-    def distillation_step(self, batch: LatentBatch, batch_idx: int, stage: str) -> tuple[Tensor, dict[str, Tensor]]:
-        student, w = self.network(self.net), {"w_min": self.w_min, "w_max": self.w_max}
+    def distillation_step(self, batch: LatentBatch, batch_idx: int, stage: str) -> Loss:
+        student = self.network(self.net if stage == "train" else self.best_net)  # the one that is saved
+        w = {"w_min": self.w_min, "w_max": self.w_max}
         if self.stage == 0:
             every = torch.arange(self.schedule.num_timesteps, device=self.device)
             draws = self.draws(draw, batch.z0, batch_idx, stage, timesteps=every, **w)
@@ -137,8 +139,11 @@ class GuidedDistillation(LatentModule):
         checkpoint["stage"] = self.stage
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.stage = checkpoint.get("stage", 0)
         super().on_load_checkpoint(checkpoint)
-        self.stage = checkpoint["stage"]
+
+    def settled(self) -> dict[str, Any]:
+        return {**super().settled(), **({"model.steps": self.steps} if self.stage else {})}
 
     def facts(self) -> dict[str, Any]:
         return {**super().facts(), "w_min": self.w_min, "w_max": self.w_max, "students": self.students}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ class LatentModule(TrainedModule):
     sampling stay eager. gradient_checkpointing: recompute activations, for memory.
     """
 
+    averages = MappingProxyType({"ema_net": "model.eval_ema"})
     consistency = False  # whether the trained network is sampled by Algorithm 3
+    zero_init: bool | None = None  # of the projection of w, if the module makes one
     calls: list[tuple[UNet2DConditionModel, torch.Size, Condition, bool]] | None = None  # of networks, where they are noted
 
     def __init__(
@@ -73,6 +76,9 @@ class LatentModule(TrainedModule):
             if device.type == "cuda":  # eager ones are slower so: CUDA's group norm gives up this layout
                 network.to(memory_format=torch.channels_last)
             self.compiled[network] = torch.compile(network, dynamic=False)
+
+    def settled(self) -> dict[str, Any]:
+        return {} if self.zero_init is None else {"model.zero_init": self.zero_init}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         [group] = super().parameter_groups()

@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import threading
@@ -143,8 +144,22 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused_and_a_whole_one_name
         resume_path(config(tmp_path, "last"))
 
 
-def test_last_is_a_fresh_start_where_nothing_was_saved(tmp_path):
+def test_last_is_a_fresh_start_where_nothing_was_saved(tmp_path, capsys):
     assert resume_path(config(tmp_path, "last")) is None
+    assert not capsys.readouterr().err  # as `make demo` starts
+
+
+def test_last_of_a_name_without_checkpoints_warns_with_the_runs_that_have_some(tmp_path, capsys):
+    for run in ("lcd_mini/0", "lcd_mini/1", "teacher/0"):
+        AtomicCheckpointIO().save_checkpoint(content(1), tmp_path / "runs" / run / "checkpoints/last.ckpt")
+    mistyped = config(tmp_path, "last")
+    mistyped.name = "lcd_mni"
+    assert resume_path(mistyped) is None
+    error = capsys.readouterr().err
+    assert "warning: ckpt_path=last found no checkpoint of lcd_mni: training starts anew" in error
+    named = re.search(r"runs with checkpoints are (.*): stop", error)[1].split(", ")
+    assert sorted(named[:2]) == ["lcd_mini/0", "lcd_mini/1"]
+    assert named[2:] == ["teacher/0"]
 
 
 def test_a_start_removes_the_litter_of_a_killed_one(last, tmp_path, monkeypatch):

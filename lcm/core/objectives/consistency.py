@@ -49,7 +49,7 @@ def consistency_loss(
 ) -> Loss:
     """`d(f_theta(z_t, w, c, t), f_theta-(z_s, w, c, s))` for far = (z_t, t) and near = (z_s, s); mean over the batch.
 
-    The target comes first, with the random state put back after it: where a network has dropout both draw the same mask.
+    The target comes first. The random state is then put back: networks in one mode draw the same dropout mask.
     """
     device = far[0].device
     devices = [device] if device.type == "cuda" else []
