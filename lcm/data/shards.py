@@ -169,16 +169,16 @@ def samples(file: BinaryIO, needs: Sequence[str]) -> Iterator[tuple[str, dict[st
     A name may come again, from two tars that were joined: a repeated extension begins another sample.
     """
     for first, run in groupby(members(file), key=itemgetter(0)):
+        found: list[tuple[str, dict[str, tarfile.TarInfo], bool]] = []
         for key, parts in by_key(first, list(run), needs).items():
-            found: list[dict[str, tarfile.TarInfo]] = [{}]
+            split: list[dict[str, tarfile.TarInfo]] = [{}]
             for extension, info in parts:
-                if extension in found[-1]:
-                    found.append({})
-                found[-1][extension] = info
-            if len(found) > 1 and not all(is_complete(sample, needs) for sample in found):
-                yield key, dict(parts), True
-                continue
-            yield from ((key, sample, False) for sample in found)
+                if extension in split[-1]:
+                    split.append({})
+                split[-1][extension] = info
+            ambiguous = len(split) > 1 and not all(is_complete(sample, needs) for sample in split)
+            found += [(key, sample, ambiguous) for sample in ([dict(parts)] if ambiguous else split)]
+        yield from sorted(found, key=lambda sample: min(info.offset for info in sample[1].values()))
 
 
 def by_key(first: str, run: list[Member], needs: Sequence[str]) -> dict[str, list[tuple[str, tarfile.TarInfo]]]:

@@ -20,9 +20,9 @@ from lcm.data.stream import ShardStream
 SIZES = (11, 12, 13, 9)  # 45 samples in 4 shards: no batch size of the tests divides an epoch
 
 
-def png(size: tuple[int, int] = (8, 8)) -> bytes:
+def png(size: tuple[int, int] = (8, 8), colour: str = "red") -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", size, "red").save(file, "PNG")
+    Image.new("RGB", size, colour).save(file, "PNG")
     return file.getvalue()
 
 
