@@ -1,10 +1,12 @@
 """From the command line to a program's objects, and what a user sees when that fails."""
 
 import logging
+import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pickle import UnpicklingError
 from typing import Any, NoReturn
 
@@ -15,8 +17,8 @@ from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationToMissingValueError
+from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from lcm.composition import check_overrides, plain
 from lcm.errors import UserError
@@ -33,6 +35,7 @@ def program(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
         def checked(cfg: DictConfig) -> Any:
             quiet()
+            expand_home(cfg)
             try:
                 check_missing(cfg)
                 resolve_models(cfg, cfg.paths.runs)
@@ -78,6 +81,30 @@ def fail(reason: object) -> None:
         refuse(reason)
     print(f"error: {redacted(str(reason))}", file=sys.stderr, flush=True)
     failures.append(hydra_cfg.job.num)
+
+
+def expand_home(cfg: DictConfig) -> None:
+    """Replace the `~` that begins a path anywhere in a configuration: a shell leaves it within quotes and behind `=`."""
+    for from_environment in (False, True):  # first what other keys take their value from
+        for node, key in settings(cfg):
+            interpolated = OmegaConf.is_interpolation(node, key)
+            if interpolated != from_environment or (interpolated and "oc.env" not in str(node._get_node(key))):
+                continue
+            with suppress(OmegaConfBaseException), flag_override(node, ["readonly", "struct"], False):
+                if isinstance(text := node[key], str) and re.fullmatch(r"~[\w.-]*(/.*)?", text):
+                    node[key] = os.path.expanduser(text)
+
+
+def settings(node: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield `(container, key)` of each value of a configuration but prompts, which are texts unless they are in a file."""
+    for key in list(node) if OmegaConf.is_dict(node) else range(len(node)):
+        child = node._get_node(key)
+        if key == "prompts" and not str(child).endswith(".txt"):
+            continue
+        if OmegaConf.is_config(child) and not (child._is_none() or child._is_missing() or child._is_interpolation()):
+            yield from settings(child)
+        else:
+            yield node, key
 
 
 def check_missing(cfg: DictConfig) -> None:

@@ -20,6 +20,8 @@ from lcm.errors import UserError
 from lcm.limits import check_limits
 from lcm.targets import CONF, check_targets
 
+OmegaConf.register_new_resolver("home", os.path.expanduser)  # for what Hydra itself reads before a program starts
+
 
 def compose(config_name: str, overrides: list[str], **options: Any) -> DictConfig:
     """options: `return_hydra_config=True` keeps what Hydra itself is configured with."""

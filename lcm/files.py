@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, TextIO
 from lcm.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_HANDLES = (errno.EMFILE, errno.ENFILE)  # too many files are open
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def whole_file(target: Path, writer: object = "", keep: Path | None = None) -> I
         partial.replace(target)
         sync_names(target.parent)
     except Exception as error:
-        if full := disk_full(error):
+        if full := os_error(error, FULL):
             raise UserError(
                 f"{target} cannot be written whole ({full.strerror}): make room on its disk or write elsewhere, then run the "
                 "same command again"
@@ -71,10 +72,10 @@ def sync_names(folder: Path) -> None:
     os.close(opened)
 
 
-def disk_full(error: BaseException | None) -> OSError | None:
-    """The full disk among an error's causes: `torch.save` raises RuntimeError from it."""
-    while error is not None and not (isinstance(error, OSError) and error.errno in FULL):
-        error = error.__cause__ or error.__context__
+def os_error(error: BaseException | None, numbers: Container[int | None]) -> OSError | None:
+    """Return the system's error of one of these numbers among an error's causes: `torch.save` raises RuntimeError from it."""
+    while error is not None and not (isinstance(error, OSError) and error.errno in numbers):
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return error
 
 

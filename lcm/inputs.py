@@ -48,6 +48,8 @@ def pick_device(device: str, local_rank: int = 0) -> str:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device={device}, but torch sees no GPU: use device=cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device=mps, but torch sees no Apple GPU: use device=cpu")
     try:
         torch.device(device)
     except RuntimeError:
@@ -59,4 +61,4 @@ def pick_device(device: str, local_rank: int = 0) -> str:
 
 def shards(cfg: DictConfig, option: str) -> Source:
     """The shards that an option of a program names, brought here through its cache."""
-    return Source(expand_urls(cfg[option], option), cache=build(cfg.cache))
+    return Source(expand_urls(cfg[option], option), cache=build(cfg.cache), option=option)

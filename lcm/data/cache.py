@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lcm.data.remote import TooLarge, bring
+from lcm.files import NO_HANDLES, os_error
 from lcm.redaction import redacted
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ class ShardCache:
                 break
             except Exception as error:  # whatever a file system's client raises for a bad connection
                 partial.unlink(missing_ok=True)
+                if failure := os_error(error, NO_HANDLES):
+                    raise OSError(failure.errno, failure.strerror) from error
                 message = f"{redacted(url)}: {type(error).__name__}: {str(error).replace(url, redacted(url))}"
                 if attempt == self.attempts or isinstance(error, ImportError | TooLarge):
                     raise OSError(message) from None

@@ -141,7 +141,7 @@ class ShardDataModule(L.LightningDataModule):
     def reader(self, urls: str | list[str], option: str, **of: Any) -> Source:
         """Of any shards in the way of this data; option: the configuration's, for errors."""
         found = expand_urls(urls, option, allow_pipe=self.allow_pipe)
-        return Source(found, filters=self.filters, cache=self.cache, index=self.index, **of)
+        return Source(found, filters=self.filters, cache=self.cache, index=self.index, option=option, **of)
 
     @property
     def world(self) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from itertools import accumulate
 
 from lcm.data.buckets import Shape, nearest
 from lcm.data.order import MIX, Mixture, Order, Place, Places, shuffled_turns
+from lcm.data.shards import advice
 from lcm.data.source import Facts, total_dropped
 from lcm.errors import UserError
 
@@ -32,7 +33,8 @@ def training_order(
     """
     for source in facts:
         if not any(counts(source)):
-            raise UserError(f"{len(source)} shards hold no usable sample: left out are {dict(total_dropped(source))}")
+            dropped = total_dropped(source)
+            raise UserError(f"{len(source)} shards hold no usable sample: left out are {dict(dropped)}{advice(dropped)}")
     if shapes:
         turns = Turns(facts, weights, shapes, batch=batch, seed=seed, shuffle=shuffle, lanes=lanes)
         return turns, turns.buckets

@@ -14,11 +14,12 @@ import torch
 
 from lcm.data.codec import LatentCodec
 from lcm.data.members import CaptionChoice, Sample, Skip, skipping
-from lcm.data.shards import first_of, local
+from lcm.data.shards import LATENTS, first_of, local
 from lcm.errors import UserError
 from lcm.redaction import redacted
 
-POSTERIOR, DRAWN, SIZES, TEXT, POOLED = "latent.npy", "sample.npy", "sizes.npy", "text.npy", "pooled.npy"
+POSTERIOR, DRAWN = LATENTS
+SIZES, TEXT, POOLED = "sizes.npy", "text.npy", "pooled.npy"
 TEXTS = {"text": (TEXT, 2), "pooled": (POOLED, 1)}  # by a text encoder's part: the member and its dimensions
 CONTENT = {POSTERIOR: "posterior mean and std, unscaled, float16", DRAWN: "a sample of the posterior, unscaled, float16"}
 STAMP = "latents.json"
@@ -33,7 +34,7 @@ class DecodeLatents:
     A member `sizes.npy` `[V, 4]` gives its "original_sizes" and "crops", see `collate` of pictures.
     """
 
-    needs = (POSTERIOR, DRAWN)
+    needs = LATENTS
 
     def __init__(self, *, caption_dropout: float = 0.0, captions: Mapping[str, float] | None = None) -> None:
         self.choose = CaptionChoice(caption_dropout, captions)

@@ -1,10 +1,12 @@
 """A set of shards that is read in one way, and how many usable samples each of them has."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,14 +20,22 @@ from lcm.data.cache import ShardCache
 from lcm.data.expected import Manifests
 from lcm.data.filters import Filters
 from lcm.data.members import Sample, Skip, caption_of, metadata
-from lcm.data.shards import CAPTION_MEMBERS, IMAGES, Shard, is_remote, local
+from lcm.data.shards import CAPTION_MEMBERS, GROUPING, IMAGES, LATENTS, Shard, advice, is_remote, local, why_empty
 from lcm.errors import UserError
-from lcm.files import digest
+from lcm.files import NO_HANDLES, digest, os_error
 from lcm.redaction import redacted
 
 log = logging.getLogger(__name__)
 TRIED = 8  # shards that may be dead before the first that is looked into
 LOOKED_AT = 100  # samples of that one
+SHOWN = 8  # kinds of members that a complaint lists
+NAMED = 10  # left-out samples that are named per reason; all are counted
+PAUSES = (0.1, 0.5, 2.0)  # seconds before a shard is opened again that the system could not open just then
+# What the system lacks for a moment: it says nothing of the shard.
+TRANSIENT = (
+    *(*NO_HANDLES, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EBUSY),
+    *(errno.ESTALE, errno.ETIMEDOUT),
+)
 
 
 class Facts(NamedTuple):
@@ -39,7 +49,7 @@ class Facts(NamedTuple):
 
 class Source:
     """needs: extensions of which every sample must have one. measure: `sample -> byte`, noted of each when it is counted.
-    index: the folder where counts are kept between runs."""
+    index: the folder where counts are kept between runs. option: the configuration's that names the shards, for errors."""
 
     def __init__(
         self,
@@ -50,7 +60,9 @@ class Source:
         measure: Callable[[Sample], int] | None = None,
         cache: ShardCache | None = None,
         index: str | None = None,
+        option: str = "data.shards",
     ) -> None:
+        self.option, self.named = option, Counter[str]()
         self.urls, self.needs, self.filters, self.measure = list(urls), needs, filters, measure
         self.cache, self.index, self.manifests = cache, index, Manifests()
         self.sound = 0
@@ -64,7 +76,28 @@ class Source:
             raise OSError(f"{redacted(url)} needs a cache on this machine: choose data=shards, or +data/cache=default")
         return self.cache.fetch(url, lambda file: self.manifests[url].flaw(file))
 
-    def open(self, shard: int) -> Shard:
+    def open(self, shard: int, make_room: Callable[[], bool] = lambda: False) -> Shard:
+        """Open a shard. make_room: closes other files where too many are open, and returns whether it could.
+
+        Raises OSError for a shard that cannot be had, UserError where the system fails whatever the shard.
+        """
+        pauses = iter(PAUSES)
+        while True:
+            try:
+                return self._open(shard)
+            except OSError as error:
+                failure = os_error(error, TRANSIENT)
+                if failure is None:
+                    raise
+                if failure.errno in NO_HANDLES and make_room():
+                    continue
+                pause = next(pauses, None)
+                if pause is None:
+                    way = "raise the limit, `ulimit -n 4096`" if failure.errno in NO_HANDLES else "run the same command again"
+                    raise UserError(f"{redacted(self.urls[shard])} cannot be opened ({failure.strerror}): {way}") from error
+                time.sleep(pause)
+
+    def _open(self, shard: int) -> Shard:
         options: dict[str, Any] = {"needs": self.needs, "keep": self.filters}
         try:
             return Shard(self.path(shard), **options)
@@ -82,18 +115,26 @@ class Source:
         for number, url in enumerate(map(redacted, self.urls[:TRIED])):
             try:
                 with contextlib.closing(self.open(number)) as shard:
-                    extensions = shard.extensions
+                    extensions, links, reason = shard.extensions, shard.dropped["link"], ""
+                    if not extensions:
+                        reason = f"{url} is not a readable webdataset shard: {why_empty(shard.path)}"
             except OSError as error:
-                flaws.append(f"{url} cannot be opened ({error})")
+                reason = f"{url} cannot be opened ({error})"
+            if reason:
+                flaws.append(reason)
                 continue
-            if not extensions:
-                flaws.append(f"{url} is not a readable webdataset shard: expected a .tar of <key>.jpg + <key>.txt members")
-                continue
-            held = f"its samples hold {sorted(extensions)}"
+            held = f"its samples hold {', '.join(sorted(extensions)[:SHOWN])}" + ", ..." * (len(extensions) > SHOWN)
+            hint = advice({"link": links}) if links else ""
             if not extensions & set(self.needs):
-                raise UserError(f"{url} has no images: {held}, expected one of {list(self.needs)}")
+                if extensions & set(LATENTS):
+                    raise UserError(f"{url} holds latents, not pictures: set {self.option} to shards of pictures")
+                if self.needs != IMAGES and extensions & set(IMAGES):
+                    raise UserError(
+                        f"{url} holds pictures, not latents: encode it with python -m lcm.encode, or choose data=shards"
+                    )
+                raise UserError(f"{url} has no images: {held}, expected one of {', '.join(self.needs)}{hint}")
             if not extensions & set(CAPTION_MEMBERS):
-                raise UserError(f"{url} has no captions: {held}, expected .txt or .json")
+                raise UserError(f"{url} has no captions: {held}, expected .txt or .json{hint}")
             self.sound = number
             return
         raise UserError(flaws[0] + f", nor can the {len(flaws) - 1} shards after it be read" * (len(flaws) > 1))
@@ -138,22 +179,41 @@ class Source:
         aspects = b"" if self.measure is None else bytes(map(self.measure, opened))
         opened.close()
         for key, reason in opened.broken.items():
-            log.warning("leaving out sample %s of %s: %s", key, redacted(url), reason)
+            self._name(reason, key, redacted(url))
+        if opened.repeated:
+            log.warning(
+                "%s holds %d samples under names that others of its samples have, such as %s: all are used",
+                redacted(url), len(opened.repeated), next(iter(opened.repeated.values())).rpartition("@")[0],
+            )  # fmt: skip
         found = len(opened) + opened.dropped.total()
         if samples is not None and found < samples:
             opened.dropped["missing"] = samples - found
             log.warning("%s holds %d of its %d samples: it is cut or damaged", redacted(url), found, samples)
         elif not found:
             opened.dropped["shard"] = 1
-            log.warning("%s holds no samples: it is no webdataset shard", redacted(url))
+            log.warning("%s holds no samples, it is no webdataset shard: %s", redacted(url), why_empty(opened.path))
         elif size not in (None, actual := os.path.getsize(opened.path)):
             log.warning("%s has %d bytes, %d in its manifest: it is cut, damaged or another", redacted(url), actual, size)
         return Facts(len(opened), dict(opened.dropped), aspects)
 
+    def _name(self, reason: str, key: str, url: str) -> None:
+        """Log the first samples that are left out for a reason; all are counted."""
+        self.named[reason] += 1
+        if self.named[reason] <= NAMED:
+            hint = advice({reason: 1}) if self.named[reason] == 1 else ""
+            log.warning("leaving out sample %s of %s: %s%s", key, url, reason, hint)
+        elif self.named[reason] == NAMED + 1:
+            log.warning("leaving out more samples for the same reason, which are counted and not named: %s", reason)
+
     def _file(self) -> Path | None:
         if self.index is None:
             return None
-        how = [list(self.needs), self.filters.signature() if self.filters else "", *(["aspects"] if self.measure else [])]
+        how = [
+            GROUPING,
+            list(self.needs),
+            self.filters.signature() if self.filters else "",
+            *(["aspects"] if self.measure else []),
+        ]
         file = Path(self.index, f"{digest(how)}.jsonl")
         file.parent.mkdir(parents=True, exist_ok=True)
         return file

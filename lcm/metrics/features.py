@@ -71,7 +71,8 @@ class Extractor:
 
 
 def scores(features: Features, real: Features, metrics: Sequence[str] = METRICS, device: str = "cpu") -> dict[str, float]:
-    """`{metric: value}`; device: where the distances are computed, always in float64."""
+    """`{metric: value}`; device: where the distances are computed, always in float64, which Apple's GPUs lack."""
+    device = "cpu" if device.startswith("mps") else device
     made, real = ({name: value.to(device) for name, value in part.items()} for part in (features, real))
     pairs = {
         "fid": (made.get("fid", made["clip"]), real.get("fid", real["clip"])),

@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from lcm import composition
-from lcm.command_line import build
+from lcm.command_line import build, expand_home
 from lcm.composition import check_composed, check_overrides, compose, dotted_keys
 from lcm.errors import UserError
 from lcm.inputs import pick_device
@@ -236,3 +236,49 @@ def test_no_secret_can_be_in_the_configuration_tree():
 
 def test_composed_config_is_plain_data():
     OmegaConf.to_container(composed("lcd_mini"), resolve=True)
+
+
+HOMES = {
+    "train": "data=shards data.shards model.teacher ckpt_path paths.runs paths.data data.val_shards data.filters.removal_list",
+    "sample": "pipeline output val_shards paths.runs cache.folder prompts",
+    "evaluate": "shards reference output features reference_cache backbone.pipeline prompts",
+    "encode": "out data.shards data.codec.pipeline data.index",
+    "export": "run checkpoint output",
+    "preview": "output data.shards",
+}
+
+
+@pytest.mark.parametrize("program", HOMES)
+def test_the_users_folder_has_a_short_name_in_every_path(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    keys = [key for key in HOMES[program].split() if "=" not in key]
+    cfg = compose(program, [f"{key}='~/my files/a.txt'" if "=" not in key else key for key in HOMES[program].split()])
+    expand_home(cfg)
+    assert {key: OmegaConf.select(cfg, key) for key in keys} == dict.fromkeys(keys, "/home/me/my files/a.txt")
+
+
+def test_a_sweep_in_the_users_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    cfg = compose("train", ["paths.runs='~/runs'"], return_hydra_config=True)
+    assert cfg.hydra.sweep.dir.startswith("/home/me/runs/sweeps/")
+
+
+def test_the_users_folder_in_lists_added_keys_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("LCM_DATA", "~/data")
+    cfg = compose(
+        "evaluate", ["+entries.X={pipeline: '~/a'}", "+sources=[{urls: '~/b/*.tar'}]", "prompts=['~/c ~']", "output='~'"]
+    )
+    expand_home(cfg)
+    assert (cfg.entries.X.pipeline, cfg.sources[0].urls, list(cfg.prompts)) == ("/home/me/a", "/home/me/b/*.tar", ["~/c ~"])
+    assert (cfg.reference_cache, cfg.features, cfg.paths.run_dir) == (
+        "/home/me/data/reference",
+        "/home/me/features",
+        "/home/me",
+    )
+
+
+def test_apples_gpus_are_asked_for_only_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match="device=mps, but torch sees no Apple GPU: use device=cpu"):
+        pick_device("mps")

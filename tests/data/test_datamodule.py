@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from lcm import signals
 from lcm.core.batch import LatentBatch
 from lcm.data.codec import LatentCodec
 from lcm.data.datamodule import ShardDataModule
@@ -334,6 +336,28 @@ def test_a_signal_to_all_processes_of_a_job_leaves_workers_alone(
     workers = set(multiprocessing.active_children()) - set(others)
     assert len(workers) == 2
     kill(list(workers))
+
+
+@pytest.mark.parametrize("says_who", [True, False], ids=["linux", "macos"])
+def test_a_worker_ends_when_its_parent_asks_for_it(says_who: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS has no sigwaitinfo, which tells who sent a signal."""
+    if not says_who:
+        monkeypatch.delattr(signal, "sigwaitinfo")
+    monkeypatch.setattr("lcm.signals.GRACE", 0.1)
+
+    def work() -> None:
+        init_worker(0)
+        started.set()
+        time.sleep(60)
+
+    started = multiprocessing.get_context("fork").Event()
+    worker = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+    with signals.held_back():
+        worker.start()
+    assert started.wait(30)
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 def test_another_error_is_not_taken_for_a_workers() -> None:
