@@ -19,7 +19,7 @@ from itertools import groupby, islice
 from operator import itemgetter
 from typing import Any, BinaryIO
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from lcm.data.members import Sample, Skip, caption_of, metadata
 from lcm.errors import UserError
@@ -74,7 +74,7 @@ def expand_braces(pattern: str, option: str) -> Iterator[str]:
     try:
         for url in braceexpand(pattern):
             yield url if scheme_of(url) == "pipe" or os.path.exists(local(url)) else re.sub(r"\{(\d+)\}", r"\1", url)
-    except UnbalancedBracesError:
+    except ValueError:
         raise UserError(
             f"{option}: the braces of {pattern!r} do not close: write ranges as {{000..123}} and choices as {{a,b}}"
         ) from None
@@ -273,7 +273,7 @@ class Shard:
         self.file = open(path, "rb")  # noqa: SIM115 - closed with the shard
         self.size = os.fstat(self.file.fileno()).st_size
         seen: set[str] = set()
-        lacking: dict[str, dict[str, str]] = {"no_image": {}, "no_caption": {}}
+        lacking: dict[str, dict[str, list[str]]] = {"no_image": {}, "no_caption": {}}
         for key, held, ambiguous in samples(self.file, needs):
             dangling = {extension for extension, info in held.items() if not info.isfile() and not self._follow(info)}
             extensions = held.keys() - dangling
@@ -287,7 +287,7 @@ class Shard:
             elif flaw in lacking and dangling:
                 flaw = "link"
             elif flaw in lacking:
-                lacking[flaw][key.rpartition("/")[2]] = key
+                lacking[flaw].setdefault(key.rpartition("/")[2], []).append(key)
             if flaw is not None:
                 self.broken[key] = flaw
             if reason := flaw or self._unwanted(start, end):
@@ -300,8 +300,8 @@ class Shard:
             self.ends.append(end)
         for name in lacking["no_image"].keys() & lacking["no_caption"].keys():
             for reason, keys in lacking.items():
-                self.broken[keys[name]] = "apart"
-                self.dropped[reason] -= 1
+                self.broken |= dict.fromkeys(keys[name], "apart")
+                self.dropped[reason] -= len(keys[name])
             self.dropped["apart"] += 1
         self.dropped = +self.dropped
 
