@@ -70,5 +70,5 @@ def test_the_package_does_not_import_its_scripts(file):
 
 def test_windows_is_told_where_the_program_runs(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
-    with pytest.raises(SystemExit, match="error: Windows lacks .* run it in WSL 2"):
+    with pytest.raises(SystemExit, match=r"error: Windows lacks .* run it in WSL 2"):
         importlib.reload(lcm)
