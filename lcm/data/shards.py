@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby, islice
 from operator import itemgetter
+from shlex import quote
 from typing import Any, BinaryIO
 
 from braceexpand import braceexpand
@@ -101,10 +102,10 @@ def way_from(folder: str, option: str) -> str:
         if any(file.endswith(".tar") for file in files):
             pattern = f"{escaped}/*/*.tar"
         elif any(file.rpartition(".")[2] in IMAGES for file in files):
-            name = os.path.basename(os.path.abspath(folder))
+            name = f"{os.path.basename(os.path.abspath(folder))}.tar"
             return (
-                f" of pictures: pack it with `tar --sort=name -cf {name}.tar -C {folder} .`, each picture with a text file of "
-                f"the same name beside it, and set {option}={name}.tar"
+                f" of pictures: pack it with `tar --sort=name -cf {quote(name)} -C {quote(folder)} .`, each picture with a text "
+                f"file of the same name beside it, and set {option}={name}"
             )
     return f": give its shards, as in '{pattern}'"
 
