@@ -104,8 +104,8 @@ def way_from(folder: str, option: str) -> str:
         elif any(file.rpartition(".")[2] in IMAGES for file in files):
             name = f"{os.path.basename(os.path.abspath(folder))}.tar"
             return (
-                f" of pictures: pack it with `tar --sort=name -cf {quote(name)} -C {quote(folder)} .`, each picture with a text "
-                f"file of the same name beside it, and set {option}={name}"
+                f" of pictures: pack it with `tar --sort=name -cf {quote(name)} -C {quote(folder)} .`, each picture with a "
+                f"text file of the same name beside it, and set {option}={name}"
             )
     return f": give its shards, as in '{pattern}'"
 
