@@ -74,6 +74,7 @@ class ShardDataModule(L.LightningDataModule):
         timeout: float = 600.0,
     ) -> None:
         super().__init__()
+        self.option = "data.shards" if sources is None else "data.sources"
         if shards is not None and sources is None:
             sources = [{"urls": shards, "weight": 1.0}]
         elif shards is not None or sources is None:
@@ -114,7 +115,7 @@ class ShardDataModule(L.LightningDataModule):
         self.setup()
 
     def setup(self, stage: str | None = None) -> None:
-        self.train_sources = [self._source(urls, "data.shards") for urls, _ in self.weighted]
+        self.train_sources = [self._source(urls, self.option) for urls, _ in self.weighted]
         self.val_sources = [] if self.val_shards is None else [self._source(self.val_shards, "data.val_shards")]
         self.val_orders = [validation_order(source.facts(), self.buckets) for source in self.val_sources]
         facts, weights = [source.facts() for source in self.train_sources], [weight for _, weight in self.weighted]

@@ -17,9 +17,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby, islice
 from operator import itemgetter
+from shlex import quote
 from typing import Any, BinaryIO
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from lcm.data.members import Sample, Skip, caption_of, metadata
 from lcm.errors import UserError
@@ -74,7 +75,7 @@ def expand_braces(pattern: str, option: str) -> Iterator[str]:
     try:
         for url in braceexpand(pattern):
             yield url if scheme_of(url) == "pipe" or os.path.exists(local(url)) else re.sub(r"\{(\d+)\}", r"\1", url)
-    except UnbalancedBracesError:
+    except ValueError:
         raise UserError(
             f"{option}: the braces of {pattern!r} do not close: write ranges as {{000..123}} and choices as {{a,b}}"
         ) from None
@@ -101,10 +102,10 @@ def way_from(folder: str, option: str) -> str:
         if any(file.endswith(".tar") for file in files):
             pattern = f"{escaped}/*/*.tar"
         elif any(file.rpartition(".")[2] in IMAGES for file in files):
-            name = os.path.basename(os.path.abspath(folder))
+            name = f"{os.path.basename(os.path.abspath(folder))}.tar"
             return (
-                f" of pictures: pack it with `tar --sort=name -cf {name}.tar -C {folder} .`, each picture with a text file of "
-                f"the same name beside it, and set {option}={name}.tar"
+                f" of pictures: pack it with `tar --sort=name -cf {quote(name)} -C {quote(folder)} .`, each picture with a "
+                f"text file of the same name beside it, and set {option}={name}"
             )
     return f": give its shards, as in '{pattern}'"
 
@@ -273,7 +274,7 @@ class Shard:
         self.file = open(path, "rb")  # noqa: SIM115 - closed with the shard
         self.size = os.fstat(self.file.fileno()).st_size
         seen: set[str] = set()
-        lacking: dict[str, dict[str, str]] = {"no_image": {}, "no_caption": {}}
+        lacking: dict[str, dict[str, list[str]]] = {"no_image": {}, "no_caption": {}}
         for key, held, ambiguous in samples(self.file, needs):
             dangling = {extension for extension, info in held.items() if not info.isfile() and not self._follow(info)}
             extensions = held.keys() - dangling
@@ -287,7 +288,7 @@ class Shard:
             elif flaw in lacking and dangling:
                 flaw = "link"
             elif flaw in lacking:
-                lacking[flaw][key.rpartition("/")[2]] = key
+                lacking[flaw].setdefault(key.rpartition("/")[2], []).append(key)
             if flaw is not None:
                 self.broken[key] = flaw
             if reason := flaw or self._unwanted(start, end):
@@ -300,8 +301,8 @@ class Shard:
             self.ends.append(end)
         for name in lacking["no_image"].keys() & lacking["no_caption"].keys():
             for reason, keys in lacking.items():
-                self.broken[keys[name]] = "apart"
-                self.dropped[reason] -= 1
+                self.broken |= dict.fromkeys(keys[name], "apart")
+                self.dropped[reason] -= len(keys[name])
             self.dropped["apart"] += 1
         self.dropped = +self.dropped
 

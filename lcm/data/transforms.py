@@ -47,10 +47,9 @@ def opened(content: bytes) -> Image.Image:
         raise Skip("pixels", f"{image.width} x {image.height} are more than {MAX_PIXELS}")
     if min(image.size) < 2:
         raise Skip("tiny", f"{image.width} x {image.height} pixels")
-    if image.format != "JPEG":
-        return image
     with skipping("image", OSError):
-        return Image.open(io.BytesIO(ended(content)), formats=("JPEG",))
+        whole = ended(content) if image.format == "JPEG" else content
+    return image if whole is content else Image.open(io.BytesIO(whole), formats=("JPEG",))
 
 
 def ended(content: bytes) -> bytes:

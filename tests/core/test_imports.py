@@ -1,11 +1,14 @@
 """Imports run one way: errors, ... <- core <- data <- models <- modules <- metrics, callbacks, ... <- programs."""
 
 import ast
+import importlib
 import sys
 from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
+
+import lcm
 
 ROOT = Path(__file__).parents[2]
 FILES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "lcm").rglob("*.py"))]
@@ -63,3 +66,9 @@ def test_no_module_beside_the_programs_shadows_the_standard_library():
 def test_the_package_does_not_import_its_scripts(file):
     scripts = {path.stem for path in ROOT.glob("*.py")} | {"tests"}
     assert not scripts & {name.partition(".")[0] for name in imports(file)}
+
+
+def test_windows_is_told_where_the_program_runs(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit, match=r"error: Windows lacks .* run it in WSL 2"):
+        importlib.reload(lcm)

@@ -22,7 +22,7 @@ from lcm.data.filters import Filters
 from lcm.data.workers import init_worker, kill, workers_watched
 from lcm.errors import UserError
 from lcm.models.pipeline import load_codec
-from tests.data.conftest import pairs, png, write_shard
+from tests.data.conftest import pairs, png, write_shard, write_tar
 
 
 @pytest.fixture(scope="module")
@@ -363,3 +363,11 @@ def test_a_worker_ends_when_its_parent_asks_for_it(says_who: bool, monkeypatch: 
 def test_another_error_is_not_taken_for_a_workers() -> None:
     with pytest.raises(RuntimeError, match="shapes"), workers_watched():
         raise RuntimeError("shapes do not fit")
+
+
+def test_complaints_about_shards_name_the_option_that_gave_them(shards: Path, tmp_path: Path) -> None:
+    latents = write_tar(tmp_path / "0.tar", [("0.latent.npy", b""), ("0.txt", b"a cat")])
+    with pytest.raises(UserError, match=r"0\.tar holds latents, not pictures: set callbacks\.evaluation\.shards to shards of"):
+        datamodule(shards).reader(latents, "callbacks.evaluation.shards").check()
+    with pytest.raises(UserError, match=r"no shards match .*: point data\.sources at"):
+        ShardDataModule(sources=[{"urls": f"{tmp_path}/none.tar", "weight": 1}]).setup()

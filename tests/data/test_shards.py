@@ -274,9 +274,10 @@ def test_pictures_and_captions_of_one_name_are_not_paired_by_chance(tmp_path: Pa
 
 
 @pytest.mark.parametrize("folders", [False, True])
-def test_members_apart_are_counted_as_such(tmp_path: Path, folders: bool) -> None:
-    files = [(f"{n:03d}.{end}", png()) for end in ("png", "txt") for n in range(30)]
-    items = [(f"{name[-3:]}/{name}" if folders else name, content) for name, content in files]
+@pytest.mark.parametrize("ends", ["png txt", "txt png", "json png txt"])
+def test_members_apart_are_counted_as_such(tmp_path: Path, folders: bool, ends: str) -> None:
+    files = [(f"{n:03d}.{end}", png()) for end in ends.split() for n in range(30)]
+    items = [(f"{name.partition('.')[2]}/{name}" if folders else name, content) for name, content in files]
     shard = Shard(write_tar(tmp_path / "a.tar", [*items, *pair("x")]))
     assert names(shard) == ["x"]
     assert shard.dropped == {"apart": 30}
