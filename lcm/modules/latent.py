@@ -104,7 +104,7 @@ class LatentModule(TrainedModule):
     def after_optimizer_step(self) -> None:
         if self.ema_net is not None and self.eval_ema is not None:
             decay = warmed_up(self.eval_ema, self.global_step)
-            ema_update_(self.ema_net.parameters(), self.net.parameters(), decay, self.gate)
+            ema_update_(self.ema_net.parameters(), self.net.parameters(), decay, self.left_out_on_device)
 
     def network(self, unet: UNet2DConditionModel) -> Network:
         """A UNet as the objectives call it; `calls` notes shapes (on the meta device) and whether gradients are kept."""
