@@ -9,6 +9,7 @@ import resource
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,6 +94,19 @@ def test_a_checkpoint_of_another_program_has_the_checksums_of_its_tensors(tmp_pa
     path.unlink()
     path.mkdir()
     assert damage(path)
+
+
+def test_a_resume_reads_a_checkpoint_once(last, tmp_path):
+    """As the kernel counts: to choose it, to verify it and to load it is one pass, in every rank."""
+    AtomicCheckpointIO().save_checkpoint(content(3, size=1 << 20), last)
+    before = bytes_read()
+    loaded = AtomicCheckpointIO().load_checkpoint(resume_path(config(tmp_path, "last")))
+    assert (bytes_read() - before) / last.stat().st_size < 1.1
+    assert equal(loaded, content(3, size=1 << 20))
+
+
+def bytes_read():
+    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
 
 
 def test_a_pickled_object_is_refused(tmp_path):
