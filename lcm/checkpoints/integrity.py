@@ -4,7 +4,6 @@ import json
 import os
 import zipfile
 import zlib
-from bisect import bisect_left
 from pathlib import Path
 from typing import Any, BinaryIO
 

@@ -59,6 +59,7 @@ def test_an_update_that_the_device_may_skip_is_the_same_one_or_none(decay):
 
 def test_an_update_that_the_device_may_skip_is_one_call():
     """Tensor by tensor would be a kernel for each of a thousand parameters."""
+
     class Calls(TorchDispatchMode):
         names = []  # noqa: RUF012
 

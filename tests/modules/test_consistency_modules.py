@@ -262,5 +262,7 @@ def test_compiling_without_a_compiler_is_refused_before_training(
         "compile": lambda: LatentModel.load(str(tiny_pipeline), compile=True),
     }
     for option, start in starts.items():
-        with pytest.raises(UserError, match=f"^{option}=true needs {language}, and there is none: install g.. or set {option}=false"):
+        with pytest.raises(
+            UserError, match=f"^{option}=true needs {language}, and there is none: install g.. or set {option}=false"
+        ):
             start()
