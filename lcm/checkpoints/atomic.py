@@ -60,9 +60,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if path not in kept and (reason := keep(path)):
             raise UserError(f"{path} is damaged ({reason}): give another checkpoint")
         self.proven.add(path)
-        if path.is_dir():
-            return sharded.read(path)
-        return kept.pop(path) if path in kept else super().load_checkpoint(path, map_location, weights_only=True)
+        return sharded.read(path) if path.is_dir() else kept.pop(path)
 
     def remove_checkpoint(self, path: Any) -> None:
         self.finish()

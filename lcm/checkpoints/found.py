@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from lcm.checkpoints.integrity import LAST, PREVIOUS, damage, keep
+from lcm.checkpoints.integrity import LAST, PREVIOUS, damage, keep, kept
 from lcm.errors import UserError
 
 FOLDER = "checkpoints"  # of a run's directory
@@ -24,6 +24,11 @@ def checkpoint_path(run_dir: Path, ckpt_path: str) -> str | None:
         others = [other for other in saved(path.parent) if other.resolve() != path.resolve() and not damage(other)]
         instead = f"give ckpt_path={others[0]}, which is whole" if others else "no other checkpoint beside it is whole"
         raise UserError(f"ckpt_path={path} is damaged ({reason}): {instead}")
+    if path in kept and not (isinstance(kept[path], dict) and {"loops", "optimizer_states"} <= kept[path].keys()):
+        raise UserError(
+            f"ckpt_path={path} holds no training to go on with, only weights: give a pipeline folder as model.teacher or "
+            "model.student"
+        )
     return str(path)
 
 

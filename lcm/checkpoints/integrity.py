@@ -82,8 +82,11 @@ kept: dict[Path, dict[str, Any]] = {}  # the checkpoint that `keep` read, until 
 
 def keep(path: Path) -> str | None:
     """Read a checkpoint once, verify it and keep it; what is wrong with it, or None. A folder is verified alone."""
-    if path.is_dir() or not path.is_file() or (digits := sealed(path)) is None:
-        return damage(path)
+    if not path.is_file() or (digits := sealed(path)) is None:
+        reason = damage(path)
+        if path.is_file() and reason is None:
+            kept[path] = torch.load(path, map_location="cpu", weights_only=True)
+        return reason
     with path.open("rb") as file:
         checked = Checked(file, path.stat().st_size - COMMENT - 2)
         try:

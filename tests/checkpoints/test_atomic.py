@@ -163,6 +163,15 @@ def test_last_is_a_fresh_start_where_nothing_was_saved(tmp_path, capsys):
     assert not capsys.readouterr().err  # as `make demo` starts
 
 
+@pytest.mark.parametrize("weights", [{"state_dict": {"a": torch.ones(3)}}, {"a": torch.ones(3)}, torch.ones(3)], ids=type)
+def test_a_file_of_weights_alone_is_no_checkpoint_to_go_on_from(weights, tmp_path):
+    torch.save(weights, tmp_path / "weights.ckpt")
+    AtomicCheckpointIO().save_checkpoint(weights, tmp_path / "sealed.ckpt")
+    for name in ("weights.ckpt", "sealed.ckpt"):
+        with pytest.raises(UserError, match=f"ckpt_path=.*{name} holds no training to go on with, only weights"):
+            resume_path(config(tmp_path, tmp_path / name))
+
+
 def test_last_of_a_name_without_checkpoints_warns_with_the_runs_that_have_some(tmp_path, capsys):
     for run in ("lcd_mini/0", "lcd_mini/1", "teacher/0"):
         AtomicCheckpointIO().save_checkpoint(content(1), tmp_path / "runs" / run / "checkpoints/last.ckpt")
