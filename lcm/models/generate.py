@@ -19,6 +19,7 @@ from lcm.core.timesteps import POINTS, consistency_steps, trailing_steps
 from lcm.data.codec import LatentCodec
 from lcm.errors import UserError
 from lcm.models import pipeline as pipelines
+from lcm.models.kernels import check_compiler
 from lcm.models.student import as_network
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,9 @@ class LatentModel:
 
         compile: UNets and the VAE's decoder by torch.compile, when they are first called.
         """
+
+        if compile:
+            check_compiler("compile")
 
         def load(name: str) -> UNet2DConditionModel:
             unet = pipelines.load_unet(folder, dtype, name=name).to(device).eval().requires_grad_(False)

@@ -23,7 +23,6 @@ def shard(unet: UNet2DConditionModel, mesh: DeviceMesh, compute: torch.dtype | N
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     for module in reversed(list(unet.modules())):  # children first, the root last
         if compile and isinstance(module, UNITS):
-            torch._dynamo.config.recompile_limit = 128  # a graph for each kind of block, at each size, in each network
             module.compile()
         if isinstance(module, UNITS) or module is unet:
             # Freed after the forward pass also by the root: a target's has no backward pass to do it, and would go stale.

@@ -51,7 +51,7 @@ class TrainedModule(L.LightningModule):
         self.clip_norm = float("inf") if clip_norm is None else clip_norm
         self.skip_non_finite, self.seed = skip_non_finite, seed
         self.left_out = False  # whether the host knows that the last update was left out
-        self.gate: Tensor | None = None  # 0 where the device alone knows, else 1
+        self.left_out_on_device: Tensor | None = None  # 1 where the device alone knows it, else 0
         self.frozen: dict[str, nn.Module] = {}  # a plain dict: not in state_dict, DDP, EMA, nor the optimizer
 
     def configure_model(self) -> None:
@@ -209,8 +209,7 @@ class TrainedModule(L.LightningModule):
             self.look()
         self.left_out = not on_device and bool(bad)
         if on_device:
-            inner.found_inf = (self.in_a_row > 0).float()
-            self.gate = 1 - inner.found_inf
+            inner.found_inf = self.left_out_on_device = (self.in_a_row > 0).float()
         elif self.left_out:
             inner.zero_grad(set_to_none=True)  # an optimizer passes over parameters without a gradient
 
@@ -232,7 +231,7 @@ class TrainedModule(L.LightningModule):
             self.after_optimizer_step()
 
     def after_optimizer_step(self) -> None:
-        """Once per optimizer step, also under gradient accumulation: where moving averages move, by no more than `gate`."""
+        """Once per optimizer step, also under gradient accumulation: moving averages move, unless `left_out_on_device`."""
 
 
 @rank_zero_only

@@ -88,7 +88,7 @@ class ConsistencyModule(LatentModule):
     def after_optimizer_step(self) -> None:
         super().after_optimizer_step()
         if self.target_net is not None:
-            ema_update_(self.target_net.parameters(), self.net.parameters(), self.ema_decay, self.gate)
+            ema_update_(self.target_net.parameters(), self.net.parameters(), self.ema_decay, self.left_out_on_device)
 
     def facts(self) -> dict[str, Any]:
         w_range = {"w_min": self.w_min, "w_max": self.w_max} if self.takes_w else {}

@@ -15,9 +15,9 @@ from lcm.core.networks import Network
 from lcm.core.schedule import NoiseSchedule
 from lcm.data.codec import LatentCodec
 from lcm.models.generate import LatentModel
-from lcm.models.kernels import fast_attention, recomputed
+from lcm.models.kernels import allow_graphs, check_compiler, fast_attention, recomputed
 from lcm.models.saving import save_pipeline
-from lcm.models.sharding import is_sharded, shard, whole
+from lcm.models.sharding import UNITS, is_sharded, shard, whole
 from lcm.models.student import as_network, frozen_copy
 from lcm.modules.base import TrainedModule
 
@@ -49,6 +49,8 @@ class LatentModule(TrainedModule):
         gradient_checkpointing: bool = False,
         **kwargs: Any,
     ) -> None:
+        if compile:
+            check_compiler("model.compile")
         super().__init__(**kwargs)
         self.net, self.schedule, self.pipeline = net.train(), schedule, pipeline
         self.eval_ema, self.w_lr_scale, self.compile_networks = eval_ema, w_lr_scale, compile
@@ -63,6 +65,11 @@ class LatentModule(TrainedModule):
 
     def configure_model(self) -> None:
         """Before a strategy wraps the networks, which `trainer=fsdp` has sharded."""
+        if self.compile_networks:
+            # At most a graph for each network, or each of its sharded blocks, at each shape of batches.
+            shapes = len(getattr(self.trainer.datamodule, "buckets", ())) or 1  # type: ignore[attr-defined]
+            blocks = 1 if self.device_mesh is None else sum(isinstance(part, UNITS) for part in self.net.modules())
+            allow_graphs(len(self.unets()) * shapes * blocks)
         if self.device_mesh is None:
             if self.compile_networks:
                 self.compile_unets(self.trainer.strategy.root_device)
@@ -97,7 +104,7 @@ class LatentModule(TrainedModule):
     def after_optimizer_step(self) -> None:
         if self.ema_net is not None and self.eval_ema is not None:
             decay = warmed_up(self.eval_ema, self.global_step)
-            ema_update_(self.ema_net.parameters(), self.net.parameters(), decay, self.gate)
+            ema_update_(self.ema_net.parameters(), self.net.parameters(), decay, self.left_out_on_device)
 
     def network(self, unet: UNet2DConditionModel) -> Network:
         """A UNet as the objectives call it; `calls` notes shapes (on the meta device) and whether gradients are kept."""

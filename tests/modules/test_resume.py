@@ -152,7 +152,9 @@ def test_another_network_is_refused_in_a_sentence(
     fit(training("distillation"), data(), 1).save_checkpoint(tmp_path / "1.ckpt")
     for changes in ({"block_out_channels": [32, 32]}, {"time_cond_proj_dim": 8}):
         monkeypatch.setattr("tests.modules.conftest.load_unet", lambda _, changes=changes: tiny_unet(**changes))
-        with pytest.raises(UserError, match=r"the checkpoint does not fit this training's network, \d+ of its tensors differ: net\."):
+        with pytest.raises(
+            UserError, match=r"the checkpoint does not fit this training's network, \d+ of its tensors differ: net\."
+        ):
             fit(training("distillation"), data(), 2, ckpt_path=tmp_path / "1.ckpt")
 
 
