@@ -56,9 +56,9 @@ def explanation(path: Path, missing: list[str]) -> str:
             "load_lora_weights(...), fuse_lora(), unload_lora_weights() and save_pretrained(folder)"
         )
     config = {**read_json(path / "config.json"), **read_json(path / "model_index.json")}
-    kind = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
-    if kind and not str(kind).startswith("StableDiffusion"):
-        return f"is a {kind}, not a Stable Diffusion pipeline: it lacks {', '.join(missing)}"
+    class_name = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
+    if class_name and not str(class_name).startswith("StableDiffusion"):
+        return f"is a {class_name}, not a Stable Diffusion pipeline: it lacks {', '.join(missing)}"
     return f"is not a Stable Diffusion pipeline folder: it lacks {', '.join(missing)}; {CONVERT}"
 
 
