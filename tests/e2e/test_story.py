@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from omegaconf import OmegaConf
 from PIL import Image
 
 from tests.e2e.conftest import tiny_data
@@ -124,6 +125,20 @@ def test_a_sweep_goes_on_when_a_job_cannot(run, tiny, tmp_path):
     [table] = (tmp_path / "runs/sweeps").glob("*/table.md")
     lines = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in table.open()][2:]
     assert [(w, loss == "failed") for w, loss, *_ in lines] == [("4", False), ("1", True), ("6", False)]
+
+
+def test_a_sweep_of_several_processes_gives_each_job_its_own_folder(run, tiny, tmp_path):
+    options = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.max_steps=3", "callbacks.samples.steps=[1]"]
+    done = run("train.py", "-m", *tiny, *options, "trainer.devices=1,2", LOCAL_RANK="0", LCM_RUN_ID="0")
+    assert done.returncode == 0, done.stderr
+    [sweep] = (tmp_path / "runs/sweeps").iterdir()
+    notes = [json.loads(file.read_text()) for file in sorted(sweep.glob("run-*.json"))]
+    assert [note["run"] for note in notes] == ["runs/lcd_mini/0", "runs/lcd_mini/1"]
+    for number, devices in enumerate((1, 2)):
+        run_dir = tmp_path / f"runs/lcd_mini/{number}"
+        assert OmegaConf.load(run_dir / "config.yaml").trainer.devices == devices
+        assert [row["step"] for row in rows(run_dir) if row["train/loss"]] == ["0", "1", "2"]
+        assert (run_dir / "model/model_index.json").is_file()
 
 
 @pytest.mark.parametrize(("experiment", "steps"), [("guided_distill_mini", 8), ("cd_mini", 2), ("ct_mini", 2)])
