@@ -73,9 +73,13 @@ def check_processes(trainer: DictConfig) -> None:
                 f"`srun --nodes={nodes} --ntasks-per-node={devices}` and trainer=slurm"
             )
         if nodes > 1:
-            raise UserError(f"trainer.num_nodes={nodes} needs a launcher on every node: start the program with torchrun or srun")
+            raise UserError(
+                f"trainer.num_nodes={nodes} needs a launcher on every node: start the program with torchrun or srun"
+            )
     elif name == "mpirun":
-        raise UserError(f"mpirun started {processes} processes, which do not join in one training: start them with torchrun or srun")
+        raise UserError(
+            f"mpirun started {processes} processes, which do not join in one training: start them with torchrun or srun"
+        )
     elif devices * nodes != processes:
         local = os.environ.get("LOCAL_WORLD_SIZE", "") if name == "torchrun" else os.environ.get("SLURM_NTASKS_PER_NODE", "")
         machines = processes // int(local) if local.isdigit() else 1
@@ -86,7 +90,9 @@ def check_processes(trainer: DictConfig) -> None:
     elif name == "srun" and "SLURM_NTASKS_PER_NODE" not in os.environ:
         raise UserError(f"srun --ntasks={processes} leaves open who is where: use --ntasks-per-node and trainer=slurm")
     elif name == "srun" and interactive and "slurm_environment" not in str(trainer.get("plugins")):
-        raise UserError(f"srun started {processes} processes in an interactive job, which only trainer=slurm joins: use trainer=slurm")
+        raise UserError(
+            f"srun started {processes} processes in an interactive job, which only trainer=slurm joins: use trainer=slurm"
+        )
 
 
 def device_count(trainer: DictConfig) -> int:
@@ -263,10 +269,13 @@ def restarts() -> int:
 
 def command() -> dict[str, str]:
     """Return digests of the overrides, which may hold secrets: of all, and of those that say what is trained."""
-    overrides = sorted(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-    overrides = [override for override in overrides if not override.startswith("paths.run_id=")]
-    settings = [override for override in overrides if re.match(r"\+*~?(name|seed|experiment|model|data)[./=@]", override)]
-    return {"command": digest(overrides), "settings": digest(settings)}
+    whole = sorted(override for override in overrides() if not override.startswith("paths.run_id="))
+    settings = [override for override in whole if re.match(r"[+~]*(name|seed|experiment|model|data)[./=@]", override)]
+    return {"command": digest(whole), "settings": digest(settings)}
+
+
+def overrides() -> list[str]:
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def begun(run_dir: Path) -> bool:
@@ -421,13 +430,13 @@ def forwarded(process: subprocess.Popen) -> Iterator[None]:
 
 def job_command() -> list[str]:
     """Return the command line that trains this job of the sweep alone."""
-    options, overrides = get_args_parser().parse_args(sys.argv[1:]), HydraConfig.get().overrides
+    options, given = get_args_parser().parse_args(sys.argv[1:]), HydraConfig.get().overrides
     spec = sys.modules["__main__"].__spec__
     program = [sys.argv[0]] if spec is None else ["-m", spec.name]
     for option in ("config_name", "config_dir"):
         if value := getattr(options, option):
             program.append(f"--{option.replace('_', '-')}={value}")
-    kept = [override for override in (*overrides.hydra, *overrides.task) if not override.startswith("hydra.mode=")]
+    kept = [override for override in (*given.hydra, *given.task) if not override.startswith("hydra.mode=")]
     return [sys.executable, *program, *kept, "hydra.mode=RUN"]
 
 
