@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lcm import precision  # noqa: F401  its resolvers
+from lcm.data import openmoji  # noqa: F401  its resolver
 from lcm.errors import UserError
 from lcm.limits import check_limits
 from lcm.targets import CONF, check_targets
