@@ -289,7 +289,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def training(run_dir: Path) -> Iterator[None]:
-    """Leave nothing of this training to the next in this process, and no folder of a run that was refused before its first step.
+    """Leave nothing of this training to the next in this process, and no folder of a run that had no first step.
 
     Lightning's launcher leaves LOCAL_RANK, WORLD_SIZE and MASTER_PORT in the environment, and the process group.
     """
@@ -356,8 +356,8 @@ def hold(run_dir: Path) -> None:
         if left_by_earlier_start(run_dir):
             return
         raise UserError(
-            f"another process is training in {run_dir}: wait for its end or stop it, or start a run of its own (ckpt_path=null); "
-            f"if its machine is lost, remove {run_dir / LOCK}"
+            f"another process is training in {run_dir}: wait for its end or stop it, or start a run of its own "
+            f"(ckpt_path=null); if its machine is lost, remove {run_dir / LOCK}"
         ) from None
 
 
@@ -375,7 +375,7 @@ def finish(run_dir: Path, metric: Any) -> float | None:
 
 
 def check_sweep(folder: Path, one_process: bool) -> None:
-    """Raise UserError where no sweep can start: it needs a folder, and a training one process that starts the others."""
+    """Raise UserError where no sweep can start: it needs a folder, and trainings one first process."""
     name, _, processes = launcher()
     if one_process and processes > 1:
         raise UserError(

@@ -37,8 +37,8 @@ def test_a_wheel_has_every_module_and_file_of_the_configuration(site):
     folders = {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "lcm").rglob("__init__.py")}
     assert set(packages) == folders | {"lcm.conf", "lcm.programs"}
     assert files(site / "lcm/conf") == files(ROOT / "conf")
-    expected = files(ROOT / "lcm") | {f"conf/{name}" for name in files(ROOT / "conf")} | {"programs/train.py", "programs/sample.py"}
-    assert files(site / "lcm") == expected
+    added = {f"conf/{name}" for name in files(ROOT / "conf")} | {"programs/train.py", "programs/sample.py"}
+    assert files(site / "lcm") == files(ROOT / "lcm") | added
     assert {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")} == {"lcm"}
 
 

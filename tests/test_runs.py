@@ -26,7 +26,7 @@ def alone(monkeypatch):
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """`start("model.w_max=4", SLURM_JOB_ID="4711")`: the folder of a training with this command, which then has a checkpoint."""
+    """`start("model.w_max=4", SLURM_JOB_ID="4711")`: the folder of a training with this command, which saves a checkpoint."""
 
     def start(command: str = "", ckpt_path: str | None = None, run_id: object = None, **env: str) -> str:
         own = {"SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID"}
@@ -155,16 +155,19 @@ DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
 @pytest.mark.parametrize(
     ("env", "overrides", "says"),
     [
-        (TORCHRUN, [], "torchrun started 2 processes, but trainer.devices=1 and trainer.num_nodes=1 make 1: use trainer=ddp trainer.devices=2, or start one process"),
-        (TORCHRUN, [*DDP, "trainer.devices=4"], "trainer.devices=4 and trainer.num_nodes=1 make 4: use trainer=ddp trainer.devices=2"),
+        (TORCHRUN, [], "torchrun started 2 processes, but trainer.devices=1 and trainer.num_nodes=1 make 1: use trainer=ddp "
+         "trainer.devices=2, or start one process"),
+        (TORCHRUN, [*DDP, "trainer.devices=4"], "trainer.num_nodes=1 make 4: use trainer=ddp trainer.devices=2"),
         ({**TORCHRUN, "WORLD_SIZE": "4"}, [*DDP, "trainer.devices=2"], "use trainer=ddp trainer.devices=2 trainer.num_nodes=2"),
-        (SRUN, [], "srun started 2 processes, but trainer.devices=1 and trainer.num_nodes=1 make 1: use srun --ntasks-per-node=2 and trainer=slurm"),
+        (SRUN, [], "srun started 2 processes, but trainer.devices=1 and trainer.num_nodes=1 make 1: use "
+         "srun --ntasks-per-node=2 and trainer=slurm, or start one process"),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, [], "srun started 2 processes, but trainer.devices=1"),
         ({**SRUN, **PER_NODE}, [], "make 1: use trainer=slurm, or start one process"),
-        (SRUN, [*DDP, "trainer.devices=2"], "srun --ntasks=2 leaves open who is where: use --ntasks-per-node and trainer=slurm"),
-        ({**SRUN, **PER_NODE, "SLURM_JOB_NAME": "bash"}, [*DDP, "trainer.devices=2"], "in an interactive job, which only trainer=slurm joins"),
-        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, [*DDP, "trainer.devices=2"], "SLURM has 1 task(s) and srun started 1 process, but trainer.devices=2"),
-        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, [], "mpirun started 2 processes, which do not join in one training: start them with torchrun or srun"),
+        (SRUN, [*DDP, "trainer.devices=2"], "srun --ntasks=2 leaves open who is where: use --ntasks-per-node"),
+        ({**SRUN, **PER_NODE, "SLURM_JOB_NAME": "bash"}, [*DDP, "trainer.devices=2"], "which only trainer=slurm joins"),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, [*DDP, "trainer.devices=2"], "SLURM has 1 task(s) and srun"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, [], "mpirun started 2 processes, which do not join in one "
+         "training: start them with torchrun or srun"),
         ({"PMI_SIZE": "2", "PMI_RANK": "1"}, [*DDP, "trainer.devices=2"], "mpirun started 2 processes"),
         ({}, [*DDP, "trainer.devices=1", "trainer.num_nodes=2"], "trainer.num_nodes=2 needs a launcher on every node"),
     ],

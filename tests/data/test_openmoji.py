@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hydra.utils import instantiate
 
+from lcm.composition import compose
 from lcm.data import openmoji
 from lcm.data.captions import read_samples
-from lcm.composition import compose
 from lcm.data.openmoji import (
     STYLE_SHEETS,
     all_captions,

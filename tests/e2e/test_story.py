@@ -2,6 +2,9 @@
 
 import csv
 import json
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline, S
 from omegaconf import OmegaConf
 from PIL import Image
 
-from tests.e2e.conftest import tiny_data
+from tests.e2e.conftest import command, environment, tiny_data
 
 pytestmark = pytest.mark.slow
 
@@ -116,6 +119,13 @@ def test_a_sweep_ends_with_one_table_and_one_plot(run, tiny, tmp_path):
     assert Image.open(folder / "plot.png").width > 300
 
 
+def test_a_sweep_without_metrics_says_why(run, tiny, tmp_path):
+    done = run("train.py", "-m", *tiny, "trainer.max_steps=2", "trainer.val_check_interval=500", "model.ema_decay=0,0.95")
+    assert done.returncode == 0, done.stderr
+    assert "sweep:   no table: no run has measured a metric named val/, add callbacks=evaluation for FID" in done.stdout
+    assert not list((tmp_path / "runs/sweeps").glob("*/table.md"))
+
+
 def test_a_sweep_goes_on_when_a_job_cannot(run, tiny, tmp_path):
     done = run("train.py", "-m", *tiny, "trainer.max_steps=3", "model.w_max=4,1,6", "model.w_min=2")
     assert done.returncode == 1
@@ -139,6 +149,25 @@ def test_a_sweep_of_several_processes_gives_each_job_its_own_folder(run, tiny, t
         assert OmegaConf.load(run_dir / "config.yaml").trainer.devices == devices
         assert [row["step"] for row in rows(run_dir) if row["train/loss"]] == ["0", "1", "2"]
         assert (run_dir / "model/model_index.json").is_file()
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_signal_to_a_sweep_stops_its_job_with_a_checkpoint(signum, code, tiny, tmp_path):
+    endless = ["trainer.max_steps=100000", "callbacks.samples.steps=[1]", "model.ema_decay=0.5,0.95"]
+    sweep = subprocess.Popen(
+        command("train.py", "-m", *tiny, *endless),
+        cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    metrics, said = tmp_path / "runs/lcd_mini/0/metrics.csv", ""
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 3):
+        assert sweep.poll() is None, sweep.communicate()
+        time.sleep(0.1)
+    sweep.send_signal(signum)
+    said, _ = sweep.communicate(timeout=300)  # until the job, too, has closed it
+    assert sweep.returncode == code, said
+    assert "stopped at step" in said
+    assert (tmp_path / "runs/lcd_mini/0/checkpoints/last.ckpt").is_file()
+    assert [path.name for path in (tmp_path / "runs/lcd_mini").iterdir()] == ["0"]
 
 
 @pytest.mark.parametrize(("experiment", "steps"), [("guided_distill_mini", 8), ("cd_mini", 2), ("ct_mini", 2)])

@@ -134,7 +134,8 @@ def test_trainings_of_one_job_side_by_side_and_in_turn_do_not_meet(cluster: Clus
     """Two steps of two ranks at once, then the first command again without srun, as a loop in a batch script has it."""
     runs = [*tiny, *COMMON, "trainer.max_steps=4", "data.num_workers=0", f"paths.runs={tmp_path}", "name=own"]
     train = command("train.py", *runs)
-    step = ["srun", "--exact", "--nodes=1", "--ntasks=2", "--ntasks-per-node=2", *train, "trainer=slurm", "trainer.accelerator=cpu"]
+    srun = ["srun", "--exact", "--nodes=1", "--ntasks=2", "--ntasks-per-node=2"]
+    step = [*srun, *train, "trainer=slurm", "trainer.accelerator=cpu"]
     lines = [f"{shlex.join([*step, f'model.w_max={w}'])} &" for w in (4, 8)]
     script = "\n".join(["#!/bin/bash", *lines, "wait", shlex.join([*train, "trainer=cpu", "model.w_max=4"])])
     (tmp_path / "job.sh").write_text(script)
