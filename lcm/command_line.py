@@ -23,14 +23,19 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from lcm.composition import check_overrides, plain
 from lcm.errors import UserError
 from lcm.redaction import hide_in_logs, redacted
-from lcm.runs import resolve_models
+from lcm.runs import check_sweep, resolve_models
 from lcm.targets import CONF, check_targets
 
 failures: list[int] = []  # the numbers of a sweep's jobs that ended in an error
 
 
-def program(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
-    """Make `main(cfg)` a Hydra program whose wrong input ends in one sentence and exit code 1."""
+def program(
+    config_name: str, sweep_job: Callable[[DictConfig], tuple[int, Any]] | None = None
+) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Make `main(cfg)` a Hydra program whose wrong input ends in one sentence and exit code 1.
+
+    sweep_job: runs `main` for one of a sweep's jobs in another process; returns its exit code and result.
+    """
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
         def checked(cfg: DictConfig) -> Any:
@@ -39,7 +44,12 @@ def program(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
             try:
                 check_missing(cfg)
                 resolve_models(cfg, cfg.paths.runs)
-                return main(cfg)
+                if sweep_job is None or not sweeps_here():
+                    return main(cfg)
+                code, result = sweep_job(cfg)
+                if code:
+                    failures.append(HydraConfig.get().job.num)
+                return result
             except UserError as error:
                 return fail(error)
             except MisconfigurationException as error:  # Lightning's own sentences
@@ -58,7 +68,9 @@ def program(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
             hide_in_logs()  # Hydra's launchers log a sweep's overrides
             warnings.filterwarnings("ignore", r"\s*'hydra/launcher/.* ConfigStore")  # conf/ fills in a plugin's own schema
             try:
-                check_overrides(config_name, sys.argv[1:])
+                sweep_dir = check_overrides(config_name, sys.argv[1:])
+                if sweep_dir is not None:
+                    check_sweep(sweep_dir, one_process=sweep_job is not None)
             except UserError as error:
                 refuse(error)
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(checked)()
@@ -76,11 +88,16 @@ def refuse(reason: object) -> NoReturn:
 
 def fail(reason: object) -> None:
     """End, but for a sweep in this process: it goes on with its other jobs, and ends with exit code 1."""
-    hydra_cfg = HydraConfig.get()
-    if hydra_cfg.mode is not RunMode.MULTIRUN or not hydra_cfg.launcher["_target_"].endswith(".BasicLauncher"):
+    if not sweeps_here():
         refuse(reason)
     print(f"error: {redacted(str(reason))}", file=sys.stderr, flush=True)
-    failures.append(hydra_cfg.job.num)
+    failures.append(HydraConfig.get().job.num)
+
+
+def sweeps_here() -> bool:
+    """Whether this process runs all jobs of a sweep; submitit's jobs are processes of their own."""
+    hydra_cfg = HydraConfig.get()
+    return hydra_cfg.mode is RunMode.MULTIRUN and hydra_cfg.launcher["_target_"].endswith(".BasicLauncher")
 
 
 def expand_home(cfg: DictConfig) -> None:

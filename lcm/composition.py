@@ -4,6 +4,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lcm import precision  # noqa: F401  its resolvers
+from lcm.data import openmoji  # noqa: F401  its resolver
 from lcm.errors import UserError
 from lcm.limits import check_limits
 from lcm.targets import CONF, check_targets
@@ -31,8 +33,11 @@ def compose(config_name: str, overrides: list[str], **options: Any) -> DictConfi
         return hydra.compose(config_name, overrides, **options)
 
 
-def check_overrides(config_name: str, args: list[str]) -> None:
-    """Raises UserError, naming the nearest valid key, where Hydra would print a page or build what is not allowed."""
+def check_overrides(config_name: str, args: list[str]) -> Path | None:
+    """Raises UserError, naming the nearest valid key, where Hydra would print a page or build what is not allowed.
+
+    Returns the folder of a sweep; None where none is to start.
+    """
     options, unknown = get_args_parser().parse_known_args(args)
     if unknown:
         meant = as_override(config_name, unknown[0].lstrip("-"))
@@ -44,17 +49,22 @@ def check_overrides(config_name: str, args: list[str]) -> None:
         if any(override.lstrip("+").startswith("hydra.searchpath=") for override in overrides):
             raise UserError("--config-dir and hydra.searchpath say the same: give all folders with hydra.searchpath=[...]")
         overrides = [f"hydra.searchpath=['file://{os.path.abspath(options.config_dir)}']", *overrides]
+    sweep_dir = None
     try:
         for single in single_runs(overrides):
             cfg = compose(name, single, return_hydra_config=True)
             check_composed(cfg)
             swept = [f"{key}={values}" for key, values in (cfg.hydra.sweeper.get("params") or {}).items()]
-            if swept and (options.multirun or cfg.hydra.mode is RunMode.MULTIRUN):
+            if not (options.multirun or cfg.hydra.mode is RunMode.MULTIRUN):
+                continue
+            sweep_dir = Path(cfg.hydra.sweep.dir)
+            if swept:
                 for run in single_runs([*swept, *single]):
                     check_composed(compose(name, run, return_hydra_config=True))
     except (HydraException, OmegaConfBaseException) as error:
         if not (options.help or options.hydra_help or options.cfg or options.info or options.shell_completion):
             raise UserError(explain(name, str(error))) from None  # those are Hydra's to answer
+    return None if options.help or options.hydra_help or options.cfg or options.info or options.shell_completion else sweep_dir
 
 
 def check_composed(cfg: DictConfig) -> None:

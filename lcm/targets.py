@@ -12,7 +12,8 @@ from hydra.utils import get_object
 
 from lcm.errors import UserError
 
-CONF = Path(__file__).parent.parent / "conf"
+PACKAGE = Path(__file__).parent
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # of an installation; of a checkout
 OWN = tuple(filter(None, re.split(r"[\s,]+", os.environ.get("LCM_ALLOW_TARGETS", ""))))  # before a configuration can set it
 FUNCTIONS = ("lcm.core", *OWN)
 CLASSES = (

@@ -66,6 +66,8 @@ class Evaluation(L.Callback):
         names = [f"val/{metric}_{steps}_steps" for metric in self.metrics for steps in self.steps]
         if self.keep_best not in (None, *names):
             raise UserError(f"callbacks.evaluation.keep_best={self.keep_best} is not measured: choose of {', '.join(names)}")
+        if self.shards is None:
+            raise UserError("the evaluation compares with real images, but data.val_shards is null: set it to your shards")
         source = trainer.datamodule.reader(self.shards, "callbacks.evaluation.shards")  # type: ignore[attr-defined]
         known = read_captions(source, self.samples)
         if not known:

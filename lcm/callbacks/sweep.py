@@ -32,6 +32,8 @@ class SweepTable(Callback):
             return
         done = job_return.cfg if job_return.status == JobStatus.COMPLETED else None
         run_dir = None if done is None else done.paths.run_dir
+        if run_dir and not Path(run_dir).is_dir():  # the job was refused before its first step
+            run_dir = None
         swept = dict(override.lstrip("+").split("=", 1) for override in config.hydra.overrides.task)
         note = {
             "swept": redacted(swept),
@@ -49,6 +51,7 @@ class SweepTable(Callback):
         keys = varied([note["swept"] for note in notes])
         names = sorted({name for note in notes for name in note["metrics"]})
         if not names:
+            print(f"sweep:   no table: {lack([note['run'] for note in notes if note['run']])}")
             return
         rows = [
             [*(note["swept"].get(key, "") for key in keys), *(number(note["metrics"].get(name)) for name in names), note["run"]]
@@ -66,6 +69,18 @@ def hide_secrets(config: DictConfig) -> None:
     if config.hydra.mode.name == "MULTIRUN" and file.is_file() and (noted := file.read_text()) != (hidden := redacted(noted)):
         with whole_file(file) as copy:
             copy.write(hidden.encode())
+
+
+def lack(runs: Sequence[str]) -> str:
+    """Return why no run has a metric for the table."""
+    if not runs:
+        return "no job has trained, their errors are above"
+    if not any(Path(run, "metrics.csv").is_file() for run in runs):
+        return "it is made of metrics.csv, add logger=csv (or logger=many)"
+    return (
+        "no run has measured a metric named val/, add callbacks=evaluation for FID and CLIP score, or for val/loss give "
+        "data.val_shards and a trainer.val_check_interval of at most trainer.max_steps"
+    )
 
 
 def number(value: float | None) -> str:

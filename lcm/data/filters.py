@@ -1,6 +1,7 @@
 """Which samples are trained on, by their metadata: img2dataset's .json members of LAION's, COYO's or CC12M's kind."""
 
 import hashlib
+import inspect
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
@@ -124,11 +125,12 @@ class Filters:
         removal_list: str | None = None,
         missing: Literal["keep", "drop"] = "keep",
     ) -> None:
-        given = dict(locals())
+        given, defaults = dict(locals()), inspect.signature(Filters).parameters
         if missing not in ("keep", "drop"):
             raise UserError(f"data.filters.missing={missing!r}: expected keep or drop")
         self.missing = missing
         self.limits = {option: limit_of(option, given[option]) for option in RULES if given[option] is not None}
+        self.chosen = [option for option in self.limits if given[option] != defaults[option].default]
 
     def __call__(self, caption: str | None, meta: Mapping[str, Any]) -> str | None:
         """None keeps the sample, else why it is left out: a rule's reason ("aesthetic") or "missing_<reason>".

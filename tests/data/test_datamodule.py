@@ -240,8 +240,11 @@ def test_filters_hold_for_training_and_validation(shards: Path) -> None:
 def test_a_filter_with_nothing_to_go_by_is_named(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
     datamodule(shards, filters=Filters(min_aesthetic=6, max_caption=100))
     assert "data.filters.min_aesthetic leaves out nothing, no sample says what it reads" in caplog.text
-    assert "data.filters.max_unsafe leaves out nothing" in caplog.text
+    assert "max_unsafe" not in caplog.text  # a default
     assert "max_caption" not in caplog.text
+    caplog.clear()
+    datamodule(shards, filters=Filters(max_unsafe=0.3, max_caption=100))
+    assert "data.filters.max_unsafe leaves out nothing" in caplog.text
     caplog.clear()
     datamodule(shards, filters=Filters(max_unsafe=None, max_caption=100))
     assert "leaves out nothing" not in caplog.text
