@@ -20,6 +20,7 @@ from torch.distributed import Store, rendezvous
 from lcm.checkpoints.found import FOLDER, checkpoint_path, saved
 from lcm.errors import UserError
 from lcm.files import locked, remove, whole_file
+from lcm.models.pipeline import is_consistency_model, training_facts
 from lcm.redaction import redacted
 
 LOCK = ".lock"
@@ -172,13 +173,21 @@ def write_config(cfg: DictConfig, trainer: Any) -> None:
             logger.log_hyperparams(redacted(OmegaConf.to_container(cfg, resolve=True)))
 
 
+def is_student(pipeline: Path) -> bool:
+    """Whether a saved model draws in a few steps: by consistency sampling, or after guided distillation."""
+    return is_consistency_model(str(pipeline)) or "students" in training_facts(str(pipeline))
+
+
 def find_pipeline(pipeline: str, runs: str) -> str:
-    """A pipeline folder, hub id or "mini" as given; for "last" the newest model that a run under `runs` saved, for
-    "last:<name>" the newest of the runs of that name."""
+    """A pipeline folder, hub id or "mini" as given; for "last" the newest model that a run under `runs` saved, a student before
+    a teacher; for "last:<name>" the newest of the runs of that name."""
     last, _, name = pipeline.partition(":")
     if last != "last":
         return pipeline
-    models = sorted(Path(runs).glob(f"{name or '*'}/*/model/model_index.json"), key=lambda file: file.stat().st_mtime)
+    models = sorted(
+        Path(runs).glob(f"{name or '*'}/*/model/model_index.json"),
+        key=lambda file: (not name and is_student(file.parent), file.stat().st_mtime),
+    )
     if not models:
         train = f"python train.py experiment={name}" if name else "python train.py"
         raise UserError(

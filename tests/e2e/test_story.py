@@ -126,15 +126,15 @@ def test_a_sweep_goes_on_when_a_job_cannot(run, tiny, tmp_path):
     assert [(w, loss == "failed") for w, loss, *_ in lines] == [("4", False), ("1", True), ("6", False)]
 
 
-@pytest.mark.parametrize(("experiment", "steps"), [("guided_distill_mini", 8), ("cd_mini", 2), ("ct_mini", 2)])
-def test_a_baseline_trains_and_samples(experiment, steps, run, tiny_pipeline, shards, tmp_path):
+@pytest.mark.parametrize(("experiment", "steps", "w"), [("guided_distill_mini", 8, 1.5), ("cd_mini", 2, 0), ("ct_mini", 2, 0)])
+def test_a_baseline_trains_and_samples(experiment, steps, w, run, tiny_pipeline, shards, tmp_path):
     base = "pipeline" if experiment == "ct_mini" else "teacher"
     done = run(
         "train.py", f"experiment={experiment}", f"model.{base}={tiny_pipeline}", *tiny_data(shards),
         "trainer.max_steps=8", "callbacks=default",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    done = run("sample.py", "prompts=[red apple,rocket]", f"steps={steps}", "w=1.5", "output=out")
+    done = run("sample.py", "prompts=[red apple,rocket]", f"steps={steps}", f"w={w}", "output=out")
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "out/00001.png").size == (32, 32)
     diffusers_opens = StableDiffusionPipeline.from_pretrained(tmp_path / "runs" / experiment / "0/model")
