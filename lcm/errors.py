@@ -7,3 +7,7 @@ class UserError(Exception):
     def __init__(self, message: str) -> None:
         # A DataLoader raises a worker's error again with the worker's traceback in the message: keep the sentence.
         super().__init__(message.rpartition("UserError: ")[2].strip())
+
+
+class NonFiniteError(UserError):
+    """Images, latents or features hold NaN or infinite values."""

@@ -12,12 +12,13 @@ from safetensors.torch import save
 from lcm.checkpoints.atomic import AtomicCheckpointIO
 from lcm.checkpoints.found import checkpoint_path
 from lcm.command_line import build, program
+from lcm.data.codec import vae_factor
 from lcm.errors import UserError
 from lcm.files import whole_file
 from lcm.inputs import output_folder
 from lcm.models.lora import is_adapted, merged
-from lcm.models.parts import rounded
-from lcm.models.pipeline import load_unet
+from lcm.models.parts import read_json, rounded
+from lcm.models.pipeline import find, load_unet
 from lcm.modules.latent import LatentModule
 
 FORMATS = ("pipeline", "unet")
@@ -48,6 +49,9 @@ def trained(run: Path, checkpoint: str) -> LatentModule:
     module.trainer = trainer
     module.on_load_checkpoint(content)
     module.load_state_dict(content["state_dict"])
+    if (resolution := config.data.get("resolution")) is not None:
+        vae = read_json(find(module.pipeline, "vae") / "vae" / "config.json")
+        module.note_sample_size(resolution // vae_factor(vae))
     return module
 
 

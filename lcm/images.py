@@ -1,7 +1,7 @@
 """Images on disk: labelled grids, and PNGs that say how they were made."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from lcm.files import whole_file
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -26,39 +28,49 @@ def resized(images: Tensor, size: int, *, antialias: bool = True) -> Tensor:
     return x.round().clamp(0, 255).byte()
 
 
+def as_text(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The settings as a PNG's text chunks have them."""
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
+
+
 def save_png(image: Image.Image, path: Path, **settings: Any) -> None:
-    """Write a PNG with the prompt and settings in its text chunks (`parameters` is what image viewers of the field read)."""
+    """Write a PNG, whole or not at all, with the prompt and settings in its text chunks.
+
+    `parameters` is the chunk that image viewers of the field read.
+    """
     info = PngInfo()
-    for name, value in settings.items():
-        info.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
+    for name, text in as_text(settings).items():
+        info.add_itxt(name, text)
     if "prompt" in settings:
         rest = ", ".join(f"{name}: {value}" for name, value in settings.items() if name != "prompt")
         info.add_itxt("parameters", f"{settings['prompt']}\n{rest}")
-    image.save(path, pnginfo=info)
+    with whole_file(path) as file:
+        image.save(file, "PNG", pnginfo=info)
 
 
 def grid(
     rows: Sequence[Tensor], row_labels: Sequence[str], column_labels: Sequence[str] = (), *, cell: int = 128, gap: int = 4
 ) -> Image.Image:
-    """A labelled grid: `rows[r]` is uint8 `[columns, 3, H, W]`; small images are enlarged to `cell` pixels, unsmoothed."""
-    size = max(cell, rows[0].shape[-1])
-    height = max(11, size // 9)
-    font = ImageFont.load_default(height)
-    left = int(max(font.getlength(line) for label in row_labels for line in wrap(label, font, 2 * size))) + 3 * gap
-    top = (height + 3) * max((label.count("\n") + 1 for label in column_labels), default=0) + 2 * gap
+    """A labelled grid: `rows[r]` is uint8 `[columns, 3, H, W]`; small images are enlarged to a width of `cell`, unsmoothed."""
+    width = max(cell, rows[0].shape[-1])
+    height = round(width * rows[0].shape[-2] / rows[0].shape[-1])
+    letters = max(11, width // 9)
+    font = ImageFont.load_default(letters)
+    left = int(max(font.getlength(line) for label in row_labels for line in wrap(label, font, 2 * width))) + 3 * gap
+    top = (letters + 3) * max((label.count("\n") + 1 for label in column_labels), default=0) + 2 * gap
     columns = max(len(row) for row in rows)
-    canvas = Image.new("RGB", (left + columns * (size + gap), int(top) + len(rows) * (size + gap)), "white")
+    canvas = Image.new("RGB", (left + columns * (width + gap), int(top) + len(rows) * (height + gap)), "white")
     draw = ImageDraw.Draw(canvas)
     for c, label in enumerate(column_labels):
-        x = left + c * (size + gap) + size // 2
+        x = left + c * (width + gap) + width // 2
         draw.multiline_text((x, gap), label, fill="black", font=font, anchor="ma", align="center", spacing=2)
     for r, (row, label) in enumerate(zip(rows, row_labels, strict=True)):
-        y = int(top) + r * (size + gap)
-        text = "\n".join(wrap(label, font, 2 * size))
-        draw.multiline_text((gap, y + size // 2), text, fill="black", font=font, anchor="lm", spacing=2)
+        y = int(top) + r * (height + gap)
+        text = "\n".join(wrap(label, font, 2 * width))
+        draw.multiline_text((gap, y + height // 2), text, fill="black", font=font, anchor="lm", spacing=2)
         for c, image in enumerate(row):
-            picture = to_pil(image).resize((size, size), Image.Resampling.NEAREST)
-            canvas.paste(picture, (left + c * (size + gap), y))
+            picture = to_pil(image).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(picture, (left + c * (width + gap), y))
     return canvas
 
 

@@ -42,6 +42,15 @@ def output_folder(path: str, option: str = "output") -> Path:
     return folder
 
 
+def one_of_each(cfg: DictConfig, *options: str) -> None:
+    """Raise UserError for an option that is a list, or nothing, in the place of one number."""
+    for option in options:
+        if not isinstance(cfg[option], int | float):
+            raise UserError(
+                f"{option}={cfg[option]}: images are drawn at one {option}=; lcm.evaluate compares several steps and w"
+            )
+
+
 def pick_device(device: str, local_rank: int = 0) -> str:
     """`auto` is the GPU if there is one; of several processes on a machine each has its own as `cuda`."""
     if device == "auto":

@@ -30,6 +30,7 @@ from torch.distributed import Store, rendezvous
 from lcm.checkpoints.found import FOLDER, checkpoint_path, saved
 from lcm.errors import UserError
 from lcm.files import digest, locked, remove, whole_file
+from lcm.models.pipeline import is_consistency_model, training_facts
 from lcm.redaction import redacted
 from lcm.strategies.slurm import meet_in_step
 
@@ -512,9 +513,14 @@ def chosen(pipeline: str, runs: str, working_directory: str) -> str:
     return find_pipeline(pipeline, runs)
 
 
+def is_student(pipeline: Path) -> bool:
+    """Whether a saved model draws in a few steps: by consistency sampling, or after guided distillation."""
+    return is_consistency_model(str(pipeline)) or "students" in training_facts(str(pipeline))
+
+
 def find_pipeline(pipeline: str, runs: str) -> str:
-    """A pipeline folder, hub id or "mini" as given; for "last" the newest model that a run under `runs` saved, for
-    "last:<name>" the newest of the runs of that name."""
+    """A pipeline folder, hub id or "mini" as given; for "last" the newest model that a run under `runs` saved, a student before
+    a teacher; for "last:<name>" the newest of the runs of that name."""
     last, _, name = pipeline.partition(":")
     files = sorted(Path(runs).glob("*/*/model/model_index.json"), key=lambda file: file.stat().st_mtime)
     names = [file.parts[-4] for file in files]
@@ -522,10 +528,11 @@ def find_pipeline(pipeline: str, runs: str) -> str:
         if pipeline in names and not Path(pipeline).is_dir():
             raise UserError(f"there is no folder {pipeline!r}: the newest model of the run {pipeline} is last:{pipeline}")
         return pipeline
-    folders = [file.parent for file, of_name in zip(files, names, strict=True) if not name or of_name == name]
-    if not folders:
-        known = [f"last:{of_name}" for of_name in dict.fromkeys(reversed(names))][:10]
+    models = [file.parent for file, run in zip(files, names, strict=True) if not name or run == name]
+    if not models:
+        known = [f"last:{run}" for run in dict.fromkeys(reversed(names))][:10]
         cure = f"give {' or '.join(known)}" if known else "train one by `python train.py`"
         run = f"no run called {name}" if name else "no run"
         raise UserError(f"{run} under {runs}/ has saved a model: {cure}, or give a folder, a hub id (owner/name) or mini")
-    return str(folders[-1])
+    students = [] if name else [model for model in models if is_student(model)]
+    return str((students or models)[-1])

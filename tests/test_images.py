@@ -15,6 +15,13 @@ def test_grid_pastes_each_image_in_its_cell():
     assert picture.getpixel((picture.width - 30, bottom)) == (255, 0, 0)
 
 
+def test_a_grid_keeps_the_shape_of_its_images():
+    tall = torch.zeros(3, 16, 8).byte()
+    picture = grid([torch.stack([tall, tall])], ["a row"], cell=16)
+    assert picture.getpixel((picture.width - 10, picture.height - 30)) == (0, 0, 0)
+    assert picture.height < 16 * 2 + 20
+
+
 def test_png_carries_prompt_and_settings(tmp_path):
     save_png(to_pil(torch.zeros(3, 8, 8).byte()), tmp_path / "a.png", prompt="a café", seed=3, w=1.5)
     assert Image.open(tmp_path / "a.png").text == {

@@ -13,6 +13,7 @@ from lcm.core.condition import Condition
 from lcm.core.random import RankRows, normal
 from lcm.core.shapes import per_sample
 from lcm.data.text import TextEncoder, handed_over
+from lcm.errors import NonFiniteError
 from lcm.models.kernels import check_compiler
 
 
@@ -25,6 +26,8 @@ class LatentCodec:
         64 kB a 512 px one, so for datasets that fit and transforms without a random crop or flip.
     compile: the VAE's encoder is compiled by torch.compile, which pays in a long training on a GPU.
     """
+
+    resolution: int | None = None  # pixels a side of the images that its pipeline's UNet was trained on, where known
 
     def __init__(
         self,
@@ -48,7 +51,7 @@ class LatentCodec:
     @property
     def factor(self) -> int:
         """Pixels per latent cell along a side."""
-        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        return vae_factor(self.vae.config)
 
     @property
     def device(self) -> torch.device:
@@ -115,12 +118,23 @@ class LatentCodec:
 
     @torch.no_grad()
     def decode(self, z0: Tensor) -> Tensor:
-        """Latents `[B, C, h, w]` -> images uint8 `[B, 3, H, W]`."""
+        """Latents `[B, C, h, w]` -> images uint8 `[B, 3, H, W]`. Raises NonFiniteError."""
         images = []
         for part in z0.split(self.chunk):
             x = self.vae.decode((part / self.vae.config["scaling_factor"]).to(self.vae.dtype)).sample
+            if not x.isfinite().all():
+                what, network = ("images", "VAE") if part.isfinite().all() else ("latents", "UNet")
+                raise NonFiniteError(
+                    f"the drawn {what} are not finite: the {network}'s weights are damaged, or they overflow in float16; draw "
+                    "in float32, or give another model"
+                )
             images.append(((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().contiguous())
         return torch.cat(images)
+
+
+def vae_factor(config: Mapping[str, Any]) -> int:
+    """Pixels per latent cell along a side, by the VAE's configuration."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
 
 
 def to_signed_range(x: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ class ShardDataModule(L.LightningDataModule):
     val_shards: one ordered, complete pass; None disables validation. filters: which samples of both are used.
     build: called once per node before anything else, e.g. to draw a dataset that is made on the spot.
     latents: the shards hold what `python -m lcm.encode` made of images with this codec at this resolution.
+    resolution: pixels a side; None: those of the codec's pipeline, and 512 without a codec.
     buckets: batches of one shape, see `lcm.data.buckets.shapes_of`; None trains on squares of `resolution`.
     batch_size: per device. shuffle, lanes: see `lcm.data.order`. index: the folder that keeps the shards' sample counts.
     captions: weights of the members that hold one, see `CaptionChoice`.
@@ -57,7 +58,7 @@ class ShardDataModule(L.LightningDataModule):
         cache: ShardCache | None = None,
         index: str | None = None,
         allow_pipe: bool = False,
-        resolution: int = 512,
+        resolution: int | None = None,
         buckets: float | Sequence[Sequence[int]] | None = None,
         batch_size: int = 16,
         val_batch_size: int = 64,
@@ -87,6 +88,10 @@ class ShardDataModule(L.LightningDataModule):
         self.num_workers, self.timeout, self.allow_pipe = num_workers, timeout, allow_pipe
         self.shuffle, self.lanes, self.seed = shuffle, lanes, seed
         self.position, self.skips = 0, Skips(max_skip_ratio)
+        if resolution is None:
+            resolution = 512 if codec is None else codec.resolution
+        if resolution is None:
+            raise UserError("data.codec.pipeline does not say the size of its images: set data.resolution=<pixels>")
         if codec is not None and resolution % codec.factor:
             raise UserError(f"data.resolution={resolution} is not a multiple of the VAE's factor {codec.factor}")
         if codec is not None and codec.cache is not None and (random_crop or flip):
@@ -145,6 +150,11 @@ class ShardDataModule(L.LightningDataModule):
         """Of any shards in the way of this data; option: the configuration's, for errors."""
         found = expand_urls(urls, option, allow_pipe=self.allow_pipe)
         return Source(found, filters=self.filters, cache=self.cache, index=self.index, option=option, **of)
+
+    @property
+    def sample_size(self) -> int | None:
+        """Latent cells a side, which the UNet that is trained is noted to have."""
+        return None if self.codec is None else self.resolution // self.codec.factor
 
     @property
     def world(self) -> tuple[int, int]:

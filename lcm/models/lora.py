@@ -47,11 +47,15 @@ def is_of_adapter(name: str) -> bool:
 
 
 def merged(unet: UNet2DConditionModel, base: UNet2DConditionModel) -> UNet2DConditionModel:
-    """`base` with `alpha / rank * B A` of `unet` added to its weights, in place: those of `unet` may be rounded to bfloat16."""
+    """`base` with `alpha / rank * B A` of `unet` added to its weights, in place: those of `unet` may be rounded to bfloat16.
+
+    It is given the `sample_size` of `unet`, which may have been trained at another size.
+    """
     base.add_adapter(unet.peft_config[NAME], NAME)
     set_peft_model_state_dict(base, get_peft_model_state_dict(unet), NAME)
     base.fuse_lora()
     base.unload_lora()
+    base.register_to_config(sample_size=unet.config["sample_size"])
     return base
 
 

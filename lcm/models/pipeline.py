@@ -152,7 +152,10 @@ def load_codec(
         text = XLTextEncoder(first, second, zero_null=zero_null(folder), dtype=dtype, memory=text_cache)
     else:
         text = TextEncoder(first, dtype=dtype, memory=text_cache)
-    return LatentCodec(vae, text, dtype=dtype, **options)
+    codec = LatentCodec(vae, text, dtype=dtype, **options)
+    side = read_json(folder / "unet" / "config.json").get("sample_size")
+    codec.resolution = side * codec.factor if isinstance(side, int) else None
+    return codec
 
 
 def is_xl(folder: Path) -> bool:

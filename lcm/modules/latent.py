@@ -1,5 +1,6 @@
 """What the modules on latents share: the UNet's housekeeping, sampling, saving a pipeline folder."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lcm.core.condition import Condition, each
@@ -20,6 +22,8 @@ from lcm.models.saving import save_pipeline
 from lcm.models.sharding import UNITS, is_sharded, shard, whole
 from lcm.models.student import as_network, frozen_copy
 from lcm.modules.base import TrainedModule
+
+log = logging.getLogger(__name__)
 
 
 class LatentModule(TrainedModule):
@@ -97,6 +101,15 @@ class LatentModule(TrainedModule):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if (side := getattr(data, "sample_size", None)) is not None:
+            own, factor = self.net.config["sample_size"], data.resolution // side
+            if isinstance(own, int) and own != side:
+                rank_zero_only(log.warning)(
+                    "training at %d px a model of %d px images: it is drawn and saved as a model of %d px images "
+                    "(data.resolution=%d keeps its own size)", side * factor, own * factor, side * factor, own * factor,
+                )  # fmt: skip
+            self.note_sample_size(side)
         if self.trainer.precision.startswith("bf16"):
             for network in self.frozen.values():
                 network.to(torch.bfloat16)
@@ -118,6 +131,12 @@ class LatentModule(TrainedModule):
                 return net(z_t, t, cond, w)
 
         return noted
+
+    def note_sample_size(self, side: int) -> None:
+        """Have the networks drawn and saved at the size of the training, in latent cells."""
+        for network in self.children():
+            if isinstance(network, UNet2DConditionModel):
+                network.register_to_config(sample_size=side)
 
     @property
     def best_net(self) -> UNet2DConditionModel:

@@ -100,9 +100,9 @@ def test_every_yaml_key_is_a_parameter_of_its_target(overrides):
         assert given <= accepted, f"{path}: {node._target_} takes no {given - accepted}"
 
 
-@pytest.mark.parametrize("size", ["mini", "sd15"])
-def test_every_part_of_the_bench_is_given_what_it_takes(size):
-    cfg = compose("bench", [f"size={size}"])
+@pytest.mark.parametrize("scale", ["mini", "sd15"])
+def test_every_part_of_the_bench_is_given_what_it_takes(scale):
+    cfg = compose("bench", [f"scale={scale}"])
     for overrides in (cfg.lcd, cfg.teacher):
         compose("train", list(overrides))
     for node in cfg.part.values():

@@ -170,15 +170,15 @@ def test_a_signal_to_a_sweep_stops_its_job_with_a_checkpoint(signum, code, tiny,
     assert [path.name for path in (tmp_path / "runs/lcd_mini").iterdir()] == ["0"]
 
 
-@pytest.mark.parametrize(("experiment", "steps"), [("guided_distill_mini", 8), ("cd_mini", 2), ("ct_mini", 2)])
-def test_a_baseline_trains_and_samples(experiment, steps, run, tiny_pipeline, shards, tmp_path):
+@pytest.mark.parametrize(("experiment", "steps", "w"), [("guided_distill_mini", 8, 1.5), ("cd_mini", 2, 0), ("ct_mini", 2, 0)])
+def test_a_baseline_trains_and_samples(experiment, steps, w, run, tiny_pipeline, shards, tmp_path):
     base = "pipeline" if experiment == "ct_mini" else "teacher"
     done = run(
         "train.py", f"experiment={experiment}", f"model.{base}={tiny_pipeline}", *tiny_data(shards),
         "trainer.max_steps=8", "callbacks=default",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    done = run("sample.py", "prompts=[red apple,rocket]", f"steps={steps}", "w=1.5", "output=out")
+    done = run("sample.py", "prompts=[red apple,rocket]", f"steps={steps}", f"w={w}", "output=out")
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "out/00001.png").size == (32, 32)
     diffusers_opens = StableDiffusionPipeline.from_pretrained(tmp_path / "runs" / experiment / "0/model")
