@@ -1,6 +1,7 @@
 """Exponential moving averages of parameters."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def ema_update_(average: Iterable[Tensor], online: Iterable[Tensor], decay: floa
         return
     # A lerp whose weight is a tensor runs tensor by tensor: foreach's fused path wants a weight of each tensor's size. A step
     # of SGD from `average` with the gradient `average - online` (a decay of 1) is the same lerp, and `found_inf` skips it.
-    step = {"weight_decay": 1.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False, "is_first_step": False}
+    step: Any = {"weight_decay": 1.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False, "is_first_step": False}
     torch._fused_sgd_(averages, moved, [], lr=1 - decay, maximize=True, found_inf=skip, **step)
 
 

@@ -82,7 +82,7 @@ class TrainedModule(L.LightningModule):
         if kept and not (needed and needed <= kept):
             say(f"resume:  {type(optimizer).__name__} starts without moments: the checkpoint's are another optimizer's")
             saved, moments = [{"params": group["params"]} for group in saved], {}
-        settings = {name for cls in type(optimizer).__mro__ for name in inspect.signature(cls.__init__).parameters}
+        settings = {name for cls in type(optimizer).__mro__ for name in inspect.signature(cls).parameters}
         settings = (settings | {"initial_lr"}) - {"params"}
         groups = [
             {**then, **{name: value for name, value in group.items() if name in settings or name not in then}}
