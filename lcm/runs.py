@@ -241,6 +241,7 @@ def run_names(parent: Path, job: str | None = None) -> list[str]:
 
 def new_run(parent: Path, job: str | None = None) -> str:
     """Make the first free folder, of the SLURM job's name or the next number; two programs that start at once get two."""
+    free: Iterator[str]
     if job is None:
         numbers = [int(name.partition("-")[0]) for name in run_names(parent)]
         free = map(str, itertools.count(numbers[-1] + 1 if numbers else 0))
@@ -344,6 +345,7 @@ def identify(run_dir: Path) -> str:
     return remembered(run_dir)["id"]
 
 
+@rank_zero_only
 def note(run_dir: Path, **more: Any) -> None:
     """Remember this of the run in run.json."""
     known = remembered(run_dir)
@@ -378,8 +380,7 @@ def release() -> None:
 def finish(run_dir: Path, metric: Any) -> float | None:
     """Return the metric that a sweep minimises, and keep it for the sweep's own process."""
     value = None if metric is None else float(metric)
-    if rank_zero_only.rank == 0:
-        note(run_dir, optimized=value)
+    note(run_dir, optimized=value)
     return value
 
 
