@@ -14,7 +14,6 @@ from lcm.core.random import RankRows, normal
 from lcm.core.shapes import per_sample
 from lcm.data.text import TextEncoder, handed_over
 from lcm.errors import NonFiniteError
-from lcm.models.kernels import check_compiler
 
 
 class LatentCodec:
@@ -44,7 +43,6 @@ class LatentCodec:
         self.cache: dict[tuple[str, int, int], Tensor] | None = {} if cache else None
         self.compile = compile
         if compile:
-            check_compiler("data.codec.compile")
             self.vae.encoder.compile()
         self.lay_out()
 

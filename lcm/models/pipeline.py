@@ -12,6 +12,7 @@ from lcm.core.schedule import NoiseSchedule
 from lcm.data.codec import LatentCodec
 from lcm.data.text import TextEncoder, XLTextEncoder
 from lcm.errors import UserError
+from lcm.models.kernels import check_compiler
 from lcm.models.parts import load_network, load_tokenizer, read_json
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -136,6 +137,8 @@ def load_codec(
 ) -> LatentCodec:
     """The frozen VAE and text encoders of a pipeline; dtype: theirs, or its name ("bfloat16"); text_cache: the `memory` of a
     `TextEncoder`; options: those of `LatentCodec`."""
+    if options.get("compile"):
+        check_compiler("data.codec.compile")
     folder = find(pipeline, "vae", "text_encoder", "tokenizer")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
