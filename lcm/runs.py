@@ -392,6 +392,8 @@ def check_sweep(folder: Path, one_process: bool) -> None:
             f"{name} started {processes} processes of a sweep, which starts those of its jobs itself: start one process with "
             "trainer=ddp trainer.devices=<processes of a job>"
         )
+    if folder.is_dir() and os.access(folder, os.W_OK):
+        return
     try:
         folder.mkdir(parents=True)
         folder.rmdir()  # Hydra makes it, under the name of another moment
@@ -415,6 +417,8 @@ def sweep_job(cfg: DictConfig) -> tuple[int, float | None]:
     stopped = {128 + signum for signum in FORWARDED} | {-signum for signum in FORWARDED}
     if code in stopped:
         raise SystemExit(code if code > 0 else 128 - code)
+    if code < 0:
+        print(f"error: {signal.Signals(-code).name} ended the training in {run_dir}", file=sys.stderr, flush=True)
     return code, remembered(run_dir).get("optimized") if code == 0 else None
 
 

@@ -204,6 +204,7 @@ def test_processes_that_belong_together_and_single_ones_pass(env, overrides, mon
 def test_a_sweep_is_started_by_one_process(tmp_path, monkeypatch):
     check_sweep(tmp_path / "now", one_process=True)
     assert not (tmp_path / "now").exists()
+    check_sweep(tmp_path, one_process=True)  # hydra.sweep.dir=<a folder that is there>
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     check_sweep(tmp_path / "now", one_process=False)  # of a program that starts no processes

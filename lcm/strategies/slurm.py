@@ -20,4 +20,4 @@ def meet_in_step() -> None:
     nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "127.0.0.1"))
     step = int(env.get("SLURM_STEP_ID", 0))
     env.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(nodes))
-    env.setdefault("MASTER_PORT", str(15000 + (int(env["SLURM_JOB_ID"]) + step) % 10000))  # of step 0 it is Lightning's
+    env.setdefault("MASTER_PORT", str(15000 + (int(env.get("SLURM_JOB_ID", 0)) + step) % 10000))  # of step 0 it is Lightning's
