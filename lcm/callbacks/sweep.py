@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from lcm.files import whole_file
+from lcm.overrides import shown
 from lcm.redaction import redacted
 
 
@@ -32,7 +33,7 @@ class SweepTable(Callback):
             return
         done = job_return.cfg if job_return.status == JobStatus.COMPLETED else None
         run_dir = None if done is None else done.paths.run_dir
-        swept = dict(override.lstrip("+").split("=", 1) for override in config.hydra.overrides.task)
+        swept = dict(map(shown, config.hydra.overrides.task))
         note = {
             "swept": redacted(swept),
             "run": run_dir,

@@ -21,6 +21,7 @@ import webdataset as wds
 from PIL import Image
 from rich.progress import track
 
+from lcm.core.numbers import Count
 from lcm.errors import UserError
 
 BACKGROUNDS = {
@@ -107,7 +108,7 @@ def is_held_out(caption: str, share: float) -> bool:
 def build(
     root: str,
     *,
-    resolution: int = 64,
+    resolution: Count = 64,
     style: str = "color",
     backgrounds: int = 6,
     toned_backgrounds: int = 2,

@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from lcm.core.numbers import Count, Dtype, NonNegative
 from lcm.core.schedule import NoiseSchedule
 from lcm.data.codec import LatentCodec
 from lcm.data.text import TextEncoder, XLTextEncoder
@@ -91,10 +92,16 @@ def scheduler_config(pipeline: str) -> dict[str, Any]:
 
 
 def load_codec(
-    pipeline: str, *, dtype: torch.dtype | str | None = None, text_cache: float = 256, **options: Any
+    pipeline: str,
+    *,
+    dtype: torch.dtype | Dtype | None = None,
+    text_cache: NonNegative = 256,
+    chunk: Count = 64,
+    cache: bool = False,
+    compile: bool = False,
 ) -> LatentCodec:
     """The frozen VAE and text encoders of a pipeline; dtype: theirs, or its name ("bfloat16"); text_cache: the `memory` of a
-    `TextEncoder`; options: those of `LatentCodec`."""
+    `TextEncoder`; chunk, cache, compile: as of `LatentCodec`."""
     folder = find(pipeline, "vae", "text_encoder", "tokenizer")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
@@ -112,7 +119,7 @@ def load_codec(
         text = XLTextEncoder(first, second, zero_null=zero_null(folder), dtype=dtype, memory=text_cache)
     else:
         text = TextEncoder(first, dtype=dtype, memory=text_cache)
-    return LatentCodec(vae, text, dtype=dtype, **options)
+    return LatentCodec(vae, text, dtype=dtype, chunk=chunk, cache=cache, compile=compile)
 
 
 def is_xl(folder: Path) -> bool:
