@@ -5,6 +5,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from lcm.command_line import build, program
+from lcm.core.numbers import Count, Dtype, Seed
 from lcm.data.captions import read_captions
 from lcm.errors import UserError
 from lcm.images import grid, save_png, to_pil
@@ -13,7 +14,19 @@ from lcm.models.generate import LatentModel
 from lcm.runs import find_pipeline
 
 
-@program("sample")
+@program(
+    "sample",
+    **dict.fromkeys(("images_per_prompt", "batch_size", "grid_rows"), Count),
+    **{
+        "prompts": str | list[str],
+        "pipeline": str,
+        "w": float | None,
+        "seed": Seed,
+        "output": str | None,
+        "dtype": Dtype,
+        "compile": bool,
+    },
+)
 @torch.inference_mode()
 def main(cfg: DictConfig) -> None:
     """Load a pipeline folder, sample every prompt `images_per_prompt` times, write PNGs and a grid."""

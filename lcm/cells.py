@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from lcm.command_line import build
 from lcm.composition import plain
+from lcm.core.numbers import Count
 from lcm.errors import UserError
 from lcm.files import digest
 from lcm.metrics.features import Extractor, fingerprint, joined, save
@@ -20,6 +21,18 @@ from lcm.runs import find_pipeline
 from lcm.targets import CONF
 
 SHOWN = 32  # images of a cell that are kept for grids
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a configuration says of a model to be measured."""
+
+    pipeline: str
+    steps: Count | list[Count]
+    solver: str | dict[str, Any] | None = None
+    w: float | list[float] | None = None
+    size: int | list[int] | None = None
+    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +95,7 @@ def make_cells(cfg: DictConfig, extract: Extractor, device: str) -> list[Cell]:
                 model.sampler(sampler)[1](steps, model.schedule.num_timesteps)  # refuses a step count that does not fit
                 facts = {**makes[path], "solver": plain(entry.get("solver")), "steps": steps, "w": float(w)}
                 folder = Path(cfg.features, digest([facts, extract.facts]))
-                cells.append(Cell(entry.get("label", name), steps, float(w), model, sampler, folder))
+                cells.append(Cell(str(entry.get("label", name)), steps, float(w), model, sampler, folder))
     if not cells:
         raise UserError("there is nothing to evaluate: give entries, e.g. entries.LCM.pipeline=<folder>")
     return cells
