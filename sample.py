@@ -6,6 +6,7 @@ from tqdm import tqdm
 
 from lcm.command_line import build, program
 from lcm.composition import plain
+from lcm.core.numbers import Count, Dtype, Seed
 from lcm.data.captions import read_captions
 from lcm.files import digest
 from lcm.inputs import one_of_each, output_folder, pick_device, read_prompts, shards
@@ -14,7 +15,19 @@ from lcm.pictures import Pictures
 from lcm.runs import find_pipeline
 
 
-@program("sample")
+@program(
+    "sample",
+    **dict.fromkeys(("images_per_prompt", "batch_size", "grid_rows"), Count),
+    **{
+        "prompts": str | list[str],
+        "pipeline": str,
+        "w": float | None,
+        "seed": Seed,
+        "output": str | None,
+        "dtype": Dtype,
+        "compile": bool,
+    },
+)
 @torch.inference_mode()
 def main(cfg: DictConfig) -> None:
     """Load a pipeline folder, sample every prompt `images_per_prompt` times, write each PNG as it is drawn, then a grid."""

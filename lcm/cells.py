@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from lcm.command_line import build
 from lcm.composition import plain
+from lcm.core.numbers import Count
 from lcm.errors import NonFiniteError, UserError
 from lcm.files import digest
 from lcm.metrics.features import Extractor, joined, save
@@ -22,6 +23,18 @@ from lcm.targets import CONF
 
 log = logging.getLogger(__name__)
 SHOWN = 32  # images of a cell that are kept for grids
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a configuration says of a model to be measured."""
+
+    pipeline: str
+    steps: Count | list[Count]
+    solver: str | dict[str, Any] | None = None
+    w: float | list[float] | None = None
+    size: int | list[int] | None = None
+    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +136,9 @@ def make_cells(cfg: DictConfig, models: dict[str, LatentModel], extract: Extract
                 options = {"solver": plain(entry.get("solver")), "steps": steps, "w": float(w), "size": size}
                 facts = {**makes[entry.pipeline], **options}
                 folder = Path(cfg.features, digest([facts, extract.facts]))
-                cells.append(Cell(entry.get("label", name), steps, float(w), model, sampler, size, folder))
+                cells.append(Cell(str(entry.get("label", name)), steps, float(w), model, sampler, size, folder))
+    if not cells:
+        raise UserError("there is nothing to evaluate: give entries, e.g. entries.LCM.pipeline=<folder>")
     return cells
 
 

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pickle import UnpicklingError
 from typing import Any, NoReturn
 
@@ -20,21 +21,35 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from lcm.composition import check_overrides, plain
+from lcm.arguments import Hint
+from lcm.composition import plain, prepare
 from lcm.errors import UserError
 from lcm.redaction import hide_in_logs, redacted
 from lcm.runs import check_sweep, resolve_models
 from lcm.targets import CONF, check_targets
 
+
+@dataclass
+class Paths:
+    """conf/paths."""
+
+    runs: str
+    data: str
+    run_id: str | None
+    run_dir: str | None
+    wandb_id: str | None
+
+
 failures: list[int] = []  # the numbers of a sweep's jobs that ended in an error
 
 
 def program(
-    config_name: str, sweep_job: Callable[[DictConfig], tuple[int, Any]] | None = None
+    config_name: str, sweep_job: Callable[[DictConfig], tuple[int, Any]] | None = None, **hints: Hint
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Make `main(cfg)` a Hydra program whose wrong input ends in one sentence and exit code 1.
 
     sweep_job: runs `main` for one of a sweep's jobs in another process; returns its exit code and result.
+    hints: annotations of the keys at the configuration's top, which are compared with it before anything is loaded.
     """
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -64,11 +79,13 @@ def program(
                     "a file to be loaded holds code, not tensors alone, and is refused: give one that this program wrote"
                 )
 
+        known = {"paths": Paths, **hints}
+
         def run() -> None:
             hide_in_logs()  # Hydra's launchers log a sweep's overrides
             warnings.filterwarnings("ignore", r"\s*'hydra/launcher/.* ConfigStore")  # conf/ fills in a plugin's own schema
             try:
-                sweep_dir = check_overrides(config_name, sys.argv[1:])
+                sys.argv[1:], sweep_dir = prepare(config_name, sys.argv[1:], known)
                 if sweep_dir is not None:
                     check_sweep(sweep_dir, one_process=sweep_job is not None)
             except UserError as error:
@@ -77,6 +94,7 @@ def program(
             if failures:
                 sys.exit(1)
 
+        run.hints = known  # type: ignore[attr-defined]
         return run
 
     return decorate
@@ -156,12 +174,16 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", f".*{message}")
 
 
-def build(node: Any) -> Any:
-    """`instantiate` of what is allowed, with plain containers; None of nothing. A constructor's complaint is a UserError."""
+def build(node: Any, *, foreign: bool = False) -> Any:
+    """`instantiate` with plain containers; None of nothing. A constructor's complaint is a UserError.
+
+    foreign: the node is of a file that came from elsewhere, and may name only what `lcm.targets` allows.
+    """
     if not node:
         return None
     node = node if OmegaConf.is_config(node) else OmegaConf.create(node, flags={"allow_objects": True})
-    check_targets(plain(node))
+    if foreign:
+        check_targets(plain(node))
     try:
         return instantiate(node, _convert_="all")
     except InstantiationException as error:

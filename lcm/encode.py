@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from lcm.command_line import build, program
+from lcm.core.numbers import Count, Seed
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.encoding import Encoder, Variants, gathered
 from lcm.data.latents import STAMP, stamp
@@ -55,7 +56,7 @@ def claim(folder: Path, made_with: dict[str, Any], rank: int) -> None:
         stream.write(json.dumps(made_with, indent=2).encode())
 
 
-@program("encode")
+@program("encode", out=str, crops=Count, flip=bool, sample=bool, text=bool, seed=Seed)
 @torch.inference_mode()
 def main(cfg: DictConfig) -> None:
     """Encode what is not encoded yet; stopped at any moment, the same command goes on."""

@@ -7,6 +7,7 @@ meet in these files alone; what is there is not drawn again, after a kill or for
 import logging
 import time
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from omegaconf import DictConfig
@@ -14,8 +15,9 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from lcm import report
-from lcm.cells import SHOWN, Cell, Chunk, choose_resolution, chunks_of, load_models, make_cells
+from lcm.cells import SHOWN, Cell, Chunk, Entry, choose_resolution, chunks_of, load_models, make_cells
 from lcm.command_line import build, build_all, program
+from lcm.core.numbers import Count, Dtype, Limit, NonNegative, Seed
 from lcm.data.captions import read_captions
 from lcm.errors import UserError
 from lcm.images import resized
@@ -111,7 +113,25 @@ def evaluate(cfg: DictConfig) -> None:
     report.write(folder, rows, footer, shown, prompts, cfg, build_all(cfg.get("logger")))
 
 
-@program("evaluate")
+TEXTS = str | list[str]
+
+
+@program(
+    "evaluate",
+    **dict.fromkeys(("resolution", "grid_rows", "batch_size", "chunk"), Count),
+    entries=dict[str, Entry],
+    w=float | list[float],
+    metrics=list[str],
+    shards=TEXTS,
+    reference=TEXTS | None,
+    prompts=TEXTS,
+    samples=Annotated[int, Limit(2)],
+    seed=Seed,
+    output=str,
+    dtype=Dtype,
+    patience=NonNegative,
+    name=str,
+)
 @torch.inference_mode()
 def main(cfg: DictConfig) -> None:
     evaluate(cfg)

@@ -1,7 +1,7 @@
 """A model from a checkpoint: `python -m lcm.export run=runs/lcd_sd15/0 weights=target dtype=bfloat16 output=model`."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -12,6 +12,7 @@ from safetensors.torch import save
 from lcm.checkpoints.atomic import AtomicCheckpointIO
 from lcm.checkpoints.found import checkpoint_path
 from lcm.command_line import build, program
+from lcm.core.numbers import Dtype
 from lcm.data.codec import vae_factor
 from lcm.errors import UserError
 from lcm.files import whole_file
@@ -34,7 +35,9 @@ def trained(run: Path, checkpoint: str) -> LatentModule:
     if found is None:
         raise UserError(f"{run} has no checkpoint: give one with checkpoint=<path>")
     config: Any = OmegaConf.load(file)
-    module: Any = build(config.model)
+    for part, target in (("optimizer", "torch.optim.AdamW"), ("lr_schedule", "lcm.modules.lr_schedules.constant")):
+        config.model[part] = {"_target_": target, "_partial_": True}  # nothing is trained, whatever the run's was
+    module: Any = build(config.model, foreign=True)
     if not isinstance(module, LatentModule):
         raise UserError(
             f"{run} trained a {type(module).__name__}, which has nothing to export: train.py saved it in {run}/model"
@@ -64,12 +67,17 @@ def chosen(module: LatentModule, weights: str) -> UNet2DConditionModel:
     return net
 
 
-@program("export")
+@program(
+    "export",
+    run=str,
+    checkpoint=str,
+    weights=Literal["best", *WEIGHTS],
+    dtype=Dtype,
+    format=Literal[*FORMATS],
+    output=str,
+)
 def main(cfg: DictConfig) -> None:
     """Read, choose, write."""
-    for key, known in (("format", FORMATS), ("weights", ("best", *WEIGHTS))):
-        if cfg[key] not in known:
-            raise UserError(f"{key}={cfg[key]}: choose among {', '.join(known)}")
     run, output, dtype = Path(cfg.run), Path(cfg.output), getattr(torch, cfg.dtype)
     module = trained(run, cfg.checkpoint)
     net = chosen(module, cfg.weights)

@@ -11,13 +11,14 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from lcm.command_line import build, program
+from lcm.core.numbers import Count, Seed
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.source import total_dropped
 from lcm.images import grid, save_png
 from lcm.inputs import output_folder
 
 
-@program("preview")
+@program("preview", samples=Count, shown=Count, output=str, seed=Seed)
 def main(cfg: DictConfig) -> None:
     """Print what passes each filter, sizes, captions and samples/s; write a grid of pictures as a network would see them."""
     folder = output_folder(cfg.output)

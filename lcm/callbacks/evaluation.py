@@ -4,12 +4,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from lcm.core.numbers import Count, Limit, Seed
 from lcm.data.captions import read_captions
 from lcm.errors import NonFiniteError, UserError
 from lcm.metrics.clip import ClipBackbone
@@ -42,15 +43,15 @@ class Evaluation(L.Callback):
         *,
         backbone: ClipBackbone,
         reference_cache: str,
-        steps: list[int],
+        steps: list[Count],
         w: float,
-        resolution: int | None = None,
-        samples: int = 128,
-        every_n_steps: int = 1000,
+        resolution: Count | None = None,
+        samples: Annotated[int, Limit(2)] = 128,
+        every_n_steps: Count = 1000,
         metrics: Sequence[str] = ("fid", "clip_score"),
         fid_backbone: ClipBackbone | InceptionBackbone | None = None,
-        batch_size: int = 64,
-        seed: int = 0,
+        batch_size: Count = 64,
+        seed: Seed = 0,
         keep_best: str | None = None,
         folder: str = "",
     ) -> None:

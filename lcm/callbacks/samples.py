@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch import Tensor
 
+from lcm.core.numbers import Count, Seed
 from lcm.errors import NonFiniteError
 from lcm.images import columns_to_rows, grid, steps_label
 
@@ -25,7 +26,7 @@ class ImageGrid(L.Callback):
     """
 
     def __init__(
-        self, folder: str, prompts: list[str], *, steps: list[int], w: float, every_n_steps: int = 500, seed: int = 0
+        self, folder: str, prompts: list[str], *, steps: list[Count], w: float, every_n_steps: Count = 500, seed: Seed = 0
     ) -> None:
         self.folder, self.prompts, self.steps, self.w = Path(folder), prompts, steps, w
         self.every_n_steps, self.seeds = every_n_steps, [seed + i for i in range(len(prompts))]

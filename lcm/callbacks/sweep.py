@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from lcm.files import whole_file
+from lcm.overrides import shown
 from lcm.redaction import redacted
 
 
@@ -34,7 +35,7 @@ class SweepTable(Callback):
         run_dir = None if done is None else done.paths.run_dir
         if run_dir and not Path(run_dir).is_dir():  # the job was refused before its first step
             run_dir = None
-        swept = dict(override.lstrip("+").split("=", 1) for override in config.hydra.overrides.task)
+        swept = dict(map(shown, config.hydra.overrides.task))
         note = {
             "swept": redacted(swept),
             "run": run_dir,

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from lcm.core.numbers import Count, NonNegative, Positive
 from lcm.data.remote import TooLarge, bring
 from lcm.files import NO_HANDLES, os_error
 from lcm.redaction import redacted
@@ -23,7 +24,9 @@ class ShardCache:
     files are named by the whole URL: shards of one basename do not mix.
     """
 
-    def __init__(self, folder: str, *, max_gb: float = 50.0, attempts: int = 5, pause: float = 1.0, timeout: float = 60.0):
+    def __init__(
+        self, folder: str, *, max_gb: Positive = 50.0, attempts: Count = 5, pause: NonNegative = 1.0, timeout: Positive = 60.0
+    ):
         self.folder, self.max_gb = Path(folder), max_gb
         self.attempts, self.pause, self.timeout = attempts, pause, timeout
 

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lcm.core.batch import LatentBatch
+from lcm.core.numbers import Count, Positive, Seed, Share, Whole
 from lcm.core.random import RankRows
 from lcm.data.buckets import aspect, shapes_of
 from lcm.data.cache import ShardCache
@@ -58,21 +59,21 @@ class ShardDataModule(L.LightningDataModule):
         cache: ShardCache | None = None,
         index: str | None = None,
         allow_pipe: bool = False,
-        resolution: int | None = None,
+        resolution: Count | None = None,
         buckets: float | Sequence[Sequence[int]] | None = None,
-        batch_size: int = 16,
-        val_batch_size: int = 64,
-        num_workers: int = 4,
-        caption_dropout: float = 0.0,
+        batch_size: Count = 16,
+        val_batch_size: Count = 64,
+        num_workers: Whole = 4,
+        caption_dropout: Share = 0.0,
         captions: dict[str, float] | None = None,
         random_crop: bool = False,
         flip: bool = False,
         latents: bool = False,
-        shuffle: int = 2048,
-        lanes: int = 16,
-        max_skip_ratio: float = 0.05,
-        seed: int = 0,
-        timeout: float = 600.0,
+        shuffle: Whole = 2048,
+        lanes: Count = 16,
+        max_skip_ratio: Share = 0.05,
+        seed: Seed = 0,
+        timeout: Positive = 600.0,
     ) -> None:
         super().__init__()
         self.option = "data.shards" if sources is None else "data.sources"

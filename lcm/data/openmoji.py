@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from rich.progress import track
 
+from lcm.core.numbers import Count
 from lcm.errors import UserError
 
 BACKGROUNDS = {
@@ -141,7 +142,7 @@ OmegaConf.register_new_resolver("held_out", held_out)
 def build(
     root: str,
     *,
-    resolution: int = 64,
+    resolution: Count = 64,
     style: str = "color",
     backgrounds: int = 6,
     toned_backgrounds: int = 2,

@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from lcm.core.numbers import Count, Dtype, NonNegative
 from lcm.core.schedule import NoiseSchedule
 from lcm.data.codec import LatentCodec
 from lcm.data.text import TextEncoder, XLTextEncoder
@@ -133,11 +134,17 @@ def scheduler_config(pipeline: str | Path) -> dict[str, Any]:
 
 
 def load_codec(
-    pipeline: str | Path, *, dtype: torch.dtype | str | None = None, text_cache: float = 256, **options: Any
+    pipeline: str | Path,
+    *,
+    dtype: torch.dtype | Dtype | None = None,
+    text_cache: NonNegative = 256,
+    chunk: Count = 64,
+    cache: bool = False,
+    compile: bool = False,
 ) -> LatentCodec:
     """The frozen VAE and text encoders of a pipeline; dtype: theirs, or its name ("bfloat16"); text_cache: the `memory` of a
-    `TextEncoder`; options: those of `LatentCodec`."""
-    if options.get("compile"):
+    `TextEncoder`; chunk, cache, compile: as of `LatentCodec`."""
+    if compile:
         check_compiler("data.codec.compile")
     folder = find(pipeline, "vae", "text_encoder", "tokenizer")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -155,7 +162,7 @@ def load_codec(
         text = XLTextEncoder(first, second, zero_null=zero_null(folder), dtype=dtype, memory=text_cache)
     else:
         text = TextEncoder(first, dtype=dtype, memory=text_cache)
-    codec = LatentCodec(vae, text, dtype=dtype, **options)
+    codec = LatentCodec(vae, text, dtype=dtype, chunk=chunk, cache=cache, compile=compile)
     side = read_json(folder / "unet" / "config.json").get("sample_size")
     codec.resolution = side * codec.factor if isinstance(side, int) else None
     return codec

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lcm.core.numbers import Positive, Seed, Whole
 from lcm.core.random import RankRows
 from lcm.errors import UserError
 
@@ -42,9 +43,9 @@ class TrainedModule(L.LightningModule):
         *,
         optimizer: Optimizer,
         lr_schedule: LRSchedule,
-        clip_norm: float | None = 1.0,
-        skip_non_finite: int = 0,
-        seed: int = 0,
+        clip_norm: Positive | None = 1.0,
+        skip_non_finite: Whole = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
         self.make_optimizer, self.make_lr_schedule = optimizer, lr_schedule
@@ -65,7 +66,7 @@ class TrainedModule(L.LightningModule):
             group["lr"] *= group.pop("lr_scale", 1.0)
         optimizer.register_load_state_dict_pre_hook(self.keep_settings)
         optimizer.register_load_state_dict_post_hook(lay_out_as_parameters)
-        schedule = self.make_lr_schedule(optimizer, self.trainer.max_steps)
+        schedule = scheduled(self.make_lr_schedule, optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -162,6 +163,22 @@ class TrainedModule(L.LightningModule):
             warnings.simplefilter("ignore")  # torch misses the optimizer's steps, which were made before the checkpoint
             for _ in range(self.global_step):
                 schedule.step()
+        self.switch_optimizer("train")
+
+    def on_validation_start(self) -> None:
+        self.switch_optimizer("eval")
+
+    def on_validation_end(self) -> None:
+        self.switch_optimizer("train")
+
+    def on_train_end(self) -> None:
+        self.switch_optimizer("eval")
+
+    def switch_optimizer(self, mode: str) -> None:
+        """Tell an optimizer that has modes (schedulefree's) whether the weights are trained or used."""
+        for optimizer in self.trainer.optimizers:
+            if switch := getattr(optimizer, mode, None):
+                switch()
 
     def draws(self, draw: Callable[..., Draws], z0: Tensor, batch_idx: int, stage: str = "train", **options: Any) -> Draws:
         """This rank's rows of `draw(z0 of all ranks, generator, **options)`; see `RankRows`."""
@@ -247,6 +264,15 @@ def misfits(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
         *(f"{name} is not in the checkpoint" for name in own if name not in state),
         *(f"{name} is in the checkpoint alone" for name in state if name not in own),
     ]
+
+
+def scheduled(make: Callable[..., Any], optimizer: torch.optim.Optimizer, max_steps: int) -> Any:
+    """`make(optimizer)`, and max_steps for the one other parameter that it needs: each library has a name of its own for it."""
+    [_, *rest] = inspect.signature(make).parameters.values()
+    needed = [p.name for p in rest if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if len(needed) > 1:
+        raise UserError(f"model.lr_schedule needs {' and '.join(needed)}: give them, as +model.lr_schedule.{needed[0]}=...")
+    return make(optimizer, **dict.fromkeys(needed, max_steps))
 
 
 def lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from diffusers import UNet2DConditionModel
 
 from lcm.core.consistency import cm_consistency_fn
+from lcm.core.numbers import Count
 from lcm.core.objectives.consistency import Objective
 from lcm.core.schedule import NoiseSchedule
 from lcm.core.solvers import Solver
@@ -30,7 +31,7 @@ class UnguidedConsistencyModule(ConsistencyModule):
         schedule: NoiseSchedule,
         *,
         objective: Objective,
-        points: int = 18,
+        points: Count = 18,
         sigma_data: float = 1.0,
         **kwargs: Any,
     ) -> None:
@@ -72,7 +73,7 @@ class ConsistencyModelTraining(UnguidedConsistencyModule):
     pipeline: the folder or hub id whose VAE and text encoder it is trained on.
     """
 
-    def __init__(self, *args: Any, points: int = 150, first_points: int = 2, ema_decay: float = 0.9, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, points: Count = 150, first_points: Count = 2, ema_decay: float = 0.9, **kwargs: Any) -> None:
         super().__init__(*args, points=points, ema_decay=ema_decay, **kwargs)
         self.first_points, self.points, self.first_decay = first_points, points, ema_decay
         self.now = points

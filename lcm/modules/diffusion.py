@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from lcm.core.batch import LatentBatch
+from lcm.core.numbers import NonNegative
 from lcm.core.objectives.denoising import draw
 from lcm.modules.latent import LatentModule
 
@@ -16,7 +17,7 @@ class LatentDiffusion(LatentModule):
     objective: `lcm.core.objectives.denoising.denoising` or alike. offset_noise: see `draw`.
     """
 
-    def __init__(self, *args: Any, objective: Callable[..., Any], offset_noise: float = 0.0, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, objective: Callable[..., Any], offset_noise: NonNegative = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.objective, self.offset_noise = objective, offset_noise
 

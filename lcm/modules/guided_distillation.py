@@ -13,6 +13,7 @@ from torch import Tensor
 from lcm.core.batch import LatentBatch
 from lcm.core.ema import ema_update_
 from lcm.core.guidance import check_w_range
+from lcm.core.numbers import Count
 from lcm.core.objectives.consistency import Loss, draw
 from lcm.core.objectives.guided_distillation import halve_steps, match_guided_teacher
 from lcm.core.schedule import NoiseSchedule
@@ -38,7 +39,7 @@ class GuidedDistillation(LatentModule):
         schedule: NoiseSchedule,
         *,
         teacher: str,
-        steps: list[int],
+        steps: list[Count],
         match_share: float = 0.5,
         w_min: float = 2.0,
         w_max: float = 14.0,

@@ -14,6 +14,7 @@ from torch import Tensor
 from lcm.core.condition import Condition, each
 from lcm.core.ema import ema_update_, warmed_up
 from lcm.core.networks import Network
+from lcm.core.numbers import Positive, Share
 from lcm.core.schedule import NoiseSchedule
 from lcm.data.codec import LatentCodec
 from lcm.models.generate import LatentModel
@@ -47,8 +48,8 @@ class LatentModule(TrainedModule):
         schedule: NoiseSchedule,
         *,
         pipeline: str,
-        eval_ema: float | None = None,
-        w_lr_scale: float = 1.0,
+        eval_ema: Share | None = None,
+        w_lr_scale: Positive = 1.0,
         compile: bool = False,
         gradient_checkpointing: bool = False,
         **kwargs: Any,

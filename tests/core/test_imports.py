@@ -13,8 +13,10 @@ import lcm
 ROOT = Path(__file__).parents[2]
 FILES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "lcm").rglob("*.py"))]
 LAYERS = [
-    {"errors", "files", "images", "limits", "precision", "redaction", "signals", "targets"},
-    *({"core"}, {"data"}, {"models"}, {"modules"}, {"metrics", "callbacks", "checkpoints", "loggers", "strategies"}),
+    {"errors", "files", "images", "precision", "redaction", "signals", "targets"},
+    {"core"},
+    {"data", "arguments", "overrides"},
+    *({"models"}, {"modules"}, {"metrics", "callbacks", "checkpoints", "loggers", "strategies"}),
 ]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PROGRAMS = len(LAYERS)  # lcm/*.py

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lcm.core.batch import LatentBatch
 from lcm.core.networks import Network
+from lcm.core.numbers import Positive
 from lcm.core.schedule import NoiseSchedule
 
 
@@ -33,7 +34,7 @@ def denoising(
     draws: DenoisingDraws,
     *,
     schedule: NoiseSchedule,
-    min_snr_gamma: float | None = None,
+    min_snr_gamma: Positive | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`E || target - net(z_t, t, c) ||^2`, target by the schedule's prediction type, weighted by `min_snr_weight`."""
     z_t = schedule.add_noise(batch.z0, draws.eps, draws.t)

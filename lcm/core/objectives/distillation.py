@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lcm.core.batch import LatentBatch
 from lcm.core.networks import Networks, guided
+from lcm.core.numbers import SkipSteps
 from lcm.core.objectives.consistency import ConsistencyDraws, Distance, Loss, consistency_loss
 from lcm.core.schedule import NoiseSchedule
 from lcm.core.solvers import Solver
@@ -20,7 +21,7 @@ def latent_consistency_distillation(
     timesteps: Tensor,
     solver: Solver,
     distance: Distance,
-    skip_steps: int = 20,
+    skip_steps: SkipSteps = 20,
 ) -> Loss:
     """The student at t agrees with its target at s, one guided solver step of the teacher nearer the data."""
     t, s = skip_pair(timesteps, draws.index, skip_steps)  # t_{n+k}, t_n

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from lcm.core.batch import LatentBatch
 from lcm.core.networks import Networks
+from lcm.core.numbers import SkipSteps
 from lcm.core.objectives.consistency import ConsistencyDraws, Distance, Loss, consistency_loss
 from lcm.core.schedule import NoiseSchedule
 from lcm.core.timesteps import skip_pair
@@ -17,7 +18,7 @@ def latent_consistency_finetuning(
     schedule: NoiseSchedule,
     timesteps: Tensor,
     distance: Distance,
-    skip_steps: int = 20,
+    skip_steps: SkipSteps = 20,
 ) -> Loss:
     """As distillation, but z_t and z_s are the same z0 noised with the same eps at the two times."""
     t, s = skip_pair(timesteps, draws.index, skip_steps)
