@@ -14,7 +14,7 @@ from torch import Tensor
 from lcm.errors import UserError
 from lcm.images import as_text, grid, save_png, to_pil
 from lcm.inputs import output_folder
-from lcm.runs import next_run, run_numbers
+from lcm.runs import new_run, run_names
 
 GRID = "grid.png"
 
@@ -51,12 +51,12 @@ class Pictures:
                 )
             return folder
         folders = output_folder(parent)
-        for number in reversed(run_numbers(folders)):
-            folder = folders / str(number)
+        for name in reversed(run_names(folders)):
+            folder = folders / name
             files, count = numbered(folder), text_of(folder / GRID).get("images", str(len(self)))
             if files and int(files[-1].stem) < len(self) and count == str(len(self)) and not self.difference(folder):
                 return folder
-        return next_run(folders)
+        return folders / new_run(folders)
 
     def difference(self, folder: Path) -> str | None:
         """Say how the first picture of other settings in the folder differs."""
