@@ -162,6 +162,7 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
         "Checkpoint directory",
+        "Be aware that when using `ckpt_path`",  # a changed period of checkpoints: it takes effect
         "Found .* eval mode",
         "isinstance.treespec",
         "The '.*' does not have many workers",
