@@ -118,7 +118,8 @@ TEXTS = str | list[str]
 
 @program(
     "evaluate",
-    **dict.fromkeys(("resolution", "grid_rows", "batch_size", "chunk"), Count),
+    **dict.fromkeys(("grid_rows", "batch_size", "chunk"), Count),
+    resolution=Count | None,
     entries=dict[str, Entry],
     w=float | list[float],
     metrics=list[str],

@@ -143,7 +143,7 @@ def check_saved(weights: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> 
         dtype, extreme = str(weights[bad[0]].dtype).removeprefix("torch."), before[bad[0]].abs().max()
         raise UserError(
             f"{len(bad)} of the weights to save are too large for {dtype}, such as {bad[0]} ({extreme:.3g}), and nothing is "
-            "saved: save them by `python -m lcm.export run=<the run's folder> dtype=bfloat16`"
+            "saved: save them by `python -m lcm.export run=<folder> dtype=bfloat16`"
         )
 
 

@@ -16,7 +16,7 @@ def hints(program: str) -> dict[str, Any]:
 
 def check(program: str, *args: str) -> list[str]:
     """What Hydra is given in place of these arguments. Raises UserError as the program does."""
-    return prepare(program, list(args), hints(program))
+    return prepare(program, list(args), hints(program))[0]
 
 
 def configured(program: str, args: Sequence[str]) -> Any:

@@ -175,7 +175,7 @@ def test_a_run_s_config_from_elsewhere_builds_nothing_that_is_not_allowed(tmp_pa
 
 @pytest.mark.parametrize("args", [["--cfg", "job"], ["--help"], ["--info", "all"], ["hydra.job_logging.root.level=DEBUG"]])
 def test_hydra_answers_as_before(args: list[str]) -> None:
-    assert prepare("train", args, {}) == args
+    assert prepare("train", args, {}) == (args, None)
 
 
 @pytest.mark.parametrize("override", ["data.shards={https://planted@host/?planted", "model.x='https://planted@host/?planted'"])
