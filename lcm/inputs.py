@@ -7,6 +7,7 @@ import torch
 from omegaconf import DictConfig
 
 from lcm.command_line import build
+from lcm.composition import plain
 from lcm.data.shards import expand_urls
 from lcm.data.source import Source
 from lcm.errors import UserError
@@ -59,4 +60,4 @@ def pick_device(device: str, local_rank: int = 0) -> str:
 
 def shards(cfg: DictConfig, option: str) -> Source:
     """The shards that an option of a program names, brought here through its cache."""
-    return Source(expand_urls(cfg[option], option), cache=build(cfg.cache))
+    return Source(expand_urls(cfg[option], option), captions=plain(cfg.captions), cache=build(cfg.cache))

@@ -33,6 +33,8 @@ def main(cfg: DictConfig) -> None:
             print(f"          {count} ({count / (used + dropped.total()):.1%}) left out: {reason}")
         for name in source.blind_filters():
             print(f"filter:   {name} leaves out nothing: no sample says what it reads")
+        for name in source.absent_captions():
+            print(f"captions: {name} is in no sample, neither a member nor a field of the .json")
     for bucket in data.orders if data.buckets else ():
         print(f"bucket:   {bucket.shape} with {bucket.size} samples")
     count = min(cfg.samples, sum(data.sizes))

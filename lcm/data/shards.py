@@ -12,16 +12,16 @@ import os
 import tarfile
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from braceexpand import braceexpand
 
-from lcm.data.members import Sample, Skip, caption_of, metadata
+from lcm.data.members import CAPTIONS, Sample, Skip, captions_of, metadata
 from lcm.errors import UserError
+from lcm.files import lines_of
 
-IMAGES = ("png", "jpg", "jpeg", "webp")
-CAPTION_MEMBERS = ("txt", "json")
+IMAGES = ("png", "jpg", "jpeg", "webp", "img")
 SCHEMES = ("", "file", "http", "https", "s3", "gs", "hf")
 MAX_BYTES = 64 * 2**20  # of a sample: no image that is trained on comes near it
 Filter = Callable[[str | None, Mapping[str, Any]], str | None]
@@ -56,10 +56,10 @@ def expand_urls(shards: str | Sequence[str], option: str = "data.shards", *, all
 
 def list_file(path: str, option: str) -> list[str]:
     try:
-        with open(path) as file:
-            return [line.strip() for line in file if line.strip() and not line.startswith("#")]
-    except OSError as error:
-        raise UserError(f"{option}=@{path}: the list of shards cannot be read ({error.strerror})") from error
+        return [line for line in lines_of(path) if not line.startswith("#")]
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{option}=@{path}: the list of shards cannot be read ({reason})") from error
 
 
 def scheme_of(url: str) -> str:
@@ -94,13 +94,21 @@ def members(file: BinaryIO) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
 class Shard:
     """The usable samples of one local .tar file, by number; opened once, read by offset.
 
-    needs: extensions of which a sample must have one (besides a caption). keep: `(caption, metadata) -> reason or None`.
+    needs: extensions of which a sample must have one, besides a caption; captions: see `captions_of`.
+    keep: `(caption, metadata) -> reason or None`; a sample is used where it keeps every caption that may be drawn.
     dropped: how many samples were left out, by reason; `broken`: the keys of those that are damaged, not unwanted.
     extensions: of all members.
     """
 
-    def __init__(self, path: str, *, needs: Sequence[str] = IMAGES, keep: Filter | None = None) -> None:
-        self.path, self.keep = path, keep
+    def __init__(
+        self,
+        path: str,
+        *,
+        needs: Sequence[str] = IMAGES,
+        captions: Mapping[str, float] | None = None,
+        keep: Filter | None = None,
+    ) -> None:
+        self.path, self.captions, self.keep = path, captions, keep
         self.dropped: Counter[str] = Counter()
         self.broken: dict[str, str] = {}
         self.extensions: set[str] = set()
@@ -109,7 +117,7 @@ class Shard:
         size = os.fstat(self.file.fileno()).st_size
         for key, extensions, start, end in self._grouped():
             self.extensions |= extensions
-            flaw = self._flaw(key, extensions, needs, end - start, end > size)
+            flaw = self._flaw(key, extensions, needs, captions or CAPTIONS, end - start, end > size)
             if flaw is not None:
                 self.broken[key] = flaw
             if reason := flaw or self._unwanted(start, end):
@@ -132,7 +140,9 @@ class Shard:
             yield key, extensions, start, end
 
     @staticmethod
-    def _flaw(key: str, extensions: set[str], needs: Sequence[str], size: int, cut: bool) -> str | None:
+    def _flaw(
+        key: str, extensions: set[str], needs: Sequence[str], captions: Iterable[str], size: int, cut: bool
+    ) -> str | None:
         if ".." in key.split("/"):
             return "name"  # nothing is extracted here, but names are passed on to shards that others may extract
         if cut:
@@ -141,14 +151,16 @@ class Shard:
             return "bytes"
         if not extensions & set(needs):
             return "no_image"
-        return None if extensions & set(CAPTION_MEMBERS) else "no_caption"
+        return None if extensions & {*captions, "json"} else "no_caption"
 
     def _unwanted(self, start: int, end: int) -> str | None:
         if self.keep is None:
             return None
         sample = self._read(start, end)
         try:
-            return self.keep(caption_of(sample), metadata(sample))
+            meta = metadata(sample)
+            verdicts = [self.keep(text, meta) for texts in captions_of(sample, self.captions).values() for text in texts]
+            return next(filter(None, verdicts), None)
         except Skip as skip:
             return skip.reason
 

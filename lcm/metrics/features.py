@@ -60,6 +60,8 @@ class Extractor:
         facts = {"shards": [Source.stamp(url) for url in source.urls], "crop": "centre", **self.facts}
         if source.filters is not None and source.filters.limits:
             facts["filters"] = source.filters.signature()
+        if source.captions is not None:
+            facts["captions"] = source.captions
         file = Path(folder, f"{digest(facts)}.safetensors")
         if not file.is_file():
             bar = tqdm(read_images(source, resolution=self.resolution), desc="real images", unit="batch")
