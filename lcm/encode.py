@@ -18,7 +18,7 @@ from lcm.data.order import Order
 from lcm.data.source import Source
 from lcm.data.stream import ShardStream
 from lcm.data.transforms import Decode
-from lcm.data.workers import Loader
+from lcm.data.workers import Loader, workers_watched
 from lcm.errors import UserError
 from lcm.files import whole_file
 from lcm.inputs import output_folder, pick_device
@@ -57,6 +57,7 @@ def claim(folder: Path, made_with: dict[str, Any], rank: int) -> None:
 
 @program("encode")
 @torch.inference_mode()
+@workers_watched()
 def main(cfg: DictConfig) -> None:
     """Encode what is not encoded yet; stopped at any moment, the same command goes on."""
     folder, device = output_folder(cfg.out, "out"), pick_device(cfg.device, cfg.local_rank)

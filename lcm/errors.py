@@ -6,4 +6,6 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         # A DataLoader raises a worker's error again with the worker's traceback in the message: keep the sentence.
-        super().__init__(message.rpartition("UserError: ")[2].strip())
+        if message.startswith("Caught UserError in DataLoader worker"):
+            message = message.rpartition("\nlcm.errors.UserError: ")[2]
+        super().__init__(message.strip())

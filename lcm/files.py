@@ -103,3 +103,14 @@ def lines_of(file: str | Path) -> list[str]:
     """Return the lines of another program's text file, stripped, without blank ones. Raises OSError or UnicodeError."""
     text = io.StringIO(text_of(Path(file).read_bytes()), newline=None)  # str.splitlines would end lines at U+0085 or U+2028
     return [line for line in map(str.strip, text) if line]
+
+
+def writable(folder: Path, option: str) -> Path:
+    """Make the folder that an option names, and return it. Raises UserError where nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink(missing_ok=True)  # another process of the same program may have been first
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): set {option} to a writable folder") from None
+    return folder

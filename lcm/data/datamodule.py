@@ -20,7 +20,7 @@ from lcm.data.order import Places
 from lcm.data.shards import expand_urls
 from lcm.data.skips import Skips
 from lcm.data.source import Source, total_dropped
-from lcm.data.stream import ShardStream
+from lcm.data.stream import PATIENCE, ShardStream
 from lcm.data.transforms import Decode, collate
 from lcm.data.workers import Loader
 from lcm.errors import UserError
@@ -126,10 +126,18 @@ class ShardDataModule(L.LightningDataModule):
         if dropped and stage == "fit":
             log.warning("using %d training samples; left out: %s", sum(self.sizes), dict(dropped))
         if stage == "fit":
+            self.check_validation()
             self.warn_of_blindness()
         for source in self.train_sources if stage == "fit" else ():
             if gone := source.manifests.gone(source.urls):
                 log.warning("%d shards are in their manifest, but not there, such as %s", len(gone), gone[0])
+
+    def check_validation(self) -> None:
+        """Refuse validation data of which nothing decodes: a pass over it would be empty."""
+        for source, order in zip(self.val_sources, self.val_orders, strict=True):
+            options: dict[str, Any] = {"decode": self.val_decode, "collate": list, "stop": min(order.size, PATIENCE)}
+            if next(iter(ShardStream([source], order, batch_size=1, **options)), None) is None:
+                raise UserError("no sample of data.val_shards could be decoded, see the warnings above; null: no validation")
 
     def warn_of_blindness(self) -> None:
         """Name the filters and the captions of which no sample says anything."""

@@ -32,7 +32,7 @@ def training_order(
     """
     for source in facts:
         if not any(counts(source)):
-            raise UserError(f"{len(source)} shards hold no usable sample: left out are {dict(total_dropped(source))}")
+            raise nothing_usable(source, "data.shards")
     if shapes:
         turns = Turns(facts, weights, shapes, batch=batch, seed=seed, shuffle=shuffle, lanes=lanes)
         return turns, turns.buckets
@@ -44,8 +44,15 @@ def training_order(
 
 
 def validation_order(facts: Sequence[Facts], shapes: Sequence[Shape]) -> "Order | Chain":
-    """One ordered, complete pass."""
+    """Return one ordered, complete pass. Raises UserError where there is no sample."""
+    if not any(counts(facts)):
+        raise nothing_usable(facts, "data.val_shards (null: no validation)")
     return Chain(buckets_of(facts, shapes)) if shapes else Order(counts(facts))
+
+
+def nothing_usable(facts: Sequence[Facts], option: str) -> UserError:
+    left_out = dict(total_dropped(facts))
+    return UserError(f"{len(facts)} shards hold no usable sample: left out are {left_out}; change {option} or data.filters")
 
 
 def counts(facts: Sequence[Facts]) -> list[int]:

@@ -17,12 +17,26 @@ KINDS = {"dict": "an object", "list": "a list in a list", "bool": "true or false
 SHOWN = 20  # fields that a message names
 
 
-class Skip(Exception):
-    """A sample that cannot be used.
+# Why a sample is damaged, not unwanted; a filter's reasons are `lcm.data.filters.RULES`.
+REASONS = {
+    "shard": "its shard cannot be had or read",
+    "missing": "its shard holds fewer samples than a manifest or an earlier count says",
+    "cut": "its shard ends within it",
+    "name": "its name has .. in it",
+    "bytes": "it has more bytes than any image",
+    "no_image": "it has no image",
+    "image": "its image cannot be decoded",
+    "pixels": "its image has more pixels than are decoded",
+    "tiny": "its image is a pixel wide or high",
+    "json": "its .json is no JSON object",
+    "no_caption": "it has no text under the names of data.captions",
+    "caption_encoding": "its caption is not UTF-8",
+    "latent": "a stored array is damaged",
+}
 
-    reason: "no_image", "bytes" or "pixels" (too many), "image" (it cannot be decoded), "tiny", "json", "no_caption" or
-    "caption_encoding" (not UTF-8); detail: the same for a reader.
-    """
+
+class Skip(Exception):
+    """A sample that cannot be used. reason: one of `REASONS`; detail: the same for a reader."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
