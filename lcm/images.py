@@ -100,7 +100,7 @@ def drawable(text: str) -> str:
 
 
 def wrap(text: str, font: Any, width: float, limit: int | None = None) -> list[str]:
-    """Return lines of at most `width` pixels, broken between words, and within a word that is wider; cut after `limit` lines."""
+    """Return lines of at most `width` pixels, broken between words and within wider ones, cut after `limit` lines."""
     lines = [""]
     for word in text[: LONGEST if limit else None].split():
         rest = drawable(word)
@@ -110,7 +110,7 @@ def wrap(text: str, font: Any, width: float, limit: int | None = None) -> list[s
         if lines[-1]:
             lines.append("")
         while font.getlength(rest) > width and len(rest) > 1:
-            count = max(1, bisect_right(range(1, len(rest)), width, key=lambda n: font.getlength(rest[:n])))  # noqa: B023
+            count = max(1, bisect_right(range(1, len(rest)), width, key=lambda n: font.getlength(rest[:n])))
             lines[-1], rest = rest[:count], rest[count:]
             lines.append("")
         lines[-1] = rest

@@ -16,11 +16,11 @@ from lcm.data.source import Source
 from lcm.errors import UserError
 from lcm.files import lines_of, writable
 
-FILES = (".txt", ".text", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".md", ".yaml", ".yml", ".parquet", ".xlsx", ".list", ".tar")
+FILE_NAME = re.compile(r"\S+\.(txt|text|csv|tsv|json|jsonl|ndjson|md|yaml|yml|parquet|xlsx|list|tar)", re.IGNORECASE)
 
 
 def read_prompts(prompts: Any, captions: Callable[[], list[str]]) -> list[str]:
-    """Return the prompts that are given: one, a list of them, a .txt file with one a line, or `val`, the validation captions."""
+    """Return the prompts that are given: one, a list, a .txt file with one a line, or `val`, the validation captions."""
     if prompts == "val":
         return captions()
     if isinstance(prompts, str) and prompts.lower().endswith(".txt"):
@@ -41,7 +41,7 @@ def read_prompts(prompts: Any, captions: Callable[[], list[str]]) -> list[str]:
             raise UserError(f"prompts={prompts} holds {prompt!r}, which is no text")
         if is_file_name(str(prompt)):
             raise UserError(
-                f"prompts={prompt} names a file: give one .txt file with a prompt a line; to draw these words, write them in one"
+                f"prompts={prompt} names a file: give one .txt file with a prompt a line, or write these words in one"
             )
     return [str(prompt) for prompt in listed]
 
@@ -49,8 +49,7 @@ def read_prompts(prompts: Any, captions: Callable[[], list[str]]) -> list[str]:
 def is_file_name(prompt: str) -> bool:
     """Whether a prompt is rather meant as a file: one word with a suffix of text files, or what is there."""
     path = os.path.expanduser(prompt)
-    a_word = not re.search(r"\s", prompt) and prompt.lower().endswith(FILES)
-    return a_word or os.path.isfile(path) or (os.path.isdir(path) and os.sep in path)
+    return bool(FILE_NAME.fullmatch(prompt)) or os.path.isfile(path) or (os.path.isdir(path) and os.sep in path)
 
 
 def output_folder(path: str, option: str = "output") -> Path:

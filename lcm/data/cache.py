@@ -28,8 +28,11 @@ class ShardCache:
         self.attempts, self.pause, self.timeout = attempts, pause, timeout
 
     def fetch(self, url: str, flaw: Callable[[str], str | None] = lambda file: None) -> str:
-        """Return the local path of `url`'s content. Raises OSError when every attempt failed; an attempt also fails where `flaw`
-        says what is wrong with the file that came. Raises UserError where the folder cannot be written."""
+        """Return the local path of `url`'s content.
+
+        Raises OSError when every attempt failed; an attempt also fails where `flaw` says what is wrong with the file that came.
+        Raises UserError where the folder cannot be written.
+        """
         path = self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.tar"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,4 @@ def read_captions(source: Source, limit: int | None = None) -> list[str]:
 def read_images(source: Source, *, resolution: int, batch_size: int = 64) -> Iterator[dict[str, Any]]:
     """Every sample once, in order: `{"x": uint8 [B, 3, S, S], "captions", "keys", ...}`."""
     order, decode = Order([facts.samples for facts in source.facts()]), Decode(resolution, captions=source.captions)
-    return iter(
-        ShardStream([source], order, decode=decode, collate=collate, batch_size=batch_size, stop=order.size)
-    )
+    return iter(ShardStream([source], order, decode=decode, collate=collate, batch_size=batch_size, stop=order.size))

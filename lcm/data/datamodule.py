@@ -135,8 +135,9 @@ class ShardDataModule(L.LightningDataModule):
     def check_validation(self) -> None:
         """Refuse validation data of which nothing decodes: a pass over it would be empty."""
         for source, order in zip(self.val_sources, self.val_orders, strict=True):
-            options: dict[str, Any] = {"decode": self.val_decode, "collate": list, "stop": min(order.size, PATIENCE)}
-            if next(iter(ShardStream([source], order, batch_size=1, **options)), None) is None:
+            stop = min(order.size, PATIENCE)
+            stream = ShardStream([source], order, decode=self.val_decode, collate=lambda _: {}, batch_size=1, stop=stop)
+            if next(iter(stream), None) is None:
                 raise UserError("no sample of data.val_shards could be decoded, see the warnings above; null: no validation")
 
     def warn_of_blindness(self) -> None:

@@ -62,9 +62,7 @@ class Source:
 
     def part(self, url: str) -> "Source":
         """Return one shard alone, read in the same way."""
-        return Source(
-            [url], needs=self.needs, captions=self.captions, filters=self.filters, cache=self.cache, index=self.index
-        )
+        return Source([url], needs=self.needs, captions=self.captions, filters=self.filters, cache=self.cache, index=self.index)
 
     def path(self, shard: int) -> str:
         """Where the shard lies on this machine. Raises OSError if it cannot be brought here."""
@@ -105,7 +103,9 @@ class Source:
                 raise UserError(f"{url} has no images: {held}, expected one of {list(self.needs)}")
             names = self.captions or CAPTIONS
             if not extensions & {*names, "json"}:
-                raise UserError(f"{url} has no captions: {held}, expected one of {[*names, 'json']}, or others by data.captions")
+                raise UserError(
+                    f"{url} has no captions: {held}, expected one of {[*names, 'json']}, or others by data.captions"
+                )
             if captions and all(isinstance(caption, Skip) for caption in captions):
                 flaws.append(f"{url} has no captions that can be read ({captions[0]})")
                 continue

@@ -81,7 +81,11 @@ def test_prompts_and_real_images_of_an_evaluation_have_the_same_captions(tmp_pat
 @pytest.mark.parametrize(
     ("members", "captions", "says"),
     [
-        (fields(blip="a cat", url="https://x.org"), None, r"none of txt, caption, cap among .* the .json fields blip, url: see data"),
+        (
+            fields(blip="a cat", url="https://x.org"),
+            None,
+            r"none of txt, caption, cap among .* the .json fields blip, url: see",
+        ),
         (fields(caption="a cat"), {"llava": 1}, r"none of llava among json, png and the .json fields caption"),
         ({"blip": b"a cat"}, None, r"samples hold \['blip', 'png'\], expected one of \['txt', .* or others by data.captions"),
         (fields(caption=None), None, "no_caption"),
@@ -93,7 +97,7 @@ def test_prompts_and_real_images_of_an_evaluation_have_the_same_captions(tmp_pat
         ({"txt": "a cat".encode("utf-16")}, None, "looks like UTF-16 or UTF-32: save it as UTF-8"),
         ({"txt": b"caf\xe9"}, None, "byte 0xe9 at position 3 is not UTF-8"),
     ],
-)  # fmt: skip
+)
 def test_shards_whose_captions_cannot_be_read_are_refused_with_the_cause(
     tmp_path: Path, members: Members, captions: Any, says: str, filters: Filters | None
 ) -> None:
@@ -123,7 +127,8 @@ def test_of_a_list_of_captions_one_is_drawn(value: list[Any]) -> None:
 
 
 def test_latents_keep_every_caption_and_metadata_but_no_picture() -> None:
-    texts = {"txt": b"short", "blip": b"a long one", "llava": "ein Apfel".encode("utf-16"), "json": b'{"url": "x"}', "cap": b"c"}
+    utf_16 = "ein Apfel".encode("utf-16")
+    texts = {"txt": b"short", "blip": b"a long one", "llava": utf_16, "json": b'{"url": "x"}', "cap": b"c"}
     sample = {"__key__": "0", "__url__": "a.tar", "png": png(), "mask": png(), **texts}
     captions = {"txt": 1, "blip": 3, "LLaVA": 0.1}
     kept = Variants(Decode(8), 1, False)({**sample, "llava": b"an apple"}, random.Random(0))["members"]
@@ -172,7 +177,7 @@ def test_a_byte_order_mark_is_no_part_of_a_caption(members: Members) -> None:
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
 def test_text_in_another_unicode_encoding_is_refused_by_its_name(encoding: str, tmp_path: Path) -> None:
     content = "a red apple".encode(encoding)
-    with pytest.raises(Skip, match="^caption_encoding: txt: it looks like UTF-16 or UTF-32"):
+    with pytest.raises(Skip, match=r"^caption_encoding: txt: it looks like UTF-16 or UTF-32"):
         captions_of({"txt": content})
     (tmp_path / "list.txt").write_bytes(content)
     with pytest.raises(UserError, match=r"^data\.shards=@.*looks like UTF-16"):
@@ -185,7 +190,7 @@ def test_text_in_another_unicode_encoding_is_refused_by_its_name(encoding: str, 
     "members", [{"txt": b"a\0b"}, fields(caption="a\0b"), {"txt": "café".encode("cp1252")}, {"txt": "红苹果".encode("gbk")}]
 )
 def test_what_is_not_text_in_utf_8_is_counted_as_such(members: Members) -> None:
-    with pytest.raises(Skip, match="^caption_encoding: .*: save it as UTF-8$"):
+    with pytest.raises(Skip, match=r"^caption_encoding: .*: save it as UTF-8$"):
         captions_of(members)
 
 

@@ -165,3 +165,10 @@ def test_the_dark_style_has_light_outlines(drawings: list[dict[str, np.ndarray]]
         outline = (drawn["line"] == (0, 0, 0, 255)).all(-1)
         assert outline.any()
         assert drawn["dark"][outline, :3].mean() > 200
+
+
+@pytest.mark.parametrize("folder", ["/proc/nowhere", "file"])
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^cannot write to .* \(.*\): set paths\.data to a writable folder$"):
+        build(str(tmp_path / folder / "openmoji-16"), resolution=16)

@@ -365,3 +365,36 @@ def test_a_dead_remote_shard_is_left_out_and_tried_again_next_time(server: Serve
     source = Source([f"{server.url}/{n}.tar" for n in (0, 1)], cache=cache(tmp_path), index=str(tmp_path / "index"))
     assert source.facts() == [Facts(8, {}), Facts(0, {"shard": 1})]
     assert source.facts() == [Facts(8, {}), Facts(8, {})]
+
+
+@pytest.fixture(params=["/proc/nowhere", "file", "file/below"])
+def unwritable(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    (tmp_path / "file").touch()
+    return str(tmp_path / request.param)
+
+
+def test_an_index_that_cannot_be_kept_is_no_reason_to_stop(
+    urls: list[str], unwritable: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        source = Source(urls, index=unwritable)
+        assert source.facts() == [Facts(size, {}) for size in SIZES]
+    [record] = caplog.records
+    assert f"{unwritable} cannot be written (" in record.getMessage()
+    assert "data.index" in record.getMessage()
+    monkeypatch.setattr(Source, "open", None)  # whoever opens a shard now, fails
+    assert source.facts() == [Facts(size, {}) for size in SIZES]
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(server: Server, unwritable: str) -> None:
+    with pytest.raises(UserError, match=rf"^cannot write to {unwritable} \(.*\): set data\.cache\.folder or paths\.data to a"):
+        Source([f"{server.url}/0.tar"], cache=ShardCache(unwritable)).check()
+
+
+def test_a_cache_that_can_only_be_read_serves_what_it_has(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = cache(tmp_path).fetch(f"{server.url}/0.tar")
+    next((tmp_path / "cache").glob("*.lock")).unlink()
+    next((tmp_path / "cache").iterdir()).with_suffix(".lock").mkdir()  # root may write anywhere: no file can be made here
+    assert cache(tmp_path).fetch(f"{server.url}/0.tar") == path

@@ -12,6 +12,7 @@ from lcm.data.source import Source
 from lcm.errors import UserError
 from lcm.metrics.clip import mini_clip
 from lcm.metrics.features import Extractor, joined, scores
+from tests.data.conftest import png, write_shard
 
 
 @pytest.fixture
@@ -51,6 +52,20 @@ def test_shards_are_read_as_those_of_the_data(training, data, fit, callback, sha
         kept = [caption for caption in known if limit is None or len(caption) <= limit]
         assert one.captions[: len(kept)] == kept[:6]
         assert len(one.real["clip"]) == len(kept)
+
+
+def test_prompts_are_the_captions_that_the_data_reads(training, data, fit, callback, tmp_path):
+    samples = [{"__key__": f"{i}", "png": png((32, 32)), "blip": f"blip {i}"} for i in range(4)]
+    one = callback(write_shard(tmp_path / "a.tar", samples), steps=[1], samples=4)
+    fit(training("distillation"), data(captions={"blip": 1, "txt": 1}, filters=Filters()), 1, callbacks=[one])
+    assert one.captions == [f"blip {i}" for i in range(4)]
+
+
+def test_a_reference_cache_that_cannot_be_written_is_refused_before_any_reading(callback, shards, tmp_path):
+    (tmp_path / "reference").touch()
+    source, one = Source(expand_urls(f"{shards}/val-*.tar")), callback()
+    with pytest.raises(UserError, match=r"reference \(.*\): set reference_cache to a writable folder"):
+        one.extract.reference(source, one.reference_cache)
 
 
 def test_measuring_changes_nothing_of_the_training(training, data, fit, callback, tmp_path):
