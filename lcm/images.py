@@ -103,16 +103,14 @@ def wrap(text: str, font: Any, width: float, limit: int | None = None) -> list[s
     """Return lines of at most `width` pixels, broken between words and within wider ones, cut after `limit` lines."""
     lines = [""]
     for word in text[: LONGEST if limit else None].split():
-        rest = drawable(word)
-        if font.getlength(longer := f"{lines[-1]} {rest}".strip()) <= width:
-            lines[-1] = longer
-            continue
-        if lines[-1]:
+        alone = drawable(word)
+        rest = f"{lines[-1]} {alone}".strip()
+        if font.getlength(alone) <= width < font.getlength(rest):
             lines.append("")
+            rest = alone
         while font.getlength(rest) > width and len(rest) > 1:
             count = max(1, bisect_right(range(1, len(rest)), width, key=lambda n: font.getlength(rest[:n])))
-            lines[-1], rest = rest[:count], rest[count:]
-            lines.append("")
+            lines[-1:], rest = [rest[:count], ""], rest[count:]
         lines[-1] = rest
         if limit and len(lines) > limit:
             break

@@ -4,6 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
+from lcm.callbacks.samples import ImageGrid
+from lcm.errors import UserError
 from lcm.images import drawable, grid, label_font, save_png, to_pil, wrap
 
 
@@ -75,3 +77,8 @@ def test_long_names_of_columns_keep_to_their_columns():
         picture = grid(rows, [""], ["", f"{name}\n4 steps", ""])
         for x in (0, 2 * 128 + 12, 2 * 128 + 12 + 2 * 132):
             assert picture.crop((x, 0, x + 125, picture.height)).getcolors() == [(125 * picture.height, (255, 255, 255))]
+
+
+def test_a_text_is_not_taken_for_a_list_of_prompts():
+    with pytest.raises(UserError, match=r"^callbacks\.samples\.prompts=red apple: give a list"):
+        ImageGrid("samples", "red apple", steps=[1], w=1.0)

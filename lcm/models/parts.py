@@ -24,7 +24,7 @@ def explained(name: object) -> Iterator[None]:
 def read_json(file: Path) -> dict[str, Any]:
     """Empty where there is no such file."""
     try:
-        return json.loads(file.read_text()) if file.is_file() else {}
+        return json.loads(file.read_bytes()) if file.is_file() else {}
     except ValueError as error:
         raise UserError(f"{file} is not JSON ({error}): copy it anew from where the pipeline came") from error
 

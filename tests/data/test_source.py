@@ -78,6 +78,12 @@ def test_a_shard_of_another_length_is_named_when_counted(tmp_path: Path, caplog:
     assert "it is cut, damaged or another" in caplog.text
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_manifest_is_read_whatever_program_saved_it(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "manifest.json").write_bytes(json.dumps({"samples": {"a.tar": 9}}).encode(encoding))
+    assert Source([write_shard(tmp_path / "a.tar", pairs(0, 2))]).facts() == [Facts(2, {"missing": 7})]
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"samples": 3}', '{"samples": {"a.tar": "3"}, "bytes": {"a.tar": null}}'])
 def test_a_manifest_of_another_make_says_nothing(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
