@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
+from lcm.callbacks.sweep import SweepTable
 from lcm.errors import UserError
 from lcm.inputs import output_folder, read_prompts
 
@@ -81,3 +83,9 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(here: Path, folder: str
     (here / "file").touch()
     with pytest.raises(UserError, match=rf"^cannot write to {folder} \(.*\): set out to a writable folder$"):
         output_folder(folder, "out")
+
+
+def test_a_sweeps_folder_that_cannot_be_written_ends_the_program_with_a_sentence() -> None:
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": "/proc/nowhere/sweeps"}}})
+    with pytest.raises(SystemExit, match=r"^error: cannot write to /proc/nowhere/sweeps \(.*\): set paths\.runs to a"):
+        SweepTable().on_multirun_start(config)

@@ -32,14 +32,13 @@ class Loader(DataLoader):
 
     def __init__(self, stream: IterableDataset, *, num_workers: int, patience: float, pin_memory: bool = False) -> None:
         init = init_worker if num_workers else None
-        hand_over = share if num_workers else None
         super().__init__(
             stream,
             batch_size=None,
             num_workers=num_workers,
             pin_memory=pin_memory,
             worker_init_fn=init,
-            collate_fn=hand_over,
+            collate_fn=share if num_workers else None,
         )
         self.patience = patience
 
@@ -65,7 +64,7 @@ class Loader(DataLoader):
             yield batch
 
 
-def share(batch: dict[str, Any]) -> dict[str, Any]:
+def share(batch: Any) -> Any:
     """Move a batch to shared memory where a failure reaches the user: torch does it in a thread whose errors it only prints."""
     try:
         return {name: value.share_memory_() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
