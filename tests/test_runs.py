@@ -42,7 +42,9 @@ def start(tmp_path, monkeypatch):
             with training(run_dir):
                 start.resumes = resume_path(cfg)
                 (run_dir / "checkpoints").mkdir(exist_ok=True)
-                AtomicCheckpointIO().save_checkpoint({"global_step": 1, "loops": {}, "optimizer_states": []}, run_dir / "checkpoints/last.ckpt")
+                AtomicCheckpointIO().save_checkpoint(
+                    {"global_step": 1, "loops": {}, "optimizer_states": []}, run_dir / "checkpoints/last.ckpt"
+                )
             return run_dir.name
 
     return start

@@ -70,8 +70,10 @@ def sharing(net: UNet2DConditionModel, shared: Iterable[nn.Parameter]) -> UNet2D
 
 def unet_like(net: UNet2DConditionModel, **changes: Any) -> UNet2DConditionModel:
     """A UNet of the same configuration but for `changes`, on the same device, with the weights that both have."""
+    # diffusers resets what `_use_default_values` lists, whatever its value; `from_config` passes over keys it does not know.
+    config = {key: value for key, value in net.config.items() if not key.startswith("_")}
     with torch.device("meta"):  # drawing weights to overwrite them takes longer than copying them
-        like = UNet2DConditionModel.from_config({**net.config, **changes})
+        like = UNet2DConditionModel.from_config({**config, **changes})
     if net.device.type == "meta":
         return like
     like = nn.Module.to(like, net.dtype).to_empty(device=net.device)

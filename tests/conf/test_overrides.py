@@ -115,7 +115,7 @@ def test_what_hydra_s_own_grammar_says_stays() -> None:
 def test_with_m_a_comma_is_a_sweep_of_texts() -> None:
     [_, override] = check("train", "-m", "name=2024,café,'a, b'")
     runs = [run for [run] in single_runs([override])]
-    assert [prepare("train", [run], {"name": str})[0] for run in runs] == runs
+    assert [prepare("train", [run], {"name": str})[0] for run in runs] == [[run] for run in runs]
     assert [shown(run) for run in runs] == [("name", "2024"), ("name", "café"), ("name", "a, b")]
 
 

@@ -144,14 +144,14 @@ def test_what_would_unpickle_or_keep_secrets_is_refused(args: list[str], says: s
 
 
 def test_what_the_user_types_and_has_in_a_folder_of_configs_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "theirs.py").write_text(
+    (tmp_path / "theirs_part.py").write_text(
         "import torch\n\n\ndef solver(denoise, z_t, t, s, *, schedule): ...\n\n\nclass AdamW8bit(torch.optim.AdamW): ...\n"
     )
     (tmp_path / "model/solver").mkdir(parents=True)
-    (tmp_path / "model/solver/mine.yaml").write_text("_target_: theirs.solver\n_partial_: true\n")
+    (tmp_path / "model/solver/mine.yaml").write_text("_target_: theirs_part.solver\n_partial_: true\n")
     monkeypatch.syspath_prepend(tmp_path)
-    prepare("train", ["model.optimizer._target_=theirs.AdamW8bit", "--config-dir", str(tmp_path), "model/solver=mine"], {})
-    assert build({"_target_": "theirs.AdamW8bit", "_partial_": True}).func.__name__ == "AdamW8bit"
+    prepare("train", ["model.optimizer._target_=theirs_part.AdamW8bit", "--config-dir", str(tmp_path), "model/solver=mine"], {})
+    assert build({"_target_": "theirs_part.AdamW8bit", "_partial_": True}).func.__name__ == "AdamW8bit"
     for theirs in ("transformers.get_cosine_schedule_with_warmup", "transformers.T5EncoderModel", "functools.partial"):
         check_arguments(OmegaConf.create({"part": {"_target_": theirs, "_partial_": True}}), {})
 
