@@ -8,7 +8,7 @@ BIN := .venv/bin
 
 demo: .venv/installed
 	$(BIN)/python -u train.py ckpt_path=last
-	$(BIN)/python -u sample.py steps=4 output=outputs/demo/samples
+	$(BIN)/python -u sample.py steps=4
 	$(BIN)/python -u -m lcm.evaluate output=outputs/demo
 	@model=$$(ls -td runs/lcd_mini/*/model | head -1); printf '%s\n' "" \
 	  "model:   $$model   (a pipeline folder, diffusers opens it)" \

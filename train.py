@@ -8,30 +8,40 @@ import lightning as L
 from omegaconf import DictConfig
 
 from lcm.command_line import build, build_all, program
+from lcm.core.numbers import Seed
 from lcm.data.workers import workers_watched
-from lcm.runs import resume_path, start_run, unless_refused, write_config
+from lcm.modules.trainer import Trainer
+from lcm.runs import ConfigFile, check_processes, finish, resume_path, start_run, sweep_job, training
 
 
-@program("train")
+@program(
+    "train",
+    sweep_job,
+    name=str,
+    seed=Seed,
+    ckpt_path=str | None,
+    async_checkpoints=bool,
+    optimized_metric=str | None,
+    trainer=Trainer,
+)
 def main(cfg: DictConfig) -> float | None:
     """Compose, seed, build, fit; returns the metric named by `optimized_metric`, for sweeps."""
+    check_processes(cfg.trainer)
     run_dir = start_run(cfg)
-    with unless_refused(run_dir):
+    with training(run_dir):
         ckpt_path = resume_path(cfg)
+        callbacks, loggers = [ConfigFile(cfg), *build_all(cfg.callbacks)], build_all(cfg.logger)
+        trainer = Trainer(**build(cfg.trainer), callbacks=callbacks, logger=loggers, default_root_dir=run_dir)
         L.seed_everything(cfg.seed, workers=True, verbose=False)
         datamodule, model = build(cfg.data), build(cfg.model)
-        callbacks, loggers = build_all(cfg.callbacks), build_all(cfg.logger)
-        trainer = L.Trainer(**build(cfg.trainer), callbacks=callbacks, logger=loggers, default_root_dir=run_dir)
-        write_config(cfg, trainer)
         with workers_watched():
             trainer.fit(model, datamodule, ckpt_path=ckpt_path)
-    if trainer.interrupted:
-        return None
-    model.save_model(f"{run_dir}/model")
-    if trainer.is_global_zero:
-        print(f"model:   {run_dir}/model")
-    metric = trainer.callback_metrics.get(cfg.optimized_metric or "")
-    return None if metric is None else float(metric)
+        if trainer.interrupted:
+            return None
+        model.save_model(f"{run_dir}/model")
+        if trainer.is_global_zero:
+            print(f"model:   {run_dir}/model")
+        return finish(run_dir, trainer.callback_metrics.get(cfg.optimized_metric or ""))
 
 
 if __name__ == "__main__":

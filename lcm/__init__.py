@@ -1,3 +1,7 @@
 import os
+import sys
+
+if sys.platform == "win32":
+    sys.exit("error: Windows lacks the signals and file locks that this program needs: run it in WSL 2")
 
 os.environ.setdefault("WDS_SECURE", "1")  # read when webdataset is imported: it then opens no URL and unpickles nothing

@@ -1,6 +1,7 @@
 """What an evaluation draws: cells of its table, each in chunks of images whose features are files of their own."""
 
 import hashlib
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,25 +13,40 @@ from tqdm import tqdm
 
 from lcm.command_line import build
 from lcm.composition import plain
-from lcm.errors import UserError
+from lcm.core.numbers import Count
+from lcm.errors import NonFiniteError, UserError
 from lcm.files import digest
-from lcm.metrics.features import Extractor, fingerprint, joined, save
+from lcm.metrics.features import Extractor, joined, save
 from lcm.models.generate import LatentModel, Sampler
 from lcm.runs import find_pipeline
 from lcm.targets import CONF
 
+log = logging.getLogger(__name__)
 SHOWN = 32  # images of a cell that are kept for grids
 
 
 @dataclass(frozen=True)
+class Entry:
+    """What a configuration says of a model to be measured."""
+
+    pipeline: str
+    steps: Count | list[Count]
+    solver: str | dict[str, Any] | None = None
+    w: float | list[float] | None = None
+    size: int | list[int] | None = None
+    label: str | None = None
+
+
+@dataclass(frozen=True)
 class Cell:
-    """One model at one step count and w; `folder` has its features, a file a chunk."""
+    """One model at one step count and w, drawn at `size` pixels a side; `folder` has its features, a file a chunk."""
 
     name: str
     steps: int
     w: float
     model: LatentModel
     sampler: Sampler | None
+    size: int
     folder: Path
 
 
@@ -50,50 +66,80 @@ class Chunk:
     def draw(self, extract: Extractor, batch_size: int, bar: tqdm) -> None:
         seeds = [self.seed + self.first + i for i in range(len(self.prompts))]
         cell, shown, parts = self.cell, [], []
-        batches = cell.model.images(
-            self.prompts, seeds, steps=cell.steps, w=cell.w, sampler=cell.sampler, batch_size=batch_size
-        )
-        for i, images in enumerate(batches):
-            parts.append(extract(images, self.prompts[i * batch_size :][: len(images)]))
-            shown.append(images[: max(SHOWN - i * batch_size, 0)].cpu())
-            bar.update(len(images) * cell.steps)
-        kept = {"images": torch.cat(shown)} if self.first == 0 else {}
+        options: dict[str, Any] = {"steps": cell.steps, "w": cell.w, "sampler": cell.sampler, "size": cell.size}
+        try:
+            for i, images in enumerate(cell.model.images(self.prompts, seeds, batch_size=batch_size, **options)):
+                parts.append(extract(images, self.prompts[i * batch_size :][: len(images)]))
+                shown.append(images[: max(SHOWN - self.first - i * batch_size, 0)].cpu())
+                bar.update(len(images) * cell.steps)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{cell.name} at {cell.steps} steps and w = {cell.w:g}: {error}") from error
+        kept = {"images": torch.cat(shown)} if self.first < SHOWN else {}
         save(self.file, {**joined(parts), **kept}, {"name": cell.name, "steps": cell.steps, "w": cell.w, "seeds": seeds[0]})
 
 
-def make_cells(cfg: DictConfig, extract: Extractor, device: str) -> list[Cell]:
-    """Every entry x w x steps. Raises UserError, before any drawing, for what cannot be drawn."""
+def load_models(cfg: DictConfig, device: str) -> dict[str, LatentModel]:
+    """The entries' models by path, which the entries then have in the place of "last"."""
     models: dict[str, LatentModel] = {}
-    makes: dict[str, dict[str, Any]] = {}
-    cells = []
-    for name, entry in cfg.entries.items():
-        path, sampler = find_pipeline(entry.pipeline, cfg.paths.runs), make_sampler(name, entry.get("solver"))
-        entry.pipeline = path  # for the record, what "last" was
+    for entry in cfg.entries.values():
+        path = entry.pipeline = find_pipeline(entry.pipeline, cfg.paths.runs)
         if path not in models:
             models[path] = LatentModel.load(path, device=device, dtype=getattr(torch, cfg.dtype))
-            makes[path] = drawn_by(models[path], cfg.dtype)
-        model, ws = models[path], listed(entry.get("w", cfg.w))
+    if not models:
+        raise UserError("there is nothing to evaluate: give entries, e.g. entries.LCM.pipeline=<folder>")
+    return models
+
+
+def choose_resolution(cfg: DictConfig, models: dict[str, LatentModel]) -> int:
+    """Return the pixels a side at which images are compared: as configured, or the one size of all entries."""
+    if cfg.resolution is not None:
+        return cfg.resolution
+    sizes = {models[entry.pipeline].size(entry.get("size"), f"entries.{name}.size") for name, entry in cfg.entries.items()}
+    height, width = sorted(sizes)[0]
+    if len(sizes) > 1 or height != width:
+        given = " and ".join(f"{height} x {width}" for height, width in sorted(sizes))
+        raise UserError(f"the entries draw {given} px images: set resolution=<pixels> to compare squares of one size")
+    return height
+
+
+def choose_size(name: str, entry: Any, model: LatentModel, resolution: int) -> int:
+    """Return the pixels a side at which an entry is drawn: its own `size`, or those at which images are compared."""
+    asked, own = entry.get("size"), model.net.config["sample_size"]
+    if asked is None:
+        size, _ = model.size(resolution, "resolution")
+        if isinstance(own, int) and own * model.codec.factor != size:
+            log.warning(
+                "entries.%s draws %d px images by a model of %d px images: entries.%s.size=%d draws at the model's own size",
+                name, size, own * model.codec.factor, name, own * model.codec.factor,
+            )  # fmt: skip
+        return size
+    height, width = model.size(asked, f"entries.{name}.size")
+    if height != width:
+        raise UserError(f"entries.{name}.size={asked}: metrics compare squares, give one number")
+    return height
+
+
+def make_cells(cfg: DictConfig, models: dict[str, LatentModel], extract: Extractor) -> list[Cell]:
+    """Every entry x w x steps. Raises UserError, before any drawing, for what cannot be drawn."""
+    makes = {path: drawn_by(model, cfg.dtype) for path, model in models.items()}
+    cells = []
+    for name, entry in cfg.entries.items():
+        sampler, model, ws = make_sampler(name, entry.get("solver")), models[entry.pipeline], listed(entry.get("w", cfg.w))
+        size = choose_size(name, entry, model, extract.resolution)
         for option, values in (("steps", listed(entry.steps)), ("w", ws)):
             if twice := [value for value, count in Counter(values).items() if count > 1]:
                 raise UserError(f"entries.{name}.{option} has {twice[0]:g} twice: each belongs in the table once")
         for w in ws:
-            check_w(name, model, w)
+            model.check_w(w, f"entries.{name}.w")
             for steps in listed(entry.steps):
-                model.sampler(sampler)[1](steps, model.process.num_timesteps)  # refuses a step count that does not fit
-                facts = {**makes[path], "solver": plain(entry.get("solver")), "steps": steps, "w": float(w)}
+                model.check_steps(steps, sampler)
+                options = {"solver": plain(entry.get("solver")), "steps": steps, "w": float(w), "size": size}
+                facts = {**makes[entry.pipeline], **options}
                 folder = Path(cfg.features, digest([facts, extract.facts]))
-                cells.append(Cell(entry.get("label", name), steps, float(w), model, sampler, folder))
+                cells.append(Cell(str(entry.get("label", name)), steps, float(w), model, sampler, size, folder))
     if not cells:
         raise UserError("there is nothing to evaluate: give entries, e.g. entries.LCM.pipeline=<folder>")
     return cells
-
-
-def check_w(name: str, model: LatentModel, w: float) -> None:
-    if w != 0 and model.consistency and not model.family.takes_w(model.net):
-        raise UserError(
-            f"entries.{name} is a consistency model without an input for w, and its w = {w:g} is not 0: set entries.{name}.w=0"
-        )
-    model.check_w(w)
 
 
 def make_sampler(name: str, solver: Any) -> Sampler | None:
@@ -107,14 +153,11 @@ def make_sampler(name: str, solver: Any) -> Sampler | None:
 
 
 def drawn_by(model: LatentModel, dtype: str) -> dict[str, Any]:
-    """What an image depends on besides prompt, seed, steps, w and solver: the weights and the code that draws."""
+    """What an image depends on besides prompt, seed, size, steps, w and solver: the weights and the code that draws."""
     root = Path(__file__).parent
     files = [file for part in ("core", "models", "models/families") for file in sorted((root / part).glob("*.py"))]
     return {
-        "weights": fingerprint(model.net, *model.students.values(), model.codec.vae, *model.codec.text.encoders),
-        "schedule": model.process.config,
-        "facts": model.facts,
-        "consistency": model.consistency,
+        **model.identity(),
         "dtype": dtype,
         "code": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16],
     }

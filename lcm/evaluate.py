@@ -7,6 +7,7 @@ meet in these files alone; what is there is not drawn again, after a kill or for
 import logging
 import time
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from omegaconf import DictConfig
@@ -14,11 +15,13 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from lcm import report
-from lcm.cells import SHOWN, Chunk, chunks_of, make_cells
+from lcm.cells import SHOWN, Cell, Chunk, Entry, choose_resolution, chunks_of, load_models, make_cells
 from lcm.command_line import build, build_all, program
+from lcm.core.numbers import Count, Dtype, Limit, NonNegative, Seed
 from lcm.data.captions import read_captions
 from lcm.errors import UserError
-from lcm.inputs import output_folder, pick_device, read_prompts, shards
+from lcm.images import resized
+from lcm.inputs import one_of_each, output_folder, pick_device, read_prompts, shards
 from lcm.metrics.features import METRICS, Extractor, joined, scores
 
 log = logging.getLogger(__name__)
@@ -60,6 +63,7 @@ def wait(chunks: Sequence[Chunk], patience: float) -> None:
 
 
 def check(cfg: DictConfig) -> None:
+    one_of_each(cfg, "samples", "grid_rows", "seed", "batch_size", "chunk", *([] if cfg.resolution is None else ["resolution"]))
     if not cfg.metrics:
         raise UserError(f"metrics=[] measures nothing: choose among {', '.join(METRICS)}")
     if unknown := [name for name in cfg.metrics if name not in METRICS]:
@@ -68,9 +72,10 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"samples={cfg.samples} and grid_rows={cfg.grid_rows}: at least 2 samples, at most {SHOWN} rows")
 
 
-def warnings(extract: Extractor, samples: int, real: int) -> list[str]:
+def warnings(extract: Extractor, samples: int, real: int, cells: Sequence[Cell]) -> list[str]:
     dimensions = (extract.fid or extract.clip).num_features
-    found = []
+    others = {cell.name: cell.size for cell in cells if cell.size != extract.resolution}
+    found = [f"{name} is drawn at {size} px and resized to {extract.resolution} px." for name, size in others.items()]
     if min(samples, real) <= dimensions:
         found.append(f"{min(samples, real)} images do not fill the {dimensions} dimensions of the features: FID is too high")
     if real < samples:
@@ -84,28 +89,53 @@ def evaluate(cfg: DictConfig) -> None:
     """Draw what is not drawn, score every cell, write the table, plots and grid; process `rank` > 0 only draws its share."""
     check(cfg)
     folder, device = output_folder(cfg.output), pick_device(cfg.device, cfg.local_rank)
+    output_folder(cfg.features, "features")
     prompts, different = make_prompts(cfg)
-    extract = Extractor(build(cfg.backbone), build(cfg.get("fid_backbone")), resolution=cfg.resolution).to(device)
-    cells = make_cells(cfg, extract, device)
+    backbone, fid_backbone, models = build(cfg.backbone), build(cfg.get("fid_backbone")), load_models(cfg, device)
+    cfg.resolution = choose_resolution(cfg, models)
+    extract = Extractor(backbone, fid_backbone, resolution=cfg.resolution).to(device)
+    cells = make_cells(cfg, models, extract)
     chunks = [chunk for cell in cells for chunk in chunks_of(cell, prompts, cfg)]
     if cfg.rank:
         return draw(chunks[cfg.rank :: cfg.world_size], extract, cfg.batch_size, quiet=True)
     reference = "reference" if cfg.reference else "shards"
     real = extract.reference(shards(cfg, reference), cfg.reference_cache)
-    found = warnings(extract, cfg.samples, len(real["clip"]))
+    found = warnings(extract, cfg.samples, len(real["clip"]), cells)
     draw(chunks[:: cfg.world_size], extract, cfg.batch_size, quiet=False)
     wait(chunks, cfg.patience)
     rows, shown = [], []
     for cell in cells:
         parts = [load_file(chunk.file) for chunk in chunks if chunk.cell is cell]
-        shown.append(parts[0].pop("images")[: cfg.grid_rows])
+        images = torch.cat([part.pop("images") for part in parts if "images" in part])
+        shown.append(resized(images[: cfg.grid_rows], cfg.resolution))
         values = scores(joined(parts), real, cfg.metrics, device)
         rows.append({"name": cell.name, "steps": cell.steps, "w": cell.w, **values})
     footer = report.footer(cfg, extract, real=real, different=different, reference=str(cfg[reference]), warnings=found)
     report.write(folder, rows, footer, shown, prompts, cfg, build_all(cfg.get("logger")))
 
 
-@program("evaluate")
+TEXTS = str | list[str]
+
+
+@program(
+    "evaluate",
+    grid_rows=Count,
+    batch_size=Count,
+    chunk=Count,
+    resolution=Count | None,
+    entries=dict[str, Entry],
+    w=float | list[float],
+    metrics=list[str],
+    shards=TEXTS,
+    reference=TEXTS | None,
+    prompts=TEXTS,
+    samples=Annotated[int, Limit(2)],
+    seed=Seed,
+    output=str,
+    dtype=Dtype,
+    patience=NonNegative,
+    name=str,
+)
 @torch.inference_mode()
 def main(cfg: DictConfig) -> None:
     evaluate(cfg)

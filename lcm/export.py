@@ -1,7 +1,7 @@
 """A model from a checkpoint: `python -m lcm.export run=runs/lcd_sd15/0 weights=target dtype=bfloat16 output=model`."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -11,11 +11,14 @@ from safetensors.torch import save
 from lcm.checkpoints.atomic import AtomicCheckpointIO
 from lcm.checkpoints.found import checkpoint_path
 from lcm.command_line import build, program
+from lcm.core.numbers import Dtype
 from lcm.errors import UserError
 from lcm.files import whole_file
 from lcm.inputs import output_folder
+from lcm.models.codec import vae_factor
 from lcm.models.lora import is_adapted, merged
-from lcm.models.pipeline import load_network
+from lcm.models.parts import read_json, rounded
+from lcm.models.pipeline import find, load_network
 from lcm.modules.latent import LatentModule
 
 FORMATS = ("pipeline", "unet")
@@ -31,7 +34,9 @@ def trained(run: Path, checkpoint: str) -> LatentModule:
     if found is None:
         raise UserError(f"{run} has no checkpoint: give one with checkpoint=<path>")
     config: Any = OmegaConf.load(file)
-    module: Any = build(config.model)
+    for part, target in (("optimizer", "torch.optim.AdamW"), ("lr_schedule", "lcm.modules.lr_schedules.constant")):
+        config.model[part] = {"_target_": target, "_partial_": True}  # nothing is trained, whatever the run's was
+    module: Any = build(config.model, foreign=True)
     if not isinstance(module, LatentModule):
         raise UserError(
             f"{run} trained a {type(module).__name__}, which has nothing to export: train.py saved it in {run}/model"
@@ -46,6 +51,9 @@ def trained(run: Path, checkpoint: str) -> LatentModule:
     module.trainer = trainer
     module.on_load_checkpoint(content)
     module.load_state_dict(content["state_dict"])
+    if (resolution := config.data.get("resolution")) is not None:
+        vae = read_json(find(module.pipeline, "vae") / "vae" / "config.json")
+        module.note_sample_size(resolution // vae_factor(vae))
     return module
 
 
@@ -58,12 +66,17 @@ def chosen(module: LatentModule, weights: str) -> Any:
     return net
 
 
-@program("export")
+@program(
+    "export",
+    run=str,
+    checkpoint=str,
+    weights=Literal["best", *WEIGHTS],
+    dtype=Dtype,
+    format=Literal[*FORMATS],
+    output=str,
+)
 def main(cfg: DictConfig) -> None:
     """Read, choose, write."""
-    for key, known in (("format", FORMATS), ("weights", ("best", *WEIGHTS))):
-        if cfg[key] not in known:
-            raise UserError(f"{key}={cfg[key]}: choose among {', '.join(known)}")
     run, output, dtype = Path(cfg.run), Path(cfg.output), getattr(torch, cfg.dtype)
     module = trained(run, cfg.checkpoint)
     net = chosen(module, cfg.weights)
@@ -74,7 +87,7 @@ def main(cfg: DictConfig) -> None:
         output = output.with_suffix(".safetensors")
         net = merged(net, load_network(module.pipeline)) if is_adapted(net) else net
         with whole_file(output) as file:
-            state = {name: value.to(dtype).contiguous() for name, value in net.state_dict().items()}
+            state = {name: value.contiguous() for name, value in rounded(net, dtype).state_dict().items()}
             file.write(save(state, metadata={"format": "pt"}))
     print(f"model:   {output}   ({cfg.weights} weights of step {module.global_step}, {cfg.dtype})")
 

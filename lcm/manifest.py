@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from lcm.command_line import build, program
+from lcm.core.numbers import Seed
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.expected import MANIFEST, Expected, Manifests, read_json, sha256_of
 from lcm.data.shards import Shard, expand_urls, is_remote, local
@@ -27,7 +28,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-@program("manifest")
+@program("manifest", verify=bool, seed=Seed)
 def main(cfg: DictConfig) -> None:
     """Write `manifest.json` beside the shards; stopped at any moment, the same command goes on. Or verify what it says."""
     data: ShardDataModule = build(cfg.data)

@@ -8,11 +8,13 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, SIGUSR1, SIGUSR2
 from types import FrameType
 
+GRACE = 2.0  # seconds
 _process = 0
 _asked = 0
 
@@ -64,6 +66,10 @@ def leave_to_parent() -> None:
 
 def _obey_parent() -> None:
     parent = multiprocessing.parent_process()
-    while parent is None or signal.sigwaitinfo({SIGTERM}).si_pid != parent.pid:
-        pass
+    if hasattr(signal, "sigwaitinfo"):
+        while parent is None or signal.sigwaitinfo({SIGTERM}).si_pid != parent.pid:
+            pass
+    else:  # macOS does not say who sent it: the main process gets time for the end of its step
+        signal.sigwait({SIGTERM})
+        time.sleep(GRACE)
     os._exit(0)

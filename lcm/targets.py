@@ -1,4 +1,7 @@
-"""What a configuration may name: a `_target_` is code that runs, so only what a training is made of is allowed."""
+"""Targets in a file that came from elsewhere: a `_target_` is code that runs, so only parts of a training are allowed.
+
+The command line and a user's own conf/ are trusted.
+"""
 
 import os
 import re
@@ -12,7 +15,8 @@ from hydra.utils import get_object
 
 from lcm.errors import UserError
 
-CONF = Path(__file__).parent.parent / "conf"
+PACKAGE = Path(__file__).parent
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # of an installation; of a checkout
 OWN = tuple(filter(None, re.split(r"[\s,]+", os.environ.get("LCM_ALLOW_TARGETS", ""))))  # before a configuration can set it
 FUNCTIONS = ("lcm.core", *OWN)
 CLASSES = (
@@ -21,33 +25,28 @@ CLASSES = (
     *("torch.optim", "torch.nn", "torch.distributed.fsdp", "diffusers.models"),
     *(f"lightning.pytorch.{part}" for part in ("callbacks", "loggers", "plugins", "profilers", "strategies")),
     *("lightning.fabric.plugins", "lightning.fabric.strategies"),
-    *("hydra_plugins", "hydra._internal.core_plugins", "logging", "colorlog"),  # what Hydra itself builds
 )
-STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
-def check_targets(node: Any, key: str = "", *, logs: bool = False) -> None:
-    """Raise UserError for what plain containers name that is not allowed; logs: they configure Python's logging, which builds
-    by other names."""
+def check_targets(node: Any, key: str = "") -> None:
+    """Raise UserError for what plain containers name that is not allowed."""
     if isinstance(node, Mapping):
         for name, value in node.items():
             here = f"{key}.{name}" if key else str(name)
-            if name == "_target_" or (logs and name in ("()", "class")):
+            if name == "_target_":
                 check_target(value, here)
             else:
-                check_targets(value, here, logs=logs)
+                check_targets(value, here)
     elif isinstance(node, Sequence) and not isinstance(node, str | bytes):
         for i, value in enumerate(node):
-            check_targets(value, f"{key}.{i}", logs=logs)
-    elif logs and isinstance(node, str) and "://" in node and node not in STREAMS:
-        raise UserError(f"{key}={node} is not allowed: a log goes to {' or '.join(STREAMS)}")
+            check_targets(value, f"{key}.{i}")
 
 
 def check_target(target: Any, key: str) -> None:
     if target in shipped() or (isinstance(target, str) and is_allowed(target)):
         return
     raise UserError(
-        f"{key}={target} is not allowed: a configuration may name what conf/ does, and the optimizers, layers, callbacks, "
+        f"{key}={target} is not allowed: a run's config.yaml may name what conf/ does, and the optimizers, layers, callbacks, "
         "loggers and models of lcm, torch, lightning and diffusers; for your own package set LCM_ALLOW_TARGETS=<package>"
     )
 

@@ -1,4 +1,4 @@
-"""Measurements on this machine, each a table: `python -m lcm.bench parts=[data,soak,step,sampling]`."""
+"""Measurements on this machine, each a table: `python -m lcm.bench 'parts=[data,soak,step,sampling]'`."""
 
 import json
 import shlex
@@ -11,12 +11,13 @@ from omegaconf import DictConfig
 
 from lcm.bench.measure import machine
 from lcm.command_line import build, program
+from lcm.core.numbers import Count
 from lcm.errors import UserError
 from lcm.inputs import output_folder
 from lcm.redaction import redacted
 
 
-@program("bench")
+@program("bench", parts=str | list[str], output=str, pipeline=str, resolution=Count)
 def main(cfg: DictConfig) -> None:
     """Run the parts one after the other; each prints its table and writes <part>.md and <part>.json."""
     if isinstance(cfg.parts, str):

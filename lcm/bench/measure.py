@@ -41,7 +41,8 @@ def shown(value: Any) -> str:
 def machine() -> dict[str, str]:
     """What the figures hold for."""
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     facts = {"cpu": names[0] if names else platform.machine(), "cores": str(os.cpu_count()), "torch": torch.__version__}
     return {**facts, "gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else facts
 

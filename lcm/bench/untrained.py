@@ -1,5 +1,6 @@
 """A pipeline folder of full size with random weights, for speed and memory where no trained one is at hand."""
 
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +25,7 @@ VAE: dict[str, Any] = {  # of all Stable Diffusion models up to 2.1
     "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32,
     "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "scaling_factor": 0.18215,
 }  # fmt: skip
+VOCABULARY = 49408
 TEXT: dict[int, dict[str, Any]] = {  # by width: CLIP ViT-L/14, OpenCLIP ViT-H/14 without its last layer, ViT-bigG/14
     768: {"num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     1024: {"num_hidden_layers": 23, "num_attention_heads": 16, "intermediate_size": 4096, "hidden_act": "gelu"},
@@ -40,7 +42,7 @@ def untrained_pipeline(net: str, folder: str) -> None:
     torch.manual_seed(0)
     target.parent.mkdir(parents=True, exist_ok=True)
     unet: UNet2DConditionModel = build(OmegaConf.load(CONF / "model/net" / f"{net}.yaml"))
-    tokenizer = CLIPTokenizer.from_pretrained(find("mini") / "tokenizer", model_max_length=77)
+    tokenizer = full_size(CLIPTokenizer.from_pretrained(find("mini") / "tokenizer"))
     xl, width = unet.config["addition_embed_type"] == "text_time", unet.config["cross_attention_dim"]
     parts: dict[str, Any] = {
         "unet": unet, "vae": AutoencoderKL(**VAE), "scheduler": DDIMScheduler(**VP().config), "tokenizer": tokenizer,
@@ -57,6 +59,18 @@ def untrained_pipeline(net: str, folder: str) -> None:
         Path(partial).mkdir()
 
 
+def full_size(tokenizer: CLIPTokenizer) -> CLIPTokenizer:
+    """A tokenizer of Stable Diffusion's size and length, with pairs of symbols for the tokens that the given one lacks."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    vocab, merges = model["vocab"], [tuple(merge) for merge in model["merges"]]
+    symbols = [token for token in vocab if len(token) == 1]
+    pairs = [(a, b) for a in symbols for b in (*symbols, *(f"{symbol}</w>" for symbol in symbols)) if a + b not in vocab]
+    for a, b in pairs[: VOCABULARY - len(vocab)]:
+        vocab[a + b] = len(vocab)
+        merges.append((a, b))
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+
+
 def tower(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "vocab_size": 49408}
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "vocab_size": VOCABULARY}
     return CLIPTextConfig(hidden_size=width, projection_dim=width, **TEXT[width], **special)

@@ -1,5 +1,6 @@
 """Image grids during training: the same prompts and seeds every time, one column per step count."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +10,30 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch import Tensor
 
+from lcm.core.numbers import Count, Seed
+from lcm.errors import NonFiniteError, UserError
 from lcm.images import columns_to_rows, grid, steps_label
+
+log = logging.getLogger(__name__)
 
 
 class ImageGrid(L.Callback):
     """Every `every_n_steps` optimizer steps, and at the start and end, draws `prompts` at each of `steps`.
 
     The grid goes to `folder/step-000100.png` and to every logger that takes images; at the end `folder/history.png` puts the
-    largest step count of every grid side by side. w: guidance weight.
+    largest step count of every grid side by side. w: guidance weight. The pictures have the size of the training. A warning
+    stands in the place of a grid whose pictures are not finite.
     """
 
     def __init__(
-        self, folder: str, prompts: list[str], *, steps: list[int], w: float, every_n_steps: int = 500, seed: int = 0
+        self, folder: str, prompts: list[str], *, steps: list[Count], w: float, every_n_steps: Count = 500, seed: Seed = 0
     ) -> None:
-        self.folder, self.prompts, self.steps, self.w = Path(folder), prompts, steps, w
+        if isinstance(prompts, str):
+            raise UserError(f"callbacks.samples.prompts={prompts}: give a list of prompts, as [red apple, blue chair]")
+        self.folder, self.prompts, self.steps, self.w = Path(folder), [str(prompt) for prompt in prompts], steps, w
         self.every_n_steps, self.seeds = every_n_steps, [seed + i for i in range(len(prompts))]
         self.history: dict[int, Tensor] = {}
+        self.last = -1
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         self.draw(trainer, module)
@@ -41,12 +50,16 @@ class ImageGrid(L.Callback):
 
     def draw(self, trainer: L.Trainer, module: Any) -> None:
         step = trainer.global_step
-        if step in self.history or not (trainer.is_global_zero or module.device_mesh is not None):
+        if step == self.last or not (trainer.is_global_zero or module.device_mesh is not None):
             return  # a sharded network is run by all ranks together
+        self.last = step
         model = module.latent_model(trainer.datamodule.codec)  # type: ignore[attr-defined]
-        columns = [
-            next(model.images(self.prompts, self.seeds, steps=n, w=self.w, batch_size=len(self.prompts))) for n in self.steps
-        ]
+        options: dict[str, Any] = {"w": self.w, "batch_size": len(self.prompts)}
+        try:
+            columns = [next(model.images(self.prompts, self.seeds, steps=n, **options)) for n in self.steps]
+        except NonFiniteError as error:
+            log.warning("no image grid at step %d: %s", step, error)
+            return
         self.history[step] = columns[-1].cpu()
         if not trainer.is_global_zero:
             return

@@ -18,6 +18,7 @@ from lightning.pytorch.loops.training_epoch_loop import RestartStage as LoopStag
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from lcm import signals
+from lcm.core.numbers import Count
 
 log = logging.getLogger(__name__)
 HEARD = (signals.SIGINT, signals.SIGUSR1, signals.SIGTERM)
@@ -33,7 +34,7 @@ class StopOnSignal(Checkpoint):
     A Checkpoint only in Lightning's eyes, which calls those after all other callbacks: the step's measurements are then done.
     """
 
-    def __init__(self, path: str, *, every_n_steps: int) -> None:
+    def __init__(self, path: str, *, every_n_steps: Count) -> None:
         self.path, self.every_n_steps = path, every_n_steps
         self.group: Any = None
         self.last = 0

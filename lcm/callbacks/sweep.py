@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from hydra.experimental.callback import Callback
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
-from lcm.files import whole_file
+from lcm.errors import UserError
+from lcm.files import whole_file, writable
+from lcm.overrides import shown
 from lcm.redaction import redacted
 
 
@@ -22,7 +25,10 @@ class SweepTable(Callback):
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+        try:
+            writable(Path(config.hydra.sweep.dir), "paths.runs")
+        except UserError as error:
+            sys.exit(f"error: {error}")  # Hydra logs other exceptions of a callback, and goes on
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         hide_secrets(config)
@@ -32,7 +38,9 @@ class SweepTable(Callback):
             return
         done = job_return.cfg if job_return.status == JobStatus.COMPLETED else None
         run_dir = None if done is None else done.paths.run_dir
-        swept = dict(override.lstrip("+").split("=", 1) for override in config.hydra.overrides.task)
+        if run_dir and not Path(run_dir).is_dir():  # the job was refused before its first step
+            run_dir = None
+        swept = dict(map(shown, config.hydra.overrides.task))
         note = {
             "swept": redacted(swept),
             "run": run_dir,
@@ -49,6 +57,7 @@ class SweepTable(Callback):
         keys = varied([note["swept"] for note in notes])
         names = sorted({name for note in notes for name in note["metrics"]})
         if not names:
+            print(f"sweep:   no table: {lack([note['run'] for note in notes if note['run']])}")
             return
         rows = [
             [*(note["swept"].get(key, "") for key in keys), *(number(note["metrics"].get(name)) for name in names), note["run"]]
@@ -66,6 +75,18 @@ def hide_secrets(config: DictConfig) -> None:
     if config.hydra.mode.name == "MULTIRUN" and file.is_file() and (noted := file.read_text()) != (hidden := redacted(noted)):
         with whole_file(file) as copy:
             copy.write(hidden.encode())
+
+
+def lack(runs: Sequence[str]) -> str:
+    """Return why no run has a metric for the table."""
+    if not runs:
+        return "no job has trained, their errors are above"
+    if not any(Path(run, "metrics.csv").is_file() for run in runs):
+        return "it is made of metrics.csv, add logger=csv (or logger=many)"
+    return (
+        "no run has measured a metric named val/, add callbacks=evaluation for FID and CLIP score, or for val/loss give "
+        "data.val_shards and a trainer.val_check_interval of at most trainer.max_steps"
+    )
 
 
 def number(value: float | None) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from lcm.core.numbers import Count, Positive
 from lcm.models.flops import call_flop, matmul_tflops
 
 
@@ -19,7 +20,7 @@ class Throughput(L.Callback):
     Nothing here waits for the device in the course of training. matmul_size: by default 2048 on a CPU, 8192 on a GPU.
     """
 
-    def __init__(self, peak_tflops: float | None = None, matmul_size: int | None = None) -> None:
+    def __init__(self, peak_tflops: Positive | None = None, matmul_size: Count | None = None) -> None:
         self.peak, self.matmul_size = peak_tflops, matmul_size
         self.flop_per_image: float | None = None
 

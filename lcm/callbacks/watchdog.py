@@ -12,6 +12,8 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 
+from lcm.core.numbers import Positive
+
 log = logging.getLogger(__name__)
 Heartbeats = dict[int, tuple[int, str, float]]  # of a rank: how far it is, its host, when it said so
 
@@ -23,7 +25,7 @@ class Watchdog(L.Callback):
     says who is. It ends nothing: the process group's timeout, or SLURM, does.
     """
 
-    def __init__(self, *, timeout: float) -> None:
+    def __init__(self, *, timeout: Positive) -> None:
         self.timeout = timeout
         self.place, self.moved = 0, time.monotonic()
         self.done = threading.Event()

@@ -10,7 +10,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from lcm.checkpoints import sharded
-from lcm.checkpoints.integrity import LAST, PREVIOUS, Summed, damage
+from lcm.checkpoints.integrity import LAST, PREVIOUS, Summed, damage, keep, kept
 from lcm.errors import UserError
 from lcm.files import whole_file
 
@@ -54,13 +54,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             writing.result()
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """On the CPU. One that was read to choose it is not read again."""
         self.finish()
-        if reason := damage(Path(path)):
+        path = Path(path)
+        if path not in kept and (reason := keep(path)):
             raise UserError(f"{path} is damaged ({reason}): give another checkpoint")
-        self.proven.add(Path(path))
-        if Path(path).is_dir():
-            return sharded.read(Path(path))
-        return super().load_checkpoint(path, map_location, weights_only=True)
+        self.proven.add(path)
+        return sharded.read(path) if path.is_dir() else kept.pop(path)
 
     def remove_checkpoint(self, path: Any) -> None:
         self.finish()

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from lcm.checkpoints.integrity import LAST, PREVIOUS, damage
+from lcm.checkpoints.integrity import LAST, PREVIOUS, damage, keep, kept
 from lcm.errors import UserError
 
 FOLDER = "checkpoints"  # of a run's directory
@@ -20,10 +20,14 @@ def checkpoint_path(run_dir: Path, ckpt_path: str) -> str | None:
         raise UserError(f"ckpt_path={path} is not a file; ckpt_path=last goes on with the newest run of this name")
     if (path / FOLDER).is_dir():
         raise UserError(f"ckpt_path={path} is a run's folder: give {path / FOLDER / LAST}")
-    if reason := damage(path):
+    if reason := keep(path):
         others = [other for other in saved(path.parent) if other.resolve() != path.resolve() and not damage(other)]
         instead = f"give ckpt_path={others[0]}, which is whole" if others else "no other checkpoint beside it is whole"
         raise UserError(f"ckpt_path={path} is damaged ({reason}): {instead}")
+    if path in kept and not (isinstance(kept[path], dict) and {"loops", "optimizer_states"} <= kept[path].keys()):
+        raise UserError(
+            f"ckpt_path={path} holds no training to go on with, only weights: give a pipeline folder as model.pipeline"
+        )
     return str(path)
 
 
@@ -40,7 +44,7 @@ def newest_whole(folder: Path) -> str | None:
     """Raises UserError where there are checkpoints, but no whole one: a fresh start would overwrite them."""
     files = saved(folder)
     for path in files:
-        reason = damage(path)
+        reason = keep(path)
         if reason is None:
             return str(path)
         print(f"warning: {path} is damaged ({reason}): it is left out, the one before it is used", file=sys.stderr, flush=True)

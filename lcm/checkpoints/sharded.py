@@ -108,7 +108,7 @@ def read(folder: Path, into: Callable[[str], Tensor | None] | None = None) -> Tr
             return value
         own = into(name) if into else None
         size, dtype = facts[name].size, facts[name].properties.dtype  # type: ignore[union-attr]
-        shards[name] = torch.empty(size, dtype=dtype) if own is None else own
+        shards[name] = torch.empty(size, dtype=dtype) if own is None or own.shape != size else own
         return shards[name]
 
     whole = mapped(rest, wanted)

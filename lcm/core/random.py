@@ -1,6 +1,7 @@
 """Randomness as a pure function of where it is used, so that a resumed run draws what the uninterrupted one drew."""
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
 
@@ -11,10 +12,34 @@ def generator(device: torch.device | str, *keys: int | str) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def own_rows(drawn: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
-    """One rank's of the rows drawn for all ranks, in the order in which they share a batch: what a sample is given then depends
-    on its place in the batch, not on the number of ranks."""
-    return drawn.chunk(world_size)[rank]
+BLOCK = 64  # rows of a global batch that share a generator; a batch of no more is drawn at once
+
+
+class RankRows:
+    """One rank's rows of what is drawn for a global batch, `rank * count` to `(rank + 1) * count` of `world_size * count`.
+
+    A function of `keys`, of the global batch's size and of a sample's place in it, whatever the number of ranks. Block n of 64
+    rows has the generator of (*keys, n), so that a rank draws the blocks that it has rows in.
+    """
+
+    def __init__(self, device: torch.device | str, *keys: int | str, rank: int = 0, world_size: int = 1) -> None:
+        self.device, self.keys, self.rank, self.world_size = device, keys, rank, world_size
+
+    def blocks(self, count: int) -> Iterator[tuple[int, torch.Generator, slice]]:
+        """For each block that `count` rows of this rank lie in: its size, its generator and which of its rows they are."""
+        start, stop, total = self.rank * count, (self.rank + 1) * count, self.world_size * count
+        for block in range(start // BLOCK, -(-stop // BLOCK)):
+            first = block * BLOCK
+            rows = slice(max(start - first, 0), stop - first)
+            yield min(BLOCK, total - first), generator(self.device, *self.keys, block), rows
+
+
+def normal(shape: torch.Size, rng: RankRows | torch.Generator | None, device: torch.device) -> torch.Tensor:
+    """Standard normals `shape`, float32."""
+    if not isinstance(rng, RankRows):
+        return torch.randn(shape, generator=rng, device=device)
+    blocks = rng.blocks(shape[0])
+    return torch.cat([torch.randn(size, *shape[1:], generator=block, device=device)[rows] for size, block, rows in blocks])
 
 
 class ImageNoise:

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lcm.core.numbers import Count, SkipSteps
 from lcm.core.process import FLOOR, Process
 from lcm.errors import UserError
 
 POINTS = 50  # of the grid that the released LCMs were trained on
 
 
-def grid(num_timesteps: int = 1000, *, points: int = POINTS) -> Tensor:
+def grid(num_timesteps: int = 1000, *, points: Count = POINTS) -> Tensor:
     """`[points]` int64 ascending T/points * (1 .. points) - 1: 19, 39, ..., 999, as the released LCMs and diffusers use."""
     if not 1 <= points <= num_timesteps:
         raise UserError(f"a grid of {points} points does not fit {num_timesteps} timesteps: use 1 to {num_timesteps}")
@@ -29,7 +30,7 @@ def points_of(timesteps: Tensor, num_timesteps: int = 1000) -> int | None:
     return points if is_grid else None
 
 
-def full(num_timesteps: int = 1000, *, skip_steps: int = 20) -> Tensor:
+def full(num_timesteps: int = 1000, *, skip_steps: SkipSteps = 20) -> Tensor:
     """`[T - k]` int64: every t = n + k that Algorithm 1 draws with n over the whole schedule."""
     return torch.arange(skip_steps, num_timesteps)
 

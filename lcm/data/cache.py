@@ -9,7 +9,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from lcm.core.numbers import Count, NonNegative, Positive
 from lcm.data.remote import TooLarge, bring
+from lcm.errors import UserError
+from lcm.files import NO_HANDLES, TRANSIENT, os_error
 from lcm.redaction import redacted
 
 log = logging.getLogger(__name__)
@@ -22,16 +25,31 @@ class ShardCache:
     files are named by the whole URL: shards of one basename do not mix.
     """
 
-    def __init__(self, folder: str, *, max_gb: float = 50.0, attempts: int = 5, pause: float = 1.0, timeout: float = 60.0):
+    def __init__(
+        self, folder: str, *, max_gb: Positive = 50.0, attempts: Count = 5, pause: NonNegative = 1.0, timeout: Positive = 60.0
+    ):
         self.folder, self.max_gb = Path(folder), max_gb
         self.attempts, self.pause, self.timeout = attempts, pause, timeout
 
     def fetch(self, url: str, flaw: Callable[[str], str | None] = lambda file: None) -> str:
-        """The local path of `url`'s content. Raises OSError when every attempt failed; one of which `flaw` says what is wrong
-        with the file that came has failed, too."""
+        """Return the local path of `url`'s content.
+
+        Raises OSError when every attempt failed; an attempt also fails where `flaw` says what is wrong with the file that came.
+        Raises UserError where the folder cannot be written.
+        """
         path = self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.tar"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".lock"), "w") as lock:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = open(path.with_suffix(".lock"), "w")  # noqa: SIM115 - closed below, where an error is another
+        except OSError as error:
+            if path.is_file():
+                return str(path)  # a cache that can be read only, of shards that are there
+            if error.errno in TRANSIENT:
+                raise
+            raise UserError(
+                f"cannot write to {self.folder} ({error.strerror}): set data.cache.folder or paths.data to a writable folder"
+            ) from None
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another worker or rank may be at it
             try:
                 os.utime(path)
@@ -49,6 +67,8 @@ class ShardCache:
                 break
             except Exception as error:  # whatever a file system's client raises for a bad connection
                 partial.unlink(missing_ok=True)
+                if failure := os_error(error, NO_HANDLES):
+                    raise OSError(failure.errno, failure.strerror) from error
                 message = f"{redacted(url)}: {type(error).__name__}: {str(error).replace(url, redacted(url))}"
                 if attempt == self.attempts or isinstance(error, ImportError | TooLarge):
                     raise OSError(message) from None

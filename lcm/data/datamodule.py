@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from lcm.core.batch import LatentBatch
-from lcm.core.random import generator
+from lcm.core.numbers import Count, Positive, Seed, Share, Whole
+from lcm.core.random import RankRows
 from lcm.data.buckets import aspect, shapes_of
 from lcm.data.cache import ShardCache
 from lcm.data.epochs import training_order, validation_order
@@ -19,7 +20,7 @@ from lcm.data.order import Places
 from lcm.data.shards import expand_urls
 from lcm.data.skips import Skips
 from lcm.data.source import Source, total_dropped
-from lcm.data.stream import ShardStream
+from lcm.data.stream import PATIENCE, ShardStream
 from lcm.data.transforms import Decode, collate
 from lcm.data.workers import Loader
 from lcm.errors import UserError
@@ -36,9 +37,10 @@ class ShardDataModule(L.LightningDataModule):
     val_shards: one ordered, complete pass; None disables validation. filters: which samples of both are used.
     build: called once per node before anything else, e.g. to draw a dataset that is made on the spot.
     latents: the shards hold what `python -m lcm.encode` made of images with this codec at this resolution.
+    resolution: pixels a side; None: those of the codec's pipeline, and 512 without a codec.
     buckets: batches of one shape, see `lcm.data.buckets.shapes_of`; None trains on squares of `resolution`.
     batch_size: per device. shuffle, lanes: see `lcm.data.order`. index: the folder that keeps the shards' sample counts.
-    captions: weights of the members that hold one, see `CaptionChoice`.
+    captions: weights of the members or .json fields that hold one, see `CaptionChoice`.
     timeout: seconds without data after which the training ends with an error.
     max_skip_ratio: more damaged samples than this share of those seen stop the training.
     A checkpoint holds the position in the order after the last consumed batch: a resumed run sees the next samples, none twice,
@@ -57,23 +59,24 @@ class ShardDataModule(L.LightningDataModule):
         cache: ShardCache | None = None,
         index: str | None = None,
         allow_pipe: bool = False,
-        resolution: int = 512,
+        resolution: Count | None = None,
         buckets: float | Sequence[Sequence[int]] | None = None,
-        batch_size: int = 16,
-        val_batch_size: int = 64,
-        num_workers: int = 4,
-        caption_dropout: float = 0.0,
+        batch_size: Count = 16,
+        val_batch_size: Count = 64,
+        num_workers: Whole = 4,
+        caption_dropout: Share = 0.0,
         captions: dict[str, float] | None = None,
         random_crop: bool = False,
         flip: bool = False,
         latents: bool = False,
-        shuffle: int = 2048,
-        lanes: int = 16,
-        max_skip_ratio: float = 0.05,
-        seed: int = 0,
-        timeout: float = 600.0,
+        shuffle: Whole = 2048,
+        lanes: Count = 16,
+        max_skip_ratio: Share = 0.05,
+        seed: Seed = 0,
+        timeout: Positive = 600.0,
     ) -> None:
         super().__init__()
+        self.option = "data.shards" if sources is None else "data.sources"
         if shards is not None and sources is None:
             sources = [{"urls": shards, "weight": 1.0}]
         elif shards is not None or sources is None:
@@ -86,6 +89,10 @@ class ShardDataModule(L.LightningDataModule):
         self.num_workers, self.timeout, self.allow_pipe = num_workers, timeout, allow_pipe
         self.shuffle, self.lanes, self.seed = shuffle, lanes, seed
         self.position, self.skips = 0, Skips(max_skip_ratio)
+        if resolution is None:
+            resolution = 512 if codec is None else codec.resolution
+        if resolution is None:
+            raise UserError("data.codec.pipeline does not say the size of its images: set data.resolution=<pixels>")
         if codec is not None and resolution % codec.factor:
             raise UserError(f"data.resolution={resolution} is not a multiple of the VAE's factor {codec.factor}")
         if codec is not None and codec.cache is not None and (random_crop or flip):
@@ -114,7 +121,7 @@ class ShardDataModule(L.LightningDataModule):
         self.setup()
 
     def setup(self, stage: str | None = None) -> None:
-        self.train_sources = [self._source(urls, "data.shards") for urls, _ in self.weighted]
+        self.train_sources = [self._source(urls, self.option) for urls, _ in self.weighted]
         self.val_sources = [] if self.val_shards is None else [self._source(self.val_shards, "data.val_shards")]
         self.val_orders = [validation_order(source.facts(), self.buckets) for source in self.val_sources]
         facts, weights = [source.facts() for source in self.train_sources], [weight for _, weight in self.weighted]
@@ -125,11 +132,30 @@ class ShardDataModule(L.LightningDataModule):
         dropped = total_dropped([shard for of in facts for shard in of])
         if dropped and stage == "fit":
             log.warning("using %d training samples; left out: %s", sum(self.sizes), dict(dropped))
+        if stage == "fit":
+            self.check_validation()
+            self.warn_of_blindness()
         for source in self.train_sources if stage == "fit" else ():
             if gone := source.manifests.gone(source.urls):
                 log.warning("%d shards are in their manifest, but not there, such as %s", len(gone), gone[0])
+
+    def check_validation(self) -> None:
+        """Refuse validation data of which nothing decodes: a pass over it would be empty."""
+        for source, order in zip(self.val_sources, self.val_orders, strict=True):
+            stop = min(order.size, PATIENCE)
+            stream = ShardStream([source], order, decode=self.val_decode, collate=lambda _: {}, batch_size=1, stop=stop)
+            if next(iter(stream), None) is None:
+                raise UserError("no sample of data.val_shards could be decoded, see the warnings above; null: no validation")
+
+    def warn_of_blindness(self) -> None:
+        """Name the filters and the captions of which no sample says anything."""
+        for source in self.train_sources:
             for name in source.blind_filters():
+                if source.filters is None or name not in source.filters.chosen:
+                    continue  # a default, which need not leave out anything
                 log.warning("data.filters.%s leaves out nothing, no sample says what it reads (null: it need not)", name)
+            for name in source.absent_captions():
+                log.warning("data.captions.%s is in no sample, neither a member nor a field of the .json", name)
 
     def _source(self, urls: str | list[str], option: str) -> Source:
         source = self.reader(urls, option, needs=self.decode.needs, measure=aspect if self.buckets else None)
@@ -141,7 +167,13 @@ class ShardDataModule(L.LightningDataModule):
     def reader(self, urls: str | list[str], option: str, **of: Any) -> Source:
         """Of any shards in the way of this data; option: the configuration's, for errors."""
         found = expand_urls(urls, option, allow_pipe=self.allow_pipe)
-        return Source(found, filters=self.filters, cache=self.cache, index=self.index, **of)
+        options = {"captions": self.captions, "filters": self.filters, "cache": self.cache, "index": self.index, **of}
+        return Source(found, option=option, **options)
+
+    @property
+    def sample_size(self) -> int | None:
+        """Latent cells a side, which the UNet that is trained is noted to have."""
+        return None if self.codec is None else self.resolution // self.codec.factor
 
     @property
     def world(self) -> tuple[int, int]:
@@ -195,8 +227,9 @@ class ShardDataModule(L.LightningDataModule):
         device = batch["moments" if self.latents else "x"].device
         if self.codec.device != device:
             self.codec.to(device)
-        rng = generator(self.codec.device, self.seed, training, batch["position"], 0)  # 0: as in TrainedModule.rng
-        return self.codec.encode(batch, rng, self.world)
+        rank, world_size = self.world
+        keys = (self.seed, training, batch["position"])
+        return self.codec.encode(batch, RankRows(self.codec.device, *keys, rank=rank, world_size=world_size))
 
     def teardown(self, stage: str) -> None:
         if stage == "fit" and self.skips.by_reason:

@@ -1,14 +1,14 @@
 """Which samples are trained on, by their metadata: img2dataset's .json members of LAION's, COYO's or CC12M's kind."""
 
 import hashlib
+import inspect
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lcm.errors import UserError
-from lcm.files import digest
+from lcm.files import digest, lines_of
 
 Fields = Mapping[str, Any]
 READING = 2  # raised when a rule reads other fields than before: what was counted with it is counted again
@@ -124,11 +124,12 @@ class Filters:
         removal_list: str | None = None,
         missing: Literal["keep", "drop"] = "keep",
     ) -> None:
-        given = dict(locals())
+        given, defaults = dict(locals()), inspect.signature(Filters).parameters
         if missing not in ("keep", "drop"):
             raise UserError(f"data.filters.missing={missing!r}: expected keep or drop")
         self.missing = missing
         self.limits = {option: limit_of(option, given[option]) for option in RULES if given[option] is not None}
+        self.chosen = [option for option in self.limits if given[option] != defaults[option].default]
 
     def __call__(self, caption: str | None, meta: Mapping[str, Any]) -> str | None:
         """None keeps the sample, else why it is left out: a rule's reason ("aesthetic") or "missing_<reason>".
@@ -160,10 +161,10 @@ def limit_of(option: str, setting: Any) -> float | frozenset[str]:
     """A number within the rule's span, or the entries of the removal list."""
     if option == "removal_list":
         try:
-            lines = [line.strip() for line in Path(setting).read_text(encoding="utf-8").splitlines()]
-        except (OSError, TypeError, UnicodeDecodeError) as error:
+            lines = lines_of(setting)
+        except (OSError, TypeError, UnicodeError) as error:
             raise UserError(f"data.filters.removal_list={setting!r} cannot be read: {error}") from error
-        return frozenset(line if "://" in line else line.lower() for line in lines if line and not line.startswith("#"))
+        return frozenset(line if "://" in line else line.lower() for line in lines if not line.startswith("#"))
     low, high = RULES[option].span
     if isinstance(setting, bool) or not isinstance(setting, int | float) or not low <= setting <= high:
         raise UserError(f"data.filters.{option}={setting!r}: expected a number from {low:g} to {high:g}, or null for no limit")

@@ -13,17 +13,18 @@ import numpy as np
 import torch
 
 from lcm.data.members import CaptionChoice, Sample, Skip, skipping
-from lcm.data.shards import first_of, local
+from lcm.data.shards import LATENTS, first_of, local
 from lcm.errors import UserError
 from lcm.models.codec import LatentCodec
 from lcm.redaction import redacted
 
-POSTERIOR, DRAWN, SIZES = "latent.npy", "sample.npy", "sizes.npy"
-TEXTS = {
+POSTERIOR, DRAWN = LATENTS
+SIZES = "sizes.npy"
+TEXTS = {  # by a text embedding's name: the member and its dimensions
     "states": ("text.npy", 2),
     "mask": ("mask.npy", 1),
     "pooled": ("pooled.npy", 1),
-}  # embeddings: member and its dimensions
+}
 CONTENT = {POSTERIOR: "posterior mean and std, unscaled, float16", DRAWN: "a sample of the posterior, unscaled, float16"}
 STAMP = "latents.json"
 
@@ -37,7 +38,7 @@ class DecodeLatents:
     A member `sizes.npy` `[V, 4]` gives its "original_sizes" and "crops", see `collate` of pictures.
     """
 
-    needs = (POSTERIOR, DRAWN)
+    needs = LATENTS
 
     def __init__(self, *, caption_dropout: float = 0.0, captions: Mapping[str, float] | None = None) -> None:
         self.choose = CaptionChoice(caption_dropout, captions)
@@ -110,8 +111,8 @@ def check_stamp(urls: Sequence[str], codec: LatentCodec, resolution: int, captio
     """
     for folder in sorted({local(url).rpartition("/")[0] or "." for url in urls}):
         try:
-            with fsspec.open(f"{folder}/{STAMP}", "r") as file:
-                found = json.load(file)
+            with fsspec.open(f"{folder}/{STAMP}") as file:
+                found = json.loads(file.read())
         except Exception as error:  # whatever a file system's client raises
             raise UserError(
                 f"{redacted(folder)} has no readable {STAMP}: make latent shards with python -m lcm.encode"

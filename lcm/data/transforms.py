@@ -2,7 +2,9 @@
 
 import io
 import random
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +18,9 @@ from lcm.data.shards import IMAGES, MAX_BYTES, first_of
 MAX_PIXELS = 89_478_485  # Pillow's own limit, at which it only warns: a 17 kB file can ask for gigabytes
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what crawlers store under any name; others, say PostScript, run a program
 ORIENTATION = 0x0112
+SCAN, END = b"\xff\xda", b"\xff\xd9"  # markers of a JPEG
+FILLER = random.Random(0).randbytes(512).replace(b"\xff", b"\xfe")
+SPARED = 8  # bytes
 # How to turn a picture that is stored in an EXIF orientation upright.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -42,7 +47,34 @@ def opened(content: bytes) -> Image.Image:
         raise Skip("pixels", f"{image.width} x {image.height} are more than {MAX_PIXELS}")
     if min(image.size) < 2:
         raise Skip("tiny", f"{image.width} x {image.height} pixels")
-    return image
+    with skipping("image", OSError):
+        whole = ended(content) if image.format == "JPEG" else content
+    return image if whole is content else Image.open(io.BytesIO(whole), formats=("JPEG",))
+
+
+def ended(content: bytes) -> bytes:
+    """Return a JPEG with its end marker. Raises OSError for one that lacks it and is cut.
+
+    A scan that ends where the file does is whole: bytes that follow change no pixel, and none of its last bytes can be spared.
+    A cut one goes on in these bytes, after a restart marker if it stops at one.
+    """
+    if content.endswith(END) or content.rfind(END) > (scan := content.rfind(SCAN)):
+        return content
+    body = content.rstrip(b"\0")  # with which an unfinished download may be filled up
+    if body.endswith(b"\xff"):
+        body = body[:-1] if len(body) == len(content) else body + b"\0"
+    restarts = [marker[1] for marker in re.findall(rb"\xff[\xd0-\xd7]", body[scan:])]
+    more = FILLER + bytes([0xFF, 0xD0 + (restarts[-1] + 1) % 8 if restarts else 0xD0]) + FILLER + END
+    whole = decoded(body + END)
+    if whole is None or decoded(body + more) != whole or decoded(body[:-SPARED] + more) == whole:
+        raise OSError("image file is truncated: its scan ends early")
+    return body + END
+
+
+def decoded(content: bytes) -> bytes | None:
+    with suppress(Exception):  # whatever a broken file makes a decoder raise
+        return Image.open(io.BytesIO(content), formats=("JPEG",)).tobytes()
+    return None
 
 
 def orientation(image: Image.Image) -> int:

@@ -34,6 +34,19 @@ class WandbLogger(LightningWandbLogger):
     to the end of the step and saves.
     """
 
+    def __init__(
+        self,
+        *,
+        entity: str | None = None,
+        group: str | None = None,
+        job_type: str | None = None,
+        notes: str | None = None,
+        tags: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        texts: dict[str, Any] = {"entity": entity, "group": group, "job_type": job_type, "notes": notes, "tags": tags}
+        super().__init__(**{name: value for name, value in texts.items() if value is not None}, **kwargs)
+
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         with left_out():
             super().log_metrics(metrics, step)

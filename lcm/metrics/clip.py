@@ -1,16 +1,16 @@
 """CLIP as a backbone of metrics: embeddings of images for distances, of captions for the CLIP score."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from lcm.errors import UserError
 from lcm.images import resized
-from lcm.models.parts import load_part
+from lcm.models.parts import load_part, load_tokenizer, read_json
 from lcm.models.pipeline import find
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's CLIP
@@ -50,35 +50,41 @@ class ClipBackbone(nn.Module):
 
 def mini_clip(pipeline: str, *, antialias: bool = True) -> ClipBackbone:
     """The CLIP in the `clip` folder of a mini pipeline, trained on the pipeline's own data."""
-    folder = find(pipeline)
-    if not (folder / "clip").is_dir():
-        raise UserError(f"{pipeline} has no folder clip, as the mini pipeline has: set backbone=clip")
+    folder: Path = find(pipeline, "clip")
     clip = load_part(CLIPModel, folder / "clip", dtype=torch.float32)
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = load_tokenizer(CLIPTokenizer, folder / "tokenizer", clip.config.text_config)
     return ClipBackbone(clip, tokenizer, name=str(pipeline), mean=HALF, std=HALF, antialias=antialias)
 
 
 def pretrained_clip(model: str, *, antialias: bool = True) -> ClipBackbone:
     """A CLIP by folder or hub id, in transformers' format with safetensors. Raises UserError if it is not there."""
-    folder = Path(model)
+    folder = Path(model).expanduser()
+    if model == "mini" or (folder / "model_index.json").is_file():
+        raise UserError(f"{model} is a pipeline: choose its CLIP by backbone=mini backbone.pipeline={model}")
     if not folder.is_dir() and (len(model.split("/")) != 2 or model.startswith((".", "/"))):
         raise UserError(
             f"there is no CLIP folder {model!r}: put config.json, model.safetensors and the tokenizer's files of, for example, "
             "openai/clip-vit-large-patch14 there, or give a hub id (owner/name)"
         )
-    try:
-        clip = CLIPModel.from_pretrained(model, use_safetensors=True, dtype=torch.float32)
-        tokenizer = CLIPTokenizer.from_pretrained(model)
-    except Exception as error:  # whatever a hub's client or a broken file makes transformers raise
-        raise UserError(
-            f"cannot load the CLIP {model!r} ({' '.join(str(error).split())[:160]}): offline, copy its config.json, "
-            "model.safetensors (a pickled .bin is not read) and tokenizer files to a folder and give that"
-        ) from error
+    if not folder.is_dir():
+        folder = snapshot(model)
+    clip = load_part(CLIPModel, folder, dtype=torch.float32)
+    tokenizer = load_tokenizer(CLIPTokenizer, folder, clip.config.text_config)
     return ClipBackbone(clip, tokenizer, name=model.rstrip("/"), antialias=antialias, **normalisation(folder))
+
+
+def snapshot(hub_id: str) -> Path:
+    """The CLIP of a hub repository, without its pickled weights."""
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", "model*.safetensors"]))
+    except Exception as error:  # the hub's client raises many kinds
+        raise UserError(
+            f"cannot load the CLIP {hub_id!r} ({type(error).__name__}): offline, copy its config.json, model.safetensors (a "
+            "pickled .bin is not read) and tokenizer files to a folder and give that"
+        ) from error
 
 
 def normalisation(folder: Path) -> dict[str, Any]:
     """Mean and standard deviation of `preprocessor_config.json`, where a folder has one; else OpenAI's, which others share."""
-    file = folder / "preprocessor_config.json"
-    config = json.loads(file.read_text()) if file.is_file() else {}
+    config = read_json(folder / "preprocessor_config.json")
     return {"mean": config.get("image_mean", MEAN), "std": config.get("image_std", STD)}

@@ -1,6 +1,5 @@
 """Features of images: what every metric is computed from, kept on disk so that no image is drawn or read twice."""
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -10,17 +9,18 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from lcm.data.captions import read_images
 from lcm.data.source import Source
-from lcm.errors import UserError
-from lcm.files import digest, whole_file
+from lcm.errors import NonFiniteError, UserError
+from lcm.files import digest, whole_file, writable
 from lcm.images import resized
 from lcm.metrics import distances
 from lcm.metrics.clip import ClipBackbone
 from lcm.metrics.inception import InceptionBackbone
+from lcm.models.generate import fingerprint
 
 Features = dict[str, Tensor]  # "clip" and "text" [N, D], "fid" [N, F] where that backbone is another one; float32
 DISTANCES = ("fid", "kid", "cmmd")  # the lower the better
@@ -48,20 +48,29 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, captions: list[str]) -> Features:
-        """uint8 `[B, 3, H, W]` and B captions -> features on the CPU; images of another size are first made `resolution`."""
+        """uint8 `[B, 3, H, W]` and B captions -> features on the CPU; images of another size are first made `resolution`.
+
+        Raises NonFiniteError.
+        """
         images = resized(images.to(self.clip.mean.device), self.resolution)
         features = {"clip": self.clip(images), "text": self.clip.text(captions)}
         if self.fid is not None:
             features["fid"] = self.fid(images)
-        return {name: value.cpu() for name, value in features.items()}
+        return finite({name: value.cpu() for name, value in features.items()})
 
-    def reference(self, source: Source, folder: str | Path) -> Features:
-        """Features of all its images, kept in `folder` under what they depend on. Raises UserError for fewer than 2."""
+    def reference(self, source: Source, folder: str | Path, option: str = "reference_cache") -> Features:
+        """Return the features of all its images, kept in `folder` under what they depend on. option: what names that folder.
+
+        Raises UserError for fewer than 2 images, and for a folder that can be neither read nor written.
+        """
         facts = {"shards": [Source.stamp(url) for url in source.urls], "crop": "centre", **self.facts}
         if source.filters is not None and source.filters.limits:
             facts["filters"] = source.filters.signature()
+        if source.captions is not None:
+            facts["captions"] = source.captions
         file = Path(folder, f"{digest(facts)}.safetensors")
         if not file.is_file():
+            writable(Path(folder), option)
             bar = tqdm(read_images(source, resolution=self.resolution), desc="real images", unit="batch")
             parts = [self(batch["x"], batch["captions"]) for batch in bar]
             if sum(len(part["clip"]) for part in parts) < 2:
@@ -71,7 +80,12 @@ class Extractor:
 
 
 def scores(features: Features, real: Features, metrics: Sequence[str] = METRICS, device: str = "cpu") -> dict[str, float]:
-    """`{metric: value}`; device: where the distances are computed, always in float64."""
+    """`{metric: value}`; device: where the distances are computed, always in float64, which Apple's GPUs lack.
+
+    Raises NonFiniteError.
+    """
+    device = "cpu" if device.startswith("mps") else device
+    finite(features), finite(real)
     made, real = ({name: value.to(device) for name, value in part.items()} for part in (features, real))
     pairs = {
         "fid": (made.get("fid", made["clip"]), real.get("fid", real["clip"])),
@@ -80,6 +94,17 @@ def scores(features: Features, real: Features, metrics: Sequence[str] = METRICS,
         "clip_score": (made["clip"], made["text"]),
     }
     return {metric: getattr(distances, metric)(*pairs[metric]) for metric in metrics}
+
+
+def finite(features: Features) -> Features:
+    """Return the features. Raises NonFiniteError for NaN and infinite ones, which no metric can use."""
+    for name, values in features.items():
+        if not values.isfinite().all():
+            raise NonFiniteError(
+                f"the {name} features are not finite: the backbone's weights are damaged, get them again, and remove features "
+                "that an earlier evaluation kept"
+            )
+    return features
 
 
 def joined(parts: Sequence[Features]) -> Features:
@@ -93,12 +118,3 @@ def save(file: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         stream.write(
             safetensors.torch.save({name: v.contiguous() for name, v in tensors.items()}, {"facts": json.dumps(facts)})
         )
-
-
-def fingerprint(*networks: nn.Module) -> str:
-    """16 hex digits of the networks' weights and buffers."""
-    sha = hashlib.sha256()
-    for network in networks:
-        for name, value in sorted(network.state_dict().items()):
-            sha.update(name.encode() + value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()[:16]

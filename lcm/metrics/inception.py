@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import NoTrainInceptionV3
 
 from lcm.errors import UserError
+from lcm.models.parts import check_finite
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 
@@ -39,6 +40,7 @@ def check(weights: str) -> None:
             "(v0.2.0), put it there, or set fid_backbone.weights=<file>"
         )
     try:
-        torch.load(weights, weights_only=True, map_location="cpu")
+        content = torch.load(weights, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(f"{weights} is not a file of weights only: get {FILE} again") from error
+    check_finite(weights, content)

@@ -11,7 +11,8 @@ from torch import Tensor
 from lcm.core.batch import LatentBatch
 from lcm.core.denoiser import Condition
 from lcm.core.process import per_sample
-from lcm.core.random import own_rows
+from lcm.core.random import RankRows, normal
+from lcm.errors import NonFiniteError
 from lcm.models.families import on_device
 from lcm.models.text import TextEncoder
 
@@ -25,6 +26,8 @@ class LatentCodec:
         64 kB a 512 px one, so for datasets that fit and transforms without a random crop or flip.
     compile: the VAE's encoder is compiled by torch.compile, which pays in a long training on a GPU.
     """
+
+    resolution: int | None = None  # pixels a side of the images that its pipeline's UNet was trained on, where known
 
     def __init__(
         self,
@@ -47,7 +50,7 @@ class LatentCodec:
     @property
     def factor(self) -> int:
         """Pixels per latent cell along a side."""
-        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        return vae_factor(self.vae.config)
 
     @property
     def device(self) -> torch.device:
@@ -66,17 +69,16 @@ class LatentCodec:
             part.to(memory_format=torch.channels_last if pays else torch.contiguous_format)
 
     @torch.no_grad()
-    def encode(self, batch: dict[str, Any], rng: torch.Generator | None = None, world: tuple[int, int] = (0, 1)) -> LatentBatch:
+    def encode(self, batch: dict[str, Any], rng: RankRows | torch.Generator | None = None) -> LatentBatch:
         """batch: `{"x": uint8 or [-1, 1] float [B, 3, H, W], "captions", "keys"}`, or "moments" `[B, 2C, h, w]` in place of x,
         and optionally the captions' embeddings by the family's names, and "original_sizes", "crops" `[B, 2]`.
 
-        Returns a LatentBatch; rng draws the posterior, for all ranks; world: (this one, of how many).
+        Returns a LatentBatch; rng draws the posterior.
         """
         moments = batch["moments"].float() if "moments" in batch else self.posterior(batch["x"], batch["keys"])
         mean, std = moments.chunk(2, dim=1)
-        noise = own_rows(torch.randn(world[1] * len(mean), *mean.shape[1:], generator=rng, device=mean.device), *world)
         shift, scale = self.text.family.latent_scaling(self.vae)
-        z0 = (mean + std * noise - shift) * scale
+        z0 = (mean + std * normal(mean.shape, rng, mean.device) - shift) * scale
         return LatentBatch(z0, *self.conditions(batch["captions"], z0, batch), batch["captions"], batch["keys"])
 
     def conditions(
@@ -122,13 +124,24 @@ class LatentCodec:
 
     @torch.no_grad()
     def decode(self, z0: Tensor) -> Tensor:
-        """Latents `[B, C, h, w]` -> images uint8 `[B, 3, H, W]`."""
+        """Latents `[B, C, h, w]` -> images uint8 `[B, 3, H, W]`. Raises NonFiniteError."""
         shift, scale = self.text.family.latent_scaling(self.vae)
         images = []
         for part in z0.split(self.chunk):
             x = self.vae.decode((part / scale + shift).to(self.vae.dtype)).sample
+            if not x.isfinite().all():
+                what, network = ("images", "VAE") if part.isfinite().all() else ("latents", "UNet")
+                raise NonFiniteError(
+                    f"the drawn {what} are not finite: the {network}'s weights are damaged, or they overflow in float16; draw "
+                    "in float32, or give another model"
+                )
             images.append(((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().contiguous())
         return torch.cat(images)
+
+
+def vae_factor(config: Mapping[str, Any]) -> int:
+    """Pixels per latent cell along a side, by the VAE's configuration."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
 
 
 def to_signed_range(x: Tensor) -> Tensor:

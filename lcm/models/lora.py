@@ -10,6 +10,7 @@ from torch import nn
 
 from lcm.errors import UserError
 from lcm.models.families import Family
+from lcm.models.parts import check_saved
 from lcm.models.student import sharing
 
 NAME = "default"  # peft's and diffusers' name of an only adapter
@@ -47,12 +48,13 @@ def is_of_adapter(name: str) -> bool:
 
 def merged(network: Any, base: Any) -> Any:
     """`base` with `alpha / rank * B A` of `network` added to its weights, in place: those of `network` may be rounded to
-    bfloat16.
+    bfloat16. It is given the `sample_size` of `network`, which may have been trained at another size.
     """
     base.add_adapter(network.peft_config[NAME], NAME)
     set_peft_model_state_dict(base, get_peft_model_state_dict(network), NAME)
     base.fuse_lora()
     base.unload_lora()
+    base.register_to_config(sample_size=network.config["sample_size"])
     return base
 
 
@@ -63,10 +65,9 @@ def save_adapters(folder: Path, network: Any, family: Family, dtype: torch.dtype
     """
     config = network.peft_config[NAME]
     scales = {"lora_A": 1.0, "lora_B": config.lora_alpha / config.r}
-    state = {
-        name: (value * scales[name.split(".")[-2]]).to(dtype).contiguous()
-        for name, value in get_peft_model_state_dict(network).items()
-    }
+    scaled = {name: value * scales[name.split(".")[-2]] for name, value in get_peft_model_state_dict(network).items()}
+    state = {name: value.to(dtype).contiguous() for name, value in scaled.items()}
+    check_saved(state, scaled)
     family.lora_mixin.save_lora_weights(folder, **{f"{family.network}_lora_layers": state})
 
 

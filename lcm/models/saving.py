@@ -1,23 +1,80 @@
 """Pipeline folders of diffusers, written."""
 
-import copy
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
 import diffusers
 import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import CLIPModel, CLIPTokenizer
 
+from lcm.files import remove
 from lcm.models.families import Family
 from lcm.models.lora import is_adapted, merged, save_adapters
-from lcm.models.parts import load_part, read_json
+from lcm.models.parts import CLIP_TYPES, check_finite, check_header, load_part, read_json, rounded, weight_files
+
+PREFIX = "text_model."  # of a text encoder's weights, which transformers from 5.6 on leaves out and others need
+FLAT = ("embeddings.", "encoder.", "final_layer_norm.")
 
 
 def save_network(folder: str | Path, network: Any, dtype: torch.dtype = torch.float16) -> None:
-    torch.nn.Module.to(copy.deepcopy(network), dtype).save_pretrained(folder)
+    rounded(network, dtype).save_pretrained(folder)
+
+
+def copy_network(source: Path, target: Path) -> None:
+    """Write what is read of a network's folder, in the one file that every library looks for.
+
+    Text encoders are opened in float32 unless another dtype is asked for, as diffusers opens the UNet and the VAE.
+    """
+    _, files = weight_files(source)
+    for file in files:
+        check_header(file)
+    weights = {name: value for file in files for name, value in load_file(file).items()}
+    check_finite(source, weights)
+    target.mkdir(parents=True)
+    config = read_json(source / "config.json")
+    if "_class_name" in config:
+        name = "diffusion_pytorch_model"
+    else:
+        name = "model"
+        config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": "float32"}
+        if config.get("model_type") in CLIP_TYPES:
+            weights = {PREFIX * key.startswith(FLAT) + key: value for key, value in weights.items()}
+    save_file(weights, target / f"{name}.safetensors", {"format": "pt"})
+    (target / "config.json").write_text(json.dumps(config, indent=2))
+    shutil.copymode(target / "config.json", target / f"{name}.safetensors")  # safetensors keeps others from reading it
+
+
+def save_clip(folder: str | Path, clip: CLIPModel, tokenizer: CLIPTokenizer) -> None:
+    """Write `folder/clip`, and its text tower and tokenizer as the pipeline's `text_encoder` and `tokenizer`."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder) as parts:
+        clip = rounded(clip, torch.float16)
+        clip.save_pretrained(f"{parts}/clip")
+        clip.text_model.save_pretrained(f"{parts}/text_encoder")
+        tokenizer.save_pretrained(f"{parts}/tokenizer")
+        for part in ("clip", "text_encoder"):
+            remove(Path(folder, part))
+            copy_network(Path(parts, part), Path(folder, part))
+        remove(Path(folder, "tokenizer"))
+        copy_tokenizer(Path(parts, "tokenizer"), Path(folder, "tokenizer"), tokenizer.model_max_length)
+
+
+def copy_tokenizer(source: Path, target: Path, length: int) -> None:
+    """Write a tokenizer's folder in the files that transformers 4 and 5 read, with the length that captions are cut to."""
+    shutil.copytree(source, target)
+    file = target / "tokenizer_config.json"
+    config = read_json(file)
+    config["model_max_length"] = min(config.get("model_max_length") or length, length)
+    file.write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", **config}, indent=2))
+    if (whole := target / "tokenizer.json").is_file() and not (target / "vocab.json").is_file():
+        Tokenizer.from_file(str(whole)).model.save(str(target))
 
 
 def save_pipeline(
@@ -41,22 +98,30 @@ def save_pipeline(
     target = Path(folder)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    towers = [name for tower in family.towers for name in (tower.encoder, tower.tokenizer)]
-    for part in ("vae", *towers, "clip"):
-        if (base / part).is_dir():
-            shutil.copytree(base / part, partial / part)
-    for name, other in more.items():
-        shutil.copytree(other, partial / name)
-    if is_adapted(network):
-        save_adapters(partial, network, family, dtype)
-        network = merged(network, load_part(family.network_class, base / family.network, torch_dtype=torch.float32))
-    save_network(partial / family.network, network, dtype)
-    name, config = scheduler
-    getattr(diffusers, name)(**config).save_pretrained(partial / "scheduler")
-    index = {**read_json(base / "model_index.json"), "scheduler": ["diffusers", name]}
-    if facts["sampler"] != "ddim":
-        index["_class_name"] = family.student_pipeline(family.takes_w(network), name)
-    (partial / "model_index.json").write_text(json.dumps(index, indent=2))
-    (partial / "lcm.json").write_text(json.dumps(facts, indent=2))
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    try:
+        for part in ("vae", *(tower.encoder for tower in family.towers), "clip"):
+            if (base / part).is_dir():
+                copy_network(base / part, partial / part)
+        for tower in family.towers:
+            if tower.tokenizer_class is CLIPTokenizer and (base / tower.tokenizer).is_dir():
+                encoder = {"max_position_embeddings": 77, **read_json(base / tower.encoder / "config.json")}
+                copy_tokenizer(base / tower.tokenizer, partial / tower.tokenizer, encoder["max_position_embeddings"])
+            elif (base / tower.tokenizer).is_dir():
+                shutil.copytree(base / tower.tokenizer, partial / tower.tokenizer)
+        for name, other in more.items():
+            shutil.copytree(other, partial / name)
+        if is_adapted(network):
+            save_adapters(partial, network, family, dtype)
+            network = merged(network, load_part(family.network_class, base / family.network, torch_dtype=torch.float32))
+        save_network(partial / family.network, network, dtype)
+        name, config = scheduler
+        getattr(diffusers, name)(**config).save_pretrained(partial / "scheduler")
+        index = {**read_json(base / "model_index.json"), "scheduler": ["diffusers", name]}
+        if facts["sampler"] != "ddim":
+            index["_class_name"] = family.student_pipeline(family.takes_w(network), name)
+        (partial / "model_index.json").write_text(json.dumps(index, indent=2))
+        (partial / "lcm.json").write_text(json.dumps(facts, indent=2))
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -20,7 +20,6 @@ def shard(
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     for module in reversed(list(network.modules())):  # children first, the root last
         if compile and isinstance(module, blocks):
-            torch._dynamo.config.recompile_limit = 128  # a graph for each kind of block, at each size, in each network
             module.compile()
         if isinstance(module, blocks) or module is network:
             # Freed after the forward pass also by the root: a target's has no backward pass to do it, and would go stale.

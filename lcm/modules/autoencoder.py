@@ -1,6 +1,5 @@
 """The KL autoencoder of a latent diffusion pipeline (Latent Diffusion, 2112.10752, section 3.1)."""
 
-import copy
 from typing import Any
 
 import torch
@@ -8,7 +7,8 @@ from diffusers import AutoencoderKL
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from lcm.core.random import own_rows
+from lcm.core.random import normal
+from lcm.models.parts import rounded
 from lcm.modules.base import TrainedModule
 
 
@@ -28,9 +28,8 @@ class Autoencoder(TrainedModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         x = batch["x"]
         posterior = self.vae.encode(x).latent_dist
-        mean, world_size = posterior.mean, self.world_size
-        noise = torch.randn(world_size * len(x), *mean.shape[1:], generator=self.rng(batch_idx), device=self.device)
-        error = self.vae.decode(mean + posterior.std * own_rows(noise, self.global_rank, world_size)).sample.float() - x
+        noise = normal(posterior.mean.shape, self.rows(batch_idx), self.device)
+        error = self.vae.decode(posterior.mean + posterior.std * noise).sample.float() - x
         kl = posterior.kl().float().mean()
         loss = error.abs().mean() + error.square().mean() + self.kl_weight * kl
         self.log_train(loss, {"psnr": psnr(error), "kl": kl}, len(x))
@@ -53,7 +52,7 @@ class Autoencoder(TrainedModule):
     def save_model(self, folder: str) -> None:
         """Write `folder/vae`, its scaling factor making the latents unit-variance, as Stable Diffusion's does."""
         self.vae.register_to_config(scaling_factor=round(1 / float(self.latent_std), 5))
-        copy.deepcopy(self.vae).half().save_pretrained(f"{folder}/vae")
+        rounded(self.vae, torch.float16).save_pretrained(f"{folder}/vae")
 
 
 def psnr(error: Tensor) -> Tensor:

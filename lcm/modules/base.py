@@ -1,14 +1,20 @@
 """What every LightningModule here shares: optimizer, clipping, the non-finite guard, checkpoints of trained tensors only."""
 
+import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lcm.core.random import generator, own_rows
+from lcm.core.numbers import Positive, Seed, Whole
+from lcm.core.random import RankRows
 from lcm.errors import UserError
 
 Optimizer = Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer]
@@ -33,23 +39,27 @@ class TrainedModule(L.LightningModule):
     leaves them as they are.
     skip_non_finite: so many updates in a row may have a loss or gradient that is not finite; they are left out and counted,
     one more stops the training. Data and learning rate go on with the step's number, as if the update had been made.
+
+    A resumed training takes tensors and its place from the checkpoint. Every setting is the configuration's.
     """
+
+    averages: Mapping[str, str] = MappingProxyType({})  # a network that averages `net` -> the option that switches it on
 
     def __init__(
         self,
         *,
         optimizer: Optimizer,
         lr_schedule: LRSchedule,
-        clip_norm: float | None = 1.0,
-        skip_non_finite: int = 0,
-        seed: int = 0,
+        clip_norm: Positive | None = 1.0,
+        skip_non_finite: Whole = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
         self.make_optimizer, self.make_lr_schedule = optimizer, lr_schedule
         self.clip_norm = float("inf") if clip_norm is None else clip_norm
         self.skip_non_finite, self.seed = skip_non_finite, seed
         self.left_out = False  # whether the host knows that the last update was left out
-        self.gate: Tensor | None = None  # 0 where the device alone knows, else 1
+        self.left_out_on_device: Tensor | None = None  # 1 where the device alone knows it, else 0
         self.frozen: dict[str, nn.Module] = {}  # a plain dict: not in state_dict, DDP, EMA, nor the optimizer
 
     def configure_model(self) -> None:
@@ -61,13 +71,67 @@ class TrainedModule(L.LightningModule):
         optimizer = self.make_optimizer(self.parameter_groups())
         for group in optimizer.param_groups:
             group["lr"] *= group.pop("lr_scale", 1.0)
+        optimizer.register_load_state_dict_pre_hook(self.keep_settings)
         optimizer.register_load_state_dict_post_hook(lay_out_as_parameters)
-        schedule = self.make_lr_schedule(optimizer, self.trainer.max_steps)
+        schedule = scheduled(self.make_lr_schedule, optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What is trained; a group's "lr_scale" multiplies the optimizer's learning rate."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
+    def keep_settings(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        """Return a checkpoint's optimizer state with this run's settings in its groups.
+
+        A group may also hold numbers that an optimizer computes (Prodigy's `d`). They are no constructor's arguments and stay.
+        """
+        saved, moments = state["param_groups"], state["state"]
+        kept, needed = {name for moment in moments.values() for name in moment}, self.moments(optimizer)
+        if kept and not (needed and needed <= kept):
+            say(f"resume:  {type(optimizer).__name__} starts without moments: the checkpoint's are another optimizer's")
+            saved, moments = [{"params": group["params"]} for group in saved], {}
+        settings = {name for cls in type(optimizer).__mro__ for name in inspect.signature(cls).parameters}
+        settings = (settings | {"initial_lr"}) - {"params"}
+        groups = [
+            {**then, **{name: value for name, value in group.items() if name in settings or name not in then}}
+            for then, group in zip(saved, optimizer.param_groups, strict=True)
+        ]
+        return {"state": moments, "param_groups": groups}
+
+    def moments(self, optimizer: torch.optim.Optimizer) -> set[str]:
+        """Return the names of what the configured optimizer remembers of a parameter."""
+        parameter = nn.Parameter(torch.zeros(1, device=optimizer.param_groups[0]["params"][0].device))
+        parameter.grad = torch.zeros_like(parameter)
+        probe = self.make_optimizer([{"params": [parameter]}])
+        probe.step(lambda: 0.0)
+        return set(probe.state[parameter])
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Start an average that the checkpoint lacks from `net`, and leave out one that this run does not keep.
+
+        Raises UserError where other tensors differ in name or shape.
+        """
+        own, state = self.state_dict(), dict(state_dict)
+        for network, option in self.averages.items():
+            here, there = ([name for name in names if name.startswith(f"{network}.")] for names in (own, state))
+            if here and not there:
+                say(f"resume:  the average of {option} starts from the trained network: the checkpoint has none")
+                online = {name: f"net{name.removeprefix(network)}" for name in here}
+                state |= {name: state[source] for name, source in online.items() if source in state}
+            elif there and not here:
+                say(f"resume:  the checkpoint's average of {option} is left out: this run keeps none")
+                for name in there:
+                    del state[name]
+        if strict and (names := misfits(own, state)):
+            raise UserError(
+                f"the checkpoint does not fit this training's network, {len(names)} of its tensors differ: {names[0]}; give "
+                "the model as then (model.pipeline, model.adapters.rank, ...), or a name= of its own"
+            )
+        return super().load_state_dict(state, strict, assign)
+
+    def settled(self) -> dict[str, Any]:
+        """Return the settings that a training cannot change once it has begun, by option."""
+        return {}
 
     @property
     def method(self) -> str:
@@ -75,7 +139,7 @@ class TrainedModule(L.LightningModule):
         return type(self).__name__
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["method"] = self.method
+        checkpoint["method"], checkpoint["settled"] = self.method, self.settled()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises UserError for another method's, whose weights may even fit."""
@@ -84,6 +148,15 @@ class TrainedModule(L.LightningModule):
             raise UserError(
                 f"the checkpoint is of {found}, this training is a {own}: give it a name= of its own, or another ckpt_path"
             )
+        for option, value in self.settled().items():
+            then = checkpoint.get("settled", {}).get(option, value)
+            if value != then:
+                raise UserError(f"{option} was {then} when this training began and cannot change to {value}: leave it as then")
+        checkpoint["lr_schedulers"] = []  # `on_train_start` brings the schedule to the checkpoint's step
+        states = checkpoint.get("callbacks", {})
+        for callback in self.trainer.callbacks if states else ():  # type: ignore[attr-defined]
+            if isinstance(callback, EarlyStopping) and callback.state_key in states:
+                states[callback.state_key]["patience"] = callback.patience  # Lightning would take the checkpoint's
 
     def on_fit_start(self) -> None:
         for network in self.frozen.values():
@@ -97,24 +170,43 @@ class TrainedModule(L.LightningModule):
             raise UserError(
                 f"the ranks start at different steps, {sorted(set(steps.tolist()))}: all must see one folder paths.runs"
             )
+        schedule: Any = self.lr_schedulers()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch misses the optimizer's steps, which were made before the checkpoint
+            for _ in range(self.global_step):
+                schedule.step()
+        self.switch_optimizer("train")
+
+    def on_validation_start(self) -> None:
+        self.switch_optimizer("eval")
+
+    def on_validation_end(self) -> None:
+        self.switch_optimizer("train")
+
+    def on_train_end(self) -> None:
+        self.switch_optimizer("eval")
+
+    def switch_optimizer(self, mode: str) -> None:
+        """Tell an optimizer that has modes (schedulefree's) whether the weights are trained or used."""
+        for optimizer in self.trainer.optimizers:
+            if switch := getattr(optimizer, mode, None):
+                switch()
 
     def draws(self, draw: Callable[..., Draws], z0: Tensor, batch_idx: int, stage: str = "train", **options: Any) -> Draws:
-        """This rank's rows of `draw(z0 of all ranks, generator, **options)`.
-
-        A function of (seed, stage, batch) and of a sample's place in the global batch, not of what ran before nor of how many
-        ranks share the batch: each draws for all, 64 kB a 512 px sample.
-        """
-        rank, world_size = self.global_rank, self.world_size
-        everyone = z0[:1].expand(world_size * len(z0), *z0.shape[1:])
-        drawn = draw(everyone, self.rng(batch_idx, stage), **options)
-        return type(drawn)(**{name: own_rows(values, rank, world_size) for name, values in vars(drawn).items()})
+        """This rank's rows of `draw(z0 of all ranks, generator, **options)`; see `RankRows`."""
+        parts = []
+        for size, rng, rows in self.rows(batch_idx, stage).blocks(len(z0)):
+            drawn = draw(z0[:1].expand(size, *z0.shape[1:]), rng, **options)
+            parts.append({name: values[rows] for name, values in vars(drawn).items()})
+        return type(drawn)(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
     @property
     def world_size(self) -> int:
         return 1 if self._trainer is None else self._trainer.world_size
 
-    def rng(self, batch_idx: int, stage: str = "train") -> torch.Generator:
-        return generator(self.device, self.seed, stage, batch_idx, 0)  # 0: once the rank; kept so that recorded runs repeat
+    def rows(self, batch_idx: int, stage: str = "train") -> RankRows:
+        keys = (self.seed, stage, batch_idx)
+        return RankRows(self.device, *keys, rank=self.global_rank, world_size=self.world_size)
 
     def log_train(self, loss: Tensor, logs: Mapping[str, Tensor], batch_size: int) -> None:
         if self.world_size > 1 and (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
@@ -146,8 +238,7 @@ class TrainedModule(L.LightningModule):
             self.look()
         self.left_out = not on_device and bool(bad)
         if on_device:
-            inner.found_inf = (self.in_a_row > 0).float()
-            self.gate = 1 - inner.found_inf
+            inner.found_inf = self.left_out_on_device = (self.in_a_row > 0).float()
         elif self.left_out:
             inner.zero_grad(set_to_none=True)  # an optimizer passes over parameters without a gradient
 
@@ -169,7 +260,31 @@ class TrainedModule(L.LightningModule):
             self.after_optimizer_step()
 
     def after_optimizer_step(self) -> None:
-        """Once per optimizer step, also under gradient accumulation: where moving averages move, by no more than `gate`."""
+        """Once per optimizer step, also under gradient accumulation: moving averages move, unless `left_out_on_device`."""
+
+
+@rank_zero_only
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def misfits(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
+    """Return how the tensors of a checkpoint differ from a module's in shape and name."""
+    both = [(name, list(state[name].shape), list(own[name].shape)) for name in own if name in state]
+    return [
+        *(f"{name} was {then} and is {now}" for name, then, now in both if then != now),
+        *(f"{name} is not in the checkpoint" for name in own if name not in state),
+        *(f"{name} is in the checkpoint alone" for name in state if name not in own),
+    ]
+
+
+def scheduled(make: Callable[..., Any], optimizer: torch.optim.Optimizer, max_steps: int) -> Any:
+    """`make(optimizer)`, and max_steps for the one other parameter that it needs: each library has a name of its own for it."""
+    [_, *rest] = inspect.signature(make).parameters.values()
+    needed = [p.name for p in rest if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if len(needed) > 1:
+        raise UserError(f"model.lr_schedule needs {' and '.join(needed)}: give them, as +model.lr_schedule.{needed[0]}=...")
+    return make(optimizer, **dict.fromkeys(needed, max_steps))
 
 
 def lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:

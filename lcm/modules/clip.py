@@ -1,6 +1,5 @@
 """CLIP (2103.00020): the image and text towers behind a pipeline's text encoder and the mini metrics."""
 
-import copy
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from lcm.models.saving import save_clip
 from lcm.modules.base import TrainedModule
 
 CANDIDATES = 256  # of the validation's captions and images
@@ -62,7 +62,4 @@ class Clip(TrainedModule):
     @rank_zero_only
     def save_model(self, folder: str) -> None:
         """Write `folder/clip`, and its text tower and tokenizer as the pipeline's `text_encoder` and `tokenizer`."""
-        clip = copy.deepcopy(self.clip).half()
-        clip.save_pretrained(f"{folder}/clip")
-        clip.text_model.save_pretrained(f"{folder}/text_encoder")
-        self.tokenizer.save_pretrained(f"{folder}/tokenizer")
+        save_clip(folder, self.clip, self.tokenizer)

@@ -1,6 +1,7 @@
 """Consistency distillation and training: a student, its target network, and the teacher of a distillation."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ class ConsistencyModule(LatentModule):
     LoRA adapters on the teacher's own weights (2311.05556); such a student takes no w, and a checkpoint holds the adapters
     and their averages only.
     """
+
+    averages = MappingProxyType({**LatentModule.averages, "target_net": "model.ema_decay"})
 
     def __init__(
         self,
@@ -64,8 +67,11 @@ class ConsistencyModule(LatentModule):
             student = family.with_w(net, zero_init=zero_init) if w_max is not None else network_like(net)
         super().__init__(student, process, pipeline=pipeline, objective=lambda p: objective(p, **parts), **kwargs)
         self.teacher_prediction_type = load_prediction_type(pipeline)
-        self.target_net = frozen_copy(self.net) if ema_decay else None
+        # In the student's mode, so that both draw one dropout mask.
+        self.target_net = frozen_copy(self.net).train() if ema_decay else None
         self.ema_decay, self.adapters = ema_decay, adapters
+        if w_max is not None and adapters is None:
+            self.zero_init = zero_init
         if solver is not None:
             self.frozen["teacher"] = net.eval()
         if adapters is not None:
@@ -103,7 +109,7 @@ class ConsistencyModule(LatentModule):
         super().after_optimizer_step()
         if self.target_net is not None:
             decay = self.objective.target_decay(self.ema_decay)
-            ema_update_(self.target_net.parameters(), self.net.parameters(), decay, self.gate)
+            ema_update_(self.target_net.parameters(), self.net.parameters(), decay, self.left_out_on_device)
 
     def facts(self) -> dict[str, Any]:
         w_range = (self.objective.w_min, self.objective.w_max)

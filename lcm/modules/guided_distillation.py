@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lcm.core.batch import LatentBatch
 from lcm.core.ema import ema_update_
 from lcm.core.guidance import check_w_range
+from lcm.core.numbers import Count
 from lcm.core.objectives.consistency import Networks
 from lcm.core.objectives.guided_distillation import GuidedDistillationObjective
 from lcm.core.process import Process
@@ -38,7 +39,7 @@ class GuidedDistillation(LatentModule):
         process: Process,
         *,
         pipeline: str,
-        steps: list[int],
+        steps: list[Count],
         match_share: float = 0.5,
         w_min: float = 2.0,
         w_max: float = 14.0,
@@ -60,6 +61,7 @@ class GuidedDistillation(LatentModule):
         )
         if not self.family.takes_w(student):
             raise UserError(f"guided distillation needs a network with an input for w, which {pipeline} has not: use model=lcd")
+        self.zero_init = zero_init
         self.previous = frozen_copy(self.net)  # the finished student of the stage before
         self.steps, self.match_share = list(steps), match_share
         self.stage = 0
@@ -128,8 +130,12 @@ class GuidedDistillation(LatentModule):
         checkpoint["stage"] = self.stage
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.stage = checkpoint.get("stage", 0)
         super().on_load_checkpoint(checkpoint)
         self.enter(checkpoint["stage"])
+
+    def settled(self) -> dict[str, Any]:
+        return {**super().settled(), **({"model.steps": self.steps} if self.stage else {})}
 
     def facts(self) -> dict[str, Any]:
         w_range = {"w_min": self.objective.w_min, "w_max": self.objective.w_max}

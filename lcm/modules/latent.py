@@ -1,24 +1,30 @@
 """The training of a network on latents: averages, compilation, sharding, saving."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from lcm.core.batch import LatentBatch
 from lcm.core.denoiser import Condition, Denoiser, Network
 from lcm.core.ema import ema_update_, warmed_up
+from lcm.core.numbers import Positive, Share
 from lcm.core.process import Process
 from lcm.models.codec import LatentCodec
 from lcm.models.generate import LatentModel
-from lcm.models.kernels import fast_attention, recomputed
+from lcm.models.kernels import allow_graphs, check_compiler, fast_attention, recomputed
 from lcm.models.pipeline import find, load_family, load_prediction_type
 from lcm.models.saving import save_pipeline
 from lcm.models.sharding import is_sharded, shard, whole
 from lcm.models.student import as_network, frozen_copy
 from lcm.modules.base import TrainedModule
+
+log = logging.getLogger(__name__)
 
 
 class LatentModule(TrainedModule):
@@ -31,6 +37,8 @@ class LatentModule(TrainedModule):
     batches of one shape; validation and sampling stay eager. gradient_checkpointing: recompute activations to save memory.
     """
 
+    averages = MappingProxyType({"ema_net": "model.eval_ema"})
+    zero_init: bool | None = None  # of the projection of w, if the module makes one
     calls: list[tuple[nn.Module, torch.Size, Condition, bool]] | None = None  # recorded network calls for FLOP counting
 
     def __init__(
@@ -41,12 +49,14 @@ class LatentModule(TrainedModule):
         pipeline: str,
         objective: Callable[..., Any],
         prediction_type: str | None = None,
-        eval_ema: float | None = None,
-        w_lr_scale: float = 1.0,
+        eval_ema: Share | None = None,
+        w_lr_scale: Positive = 1.0,
         compile: bool = False,
         gradient_checkpointing: bool = False,
         **kwargs: Any,
     ) -> None:
+        if compile:
+            check_compiler("model.compile")
         super().__init__(**kwargs)
         self.net, self.process, self.pipeline, self.family = net.train(), process, pipeline, load_family(pipeline)
         self.prediction_type = prediction_type or load_prediction_type(pipeline)
@@ -64,6 +74,11 @@ class LatentModule(TrainedModule):
 
     def configure_model(self) -> None:
         """Compile, or shard under `trainer=fsdp`, before a strategy wraps the networks."""
+        if self.compile_networks:
+            # At most a graph for each network, or each of its sharded blocks, at each shape of batches.
+            shapes = len(getattr(self.trainer.datamodule, "buckets", ())) or 1  # type: ignore[attr-defined]
+            parts = 1 if self.device_mesh is None else sum(isinstance(part, self.family.blocks) for part in self.net.modules())
+            allow_graphs(len(self.networks()) * shapes * parts)
         if self.device_mesh is None:
             if self.compile_networks:
                 self.compile_all(self.trainer.strategy.root_device)
@@ -78,6 +93,9 @@ class LatentModule(TrainedModule):
                 network.to(memory_format=torch.channels_last)
             self.compiled[network] = torch.compile(network, dynamic=False)
 
+    def settled(self) -> dict[str, Any]:
+        return {} if self.zero_init is None else {"model.zero_init": self.zero_init}
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         [group] = super().parameter_groups()
         projection = self.family.w_projection(self.net)
@@ -88,6 +106,15 @@ class LatentModule(TrainedModule):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if (side := getattr(data, "sample_size", None)) is not None:
+            own, factor = self.net.config["sample_size"], data.resolution // side
+            if isinstance(own, int) and own != side:
+                rank_zero_only(log.warning)(
+                    "training at %d px a model of %d px images: it is drawn and saved as a model of %d px images "
+                    "(data.resolution=%d keeps its own size)", side * factor, own * factor, side * factor, own * factor,
+                )  # fmt: skip
+            self.note_sample_size(side)
         if self.trainer.precision.startswith("bf16"):
             for network in self.frozen.values():
                 network.to(torch.bfloat16)
@@ -110,7 +137,7 @@ class LatentModule(TrainedModule):
     def after_optimizer_step(self) -> None:
         if self.ema_net is not None and self.eval_ema is not None:
             decay = warmed_up(self.eval_ema, self.global_step)
-            ema_update_(self.ema_net.parameters(), self.net.parameters(), decay, self.gate)
+            ema_update_(self.ema_net.parameters(), self.net.parameters(), decay, self.left_out_on_device)
 
     def denoiser(self, net: nn.Module) -> Denoiser:
         return Denoiser(self.network(net), self.process, self.prediction_type)
@@ -127,6 +154,12 @@ class LatentModule(TrainedModule):
                 return network(z_t, time, cond, w)
 
         return recorded
+
+    def note_sample_size(self, side: int) -> None:
+        """Have the networks drawn and saved at the size of the training, in latent cells."""
+        for network in self.children():
+            if isinstance(network, self.family.network_class):
+                network.register_to_config(sample_size=side)
 
     @property
     def method(self) -> str:

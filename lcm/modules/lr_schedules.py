@@ -5,15 +5,16 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lcm.core.numbers import Share, Whole
 from lcm.errors import UserError
 
 
-def constant(optimizer: Optimizer, max_steps: int, *, warmup: int = 0) -> LambdaLR:
+def constant(optimizer: Optimizer, max_steps: int, *, warmup: Whole = 0) -> LambdaLR:
     """Linear from 0 over `warmup` steps, then constant."""
     return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
 
 
-def cosine(optimizer: Optimizer, max_steps: int, *, warmup: int = 0, final: float = 0.0) -> LambdaLR:
+def cosine(optimizer: Optimizer, max_steps: int, *, warmup: Whole = 0, final: Share = 0.0) -> LambdaLR:
     """Linear from 0 over `warmup` steps, then half a cosine down to `final` times the peak at `max_steps`."""
 
     if max_steps < 1:

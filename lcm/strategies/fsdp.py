@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from lcm.checkpoints import sharded
+from lcm.core.numbers import Count
 from lcm.errors import UserError
 
 
@@ -22,7 +23,7 @@ class FullySharded(ModelParallelStrategy):
     process 0, the same as other strategies write. Both are loaded whatever this says, and by whatever number of processes.
     """
 
-    def __init__(self, *, replicas: int = 1, sharded_checkpoints: bool = False) -> None:
+    def __init__(self, *, replicas: Count = 1, sharded_checkpoints: bool = False) -> None:
         super().__init__(save_distributed_checkpoint=sharded_checkpoints)
         self.replicas, self.sharded_checkpoints = replicas, sharded_checkpoints
 

@@ -1,5 +1,6 @@
 """The measurements run on tiny settings and say what they claim; how fast anything is, no test asks."""
 
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from lcm.bench import components, data, memory, peers, sampling, scaling, soak, step
-from lcm.bench.measure import Table, in_turn
+from lcm.bench.measure import Table, in_turn, machine
 from lcm.bench.shards import photo
 from lcm.core.random import generator
 from lcm.errors import UserError
@@ -191,3 +192,8 @@ def test_activations_hold_what_a_real_forward_pass_feeds_its_convolutions():
             module.register_forward_pre_hook(count)
     unet(torch.zeros(2, 4, 16, 16), torch.zeros(2, dtype=torch.long), torch.zeros(2, 77, 16))
     assert kept < size[2, False] < 12 * kept
+
+
+def test_a_machine_without_proc_is_described(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("lcm.bench.measure.Path", lambda path: tmp_path / path.lstrip("/"))
+    assert machine()["cpu"] == platform.machine()

@@ -4,10 +4,12 @@ import itertools
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +96,19 @@ def test_a_checkpoint_of_another_program_has_the_checksums_of_its_tensors(tmp_pa
     assert damage(path)
 
 
+def test_a_resume_reads_a_checkpoint_once(last, tmp_path):
+    """As the kernel counts: to choose it, to verify it and to load it is one pass, in every rank."""
+    AtomicCheckpointIO().save_checkpoint(content(3, size=1 << 20), last)
+    before = bytes_read()
+    loaded = AtomicCheckpointIO().load_checkpoint(resume_path(config(tmp_path, "last")))
+    assert (bytes_read() - before) / last.stat().st_size < 1.1
+    assert equal(loaded, content(3, size=1 << 20))
+
+
+def bytes_read():
+    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+
 def test_a_pickled_object_is_refused(tmp_path):
     torch.save({"code": AtomicCheckpointIO()}, tmp_path / "evil.ckpt")
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
@@ -143,8 +158,31 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused_and_a_whole_one_name
         resume_path(config(tmp_path, "last"))
 
 
-def test_last_is_a_fresh_start_where_nothing_was_saved(tmp_path):
+def test_last_is_a_fresh_start_where_nothing_was_saved(tmp_path, capsys):
     assert resume_path(config(tmp_path, "last")) is None
+    assert not capsys.readouterr().err  # as `make demo` starts
+
+
+@pytest.mark.parametrize("weights", [{"state_dict": {"a": torch.ones(3)}}, {"a": torch.ones(3)}, torch.ones(3)], ids=type)
+def test_a_file_of_weights_alone_is_no_checkpoint_to_go_on_from(weights, tmp_path):
+    torch.save(weights, tmp_path / "weights.ckpt")
+    AtomicCheckpointIO().save_checkpoint(weights, tmp_path / "sealed.ckpt")
+    for name in ("weights.ckpt", "sealed.ckpt"):
+        with pytest.raises(UserError, match=f"ckpt_path=.*{name} holds no training to go on with, only weights"):
+            resume_path(config(tmp_path, tmp_path / name))
+
+
+def test_last_of_a_name_without_checkpoints_warns_with_the_runs_that_have_some(tmp_path, capsys):
+    for run in ("lcd_mini/0", "lcd_mini/1", "teacher/0"):
+        AtomicCheckpointIO().save_checkpoint(content(1), tmp_path / "runs" / run / "checkpoints/last.ckpt")
+    mistyped = config(tmp_path, "last")
+    mistyped.name = "lcd_mni"
+    assert resume_path(mistyped) is None
+    error = capsys.readouterr().err
+    assert "warning: ckpt_path=last found no checkpoint of lcd_mni: training starts anew" in error
+    named = re.search(r"runs with checkpoints are (.*): stop", error)[1].split(", ")
+    assert sorted(named[:2]) == ["lcd_mini/0", "lcd_mini/1"]
+    assert named[2:] == ["teacher/0"]
 
 
 def test_a_start_removes_the_litter_of_a_killed_one(last, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lcm.core.ema import ema_update_
 
@@ -42,3 +43,31 @@ def test_modules_are_averaged_in_place_without_gradient():
     assert weight.is_leaf
     assert torch.equal(weight, online.weight)
     assert torch.equal(online.weight, before)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.95, 0.999943])
+def test_an_update_that_the_device_may_skip_is_the_same_one_or_none(decay):
+    plain, moved, kept, online = tensors(0), tensors(0), tensors(0), tensors(1)
+    ema_update_(plain, online, decay)
+    ema_update_(moved, online, decay, torch.tensor(0.0))
+    ema_update_(kept, online, decay, torch.tensor(1.0))
+    for p, m, k, start, o, before in zip(plain, moved, kept, tensors(0), online, tensors(1), strict=True):
+        torch.testing.assert_close(m, p, rtol=0, atol=0 if decay > 0.5 else 1e-6)
+        assert torch.equal(k, start)
+        assert torch.equal(o, before)
+
+
+def test_an_update_that_the_device_may_skip_is_one_call():
+    """Tensor by tensor would be a kernel for each of a thousand parameters."""
+
+    class Calls(TorchDispatchMode):
+        names = []  # noqa: RUF012
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.append(str(function))
+            return function(*args, **kwargs or {})
+
+    average, online, skip = tensors(0), tensors(1), torch.tensor(0.0)
+    with Calls() as calls:
+        ema_update_(average, online, 0.9, skip)
+    assert calls.names == ["aten._fused_sgd_.default"]

@@ -1,15 +1,23 @@
 """Imports run one way: errors, ... <- core <- models <- data <- modules <- metrics, callbacks, ... <- programs."""
 
 import ast
+import importlib
 import sys
 from importlib.util import resolve_name
 from pathlib import Path
 
+import pytest
+
+import lcm
+
 ROOT = Path(__file__).parents[2]
 FILES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "lcm").rglob("*.py"))]
 LAYERS = [
-    {"errors", "files", "images", "limits", "precision", "redaction", "signals", "targets"},
-    *({"core"}, {"models"}, {"data"}, {"modules"}, {"metrics", "callbacks", "checkpoints", "loggers", "strategies"}),
+    {"errors", "files", "images", "precision", "redaction", "signals", "targets"},
+    {"core"},
+    {"models"},
+    {"data", "arguments", "overrides"},
+    *({"modules"}, {"metrics", "callbacks", "checkpoints", "loggers", "strategies"}),
 ]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PROGRAMS = len(LAYERS)  # lcm/*.py
@@ -61,3 +69,9 @@ def test_the_package_does_not_import_its_scripts():
     scripts = {path.stem for path in ROOT.glob("*.py")} | {"tests"}
     for file in FILES:
         assert not scripts & {name.partition(".")[0] for name in imports(file)}, file
+
+
+def test_windows_is_told_where_the_program_runs(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit, match=r"error: Windows lacks .* run it in WSL 2"):
+        importlib.reload(lcm)

@@ -2,6 +2,7 @@
 
 import io
 import random
+import tarfile
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -19,9 +20,9 @@ from lcm.data.stream import ShardStream
 SIZES = (11, 12, 13, 9)  # 45 samples in 4 shards: no batch size of the tests divides an epoch
 
 
-def png(size: tuple[int, int] = (8, 8), color: Any = "red") -> bytes:
+def png(size: tuple[int, int] = (8, 8), colour: Any = "red") -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", size, color).save(file, "PNG")
+    Image.new("RGB", size, colour).save(file, "PNG")
     return file.getvalue()
 
 
@@ -29,6 +30,16 @@ def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> str:
     with path.open("wb") as file, wds.TarWriter(file, mtime=0) as writer:
         for sample in samples:
             writer.write(sample)
+    return str(path)
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> str:
+    """A tar of files in this order, whatever their names."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
     return str(path)
 
 

@@ -1,6 +1,7 @@
 """The frozen VAE and text encoder: scaling, determinism, the cache, captions."""
 
 import copy
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ import torch
 from diffusers import AutoencoderKL
 
 from lcm.core.random import generator
+from lcm.data.shards import Shard
+from lcm.data.transforms import Decode
 from lcm.models.codec import LatentCodec, to_signed_range
 from lcm.models.pipeline import load_codec
+from tests.data.conftest import png, write_shard
 
 Encoded = Callable[..., tuple[LatentCodec, list[int]]]
 X = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -232,3 +236,12 @@ def test_the_networks_are_frozen(codec: LatentCodec) -> None:
     assert not any(p.requires_grad for net in (codec.vae, codec.text.encoders[0]) for p in net.parameters())
     assert not codec.vae.training
     assert not codec.text.encoders[0].training
+
+
+def test_the_cache_tells_samples_of_one_name_apart(tiny_pipeline: Path, tmp_path: Path) -> None:
+    colours = ("red", "green", "blue")
+    pictures = [{"__key__": key, "png": png(colour=colour), "txt": colour} for key, colour in zip("aba", colours, strict=True)]
+    samples = [Decode(32)(sample, random.Random(0)) for sample in Shard(write_shard(tmp_path / "a.tar", pictures))]
+    codec = load_codec(str(tiny_pipeline), cache=True)
+    first, _, last = (codec.posterior(sample["x"][None], [sample["key"]]) for sample in samples)
+    assert not torch.equal(first, last)

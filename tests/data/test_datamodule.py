@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from lcm import signals
 from lcm.core.batch import LatentBatch
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.filters import Filters
@@ -20,7 +22,7 @@ from lcm.data.workers import init_worker, kill, workers_watched
 from lcm.errors import UserError
 from lcm.models.codec import LatentCodec
 from lcm.models.pipeline import load_codec
-from tests.data.conftest import pairs, png, write_shard
+from tests.data.conftest import pairs, png, write_shard, write_tar
 
 
 @pytest.fixture(scope="module")
@@ -238,8 +240,11 @@ def test_filters_hold_for_training_and_validation(shards: Path) -> None:
 def test_a_filter_with_nothing_to_go_by_is_named(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
     datamodule(shards, filters=Filters(min_aesthetic=6, max_caption=100))
     assert "data.filters.min_aesthetic leaves out nothing, no sample says what it reads" in caplog.text
-    assert "data.filters.max_unsafe leaves out nothing" in caplog.text
+    assert "max_unsafe" not in caplog.text  # a default
     assert "max_caption" not in caplog.text
+    caplog.clear()
+    datamodule(shards, filters=Filters(max_unsafe=0.3, max_caption=100))
+    assert "data.filters.max_unsafe leaves out nothing" in caplog.text
     caplog.clear()
     datamodule(shards, filters=Filters(max_unsafe=None, max_caption=100))
     assert "leaves out nothing" not in caplog.text
@@ -336,6 +341,86 @@ def test_a_signal_to_all_processes_of_a_job_leaves_workers_alone(
     kill(list(workers))
 
 
+@pytest.mark.parametrize("says_who", [True, False], ids=["linux", "macos"])
+def test_a_worker_ends_when_its_parent_asks_for_it(says_who: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS has no sigwaitinfo, which tells who sent a signal."""
+    if not says_who:
+        monkeypatch.delattr(signal, "sigwaitinfo")
+    monkeypatch.setattr("lcm.signals.GRACE", 0.1)
+
+    def work() -> None:
+        init_worker(0)
+        started.set()
+        time.sleep(60)
+
+    started = multiprocessing.get_context("fork").Event()
+    worker = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+    with signals.held_back():
+        worker.start()
+    assert started.wait(30)
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
+
+
 def test_another_error_is_not_taken_for_a_workers() -> None:
     with pytest.raises(RuntimeError, match="shapes"), workers_watched():
         raise RuntimeError("shapes do not fit")
+
+
+def test_complaints_about_shards_name_the_option_that_gave_them(shards: Path, tmp_path: Path) -> None:
+    latents = write_tar(tmp_path / "0.tar", [("0.latent.npy", b""), ("0.txt", b"a cat")])
+    with pytest.raises(UserError, match=r"0\.tar holds latents, not pictures: set callbacks\.evaluation\.shards to shards of"):
+        datamodule(shards).reader(latents, "callbacks.evaluation.shards").check()
+    with pytest.raises(UserError, match=r"no shards match .*: point data\.sources at"):
+        ShardDataModule(sources=[{"urls": f"{tmp_path}/none.tar", "weight": 1}]).setup()
+
+
+@pytest.mark.parametrize(
+    ("members", "options", "says"),
+    [
+        ({"json": {"aesthetic": 5.0}}, {"filters": Filters(min_aesthetic=6)}, r"\{'aesthetic': 3\}; change data\.val_shards"),
+        ({"txt": 201 * "a"}, {"filters": Filters(max_caption=200)}, r"left out are \{'caption_long': 3\}"),
+        ({"txt": "", "json": b"{"}, {"filters": Filters()}, "has no captions that can be read .json: "),
+        ({"txt": b"\xff"}, {}, "has no captions that can be read .caption_encoding: "),
+        ({"txt": b"\xff"}, {"filters": Filters()}, "has no captions that can be read .caption_encoding: "),
+        ({"png": b"no png"}, {}, r"no sample of data\.val_shards could be decoded"),
+        ({"png": b"no png"}, {"filters": Filters()}, r"no sample of data\.val_shards could be decoded"),
+    ],
+    ids=["score", "length", "json", "encoding", "encoding filtered", "picture", "picture filtered"],
+)
+def test_validation_shards_of_which_nothing_passes_are_refused(
+    shards: Path, tmp_path: Path, members: dict[str, Any], options: dict[str, Any], says: str
+) -> None:
+    """A pass over them is empty: Lightning then logs no val/loss, and says nothing."""
+    held_out = write_shard(tmp_path / "v.tar", [{**sample, **members} for sample in pairs(0, 3)])
+    with pytest.raises(UserError, match=says):
+        datamodule(shards, val_shards=held_out, **options)
+
+
+def test_one_sound_validation_sample_is_enough(shards: Path, tmp_path: Path) -> None:
+    samples = pairs(0, 3)
+    samples[0]["png"] = samples[1]["png"] = b"no png"
+    data = datamodule(shards, val_shards=write_shard(tmp_path / "v.tar", samples))
+    assert [batch["captions"] for batch in data.val_dataloader()] == [["sample 2 of 0"]]
+
+
+BUS_ERROR = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that workers are out of shared memory."
+NO_SPACE = "unable to allocate shared memory(shm) for file </torch_7_1_1>: No space left on device (28)"
+
+
+def test_a_worker_killed_by_full_shared_memory_is_named_as_such() -> None:
+    with pytest.raises(UserError, match=r"^shared memory .*--shm-size"), workers_watched():
+        raise RuntimeError(BUS_ERROR)
+
+
+def test_full_shared_memory_ends_in_a_sentence_at_once(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch shares a batch in a thread of the worker, which prints its errors and leaves the training waiting."""
+
+    def full(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(NO_SPACE)
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    data = datamodule(shards, num_workers=1, timeout=60)
+    with pytest.raises(UserError, match=r"^shared memory .*data\.num_workers=0, which needs none$"):
+        next(iter(data.train_dataloader()))

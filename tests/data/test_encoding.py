@@ -226,3 +226,17 @@ def test_a_mirrored_copys_crop_is_that_of_the_mirrored_picture(size: tuple[int, 
         assert abs(plain[3] + 32 + mirrored[3] - resized) <= 1  # left and right of the picture change places
         crops.add(plain[3])
     assert len(crops) > 3 or size[0] == min(size)
+
+
+def test_samples_of_one_name_are_drawn_apart_and_stay_apart(tmp_path: Path, codec: LatentCodec) -> None:
+    write_shard(tmp_path / "0.tar", [{"__key__": key, "png": png(), "txt": key} for key in ("p.1", "p.2", "p.1")])
+    claim(tmp_path, stamp(codec, 32, drawn=True), 0)
+    data = ShardDataModule(f"{tmp_path}/0.tar", codec=codec, resolution=32, num_workers=0)
+    with torch.inference_mode():
+        encode_shard(
+            Source([f"{tmp_path}/0.tar"]), Encoder(codec, 0, True, False), Variants(Decode(32), 1, False),
+            tmp_path / "latents.tar", data, tqdm(disable=True),
+        )  # fmt: skip
+    samples = list(Shard(str(tmp_path / "latents.tar"), needs=DecodeLatents.needs))
+    assert [sample["txt"] for sample in samples] == [b"p.1", b"p.2", b"p.1"]
+    assert len({sample["__key__"] for sample in samples}) == len({sample[DRAWN] for sample in samples}) == 3

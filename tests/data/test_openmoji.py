@@ -7,10 +7,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hydra.utils import instantiate
 
+from lcm.composition import compose
 from lcm.data import openmoji
 from lcm.data.captions import read_samples
-from lcm.data.openmoji import STYLE_SHEETS, all_captions, build, build_styles, captioned_svgs, draw, is_held_out
+from lcm.data.openmoji import (
+    STYLE_SHEETS,
+    all_captions,
+    build,
+    build_styles,
+    captioned_svgs,
+    draw,
+    is_held_out,
+    is_wanted,
+)
 from lcm.data.shards import expand_urls
 from lcm.data.source import Source
 from lcm.errors import UserError
@@ -165,3 +176,44 @@ def test_the_dark_style_has_light_outlines(drawings: list[dict[str, np.ndarray]]
         outline = (drawn["line"] == (0, 0, 0, 255)).all(-1)
         assert outline.any()
         assert drawn["dark"][outline, :3].mean() > 200
+
+
+OWN = ["autoencoder_mini", "clip_mini", "lcd_lora_mini", "lcd_mini", "lcf_mini", "teacher_mini"]
+
+
+@pytest.mark.parametrize("experiment", OWN)
+def test_who_trains_on_shards_of_their_own_gets_no_openmoji(experiment, shards, tiny_pipeline, tmp_path, capsys):
+    """Beside a folder of OpenMoji that has been drawn, for data.shards alone and for data=shards."""
+    own = [str(path) for path in sorted(shards.glob("train-*.tar"))]
+    model = {"lcf_mini": "student", "teacher_mini": "pipeline"}.get(experiment, "teacher")
+    base = [f"experiment={experiment}", f"paths.data={tmp_path}", "data.resolution=32"]
+    base += [] if experiment in ("autoencoder_mini", "clip_mini") else [f"model.{model}={tiny_pipeline}"]
+    for group in ([], ["data=shards"]):
+        for urls in (own[0], f"[{','.join(own)}]"):
+            data = instantiate(compose("train", [*base, *group, f"data.shards={urls}"]).data)
+            data.prepare_data()
+            assert data.val_shards is None
+            assert not list(tmp_path.glob("openmoji*"))
+            assert capsys.readouterr().out.count("there is no validation, data.val_shards=<shards> adds it") == (not group)
+        cfg = compose("train", [*base, *group, f"data.shards={own[0]}", f"data.val_shards={own[1]}", "callbacks=evaluation"])
+        assert cfg.callbacks.evaluation.shards == own[1]
+        instantiate(cfg.data).prepare_data()
+        assert not list(tmp_path.glob("openmoji*"))
+        assert "validation" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("data", ["openmoji", "openmoji_dark", "openmoji_line", "openmoji_pixels", "openmoji_styles"])
+def test_the_default_data_are_drawn_and_validated_on(data):
+    cfg = compose("train", [f"data={data}", "paths.data=mine"]).data
+    style = {"openmoji_dark": "dark-", "openmoji_line": "line-"}.get(data, "")
+    assert cfg.val_shards == f"mine/openmoji-{style}64/val-*.tar"
+    assert is_wanted(cfg.build.root, cfg.build.wanted)
+    others = compose("train", [f"data={data}", "paths.data=mine", "data.shards=other.tar", f"data.val_shards={cfg.val_shards}"])
+    assert is_wanted(others.data.build.root, others.data.build.wanted)
+
+
+@pytest.mark.parametrize("folder", ["/proc/nowhere", "file"])
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^cannot write to .* \(.*\): set paths\.data to a writable folder$"):
+        build(str(tmp_path / folder / "openmoji-16"), resolution=16)

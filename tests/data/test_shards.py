@@ -1,6 +1,7 @@
 """Where shards are looked for, and what of a damaged one is still found."""
 
 import json
+import os
 import random
 import tarfile
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from lcm.data.shards import Shard, expand_urls
 from lcm.errors import UserError
 from lcm.redaction import redacted
-from tests.data.conftest import SIZES, pairs, png, write_shard
+from tests.data.conftest import SIZES, pairs, png, write_shard, write_tar
 
 
 def names(shard: Shard) -> list[str]:
@@ -195,3 +196,188 @@ def test_a_sample_too_large_to_be_an_image_is_not_read(tmp_path: Path, monkeypat
 def test_json_captions_are_enough(tmp_path: Path) -> None:
     sample = {"__key__": "a", "png": png(), "json": {"caption": "a cat"}}
     assert json.loads(Shard(write_shard(tmp_path / "a.tar", [sample]))[0]["json"]) == {"caption": "a cat"}
+
+
+def pair(name: str, caption: bytes = b"a cat") -> list[tuple[str, bytes]]:
+    return [(f"{name}.png", png()), (f"{name}.txt", caption)]
+
+
+def captions(shard: Shard) -> dict[str, bytes]:
+    return {sample["__key__"]: sample["txt"] for sample in shard}
+
+
+LITTER = ("._{}", ".{}", "__MACOSX/{}", ".AppleDouble/{}", ".ipynb_checkpoints/{}", "@eaDir/{}", "Thumbs.db", "desktop.ini")
+
+
+@pytest.mark.parametrize("litter", LITTER)
+def test_what_an_operating_system_leaves_in_a_tar_is_no_member(tmp_path: Path, litter: str) -> None:
+    files = [(f"./{name}", content) for key in ("0", "1") for name, content in pair(key)]
+    items = [item for name, content in files for item in ((f"./{litter.format(name[2:])}", png()), (name, content))]
+    shard = Shard(write_tar(tmp_path / "a.tar", items))
+    assert names(shard) == ["./0", "./1"]
+    assert not shard.dropped
+
+
+def test_what_an_operating_system_leaves_beside_shards_is_no_shard(tmp_path: Path, urls: list[str]) -> None:
+    (tmp_path / "._000.tar").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "__MACOSX").mkdir()
+    os.link(urls[0], tmp_path / "000.tar")
+    os.link(urls[0], tmp_path / "__MACOSX/000.tar")
+    (tmp_path / "all.txt").write_text(f"{tmp_path}/._000.tar\n{tmp_path}/000.tar\n")
+    assert expand_urls(f"@{tmp_path}/all.txt") == [f"{tmp_path}/000.tar"]
+    assert expand_urls(f"{tmp_path}/**/*.tar") == [f"{tmp_path}/000.tar"]
+
+
+def test_a_key_with_dots_ends_at_the_extension_where_only_that_gives_samples(tmp_path: Path) -> None:
+    keys = ["IMG 2.1 sunset", "IMG 2.10 sunset", "photo", "photo.001", "photo.k.1", "v1.5.Beta", "v1.5.beta"]
+    items = sorted(item for key in keys for item in pair(key, key.encode()))
+    shard = Shard(write_tar(tmp_path / "a.tar", items))
+    assert captions(shard) == {key: key.encode() for key in keys}
+    assert not shard.dropped
+
+
+def test_an_incomplete_sample_with_dots_is_counted_under_its_own_name(tmp_path: Path) -> None:
+    shard = Shard(write_tar(tmp_path / "a.tar", [*pair("p.1"), ("p.2.png", png()), *pair("p.3")]))
+    assert names(shard) == ["p.1", "p.3"]
+    assert shard.broken == {"p.2": "no_caption"}
+
+
+@pytest.mark.parametrize("labels", ["0.seg.json", "0.blip.txt"])
+def test_members_with_dots_stay_members(tmp_path: Path, labels: str) -> None:
+    items = [(labels, b"{}"), ("0.seg.png", png()), *pair("0"), ("0.json", b"{}")]
+    [sample] = list(Shard(write_tar(tmp_path / "a.tar", items)))
+    assert sample.keys() == {"__key__", "__url__", "png", "txt", "json", "seg.png", labels[2:]}
+
+
+@pytest.mark.parametrize(("name", "weights"), [("blip", {"blip": 1.0}), ("caption", None), ("cap", None)])
+def test_captions_of_any_name_make_samples(tmp_path: Path, name: str, weights: dict[str, float] | None) -> None:
+    """Of keys with dots, of names that come again, and of members that lie apart."""
+    dotted = [(f"p.{i}.{end}", png()) for i in range(3) for end in ("png", name)]
+    twice = [(f"b.{end}", png()) for _ in range(2) for end in ("png", name)]
+    apart = [(f"{n:03d}.{end}", png()) for end in ("png", name) for n in range(4)]
+    shard = Shard(write_tar(tmp_path / "a.tar", [*dotted, *twice, *apart]), captions=weights)
+    assert [key.partition("@")[0] for key in names(shard)] == ["p.0", "p.1", "p.2", "b", "b"]
+    assert all(name in sample for sample in shard)
+    assert shard.dropped == {"apart": 4}
+
+
+def test_latents_of_a_key_with_dots(tmp_path: Path) -> None:
+    items = [(f"p.{i}.{name}", b"") for i in range(3) for name in ("latent.npy", "sizes.npy", "txt")]
+    shard = Shard(write_tar(tmp_path / "a.tar", items), needs=("latent.npy", "sample.npy"))
+    assert names(shard) == ["p.0", "p.1", "p.2"]
+    assert shard[1].keys() >= {"latent.npy", "sizes.npy", "txt"}
+
+
+@pytest.mark.parametrize("order", ["aab", "aba", "baa"])
+def test_samples_of_one_name_are_all_used_under_keys_of_their_own(tmp_path: Path, order: str) -> None:
+    items = [item for i, key in enumerate(order) for item in pair(key, str(i).encode())]
+    shard = Shard(write_tar(tmp_path / "a.tar", items))
+    assert len(captions(shard)) == 3
+    assert list(captions(shard).values()) == [b"0", b"1", b"2"]
+    assert len(shard.repeated) == 1
+
+
+@pytest.mark.parametrize("members", ["png png txt txt", "png txt txt", "png txt png"])
+def test_pictures_and_captions_of_one_name_are_not_paired_by_chance(tmp_path: Path, members: str) -> None:
+    items = [(f"a.{name}", png()) for name in members.split()]
+    shard = Shard(write_tar(tmp_path / "a.tar", [*items, *pair("b")]))
+    assert names(shard) == ["b"]
+    assert shard.broken == {"a": "duplicate"}
+
+
+@pytest.mark.parametrize("folders", [False, True])
+@pytest.mark.parametrize("ends", ["png txt", "txt png", "json png txt"])
+def test_members_apart_are_counted_as_such(tmp_path: Path, folders: bool, ends: str) -> None:
+    files = [(f"{n:03d}.{end}", png()) for end in ends.split() for n in range(30)]
+    items = [(f"{name.partition('.')[2]}/{name}" if folders else name, content) for name, content in files]
+    shard = Shard(write_tar(tmp_path / "a.tar", [*items, *pair("x")]))
+    assert names(shard) == ["x"]
+    assert shard.dropped == {"apart": 30}
+
+
+def test_members_with_dots_apart_are_counted_as_such(tmp_path: Path) -> None:
+    big = bytes(2**19)
+    shard = Shard(write_tar(tmp_path / "a.tar", [(f"p.{n}.{end}", big) for end in ("png", "txt") for n in range(9)]))
+    assert shard.dropped == {"apart": 9}
+
+
+def pack(tmp_path: Path, link: Any, names: str = "png txt") -> Shard:
+    """A tar of links to files, then of these files."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "made").mkdir()
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, content in pair("0"):
+            (tmp_path / "real" / name).write_bytes(content)
+        for folder in ("real", "made"):
+            for name in names.split():
+                if folder == "made":
+                    link(tmp_path / f"real/0.{name}", tmp_path / f"made/0.{name}")
+                archive.add(tmp_path / f"{folder}/0.{name}", f"{folder}/0.{name}")
+    return Shard(str(tmp_path / "a.tar"))
+
+
+def relative(target: Path, link: Path) -> None:
+    link.symlink_to(f"../{target.parent.name}/{target.name}")
+
+
+@pytest.mark.parametrize("link", [os.link, relative], ids=["hard", "symbolic"])
+def test_links_to_files_of_the_same_tar_are_followed(tmp_path: Path, link: Any) -> None:
+    shard = pack(tmp_path, link)
+    assert names(shard) == ["real/0", "made/0"]
+    assert shard[0]["png"] == shard[1]["png"] == png()
+
+
+def test_links_to_files_elsewhere_are_counted_as_such(tmp_path: Path) -> None:
+    shard = pack(tmp_path, lambda target, link: link.symlink_to("/etc/passwd"))
+    assert names(shard) == ["real/0"]
+    assert shard.dropped == {"link": 1}
+
+
+@pytest.mark.parametrize("pattern", ["{0..1.tar", "0..1}.tar", "{a,{b}.tar"])
+def test_braces_that_do_not_close_are_a_user_error(pattern: str) -> None:
+    with pytest.raises(UserError, match=r"^data\.val_shards: the braces of '.*' do not close: write ranges as \{000\.\.123\}"):
+        expand_urls(f"train-{pattern}", "data.val_shards")
+
+
+def test_braces_around_one_number_are_that_number(urls: list[str]) -> None:
+    assert expand_urls(str(Path(urls[0]).with_name("{000}.tar"))) == urls[:1]
+    assert expand_urls("s3://bucket/{00000}.tar") == ["s3://bucket/00000.tar"]
+
+
+@pytest.mark.parametrize("braces", ["{000-003}", "{000..}", "{000:003}", "{000...003}"])
+def test_ranges_of_another_spelling_are_told_the_right_one(urls: list[str], braces: str) -> None:
+    with pytest.raises(UserError, match=r"no shards match .*; ranges in braces are written \{000\.\.123\}"):
+        expand_urls(str(Path(urls[0]).with_name(f"{braces}.tar")))
+
+
+def test_names_with_the_characters_of_a_glob_are_names(tmp_path: Path, urls: list[str]) -> None:
+    (tmp_path / "a [v2]").mkdir()
+    os.link(urls[0], tmp_path / "a [v2]/0.tar")
+    assert expand_urls(f"{tmp_path}/a [v2]/0.tar") == [f"{tmp_path}/a [v2]/0.tar"]
+
+
+@pytest.mark.parametrize("pattern", ["~/0.tar", "~/{0..0}.tar", "~/*.tar", "@~/all.txt"])
+def test_the_users_folder_has_a_short_name(
+    tmp_path: Path, urls: list[str], monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    os.link(urls[0], tmp_path / "0.tar")
+    (tmp_path / "all.txt").write_text("~/0.tar\n")
+    assert expand_urls(pattern) == [f"{tmp_path}/0.tar"]
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("0.tar", r"mine is a folder: give its shards, as in '.*mine/\*\.tar'"),
+        ("part/0.tar", r"mine is a folder: give its shards, as in '.*mine/\*/\*\.tar'"),
+        ("0.jpg", r"mine is a folder of pictures: pack it with `tar --sort=name -cf mine\.tar -C .*mine \.`"),
+        ("cats/0.PNG", r"mine is a folder of pictures: pack it with .* and set data\.shards=mine\.tar"),
+        ("notes.md", r"mine is a folder: give its shards, as in '.*mine/\*\.tar'"),
+    ],
+)
+def test_a_folder_is_told_the_way_to_shards(tmp_path: Path, file: str, says: str) -> None:
+    (tmp_path / "mine" / file).parent.mkdir(parents=True)
+    (tmp_path / "mine" / file).touch()
+    with pytest.raises(UserError, match=says):
+        expand_urls(f"{tmp_path}/mine")

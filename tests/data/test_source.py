@@ -1,9 +1,16 @@
 """Counting usable samples once, and bringing remote shards here from servers that are slow, drop or lie."""
 
+import bz2
 import contextlib
+import errno
+import gzip
 import hashlib
+import io
 import json
+import lzma
+import tarfile
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,11 +19,12 @@ from typing import Any
 import pytest
 
 from lcm.data.cache import ShardCache
+from lcm.data.epochs import training_order
 from lcm.data.filters import Filters
-from lcm.data.shards import Shard
+from lcm.data.shards import IMAGES, LATENTS, Shard
 from lcm.data.source import Facts, Source
 from lcm.errors import UserError
-from tests.data.conftest import SIZES, keys, pairs, png, stream, take, write_shard
+from tests.data.conftest import SIZES, keys, pairs, png, stream, take, write_shard, write_tar
 
 Answer = Callable[[BaseHTTPRequestHandler, bytes], None]
 
@@ -78,6 +86,12 @@ def test_a_shard_of_another_length_is_named_when_counted(tmp_path: Path, caplog:
     assert "it is cut, damaged or another" in caplog.text
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_manifest_is_read_whatever_program_saved_it(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "manifest.json").write_bytes(json.dumps({"samples": {"a.tar": 9}}).encode(encoding))
+    assert Source([write_shard(tmp_path / "a.tar", pairs(0, 2))]).facts() == [Facts(2, {"missing": 7})]
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"samples": 3}', '{"samples": {"a.tar": "3"}, "bytes": {"a.tar": null}}'])
 def test_a_manifest_of_another_make_says_nothing(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
@@ -108,6 +122,104 @@ def test_what_is_not_a_shard_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.tar").write_bytes(content)
     with pytest.raises(UserError, match="not a readable webdataset shard"):
         Source([str(tmp_path / "a.tar")]).check()
+
+
+def zipped(content: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("0.png", content)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("pack", "says"),
+    [
+        (gzip.compress, r"it is compressed \(gzip\): gunzip it first"),
+        (bz2.compress, r"it is compressed \(bzip2\): bunzip2 it first"),
+        (lzma.compress, r"it is compressed \(xz\): unxz it first"),
+        (lambda content: b"\x28\xb5\x2f\xfd" + content, r"it is compressed \(zstd\): unzstd it first"),
+        (zipped, "it is a zip archive: unzip it, and pack its files with tar --sort=name"),
+        (lambda content: b"version https://git-lfs.github.com/spec/v1\n", "it is a pointer of Git LFS"),
+        (lambda content: png(), "it is a picture: pack it and its caption"),
+        (lambda content: b"", "it is empty"),
+    ],
+)
+def test_what_is_taken_for_a_shard_by_mistake_is_named(tmp_path: Path, pack: Any, says: str) -> None:
+    shard = Path(write_shard(tmp_path / "a.tar", pairs(0, 2)))
+    shard.write_bytes(pack(shard.read_bytes()))
+    with pytest.raises(UserError, match=f"a.tar is not a readable webdataset shard: {says}"):
+        Source([str(shard)]).check()
+
+
+@pytest.mark.parametrize("links", ["png txt", "png"])
+def test_a_shard_of_links_is_told_how_to_pack(tmp_path: Path, links: str) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("png", "txt"):
+            info = tarfile.TarInfo(f"0.{name}")
+            if name in links:
+                info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            archive.addfile(info)
+    with pytest.raises(UserError, match="tar --dereference"):
+        Source([str(tmp_path / "a.tar")]).check()
+
+
+def test_kinds_of_members_are_listed_in_short(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "a.tar", [(f"0.part{i}", b"") for i in range(300)])
+    with pytest.raises(UserError, match=r"no images: its samples hold part0, .*, \.\.\., expected one of png") as error:
+        Source([shard]).check()
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("member", "needs", "says"),
+    [
+        ("latent.npy", IMAGES, r"holds latents, not pictures: set callbacks\.evaluation\.shards to shards of pictures"),
+        ("sample.npy", IMAGES, "holds latents, not pictures"),
+        ("jpg", LATENTS, "holds pictures, not latents: encode it with python -m lcm.encode, or choose data=shards"),
+    ],
+)
+def test_latents_and_pictures_are_told_apart(tmp_path: Path, member: str, needs: tuple[str, ...], says: str) -> None:
+    shard = write_tar(tmp_path / "a.tar", [(f"0.{member}", b""), ("0.txt", b"a cat")])
+    with pytest.raises(UserError, match=says):
+        Source([shard], needs=needs, option="callbacks.evaluation.shards").check()
+
+
+def test_left_out_samples_are_named_a_few_times(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    apart = [
+        write_tar(tmp_path / f"{s}.tar", [(f"{n}.{end}", png()) for end in ("png", "txt") for n in range(50)]) for s in "ab"
+    ]
+    source = Source(apart)
+    assert [facts.dropped for facts in source.facts()] == [{"apart": 50}] * 2
+    assert len(caplog.records) < 15
+    assert "must follow each other under one name: pack them from one folder with tar --sort=name" in caplog.text
+    with pytest.raises(UserError, match=r"no usable sample: .*'apart': 100.*; the files of a sample must follow each other"):
+        training_order([source.facts()], [1.0], [], batch=4, seed=0, shuffle=4, lanes=1)
+
+
+def test_samples_of_one_name_are_named_when_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert Source([write_shard(tmp_path / "a.tar", [*pairs(0, 2), *pairs(0, 2)])]).facts() == [Facts(4, {})]
+    assert "holds 2 samples under names that others of its samples have" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE])
+def test_what_the_system_lacks_for_a_moment_is_no_damage(
+    urls: list[str], monkeypatch: pytest.MonkeyPatch, number: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("lcm.data.source.PAUSES", (0, 0))
+    failures = [number] * 2
+
+    def scarce(*args: Any, **options: Any) -> Shard:
+        if failures:
+            raise OSError(failures.pop(), "not now")
+        return Shard(*args, **options)
+
+    monkeypatch.setattr("lcm.data.source.Shard", scarce)
+    assert Source(urls).facts() == [Facts(size, {}) for size in SIZES]
+    failures += [number] * 100
+    with pytest.raises(
+        UserError, match=r"cannot be opened \(not now\): (raise the limit, `ulimit -n 4096`|run the same command)"
+    ):
+        Source(urls).facts()
 
 
 def test_a_dead_first_shard_does_not_hide_the_others(tmp_path: Path) -> None:
@@ -365,3 +477,51 @@ def test_a_dead_remote_shard_is_left_out_and_tried_again_next_time(server: Serve
     source = Source([f"{server.url}/{n}.tar" for n in (0, 1)], cache=cache(tmp_path), index=str(tmp_path / "index"))
     assert source.facts() == [Facts(8, {}), Facts(0, {"shard": 1})]
     assert source.facts() == [Facts(8, {}), Facts(8, {})]
+
+
+@pytest.fixture(params=["/proc/nowhere", "file", "file/below"])
+def unwritable(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    (tmp_path / "file").touch()
+    return str(tmp_path / request.param)
+
+
+def test_an_index_that_cannot_be_kept_is_no_reason_to_stop(
+    urls: list[str], unwritable: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        source = Source(urls, index=unwritable)
+        assert source.facts() == [Facts(size, {}) for size in SIZES]
+    [record] = caplog.records
+    assert f"{unwritable} cannot be written (" in record.getMessage()
+    assert "data.index" in record.getMessage()
+    monkeypatch.setattr(Source, "open", None)  # whoever opens a shard now, fails
+    assert source.facts() == [Facts(size, {}) for size in SIZES]
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(server: Server, unwritable: str) -> None:
+    with pytest.raises(UserError, match=rf"^cannot write to {unwritable} \(.*\): set data\.cache\.folder or paths\.data to a"):
+        Source([f"{server.url}/0.tar"], cache=ShardCache(unwritable)).check()
+
+
+def test_a_cache_that_can_only_be_read_serves_what_it_has(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = cache(tmp_path).fetch(f"{server.url}/0.tar")
+    next((tmp_path / "cache").glob("*.lock")).unlink()
+    next((tmp_path / "cache").iterdir()).with_suffix(".lock").mkdir()  # root may write anywhere: no file can be made here
+    assert cache(tmp_path).fetch(f"{server.url}/0.tar") == path
+
+
+def test_a_cache_without_file_handles_for_a_moment_is_tried_again(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lcm.data.source.PAUSES", (0, 0))
+    failures = [errno.EMFILE, errno.ESTALE]
+
+    def scarce(*args: Any, **options: Any) -> Any:
+        if failures:
+            raise OSError(failures.pop(), "not now")
+        return open(*args, **options)
+
+    monkeypatch.setattr("lcm.data.cache.open", scarce, raising=False)
+    assert len(Source([f"{server.url}/0.tar"], cache=cache(tmp_path)).open(0)) == 8

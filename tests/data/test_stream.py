@@ -1,8 +1,11 @@
 """Batches in one order whatever the workers and ranks, from any position on, and what damage does to them."""
 
 import copy
+import errno
 import itertools
+import os
 import random
+import resource
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +17,7 @@ from lcm.data.buckets import aspect
 from lcm.data.epochs import training_order, validation_order
 from lcm.data.members import Skip
 from lcm.data.order import Mixture, Order
+from lcm.data.shards import Shard
 from lcm.data.source import Source
 from lcm.data.stream import ShardStream
 from lcm.data.transforms import Decode, collate
@@ -368,3 +372,41 @@ def test_what_replaces_a_damaged_batch_is_of_its_shape(tmp_path: Path) -> None:
     tall = [batch for batch in batches if batch["skipped"]]
     assert [tuple(batch["x"].shape) for batch in tall] == [(2, 3, 24, 16)]
     assert sum(batch["x"].shape[2] == 24 for batch in batches) == 1
+
+
+def test_many_shards_need_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = [write_shard(tmp_path / f"{n:03d}.tar", pairs(n, 1)) for n in range(60)]
+    before = len(os.listdir("/dev/fd"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 24, hard))
+    try:
+        batches = take(stream(shards), 45)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not any(batch["skipped"] for batch in batches)
+    assert len(set(keys(batches))) == 60
+
+
+def test_shards_are_closed_where_too_many_files_are_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = [write_shard(tmp_path / f"{n:03d}.tar", pairs(n, 1)) for n in range(9)]
+    whole = stream(shards)
+    opened: list[Shard] = []
+
+    def few(*args: Any, **options: Any) -> Shard:
+        if sum(not shard.file.closed for shard in opened) >= 2:
+            raise OSError(errno.EMFILE, "too many open files")
+        opened.append(Shard(*args, **options))
+        return opened[-1]
+
+    monkeypatch.setattr("lcm.data.source.Shard", few)
+    batches = take(whole, 9)
+    assert not any(batch["skipped"] for batch in batches)
+
+
+def test_a_handle_that_a_file_server_lost_is_opened_again(urls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = stream(urls)
+    batches = iter(whole)
+    first = [next(batches) for _ in range(3)]
+    for shard in whole.reader.shards.values():
+        monkeypatch.setattr(shard, "_read", lambda *args: os.pread(-1, 1, 0))
+    assert [*first, *(next(batches) for _ in range(6))] == take(stream(urls), 9)

@@ -555,3 +555,42 @@ def test_weights_that_make_no_sense_are_refused(captions: Any) -> None:
 def test_samples_of_different_shards_have_different_keys() -> None:
     samples = [{"__key__": "0", "__url__": url, "png": noise(), "txt": b""} for url in "ab"]
     assert len(set(collate([Decode(SIZE)(sample, random.Random(0)) for sample in samples])["keys"])) == 2
+
+
+def blobs(side: int, mode: str = "RGB") -> Image.Image:
+    pixels = np.random.default_rng(side).integers(0, 256, (side // 4 + 1, side // 4 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((side, side)).convert(mode)
+
+
+JPEGS = {
+    "colour": {},
+    "grey": {"mode": "L"},
+    "cmyk": {"mode": "CMYK"},
+    "fine": {"quality": 100, "subsampling": 0},
+    "progressive": {"progressive": True},
+    "restarts": {"restart_marker_blocks": 4},
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize("side", [33, 200])
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_jpeg_without_its_end_marker_is_sound(kind: str, side: int, lost: int) -> None:
+    options = dict(JPEGS[kind])
+    content = encoded(blobs(side, options.pop("mode", "RGB")), "JPEG", **options)
+    whole, cut = ({"__key__": "a", "__url__": "u", "jpg": jpg, "txt": b"a"} for jpg in (content, content[:-lost]))
+    assert torch.equal(Decode(SIZE)(cut, random.Random(0))["x"], Decode(SIZE)(whole, random.Random(0))["x"])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in JPEGS if kind != "progressive"])
+@pytest.mark.parametrize("tail", [b"", b"\0" * 8, bytes(4096)], ids=["cut", "few zeros", "zeros"])
+def test_a_jpeg_that_is_cut_is_not_sound(kind: str, tail: bytes) -> None:
+    """Wherever its scan is cut, also where an unfinished download is filled up with zeros."""
+    options = dict(JPEGS[kind])
+    content = encoded(blobs(40, options.pop("mode", "RGB")), "JPEG", **options)
+    scan = content.rindex(b"\xff\xda") + 14
+    assert len(content) - scan > 100
+    for end in range(scan, len(content) - 3):
+        sample = {"__key__": "a", "__url__": "u", "jpg": content[:end] + tail, "txt": b"a"}
+        with pytest.raises(Skip, match="image"):
+            Decode(SIZE)(sample, random.Random(0))

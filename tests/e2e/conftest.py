@@ -26,7 +26,7 @@ def environment(**more: str) -> dict[str, str]:
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., Result]:
     """Run a program in an empty working directory; returns the finished process with its text output."""
-    return lambda program, *args, **env: warm.run(command(program, *args), tmp_path, environment(**env), timeout=300)
+    return lambda program, *args, **env: warm.run(command(program, *args), tmp_path, environment(**env), timeout=900)
 
 
 @pytest.fixture

@@ -18,11 +18,12 @@ from PIL import Image
 from lcm.composition import compose
 from lcm.errors import UserError
 from lcm.evaluate import evaluate
+from lcm.metrics.features import scores
 from lcm.models import generate
 from lcm.models.pipeline import load_network
 from lcm.models.saving import save_network
 from tests.e2e.conftest import command, environment, tiny_data
-from tests.models.conftest import save_student
+from tests.models.conftest import save_student, save_teacher
 from tests.modules.conftest import new_module
 
 
@@ -72,6 +73,28 @@ def drawn(monkeypatch):
 
     monkeypatch.setattr(generate.LatentModel, "latents", counted)
     return seeds
+
+
+@pytest.fixture
+def drawn_sizes(monkeypatch):
+    """(height, width) of every batch of images that is drawn."""
+    sizes, images = [], generate.LatentModel.images
+
+    def noted(self, *args, **kwargs):
+        for batch in images(self, *args, **kwargs):
+            sizes.append(tuple(batch.shape[2:]))
+            yield batch
+
+    monkeypatch.setattr(generate.LatentModel, "images", noted)
+    return sizes
+
+
+def larger_copy(pipeline, folder):
+    """The pipeline as if trained at 64 px."""
+    shutil.copytree(pipeline, folder)
+    config = folder / "unet/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "sample_size": 16}))
+    return folder
 
 
 def test_twice_gives_the_same_digits_and_draws_once(run, drawn, tmp_path):
@@ -155,6 +178,63 @@ def test_another_w_seed_solver_or_weight_is_drawn_anew(run, drawn, tmp_path, stu
     assert len(drawn) == 8 * 2
 
 
+def test_images_are_drawn_at_the_size_at_which_they_are_compared(run, drawn_sizes, tiny_pipeline, tmp_path, caplog):
+    larger = larger_copy(tiny_pipeline, tmp_path / "larger")
+    both = [f"entries.{name}.pipeline={larger}" for name in ("DDIM", "LCM")]
+    run("resolution=null", output="own")
+    assert set(drawn_sizes) == {(32, 32)}
+    drawn_sizes.clear()
+    run("resolution=null", *both, output="larger")
+    assert set(drawn_sizes) == {(64, 64)}
+    assert "resize to 64 px" in (tmp_path / "larger/table.md").read_text()
+    drawn_sizes.clear()
+    assert "draws" not in caplog.text
+    with caplog.at_level("WARNING"):
+        run("resolution=32", *both, output="smaller")
+    assert set(drawn_sizes) == {(32, 32)}
+    assert "entries.LCM draws 32 px images by a model of 64 px images: entries.LCM.size=64" in caplog.text
+
+
+def test_an_entry_may_be_drawn_at_its_own_size(run, drawn_sizes, tmp_path):
+    rows = run("+entries.LCM.size=64")
+    assert set(drawn_sizes) == {(32, 32), (64, 64)}
+    assert "LCM is drawn at 64 px and resized to 32 px" in (tmp_path / "a/table.md").read_text()
+    drawn_sizes.clear()
+    assert run(output="b")[2] != rows[2]
+
+
+def test_entries_of_several_sizes_need_one_to_be_compared_at(run, drawn, tiny_pipeline, tmp_path):
+    larger = f"entries.LCM.pipeline={larger_copy(tiny_pipeline, tmp_path / 'larger')}"
+    with pytest.raises(UserError, match="the entries draw 32 x 32 and 64 x 64 px images: set resolution=<pixels>"):
+        run("resolution=null", larger)
+    with pytest.raises(UserError, match=r"entries\.LCM\.size=\[64, 32\]: metrics compare squares, give one number"):
+        run("+entries.LCM.size=[64,32]")
+    with pytest.raises(UserError, match=r"entries\.LCM\.size=63: 63 is not a multiple of the VAE's factor 4"):
+        run("+entries.LCM.size=63")
+    with pytest.raises(UserError, match="resolution=30: 30 is not a multiple of the VAE's factor 4: use 28 or 32"):
+        run("resolution=30")
+    assert not drawn
+
+
+def test_images_that_are_not_finite_are_an_error_and_no_row(run, tiny_pipeline, tmp_path):
+    unet = load_network(str(tiny_pipeline))
+    unet.conv_out.weight.data *= 1e38  # finite, but not what it makes of its input
+    save_teacher(tmp_path / "wild", unet, tiny_pipeline)
+    with pytest.raises(UserError, match="LCM at 1 steps and w = 4: the drawn latents are not finite"):
+        run(f"entries.LCM.pipeline={tmp_path}/wild", output="a")
+    assert not (tmp_path / "a/table.md").exists()
+    assert len(list((tmp_path / "a/features").rglob("*.safetensors"))) == 2 * 3  # of DDIM
+
+
+def test_features_that_are_not_finite_are_an_error(run, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("lcm.metrics.clip.ClipBackbone.forward", lambda self, x: torch.full((len(x), 8), float("inf")))
+    with pytest.raises(UserError, match="the clip features are not finite: the backbone's weights are damaged"):
+        run(f"reference_cache={tmp_path}/reference")
+    assert not list(tmp_path.rglob("*.safetensors"))
+    with pytest.raises(UserError, match="the text features are not finite"):
+        scores({"clip": torch.ones(3, 2), "text": torch.full((3, 2), float("nan"))}, {"clip": torch.ones(3, 2)})
+
+
 def test_w_lists_give_rows_and_curves_and_an_entry_may_have_its_own(run, tmp_path):
     rows = run("w=[0,3]", "+entries.LCM.w=2", "metrics=[fid,clip_score]")
     assert [(row["name"], row["steps"], row["w"]) for row in rows] == [
@@ -163,6 +243,14 @@ def test_w_lists_give_rows_and_curves_and_an_entry_may_have_its_own(run, tmp_pat
     table = (tmp_path / "a/table.md").read_text()
     assert all(f"| {name} |" in table for name in ("DDIM, w = 0", "DDIM, w = 3", "LCM, w = 2"))
     assert Image.open(tmp_path / "a/w.png").width > 500
+
+
+def test_the_grid_has_its_rows_whatever_the_chunks(run, tmp_path):
+    run("chunk=3", "grid_rows=7", output="a")
+    run("chunk=8", "grid_rows=7", output="b")
+    grids = [Image.open(tmp_path / name / "grid.png") for name in "ab"]
+    assert grids[0].height > 7 * 128
+    assert grids[0].size == grids[1].size
 
 
 def test_more_samples_than_captions_go_round_with_new_seeds(run, drawn, tmp_path):
@@ -216,6 +304,8 @@ def test_loggers_get_metrics_and_pictures(run, tmp_path):
         ("+entries.LCM.solver=dddim", "entries.LCM.solver=dddim is none of ddim"),
         ("metrics=[fidd]", "metrics has 'fidd', which is none of fid, kid, cmmd, clip_score"),
         ("samples=1", "at least 2 samples"),
+        ("samples=[2,4]", "samples=[2, 4]: images are drawn at one samples="),
+        ("resolution=[32,64]", "resolution=[32, 64]: images are drawn at one resolution="),
         ("shards=nowhere/*.tar", "no shards match"),
         ("reference=nowhere/*.tar", "no shards match 'nowhere/*.tar': point reference at"),
         ("~entries.LCM ~entries.DDIM", "nothing to evaluate"),

@@ -89,3 +89,21 @@ def test_the_last_step_is_saved_and_more_steps_go_on_from_it(run, tiny, tiny_pip
     done = run("train.py", *tuning)
     assert done.returncode == 1
     assert "error: the checkpoint is of LatentConsistencyDistillation, this training is a Latent" in done.stderr
+
+
+def test_a_resumed_run_goes_by_its_command_line_and_a_refused_one_leaves_config_yaml(run, tiny, tmp_path):
+    options = [*tiny, "callbacks.samples.steps=[1]", "model/lr_schedule=constant", "model.lr_schedule.warmup=0", "name=lr"]
+    assert run("train.py", *options, "trainer.max_steps=3").returncode == 0
+    run_dir = tmp_path / "runs/lr/0"
+    config = (run_dir / "config.yaml").read_text()
+    refused = run("train.py", *options, "ckpt_path=last", "model.zero_init=false")
+    assert refused.returncode == 1
+    assert "error: model.zero_init was True when this training began and cannot change to False" in refused.stderr
+    assert (run_dir / "config.yaml").read_text() == config
+
+    resumed = run("train.py", *options, "ckpt_path=last", "model.optimizer.lr=1e-6", "model.w_lr_scale=3")
+    assert resumed.returncode == 0, resumed.stderr
+    rows = [row for row in csv.DictReader((run_dir / "metrics.csv").open()) if row["lr-AdamW/pg1"]]
+    rates = [(float(row["lr-AdamW/pg1"]), float(row["lr-AdamW/pg2"])) for row in rows]
+    assert rates == [pytest.approx((1e-4, 1e-3))] * 3 + [pytest.approx((1e-6, 3e-6))] * 3
+    assert "lr: 1.0e-06" in (run_dir / "config.yaml").read_text()

@@ -16,10 +16,8 @@ ENVIRONMENT = {
     "AWS_SECRET_ACCESS_KEY": "planted-aws",
 }
 OVERRIDES = [
-    "+note.api_key=planted-key",
-    "+note.url='https://user:planted-password@host/a.tar?token=planted-query'",
-    "+note.copy=${oc.env:AWS_SECRET_ACCESS_KEY}",
-    "+note.command='pipe:curl -H planted-header https://host/a.tar'",
+    "callbacks.samples.prompts=['https://user:planted-password@host/a.tar?token=planted-query', "
+    "'${oc.env:AWS_SECRET_ACCESS_KEY}', 'pipe:curl -H planted-header https://host/a.tar', 'password: open']",
 ]
 
 
@@ -43,12 +41,15 @@ def test_no_secret_is_in_what_a_run_leaves(run, tiny, tmp_path):
     for file in ("config.yaml", "checkpoints/last.ckpt", "wandb/*/*.wandb", "tensorboard/*tfevents*", "model/lcm.json"):
         assert list(run_dir.glob(file)), file
     assert planted(done, tmp_path) == {}
-    assert (run_dir / "config.yaml").read_text().count("[redacted]") == 1
+    config = (run_dir / "config.yaml").read_text()
+    assert config.count("${oc.env:AWS_SECRET_ACCESS_KEY}") == 1
+    assert "password: open" in config
 
 
 def test_no_secret_is_in_what_a_sweep_leaves(run, tiny, tmp_path):
-    swept = ["trainer.max_steps=2", "callbacks=default", "+note.token=planted-one,planted-two"]
-    done = run("train.py", "-m", *tiny[:-1], *swept, *OVERRIDES, **ENVIRONMENT)
+    url = "https://user:planted-password@host/a.tar?token=planted-query"
+    swept = ["trainer.max_steps=2", "callbacks=default", f"optimized_metric='{url}','planted-hf'"]
+    done = run("train.py", "-m", *tiny[:-1], *swept, **ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     [folder] = (tmp_path / "runs/sweeps").iterdir()
     assert {path.name for path in folder.iterdir()} >= {"multirun.yaml", "run-0000.json", "run-0001.json"}
@@ -56,9 +57,11 @@ def test_no_secret_is_in_what_a_sweep_leaves(run, tiny, tmp_path):
 
 
 def test_no_secret_is_in_a_complaint(run, tiny, tmp_path):
-    done = run("train.py", *tiny, "+logger.csv.api_key=planted-key", "+note.url=https://planted@host/", **ENVIRONMENT)
+    done = run("train.py", *tiny, "+note=https://planted@host/?planted", "ckpt_path=https://planted@host/a", **ENVIRONMENT)
     assert done.returncode == 1
-    assert "error: cannot build logger.csv: " in done.stderr
+    assert "error: nothing reads note" in done.stderr
+    done = run("train.py", *tiny, "ckpt_path=https://planted@host/a", **ENVIRONMENT)
+    assert "ckpt_path must be a local file" in done.stderr
     assert planted(done, tmp_path) == {}
 
 
@@ -72,11 +75,16 @@ def test_a_checkpoint_that_would_run_code_is_refused(run, tiny, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_target_that_is_not_allowed_ends_the_program_before_it_starts(run, tiny, tmp_path):
-    done = run("train.py", *tiny, "+hydra.callbacks.x={_target_:lcm.data.remote.run,command:'touch ran',file:out,timeout:9}")
+def test_a_run_s_config_that_names_a_command_is_refused_by_export(run, tiny, tmp_path):
+    done = run("train.py", *tiny[:-1], "callbacks=default", "trainer.max_steps=2")
+    assert done.returncode == 0, done.stderr
+    config = tmp_path / "runs/lcd_mini/0/config.yaml"
+    trap = "{_target_: lcm.data.remote.run, command: touch ran, file: out, timeout: 9}"
+    config.write_text(re.sub(r"^  solver:\n(    .*\n)*", f"  solver: {trap}\n", config.read_text(), flags=re.MULTILINE))
+    done = run("lcm.export", "run=runs/lcd_mini/0")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: hydra.callbacks.x._target_=lcm.data.remote.run is not allowed")
-    assert not list(tmp_path.iterdir())
+    assert done.stderr.startswith("error: solver._target_=lcm.data.remote.run is not allowed"), done.stderr
+    assert not (tmp_path / "ran").exists()
 
 
 def test_hostile_members_are_read_and_passed_on_by_no_bad_name(run, tiny_pipeline, tmp_path):

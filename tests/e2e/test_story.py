@@ -2,13 +2,17 @@
 
 import csv
 import json
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from omegaconf import OmegaConf
 from PIL import Image
 
-from tests.e2e.conftest import tiny_data
+from tests.e2e.conftest import command, environment, tiny_data
 
 pytestmark = pytest.mark.slow
 
@@ -115,6 +119,13 @@ def test_a_sweep_ends_with_one_table_and_one_plot(run, tiny, tmp_path):
     assert Image.open(folder / "plot.png").width > 300
 
 
+def test_a_sweep_without_metrics_says_why(run, tiny, tmp_path):
+    done = run("train.py", "-m", *tiny, "trainer.max_steps=2", "trainer.val_check_interval=500", "model.ema_decay=0,0.95")
+    assert done.returncode == 0, done.stderr
+    assert "sweep:   no table: no run has measured a metric named val/, add callbacks=evaluation for FID" in done.stdout
+    assert not list((tmp_path / "runs/sweeps").glob("*/table.md"))
+
+
 def test_a_sweep_goes_on_when_a_job_cannot(run, tiny, tmp_path):
     done = run("train.py", "-m", *tiny, "trainer.max_steps=3", "model.w_max=4,1,6", "model.w_min=2")
     assert done.returncode == 1
@@ -126,14 +137,47 @@ def test_a_sweep_goes_on_when_a_job_cannot(run, tiny, tmp_path):
     assert [(w, loss == "failed") for w, loss, *_ in lines] == [("4", False), ("1", True), ("6", False)]
 
 
-@pytest.mark.parametrize(("experiment", "steps"), [("guided_distill_mini", 8), ("cd_mini", 2), ("ct_mini", 2)])
-def test_a_baseline_trains_and_samples(experiment, steps, run, tiny_pipeline, shards, tmp_path):
+def test_a_sweep_of_several_processes_gives_each_job_its_own_folder(run, tiny, tmp_path):
+    options = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.max_steps=3", "callbacks.samples.steps=[1]"]
+    done = run("train.py", "-m", *tiny, *options, "trainer.devices=1,2", LOCAL_RANK="0", LCM_RUN_ID="0")
+    assert done.returncode == 0, done.stderr
+    [sweep] = (tmp_path / "runs/sweeps").iterdir()
+    notes = [json.loads(file.read_text()) for file in sorted(sweep.glob("run-*.json"))]
+    assert [note["run"] for note in notes] == ["runs/lcd_mini/0", "runs/lcd_mini/1"]
+    for number, devices in enumerate((1, 2)):
+        run_dir = tmp_path / f"runs/lcd_mini/{number}"
+        assert OmegaConf.load(run_dir / "config.yaml").trainer.devices == devices
+        assert [row["step"] for row in rows(run_dir) if row["train/loss"]] == ["0", "1", "2"]
+        assert (run_dir / "model/model_index.json").is_file()
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_signal_to_a_sweep_stops_its_job_with_a_checkpoint(signum, code, tiny, tmp_path):
+    endless = ["trainer.max_steps=100000", "callbacks.samples.steps=[1]", "model.ema_decay=0.5,0.95"]
+    sweep = subprocess.Popen(
+        command("train.py", "-m", *tiny, *endless),
+        cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    metrics, said = tmp_path / "runs/lcd_mini/0/metrics.csv", ""
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 3):
+        assert sweep.poll() is None, sweep.communicate()
+        time.sleep(0.1)
+    sweep.send_signal(signum)
+    said, _ = sweep.communicate(timeout=300)  # until the job, too, has closed it
+    assert sweep.returncode == code, said
+    assert "stopped at step" in said
+    assert (tmp_path / "runs/lcd_mini/0/checkpoints/last.ckpt").is_file()
+    assert [path.name for path in (tmp_path / "runs/lcd_mini").iterdir()] == ["0"]
+
+
+@pytest.mark.parametrize(("experiment", "steps", "w"), [("guided_distill_mini", 8, 1.5), ("cd_mini", 2, 0), ("ct_mini", 2, 0)])
+def test_a_baseline_trains_and_samples(experiment, steps, w, run, tiny_pipeline, shards, tmp_path):
     done = run(
         "train.py", f"experiment={experiment}", f"model.pipeline={tiny_pipeline}", *tiny_data(shards),
         "trainer.max_steps=8", "callbacks=default",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    done = run("sample.py", "prompts=[red apple,rocket]", f"steps={steps}", "w=1.5", "output=out")
+    done = run("sample.py", "prompts=[red apple,rocket]", f"steps={steps}", f"w={w}", "output=out")
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "out/00001.png").size == (32, 32)
     diffusers_opens = StableDiffusionPipeline.from_pretrained(tmp_path / "runs" / experiment / "0/model")

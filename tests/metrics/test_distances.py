@@ -8,6 +8,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
 from lcm.metrics import distances
+from lcm.metrics.features import scores
 
 
 def features(count: int, seed: int, dimensions: int = 12) -> torch.Tensor:
@@ -85,3 +86,9 @@ def test_a_distance_grows_with_the_shift_and_is_symmetric(distance):
     x, y = features(60, 0), features(60, 1)
     assert distance(x, y) == pytest.approx(distance(y, x), rel=1e-6)
     assert distance(x, x + 0.1) < distance(x, x + 1)
+
+
+def test_scores_on_apples_gpus_are_computed_on_the_cpu() -> None:
+    """Which have no float64."""
+    real, made = ({"clip": torch.randn(9, 4), "text": torch.randn(9, 4)} for _ in range(2))
+    assert scores(made, real, device="mps") == scores(made, real, device="cpu")

@@ -12,11 +12,18 @@ from lcm.models.saving import save_pipeline
 
 
 def save_teacher(
-    folder: Path, net: Any, base: Path, prediction_type: str = "epsilon", process: Process | None = None, **facts: Any
+    folder: Path,
+    net: Any,
+    base: Path,
+    prediction_type: str = "epsilon",
+    process: Process | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    **facts: Any,
 ) -> str:
     scheduler = ddim_scheduler(process or VP(), prediction_type)
     options = {"family": load_family(str(base)), "base": find(str(base)), "scheduler": scheduler}
-    save_pipeline(folder, net, **options, facts={"sampler": "ddim", **facts}, dtype=torch.float32)
+    save_pipeline(folder, net, **options, facts={"sampler": "ddim", **facts}, dtype=dtype)
     return str(folder)
 
 

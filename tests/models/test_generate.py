@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lcm.core import sampling
-from lcm.errors import UserError
+from lcm.errors import NonFiniteError, UserError
 from lcm.models.generate import LatentModel
 from tests.models.conftest import save_student
 
@@ -119,6 +119,83 @@ def test_a_w_that_a_student_was_not_trained_on_is_warned_of(
     with caplog.at_level(logging.WARNING):
         student.check_w(w)
     assert ("outside the range [2, 14]" in caplog.text) == warned
+
+
+def test_a_w_outside_the_range_is_warned_of_for_guided_distillations_students(
+    student: LatentModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        replace(student, consistency=False).check_w(100.0)
+    assert "outside the range [2, 14]" in caplog.text
+
+
+def test_a_w_that_a_model_has_no_input_for_is_refused(teacher: LatentModel) -> None:
+    model = replace(teacher, consistency=True)
+    with pytest.raises(
+        UserError, match=r"entries\.LCM\.w=4: this consistency model has no input for w.* set entries\.LCM\.w=0"
+    ):
+        model.check_w(4.0, "entries.LCM.w")
+    model.check_w(0.0)
+
+
+@pytest.mark.parametrize(("size", "shape"), [(None, (32, 32)), (64, (64, 64)), ([48, 36], (48, 36)), ((8, 68), (8, 68))])
+def test_images_have_the_height_and_width_asked_for(size: object, shape: tuple[int, int], student: LatentModel) -> None:
+    """Multiples of the VAE's factor; the UNet takes latents that its own levels do not divide."""
+    [image] = next(student.images(["rocket"], [0], steps=2, w=3.0, size=size))
+    assert image.shape == (3, *shape)
+
+
+def test_the_own_size_asked_for_changes_nothing(teacher: LatentModel) -> None:
+    own, asked = (teacher.latents(PROMPTS[:2], SEEDS[:2], steps=2, w=3.0, size=size) for size in (None, [32, 32]))
+    assert torch.equal(own, asked)
+
+
+@pytest.mark.parametrize("size", [0, -8, 2, True, 32.0, "32", "32x32", [32], [32, 32, 32], [32, "32"], [32, 0], [[32], 32], {}])
+def test_what_is_no_size_is_refused(size: object, teacher: LatentModel) -> None:
+    with pytest.raises(UserError, match=r"expected pixels, from 4 on: size=512, or \[height,width\] as size=\[768,512\]"):
+        teacher.size(size)
+
+
+@pytest.mark.parametrize("size", [63, [64, 63]])
+def test_a_size_off_the_vaes_grid_is_refused(size: object, teacher: LatentModel) -> None:
+    with pytest.raises(UserError, match="63 is not a multiple of the VAE's factor 4: use 60 or 64"):
+        teacher.size(size)
+
+
+def test_a_unet_without_a_size_needs_one(tiny_pipeline: Path) -> None:
+    model = LatentModel.load(str(tiny_pipeline))
+    model.unet.register_to_config(sample_size=None)
+    with pytest.raises(UserError, match="has no sample_size: set size=<pixels>"):
+        model.latents(["rocket"], [0], steps=1, w=0.0)
+    assert model.latents(["rocket"], [0], steps=1, w=0.0, size=32).shape == (1, 4, 8, 8)
+
+
+def test_drawing_is_without_dropout_and_leaves_every_mode_as_it_was(tiny_pipeline: Path) -> None:
+    model = LatentModel.load(str(tiny_pipeline))
+    expected = model.latents(["rocket"], [0], steps=2, w=3.0)
+    for name, part in model.unet.train().named_modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.5
+        if "mid_block" in name:
+            part.eval()
+    modes = [part.training for part in model.unet.modules()]
+    assert torch.equal(model.latents(["rocket"], [0], steps=2, w=3.0), expected)
+    with pytest.raises(UserError, match="steps=0"):
+        model.latents(["rocket"], [0], steps=0, w=3.0)
+    assert [part.training for part in model.unet.modules()] == modes
+    assert len(set(modes)) == 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("network", "what"), [("unet", "latents are not finite: the UNet"), ("vae", "images are not finite: the VAE")]
+)
+def test_images_that_are_not_finite_are_an_error(network: str, what: str, value: float, tiny_pipeline: Path) -> None:
+    model = LatentModel.load(str(tiny_pipeline))
+    damaged = model.unet.conv_out if network == "unet" else model.codec.vae.decoder.conv_out
+    damaged.weight.data[:] = value
+    with pytest.raises(NonFiniteError, match=what):
+        next(model.images(["rocket"], [0], steps=1, w=0.0))
 
 
 def test_a_teacher_takes_any_w(teacher: LatentModel, caplog: pytest.LogCaptureFixture) -> None:

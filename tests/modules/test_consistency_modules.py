@@ -19,7 +19,7 @@ from lcm.core.timesteps import full, grid
 from lcm.errors import UserError
 from lcm.models.codec import LatentCodec
 from lcm.models.generate import LatentModel
-from lcm.models.pipeline import load_network, load_process, training_facts
+from lcm.models.pipeline import load_codec, load_network, load_process, training_facts
 from lcm.models.student import as_network
 from lcm.modules.consistency import ConsistencyModule
 from tests.modules.conftest import new_module
@@ -232,3 +232,46 @@ def test_training_runs_on_compiled_networks_and_nothing_else_does(
     module.objective.loss(module.denoisers(module.net), batch, draws)
     module.latent_model(codec).latents(["rocket"], [0], steps=1, w=3.0)
     assert len(called) == 6
+
+
+def test_each_network_has_a_graph_for_each_shape_of_batches(
+    training: Make, data: Make, fit: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As traced by torch.compile, which stops at 8 graphs of one function, here at 2, unless it is told of more."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def counted(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    monkeypatch.setattr(torch._dynamo.config, "accumulated_recompile_limit", 2)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted))
+    shapes = [[32, 32], [32, 16]]
+    module = training("distillation", compile=True)
+    fit(module, data(buckets=shapes), 1)
+    module.train()
+    for height, width in shapes:
+        z0 = torch.randn(4, 4, height // 4, width // 4)
+        module.consistency_step(LatentBatch(z0, torch.randn(4, 16, 16), torch.randn(1, 16, 16), [], []), 0, "train")
+    assert len(graphs) == 3 * len(shapes)
+
+
+@pytest.mark.parametrize(("gpu", "language"), [(False, r"a C\+\+ compiler"), (True, "a C compiler")])
+def test_compiling_without_a_compiler_is_refused_before_training(
+    gpu: bool, language: str, training: Make, tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "")
+    monkeypatch.delenv("CC", raising=False)
+    starts: dict[str, Callable[[], Any]] = {
+        "model.compile": lambda: training("distillation", compile=True),
+        "data.codec.compile": lambda: load_codec(str(tiny_pipeline), compile=True),
+        "compile": lambda: LatentModel.load(str(tiny_pipeline), compile=True),
+    }
+    for option, start in starts.items():
+        with pytest.raises(
+            UserError, match=f"^{option}=true needs {language}, and there is none: install g.. or set {option}=false"
+        ):
+            start()

@@ -1,9 +1,11 @@
 """Evaluation during training: the digits of the program, for the average and the trained network, and no trace of it left."""
 
+import lightning as L
 import pytest
 import torch
 
 from lcm.callbacks.evaluation import Evaluation
+from lcm.callbacks.samples import ImageGrid
 from lcm.data.cache import ShardCache
 from lcm.data.captions import read_captions
 from lcm.data.filters import Filters
@@ -12,6 +14,7 @@ from lcm.data.source import Source
 from lcm.errors import UserError
 from lcm.metrics.clip import mini_clip
 from lcm.metrics.features import Extractor, joined, scores
+from tests.data.conftest import png, write_shard
 
 
 @pytest.fixture
@@ -51,6 +54,53 @@ def test_shards_are_read_as_those_of_the_data(training, data, fit, callback, sha
         kept = [caption for caption in known if limit is None or len(caption) <= limit]
         assert one.captions[: len(kept)] == kept[:6]
         assert len(one.real["clip"]) == len(kept)
+
+
+def test_images_are_drawn_at_the_size_at_which_they_are_compared(training, data, fit, callback, monkeypatch):
+    """By default that of the training."""
+    drawn, own = [], Extractor.__call__
+    monkeypatch.setattr(Extractor, "__call__", lambda self, x, captions: drawn.append(x.shape[2:]) or own(self, x, captions))
+    for resolution, expected in ((None, 64), (48, 48)):
+        drawn.clear()
+        one = callback(steps=[1], resolution=resolution)
+        fit(training("distillation"), data(resolution=64), 1, callbacks=[one])
+        assert set(drawn) == {(expected, expected)}
+        assert one.extract.resolution == expected
+    with pytest.raises(UserError, match=r"callbacks\.evaluation\.resolution=30: 30 is not a multiple of the VAE's factor 4"):
+        fit(training("distillation"), data(), 1, callbacks=[callback(resolution=30)])
+
+
+def test_images_that_are_not_finite_are_a_warning_and_no_metric(training, data, fit, callback, tmp_path, caplog):
+    """Neither does the best checkpoint know of them, nor do the metrics keep an earlier value."""
+
+    class Damage(L.Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            if trainer.global_step == 3:
+                module.ema_net.conv_out.weight.data.fill_(float("nan"))
+
+    grids = ImageGrid(str(tmp_path / "grids"), ["rocket"], steps=[1], w=0.0, every_n_steps=2)
+    best = callback(steps=[1], keep_best="val/fid_1_steps", folder=str(tmp_path))
+    with caplog.at_level("WARNING"):
+        metrics = fit(training("diffusion", eval_ema=0.9), data(), 4, callbacks=[grids, best, Damage()]).callback_metrics
+    assert {"val/fid_1_steps_raw", "val/clip_score_1_steps_raw"} == {name for name in metrics if name.startswith("val/")}
+    assert "no metrics of 1 sampling steps at step 4: the drawn latents are not finite" in caplog.text
+    assert caplog.text.count("no image grid at step 4: the drawn latents are not finite") == 1
+    assert list(grids.history) == [0, 2]
+    assert torch.load(tmp_path / "best.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_prompts_are_the_captions_that_the_data_reads(training, data, fit, callback, tmp_path):
+    samples = [{"__key__": f"{i}", "png": png((32, 32)), "blip": f"blip {i}"} for i in range(4)]
+    one = callback(write_shard(tmp_path / "a.tar", samples), steps=[1], samples=4)
+    fit(training("distillation"), data(captions={"blip": 1, "txt": 1}, filters=Filters()), 1, callbacks=[one])
+    assert one.captions == [f"blip {i}" for i in range(4)]
+
+
+def test_a_reference_cache_that_cannot_be_written_is_refused_before_any_reading(callback, shards, tmp_path):
+    (tmp_path / "reference").touch()
+    source, one = Source(expand_urls(f"{shards}/val-*.tar")), callback()
+    with pytest.raises(UserError, match=r"reference \(.*\): set reference_cache to a writable folder"):
+        one.extract.reference(source, one.reference_cache)
 
 
 def test_measuring_changes_nothing_of_the_training(training, data, fit, callback, tmp_path):

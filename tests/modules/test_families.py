@@ -31,7 +31,7 @@ def pipelines(tiny_pipeline: Path, xl_pipeline: Path, pixart_pipeline: Path, sd3
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
-    samples = [{"__key__": str(i), "png": png((256, 256), color=(40 * i, 90, 200)), "txt": PROMPTS[i % 2]} for i in range(6)]
+    samples = [{"__key__": str(i), "png": png((256, 256), colour=(40 * i, 90, 200)), "txt": PROMPTS[i % 2]} for i in range(6)]
     write_shard(folder / "0.tar", samples)
     return folder
 

@@ -112,8 +112,8 @@ def test_resuming_from_adapters_alone_equals_not_stopping(
 def test_a_checkpoint_without_an_adapter_is_refused(training: Make) -> None:
     module = training("lora")
     state = module.state_dict()
-    state.popitem()
-    with pytest.raises(RuntimeError, match="Missing key"):
+    name, _ = state.popitem()
+    with pytest.raises(UserError, match=f"{name} is not in the checkpoint"):
         module.load_state_dict(state)
 
 
@@ -161,7 +161,6 @@ def test_the_merged_folder_is_sampled_in_one_pass_a_step(
     model, batches = LatentModel.load(folder), []
     assert model.consistency
     model.net.register_forward_pre_hook(lambda unet, args: batches.append(len(args[0])))
-    model.check_w(9.0)
     images = [model.latents(["rocket", "dog"], [0, 1], steps=3, w=w) for w in (0.0, 9.0)]
     assert torch.equal(*images)
     assert batches == [2] * 6

@@ -381,3 +381,34 @@ def test_moments_of_a_checkpoint_take_their_parameter_s_layout():
         for name in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(optimizers[0].state[before][name], optimizers[1].state[after][name])
             assert optimizers[1].state[after][name].stride() == after.stride()
+
+
+class SeenModes(L.Callback):
+    """Whether each network was in training mode when it was called, by stage."""
+
+    def __init__(self) -> None:
+        self.modes: dict[str, dict[str, set[bool]]] = {"train": {}, "validate": {}}
+
+    def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
+        for name, network in {**dict(module.named_children()), **module.frozen}.items():
+            network.register_forward_pre_hook(
+                lambda unet, _, name=name: self.modes[trainer.state.stage.value].setdefault(name, set()).add(unet.training)
+            )
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "distillation", "finetuning", "lora", "cd", "ct", "guided"])
+def test_the_target_is_in_the_student_s_mode_and_validation_is_of_what_is_saved_in_eval_mode(
+    kind: str, training: Make, data: Make, fit: Make, shards: Path
+) -> None:
+    options = {"steps": [2]} if kind == "guided" else {} if kind == "diffusion" else {"ema_decay": 0.5}
+    module, seen = training(kind, eval_ema=0.5, **options), SeenModes()
+    held_out, validation = data(val_shards=f"{shards}/val-*.tar"), {"val_check_interval": 2, "check_val_every_n_epoch": None}
+    trainer = fit(module, held_out, 4, callbacks=[seen], **validation)
+    train, validate = seen.modes["train"], seen.modes["validate"]
+    assert train["net"] == train.get("target_net", {True}) == {True}
+    assert train.get("teacher", {False}) == train.get("previous", {False}) == {False}
+    assert "ema_net" not in train
+    assert "net" not in validate
+    assert validate["ema_net"] == {False}
+    assert set().union(*validate.values()) == {False}
+    assert trainer.callback_metrics["val/loss"].isfinite()

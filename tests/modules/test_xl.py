@@ -115,6 +115,15 @@ def test_diffusers_samples_the_teacher_alike(xl_pipeline: Path, steps: int, w: f
     alike(LatentModel.load(str(xl_pipeline)).latents(PROMPTS, SEEDS, steps=steps, w=w, sampler=sampling.ddim), theirs)
 
 
+def test_the_teacher_is_told_the_size_that_is_drawn(xl_pipeline: Path) -> None:
+    """diffusers' pipeline tells its UNet the height and width of the image, and the same for the original."""
+    noise = ImageNoise(SEEDS, (4, 12, 6))()
+    options = {"guidance_scale": 4.0, "num_inference_steps": 2, "latents": noise, "height": 48, "width": 24}
+    theirs = opened(xl_pipeline)(PROMPTS, output_type="latent", **options).images
+    model = LatentModel.load(str(xl_pipeline))
+    alike(model.latents(PROMPTS, SEEDS, steps=2, w=3.0, sampler=sampling.ddim, size=(48, 24)), theirs)
+
+
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_student_is_distilled_saved_and_sampled_by_diffusers_alike(
     xl_pipeline: Path,

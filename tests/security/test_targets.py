@@ -1,4 +1,4 @@
-"""What a configuration may name is built, and nothing else, wherever it stands."""
+"""A configuration that came from elsewhere names parts of a training and nothing else; the user's own is trusted."""
 
 import importlib
 from pathlib import Path
@@ -8,9 +8,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from lcm import targets
+from lcm.arguments import check_arguments
+from lcm.checkpoints.atomic import AtomicCheckpointIO
 from lcm.command_line import build, refuse
-from lcm.composition import check_overrides
+from lcm.composition import prepare
 from lcm.errors import UserError
+from lcm.export import trained
 
 REFUSED = [
     "lcm.core.process.VP.at",
@@ -60,7 +63,6 @@ ALLOWED = [
     "lightning.pytorch.plugins.environments.SLURMEnvironment",
     "lightning.pytorch.loggers.MLFlowLogger",
     "diffusers.UNet2DModel",
-    "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
 ]
 
 
@@ -91,19 +93,19 @@ def test_a_package_of_ones_own_is_allowed_by_name_but_not_what_it_imports(
     with monkeypatch.context() as patch:
         patch.setenv("LCM_ALLOW_TARGETS", "other, mine")
         importlib.reload(targets)
-        assert build({"_target_": "mine.solver"}) == 1
+        assert build({"_target_": "mine.solver"}, foreign=True) == 1
         for name in ("mine.os.system", "os.system"):
             with pytest.raises(UserError, match="is not allowed"):
-                build({"_target_": name})
+                build({"_target_": name}, foreign=True)
     importlib.reload(targets)
     with pytest.raises(UserError, match=r"mine\.solver is not allowed"):
-        build({"_target_": "mine.solver"})
+        build({"_target_": "mine.solver"}, foreign=True)
 
 
 def test_a_configuration_cannot_allow_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LCM_ALLOW_TARGETS", "os")  # as hydra.job.env_set would, once Hydra runs
     with pytest.raises(UserError, match="is not allowed"):
-        build({"_target_": "os.getcwd"})
+        build({"_target_": "os.getcwd"}, foreign=True)
 
 
 @pytest.mark.parametrize(
@@ -122,62 +124,64 @@ def test_a_configuration_cannot_allow_itself(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("kind", ["plain", "config"])
 def test_nothing_is_built_around_or_inside(node: Any, kind: str) -> None:
     with pytest.raises(UserError, match=r"os\.getcwd is not allowed"):
-        build(OmegaConf.create(node) if kind == "config" else node)
+        build(OmegaConf.create(node) if kind == "config" else node, foreign=True)
 
 
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["model.solver._target_=os.system"], "model.solver._target_=os.system is not allowed"),
-        (["-m", "model.solver._target_=lcm.core.solvers.heun,os.system"], "model.solver._target_=os.system"),
-        (["+callbacks.x={_target_:os.system}"], "callbacks.x._target_=os.system"),
-        (["+trainer.plugins=[{_target_:os.system}]"], "trainer.plugins.0._target_=os.system"),
-        (["+hydra.callbacks.x._target_=os.system"], "hydra.callbacks.x._target_=os.system"),
-        (["+hydra.callbacks.x._target_=${model.evil}", "+model.evil=os.system"], "hydra.callbacks.x._target_=os.system"),
-        (["+hydra.callbacks.x._target_=${model.none}"], "hydra.callbacks.x._target_=None"),
-        (["hydra.sweeper._target_=os.system"], "hydra.sweeper._target_=os.system"),
-        (["+hydra.launcher.x._target_=os.system"], "hydra.launcher.x._target_=os.system"),
-        (["hydra.hydra_logging.handlers.console.class=os.system"], "hydra.hydra_logging.handlers.console.class=os.system"),
-        (["hydra.job_logging.handlers.console.stream=ext://os.environ"], "a log goes to ext://sys.stdout"),
         (["hydra.output_subdir=.hydra"], "leave it null"),
-        (["--help", "hydra.sweeper._target_=os.system"], "hydra.sweeper._target_=os.system"),
         (["--experimental-rerun", "x.pickle"], "unpickles a file"),
         (["--config-path", "/tmp"], "replaces conf/"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_the_whole_command_line_is_checked_before_hydra_runs(args: list[str], says: str) -> None:
+def test_what_would_unpickle_or_keep_secrets_is_refused(args: list[str], says: str) -> None:
     with pytest.raises(UserError) as caught:
-        check_overrides("train", args)
+        prepare("train", args, {})
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_of_ones_own_configs_is_checked_too(tmp_path: Path) -> None:
+def test_what_the_user_types_and_has_in_a_folder_of_configs_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "theirs_part.py").write_text(
+        "import torch\n\n\ndef solver(denoise, z_t, t, s, *, schedule): ...\n\n\nclass AdamW8bit(torch.optim.AdamW): ...\n"
+    )
     (tmp_path / "model/solver").mkdir(parents=True)
-    (tmp_path / "model/solver/mine.yaml").write_text("_target_: lcm.core.solvers.heun\n_partial_: true\n")
-    (tmp_path / "model/solver/evil.yaml").write_text("_target_: os.system\n")
-    check_overrides("train", ["--config-dir", str(tmp_path), "model/solver=mine"])
-    with pytest.raises(UserError, match=r"model\.solver\._target_=os\.system is not allowed"):
-        check_overrides("train", ["--config-dir", str(tmp_path), "model/solver=evil"])
-    (tmp_path / "hydra/job_logging").mkdir(parents=True)
-    (tmp_path / "hydra/job_logging/evil.yaml").write_text("formatters: {x: {(): lcm.data.remote.run, command: id}}\nroot: {}\n")
-    with pytest.raises(UserError, match=r"hydra\.job_logging\.formatters\.x\.\(\)=lcm\.data\.remote\.run is not allowed"):
-        check_overrides("train", ["--config-dir", str(tmp_path), "hydra/job_logging=evil"])
+    (tmp_path / "model/solver/mine.yaml").write_text("_target_: theirs_part.solver\n_partial_: true\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    prepare("train", ["model.optimizer._target_=theirs_part.AdamW8bit", "--config-dir", str(tmp_path), "model/solver=mine"], {})
+    assert build({"_target_": "theirs_part.AdamW8bit", "_partial_": True}).func.__name__ == "AdamW8bit"
+    for theirs in ("transformers.get_cosine_schedule_with_warmup", "transformers.T5EncoderModel", "functools.partial"):
+        check_arguments(OmegaConf.create({"part": {"_target_": theirs, "_partial_": True}}), {})
+
+
+def test_a_run_s_config_from_elsewhere_builds_nothing_that_is_not_allowed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "global_step": 0}, run / "checkpoints/last.ckpt")
+    trap = {
+        "_target_": "lcm.data.remote.run",
+        "command": f"touch {tmp_path / 'ran'}",
+        "file": str(tmp_path / "out"),
+        "timeout": 9,
+    }
+    for model in ({**trap}, {"_target_": "torch.nn.SiLU", "inner": trap}, {"_target_": "torch.nn.SiLU", "x": "${evil}"}):
+        OmegaConf.save({"model": model, "evil": trap, "trainer": {"max_steps": 1}}, run / "config.yaml")
+        with pytest.raises(UserError, match=r"lcm\.data\.remote\.run is not allowed"):
+            trained(run, "last")
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("args", [["--cfg", "job"], ["--help"], ["--info", "all"], ["hydra.job_logging.root.level=DEBUG"]])
 def test_hydra_answers_as_before(args: list[str]) -> None:
-    check_overrides("train", args)
+    assert prepare("train", args, {}) == (args, None)
 
 
-@pytest.mark.parametrize(
-    "override", ["+note={token:planted", "model.planted_token=planted", "model.x='https://planted@host/?planted'"]
-)
+@pytest.mark.parametrize("override", ["data.shards={https://planted@host/?planted", "model.x='https://planted@host/?planted'"])
 def test_a_complaint_about_an_override_holds_no_secret(override: str) -> None:
     with pytest.raises(UserError) as raised:
-        check_overrides("train", [override, "model.nothing=1"])
+        prepare("train", [override, "model.nothing=1"], {})
     with pytest.raises(SystemExit) as caught:
         refuse(raised.value)
-    assert "=planted" not in str(caught.value)
-    assert "//planted" not in str(caught.value)
+    assert "planted" not in str(caught.value)

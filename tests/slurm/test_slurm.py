@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -127,6 +128,27 @@ def test_a_job_stopped_at_any_moment_ends_as_if_it_had_not_been(cluster: Cluster
             f"round {number + 1}: SIGUSR1 {when}: saved step {saved[0]}, {end['Restarts']} restart(s), weights equal",
             flush=True,
         )
+
+
+def test_trainings_of_one_job_side_by_side_and_in_turn_do_not_meet(cluster: Cluster, tiny, tmp_path):
+    """Two steps of two ranks at once, then the first command again without srun, as a loop in a batch script has it."""
+    runs = [*tiny, *COMMON, "trainer.max_steps=4", "data.num_workers=0", f"paths.runs={tmp_path}", "name=own"]
+    train = command("train.py", *runs)
+    srun = ["srun", "--exact", "--nodes=1", "--ntasks=2", "--ntasks-per-node=2"]
+    step = [*srun, *train, "trainer=slurm", "trainer.accelerator=cpu"]
+    lines = [f"{shlex.join([*step, f'model.w_max={w}'])} &" for w in (4, 8)]
+    script = "\n".join(["#!/bin/bash", *lines, "wait", shlex.join([*train, "trainer=cpu", "model.w_max=4"])])
+    (tmp_path / "job.sh").write_text(script)
+    options = ["--nodes=1", "--ntasks=4", "--ntasks-per-node=4", "--cpus-per-task=1", f"--output={tmp_path}/log"]
+    number = cluster.run("sbatch", "--parsable", *options, f"{tmp_path}/job.sh").strip()
+    job = Job(cluster, number, tmp_path / "log")
+    assert job.end()["JobState"] == "COMPLETED", job.log
+    assert {path.name for path in (tmp_path / "own").iterdir()} == {number, f"{number}-1", f"{number}-2"}, job.log
+    facts = [json.loads((path / "model/lcm.json").read_text())["w_max"] for path in sorted((tmp_path / "own").iterdir())]
+    assert sorted(facts[:2]) == [4, 8], job.log
+    assert facts[2] == 4
+    for path in (tmp_path / "own").iterdir():
+        assert [step for step, _ in column(path, "train/loss")] == list(range(4))
 
 
 def test_a_stalled_rank_is_named_and_scancel_saves_and_ends_with_slurm_s_code(cluster: Cluster, tiny, tmp_path):

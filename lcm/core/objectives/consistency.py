@@ -14,6 +14,7 @@ from lcm.core.batch import LatentBatch
 from lcm.core.consistency import ConsistencyFn, consistency_fn
 from lcm.core.denoiser import Condition, Denoiser
 from lcm.core.guidance import draw_w
+from lcm.core.numbers import Count
 from lcm.core.process import Flow, Process
 from lcm.core.timesteps import POINTS, few_step_flow, points_of
 
@@ -58,7 +59,7 @@ class ConsistencyObjective(nn.Module):
         w_min: float = 0.0,
         w_max: float = 0.0,
         f: ConsistencyFn = consistency_fn,
-        saved_steps: int = 4,
+        saved_steps: Count = 4,
     ) -> None:
         super().__init__()
         self.process, self.distance, self.w_min, self.w_max, self.f = process, distance, w_min, w_max, f

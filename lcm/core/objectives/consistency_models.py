@@ -9,6 +9,7 @@ import torch
 from lcm.core.batch import LatentBatch
 from lcm.core.consistency import cm_consistency_fn
 from lcm.core.denoiser import seen_from
+from lcm.core.numbers import Count, Positive
 from lcm.core.objectives.consistency import ConsistencyDraws, ConsistencyObjective, Loss, Networks
 from lcm.core.process import Process
 from lcm.core.solvers import Solver
@@ -22,7 +23,7 @@ class ConsistencyModel(ConsistencyObjective):
     sigma_data: the latents' standard deviation, see `cm_consistency_fn`.
     """
 
-    def __init__(self, process: Process, *, points: int = 18, sigma_data: float = 1.0, **options: Any) -> None:
+    def __init__(self, process: Process, *, points: Count = 18, sigma_data: Positive = 1.0, **options: Any) -> None:
         f = partial(cm_consistency_fn, sigma_data=sigma_data)
         super().__init__(process, timesteps=karras(process, points=points)[1:], f=f, **options)
         self.points, self.sigma_data = points, sigma_data
@@ -56,7 +57,7 @@ class ConsistencyTraining(ConsistencyModel):
     `N(k) = ceil(sqrt(k / K ((s_1 + 1)^2 - s_0^2) + s_0^2) - 1) + 1`, `mu(k) = exp(s_0 log(mu_0) / N(k))`, mu_0 = ema_decay.
     """
 
-    def __init__(self, process: Process, *, points: int = 150, first_points: int = 2, **options: Any) -> None:
+    def __init__(self, process: Process, *, points: Count = 150, first_points: Count = 2, **options: Any) -> None:
         super().__init__(process, points=points, **options)
         self.first_points, self.points_now = first_points, points
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lcm.core.batch import LatentBatch
 from lcm.core.denoiser import Denoiser, coefficients
+from lcm.core.numbers import NonNegative, Positive
 from lcm.core.process import FLOOR, Flow, Process
 
 
@@ -25,7 +26,7 @@ class Denoising(nn.Module):
     offset_noise: this times one normal a channel is added to eps in training, so that the mean colour is learnt too.
     """
 
-    def __init__(self, process: Process, *, min_snr_gamma: float | None = None, offset_noise: float = 0.0) -> None:
+    def __init__(self, process: Process, *, min_snr_gamma: Positive | None = None, offset_noise: NonNegative = 0.0) -> None:
         super().__init__()
         self.process, self.min_snr_gamma, self.offset_noise = process, min_snr_gamma, offset_noise
 

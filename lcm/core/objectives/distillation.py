@@ -6,6 +6,7 @@ import torch
 
 from lcm.core.batch import LatentBatch
 from lcm.core.denoiser import seen_from
+from lcm.core.numbers import SkipSteps
 from lcm.core.objectives.consistency import ConsistencyDraws, ConsistencyObjective, Loss, Networks
 from lcm.core.process import Process
 from lcm.core.solvers import Solver
@@ -18,7 +19,7 @@ class LatentConsistencyDistillation(ConsistencyObjective):
     solver: the paper's Psi. skip_steps: the paper's k, in timesteps.
     """
 
-    def __init__(self, process: Process, *, solver: Solver, skip_steps: int = 20, **options: Any) -> None:
+    def __init__(self, process: Process, *, solver: Solver, skip_steps: SkipSteps = 20, **options: Any) -> None:
         super().__init__(process, **options)
         self.solver, self.skip_steps = solver, skip_steps
 

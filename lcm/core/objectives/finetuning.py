@@ -3,6 +3,7 @@
 from typing import Any
 
 from lcm.core.batch import LatentBatch
+from lcm.core.numbers import SkipSteps
 from lcm.core.objectives.consistency import ConsistencyDraws, ConsistencyObjective, Loss, Networks
 from lcm.core.process import Process
 from lcm.core.timesteps import skip_pair
@@ -14,7 +15,7 @@ class LatentConsistencyFinetuning(ConsistencyObjective):
     skip_steps: the paper's k, in timesteps.
     """
 
-    def __init__(self, process: Process, *, skip_steps: int = 20, **options: Any) -> None:
+    def __init__(self, process: Process, *, skip_steps: SkipSteps = 20, **options: Any) -> None:
         super().__init__(process, **options)
         self.skip_steps = skip_steps
 

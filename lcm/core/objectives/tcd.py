@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lcm.core.batch import LatentBatch
 from lcm.core.denoiser import seen_from
+from lcm.core.numbers import Share
 from lcm.core.objectives.consistency import ConsistencyDraws, Loss, Networks
 from lcm.core.objectives.distillation import LatentConsistencyDistillation
 from lcm.core.process import Flow
@@ -31,7 +32,7 @@ class TrajectoryConsistencyDistillation(LatentConsistencyDistillation):
 
     sampler: ClassVar[str] = "tcd"
 
-    def __init__(self, *args: Any, gamma: float = 0.3, **options: Any) -> None:
+    def __init__(self, *args: Any, gamma: Share = 0.3, **options: Any) -> None:
         super().__init__(*args, **options)
         if not 0 <= gamma <= 1:
             raise UserError(f"model.objective.gamma={gamma} is not in [0, 1]")

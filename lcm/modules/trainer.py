@@ -1,0 +1,45 @@
+"""Lightning's Trainer, of the settings that the modules here work with."""
+
+from typing import Annotated, Any
+
+import lightning as L
+
+from lcm.core.numbers import Count, Limit, Positive
+from lcm.errors import UserError
+
+PRECISIONS = ("32-true", "bf16-mixed", "32", "bf16")
+
+
+class Trainer(L.Trainer):
+    """precision: of Lightning's others "16-mixed" scales losses, which the clipping and the guard against NaN do not know of;
+    "bf16-true" also rounds the schedule, and an average with mu near 1 then stands still.
+    """
+
+    def __init__(
+        self,
+        *,
+        precision: str = "32-true",
+        max_steps: Annotated[int, Limit(-1)] = -1,
+        log_every_n_steps: Count = 10,
+        accumulate_grad_batches: Count = 1,
+        val_check_interval: Positive | str | None = None,
+        enable_progress_bar: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise UserError(
+                f"trainer.precision={precision}: the modules here train in one of {', '.join(PRECISIONS)}; float16 would scale "
+                "the losses that are clipped, and 16-bit weights would round the averages"
+            )
+        try:
+            super().__init__(
+                precision=precision,  # type: ignore[arg-type]
+                max_steps=max_steps,
+                log_every_n_steps=log_every_n_steps,
+                accumulate_grad_batches=accumulate_grad_batches,
+                val_check_interval=val_check_interval,  # type: ignore[arg-type]
+                enable_progress_bar=enable_progress_bar,
+                **kwargs,
+            )
+        except (TypeError, ValueError) as error:
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error

@@ -1,0 +1,101 @@
+"""The sampling program, run as a user runs it: where it writes, what it says, what it draws again and what it refuses."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from lcm.core.schedule import NoiseSchedule
+from PIL import Image
+
+from lcm.errors import UserError
+from lcm.models.pipeline import load_unet
+from lcm.models.saving import save_pipeline
+from lcm.models.student import make_student
+from lcm.runs import find_pipeline
+from tests.e2e.test_errors import complaint
+
+
+@pytest.fixture
+def runs(tiny_pipeline, tmp_path):
+    """A student's run, then a teacher's, which is newer."""
+    base = str(tiny_pipeline)
+    models = {"student": (make_student(load_unet(base)), True), "teacher": (load_unet(base), False)}
+    for time, (name, (unet, consistency)) in enumerate(models.items()):
+        folder = tmp_path / f"runs/{name}/0/model"
+        folder.parent.mkdir(parents=True)
+        save_pipeline(folder, unet, NoiseSchedule(), base=base, consistency=consistency, facts={}, dtype=torch.float32)
+        os.utime(folder / "model_index.json", (time, time))
+    return tmp_path / "runs"
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("last", "student"), ("last:teacher", "teacher"), ("last:student", "student"), ("mini", None)]
+)
+def test_last_is_the_newest_student_before_a_teacher(name, found, runs):
+    assert find_pipeline(name, str(runs)) == (f"{runs}/{found}/0/model" if found else "mini")
+
+
+def test_guided_distillations_students_are_students_and_a_teacher_is_better_than_nothing(runs):
+    shutil.rmtree(runs / "student")
+    assert find_pipeline("last", str(runs)) == f"{runs}/teacher/0/model"
+    shutil.copytree(runs / "teacher", runs / "guided")
+    (runs / "guided/0/model/lcm.json").write_text(json.dumps({"students": [2, 1]}))
+    os.utime(runs / "guided/0/model/model_index.json", (0, 0))
+    assert find_pipeline("last", str(runs)) == f"{runs}/guided/0/model"
+    shutil.rmtree(runs)
+    with pytest.raises(UserError, match="has saved a model yet"):
+        find_pipeline("last", str(runs))
+
+
+def test_each_call_has_its_folder_and_draws_nothing_twice(run, runs, tmp_path):
+    call = ["images_per_prompt=2", "steps=2", "device=cpu"]
+    first = run("sample.py", "prompts=[cat,dog]", *call)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("model:   runs/student/0/model\n")
+    assert "images:  outputs/sample/0/00000.png to 00003.png\ngrid:    outputs/sample/0/grid.png" in first.stdout
+    files = sorted((tmp_path / "outputs/sample/0").iterdir())
+    before = [file.read_bytes() for file in files]
+    kept = files[0].stat().st_mtime_ns
+    files[2].unlink()  # as if the first call had been killed before it
+
+    again = run("sample.py", "prompts=[cat,dog]", *call)
+    assert "00003.png (3 were there)" in again.stdout
+    assert [file.read_bytes() for file in files] == before
+    assert files[0].stat().st_mtime_ns == kept
+
+    tall = run("sample.py", "prompts=[cat,dog]", *call, "size=[48,32]")
+    assert tall.returncode == 0, tall.stderr
+    assert Image.open(tmp_path / "outputs/sample/1/00003.png").size == (32, 48)
+    says = complaint(run("sample.py", "prompts=[cat,dog]", *call, "seed=1", "output=outputs/sample/0"))
+    assert "outputs/sample/0 has pictures of other settings, such as 00000.png (seed is 0 there, 1 here)" in says
+    assert [file.read_bytes() for file in files] == before
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("size=63", "size=63: 63 is not a multiple of the VAE's factor 4: use 60 or 64"),
+        ("size=[64,64,64]", "size=[64, 64, 64]: expected pixels"),
+        ("size=64x32", "size=64x32: expected pixels"),
+        ("steps=51", "use 1 to 50"),
+        ("steps=null", "steps=None: images are drawn at one steps="),
+        ("images_per_prompt=[1,2]", "images_per_prompt=[1, 2]: images are drawn at one images_per_prompt="),
+        ("batch_size=[1,2]", "batch_size=[1, 2]: images are drawn at one batch_size="),
+        ("pipeline=cd", "w=4: this consistency model has no input for w, its guidance is fixed: set w=0"),
+        ("pipeline=wild", "the drawn latents are not finite: the UNet's weights are damaged"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(override, says, run, runs, tiny_pipeline, tmp_path):
+    options = {"base": str(tiny_pipeline), "facts": {}, "dtype": torch.float32}
+    if override in ("pipeline=cd", "pipeline=wild"):
+        unet = load_unet(str(tiny_pipeline))
+        if override == "pipeline=wild":
+            unet.conv_out.weight.data *= 1e38  # finite, but not what it makes of its input
+        save_pipeline(
+            tmp_path / override.partition("=")[2], unet, NoiseSchedule(), consistency=override == "pipeline=cd", **options
+        )
+    w = [] if override == "steps=51" else ["w=4"]
+    assert says in complaint(run("sample.py", "prompts=cat", "device=cpu", *w, override))
+    assert not list(tmp_path.rglob("outputs/sample/*/*.png"))

@@ -1,0 +1,154 @@
+"""The one rule for naming a model: a folder, a hub id, mini, last or last:<name>; and what is said of other folders."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+from lcm.errors import UserError
+from lcm.metrics.clip import mini_clip
+from lcm.models import pipeline as pipelines
+from lcm.models.generate import LatentModel
+from lcm.models.pipeline import find, load_unet
+from lcm.runs import chosen, find_pipeline, resolve_models
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two runs of the name mine and a newer one of other; only mine/1 and other/0 have saved a model."""
+    monkeypatch.chdir(tmp_path)
+    chosen.cache_clear()
+    (tmp_path / "runs/mine/0").mkdir(parents=True)
+    for i, run in enumerate(("mine/1", "other/0")):
+        folder = tmp_path / "runs" / run / "model"
+        folder.mkdir(parents=True)
+        (folder / "model_index.json").write_text("{}")
+        (folder / "lcm.json").write_text("{}")
+        os.utime(folder / "model_index.json", (i, i))
+    return Path("runs")
+
+
+def test_every_key_that_names_a_model_takes_last(runs: Path) -> None:
+    cfg = OmegaConf.create({
+        "pipeline": "last",
+        "ckpt_path": "last",
+        "model": {"pipeline": "last:mine", "net": {"pipeline": "${model.pipeline}"}},
+        "data": {"codec": {"pipeline": "${model.pipeline}"}, "shipped": {"pipeline": "mini"}},
+        "entries": {"A": {"pipeline": "last:other"}},
+        "backbone": {"model": "last:mine"},
+        "more": [{"pipeline": "last"}, "last"],
+    })  # fmt: skip
+    resolve_models(cfg, str(runs))
+    mine, other = "runs/mine/1/model", "runs/other/0/model"
+    assert OmegaConf.to_container(cfg, resolve=True) == {
+        "pipeline": other,
+        "ckpt_path": "last",
+        "model": {"pipeline": mine, "net": {"pipeline": mine}},
+        "data": {"codec": {"pipeline": mine}, "shipped": {"pipeline": "mini"}},
+        "entries": {"A": {"pipeline": other}},
+        "backbone": {"model": mine},
+        "more": [{"pipeline": other}, "last"],
+    }
+
+
+def test_the_jobs_of_a_sweep_start_from_the_same_model(runs: Path) -> None:
+    first, second = ({"model": {"pipeline": "last"}} for _ in range(2))
+    resolve_models(first := OmegaConf.create(first), str(runs))
+    (runs / "newer/0/model").mkdir(parents=True)
+    (runs / "newer/0/model/model_index.json").write_text("{}")
+    resolve_models(second := OmegaConf.create(second), str(runs))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("last:gone", "no run called gone under runs/ has saved a model: give last:other or last:mine, or give a folder"),
+        ("mine", "there is no folder 'mine': the newest model of the run mine is last:mine"),
+    ],
+)
+def test_a_name_that_is_none_names_the_right_form(name: str, says: str, runs: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        find_pipeline(name, str(runs))
+
+
+def test_without_any_run_last_names_the_other_forms(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no run under .* has saved a model: train one by .*, or give a folder, a hub id"):
+        find_pipeline("last", str(tmp_path))
+
+
+def adapters(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    save_file({}, folder / "pytorch_lora_weights.safetensors")
+    return folder
+
+
+def hub_cache(folder: Path, tiny: Path) -> Path:
+    shutil.copytree(tiny, folder / "models--owner--name/snapshots/abc")
+    return folder / "models--owner--name"
+
+
+def single_network(folder: Path, text: str) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(text)
+    return folder
+
+
+FOLDERS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
+    "the hub's cache": (hub_cache, r"is a folder of the hub's cache: give .*/snapshots/abc, or the hub id owner/name"),
+    "all of the hub's cache": (
+        lambda folder, tiny: hub_cache(folder, tiny).parent,
+        r"is a folder of the hub's cache: give .*/snapshots/abc, or the hub id owner/name",
+    ),
+    "a run": (lambda folder, tiny: shutil.copytree(tiny, folder / "0/model").parent, "is a run's folder: give .*/0/model"),
+    "a part": (lambda folder, tiny: shutil.copytree(tiny, folder / "t") / "unet", "is not a pipeline's folder: give .*/t$"),
+    "adapters": (lambda folder, tiny: adapters(folder / "lora"), r"holds adapters \(LoRA\) only: give the pipeline they were"),
+    "a file": (lambda folder, tiny: adapters(folder) / "pytorch_lora_weights.safetensors", "is a file, not a pipeline folder"),
+    "a network": (
+        lambda folder, tiny: single_network(folder / "net", '{"_class_name": "ControlNetModel"}'),
+        "is a ControlNetModel, not a Stable Diffusion pipeline: it lacks unet",
+    ),
+    "nothing of it": (lambda folder, tiny: folder, "is not a Stable Diffusion pipeline folder: it lacks unet"),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_another_folder_is_named_for_what_it_is(kind: str, tiny_pipeline: Path, tmp_path: Path) -> None:
+    make, says = FOLDERS[kind]
+    (tmp_path / "f").mkdir()
+    folder = make(tmp_path / "f", tiny_pipeline)
+    with pytest.raises(UserError, match=says):
+        find(str(folder))
+
+
+def test_adapters_beside_a_pipeline_are_said_to_be_unused(tiny_pipeline: Path, tmp_path: Path, caplog: Any) -> None:
+    folder = adapters(shutil.copytree(tiny_pipeline, tmp_path / "both"))
+    LatentModel.load(str(folder))
+    assert [record.message for record in caplog.records if "is not used, the UNet beside it is as it is" in record.message]
+    caplog.clear()
+    (folder / "lcm.json").write_text('{"rank": 4}')  # as a run of this project saves: they are merged
+    LatentModel.load(str(folder))
+    assert "is not used" not in caplog.text
+
+
+def test_a_hub_id_is_looked_up_once(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up = []
+    monkeypatch.setattr(pipelines, "download", lambda hub_id: looked_up.append(hub_id) or tiny_pipeline)
+    LatentModel.load("owner/name")
+    assert looked_up == ["owner/name"]
+
+
+def test_a_folder_may_begin_with_a_tilde(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tiny_pipeline.parent))
+    load_unet(f"~/{tiny_pipeline.name}")
+
+
+def test_a_pipeline_without_a_clip_of_its_own_is_no_backbone(tiny_pipeline: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "f", ignore=shutil.ignore_patterns("clip"))
+    with pytest.raises(UserError, match="has no clip beside its other parts"):
+        mini_clip(str(folder))

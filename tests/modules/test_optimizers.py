@@ -1,0 +1,62 @@
+"""Optimizers and schedules of other libraries."""
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import get_cosine_schedule_with_warmup
+
+from lcm.errors import UserError
+from lcm.modules.base import TrainedModule, scheduled
+from lcm.modules.lr_schedules import constant
+
+
+class WithModes(torch.optim.SGD):
+    """Steps in train mode only, as schedulefree's do."""
+
+    mode = "none"
+
+    def train(self) -> None:
+        self.mode = "train"
+
+    def eval(self) -> None:
+        self.mode = "eval"
+
+
+def test_an_optimizer_with_modes_is_told_when_weights_are_trained_and_when_they_are_used(monkeypatch: Any) -> None:
+    module = TrainedModule(optimizer=WithModes, lr_schedule=constant)
+    optimizers = [WithModes([torch.nn.Parameter(torch.zeros(1))]), torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])]
+    monkeypatch.setattr(TrainedModule, "trainer", SimpleNamespace(optimizers=optimizers, global_step=0, world_size=1))
+    monkeypatch.setattr(module, "all_gather", lambda value: value[None])
+    modes = []
+    for hook in ("on_train_start", "on_validation_start", "on_validation_end", "on_train_end"):
+        getattr(module, hook)()
+        modes.append(optimizers[0].mode)
+    assert modes == ["train", "eval", "train", "eval"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(get_cosine_schedule_with_warmup, num_warmup_steps=0),
+        partial(get_cosine_schedule_with_warmup, num_warmup_steps=0, num_training_steps=10),
+        torch.optim.lr_scheduler.CosineAnnealingLR,
+        partial(torch.optim.lr_scheduler.StepLR, step_size=10, gamma=0.0),
+    ],
+    ids=["steps_missing", "steps_given", "class", "no_steps_needed"],
+)
+def test_a_schedule_of_any_library_is_given_the_number_of_steps(make: Any) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = scheduled(make, optimizer, 10)
+    for _ in range(10):
+        optimizer.step()
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_schedule_that_needs_more_says_what() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(UserError, match="num_warmup_steps and num_training_steps"):
+        scheduled(get_cosine_schedule_with_warmup, optimizer, 10)

@@ -1,0 +1,112 @@
+"""A training's size: the model's own by default, and that of what it then draws, saves and exports."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lcm.data.codec import LatentCodec
+from omegaconf import OmegaConf
+from PIL import Image
+
+from lcm.callbacks.samples import ImageGrid
+from lcm.checkpoints.atomic import AtomicCheckpointIO
+from lcm.command_line import build
+from lcm.composition import compose
+from lcm.errors import UserError
+from lcm.export import trained
+from lcm.models.generate import LatentModel
+from lcm.models.pipeline import load_codec, load_unet
+
+Make = Callable[..., Any]
+pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
+KINDS = ("distillation", "finetuning", "lora", "diffusion", "guided", "cd", "ct")
+
+
+def side(folder: object, name: str = "unet") -> int:
+    return load_unet(str(folder), name=name).config["sample_size"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_is_drawn_and_saved_at_the_size_of_its_training(
+    kind: str, training: Make, data: Make, fit: Make, codec: LatentCodec, tmp_path: Path
+) -> None:
+    module = training(kind)
+    fit(module, data(resolution=64), 8)
+    assert module.latent_model(codec).size() == (64, 64)
+    module.save_model(str(tmp_path / "model"))
+    assert side(tmp_path / "model") == 16
+    assert not module.frozen or module.frozen["teacher"].config["sample_size"] == 8
+    if kind == "guided":
+        assert side(tmp_path / "model", "unet_4") == 16
+    [image] = next(LatentModel.load(str(tmp_path / "model")).images(["rocket"], [0], steps=1, w=0.0))
+    assert image.shape == (3, 64, 64)
+
+
+@pytest.mark.parametrize("options", [{"resolution": None}, {"resolution": 32}, {"resolution": 32, "buckets": 2}])
+def test_the_models_own_size_is_the_default_and_no_news(
+    options: dict[str, Any], training: Make, data: Make, fit: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, source = training("distillation"), data(**options)
+    assert source.resolution == 32
+    with caplog.at_level(logging.WARNING):
+        fit(module, source, 1)
+    assert "px" not in caplog.text
+    module.save_model(str(tmp_path / "model"))
+    assert side(tmp_path / "model") == 8
+
+
+def test_another_size_than_the_models_own_is_one_warning(
+    training: Make, data: Make, fit: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        fit(training("distillation", eval_ema=0.9), data(resolution=64, buckets=2), 2)
+    [says] = [record.message for record in caplog.records if "px" in record.message]
+    assert says.startswith("training at 64 px a model of 32 px images:")
+
+
+def test_a_resumed_training_has_the_size_that_it_is_given(training: Make, data: Make, fit: Make, tmp_path: Path) -> None:
+    fit(training("distillation"), data(resolution=64), 2).save_checkpoint(tmp_path / "2.ckpt")
+    for resolution in (64, 48):
+        module = training("distillation")
+        fit(module, data(resolution=resolution), 4, ckpt_path=tmp_path / "2.ckpt")
+        module.save_model(str(tmp_path / "model"))
+        assert side(tmp_path / "model") == resolution // 4
+
+
+@pytest.mark.parametrize("experiment", ["lcd_mini", "lcd_lora_mini"])
+def test_an_export_has_the_size_of_the_training(
+    experiment: str, data: Make, fit: Make, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    cfg = compose("train", [f"experiment={experiment}", f"model.pipeline={tiny_pipeline}", "data.resolution=64"])
+    OmegaConf.save(cfg, tmp_path / "config.yaml")
+    trainer = fit(build(cfg.model), data(resolution=64), 1, plugins=[AtomicCheckpointIO()])
+    trainer.save_checkpoint(tmp_path / "checkpoints/last.ckpt")
+    trained(tmp_path, "last").save_model(str(tmp_path / "model"))
+    assert side(tmp_path / "model") == 16
+
+
+@pytest.mark.parametrize("experiment", ["lcf_mini", "lcf_sd15", "lcd_sd15", "lcd_lora_sd15", "teacher_sd15"])
+def test_own_shards_are_read_at_the_models_size(experiment: str, tiny_pipeline: Path, shards: Path) -> None:
+    """The recipe of a model that was trained at another size has its own number."""
+    key = "student" if "lcf" in experiment else "pipeline" if "teacher" in experiment else "teacher"
+    cfg = compose(
+        "train", [f"experiment={experiment}", "data=shards", f"model.{key}={tiny_pipeline}", f"data.shards={shards}/*"]
+    )
+    assert build(cfg.data).resolution == (512 if experiment == "lcf_sd15" else 32)
+
+
+def test_a_pipeline_that_says_no_size_needs_one(data: Make, codec: LatentCodec, tiny_pipeline: Path) -> None:
+    silent = load_codec(str(tiny_pipeline))
+    silent.resolution = None
+    with pytest.raises(UserError, match=r"set data\.resolution=<pixels>"):
+        data(codec=silent, resolution=None)
+    assert data(codec=None, resolution=None).resolution == 512
+
+
+def test_grids_in_training_have_the_size_of_the_training(training: Make, data: Make, fit: Make, tmp_path: Path) -> None:
+    grids = ImageGrid(str(tmp_path), ["rocket", "dog"], steps=[1, 2], w=3.0)
+    fit(training("distillation"), data(resolution=160), 1, callbacks=[grids])
+    assert [images.shape for images in grids.history.values()] == 2 * [(2, 3, 160, 160)]
+    assert Image.open(tmp_path / "step-000000.png").height > 2 * 160
