@@ -18,7 +18,7 @@ from lcm.data.order import Order
 from lcm.data.source import Source
 from lcm.data.stream import ShardStream
 from lcm.data.transforms import Decode
-from lcm.data.workers import Loader
+from lcm.data.workers import Loader, workers_watched
 from lcm.errors import UserError
 from lcm.files import whole_file
 from lcm.inputs import output_folder, pick_device
@@ -49,7 +49,7 @@ def done_file(target: Path) -> Path:
 def claim(folder: Path, made_with: dict[str, Any], rank: int) -> None:
     """Note what the folder's latents are made with. Raises UserError if it holds others."""
     file = folder / STAMP
-    if file.is_file() and json.loads(file.read_text()) != made_with:
+    if file.is_file() and json.loads(file.read_bytes()) != made_with:
         raise UserError(f"{folder} holds latents of another VAE, size, crop or content: give out another folder, or remove it")
     with whole_file(file, rank) as stream:
         stream.write(json.dumps(made_with, indent=2).encode())
@@ -57,6 +57,7 @@ def claim(folder: Path, made_with: dict[str, Any], rank: int) -> None:
 
 @program("encode")
 @torch.inference_mode()
+@workers_watched()
 def main(cfg: DictConfig) -> None:
     """Encode what is not encoded yet; stopped at any moment, the same command goes on."""
     folder, device = output_folder(cfg.out, "out"), pick_device(cfg.device, cfg.local_rank)
@@ -68,21 +69,21 @@ def main(cfg: DictConfig) -> None:
     data.prepare_data()
     codec = data.codec.to(device)
     made_with = stamp(codec, data.resolution, drawn=cfg.sample, text=cfg.text)
-    captions = data.captions if cfg.text else None  # without states each reading chooses
+    captions = data.captions if cfg.text else None  # without states the training chooses
     claim(folder, {**made_with, "crops": cfg.crops, "flip": cfg.flip, "captions": captions}, cfg.rank)
+    data.warn_of_blindness()
     sources = [(url, source) for source in (*data.train_sources, *data.val_sources) for url in source.urls]
     targets = [folder / Path(redacted(url)).name for url, _ in sources]
     if twice := [target.name for target, count in Counter(targets).items() if count > 1]:
         raise UserError(f"several shards are called {twice[0]}: encode them into different folders")
-    decode = Variants(Decode(data.resolution, captions=captions, random_crop=cfg.crops > 1), cfg.crops, cfg.flip)
+    decode = Variants(Decode(data.resolution, captions=data.captions, random_crop=cfg.crops > 1), cfg.crops, cfg.flip)
     encoder = Encoder(codec, data.seed, cfg.sample, cfg.text)
     mine = list(zip(targets, sources, strict=True))[cfg.rank :: cfg.world_size]
     left = [(target, url, source) for target, (url, source) in mine if not (target.is_file() and done_file(target).is_file())]
     with tqdm(desc="encoding", unit="image", disable=not left) as bar:
         for number, (target, url, source) in enumerate(left):
             bar.set_postfix_str(f"shard {number + 1} of {len(left)}")
-            one = Source([url], needs=source.needs, filters=source.filters, cache=source.cache, index=source.index)
-            encode_shard(one, encoder, decode, target, data, bar)
+            encode_shard(source.part(url), encoder, decode, target, data, bar)
     print(f"latents: {folder}   ({len(targets)} shards, {len(left)} of them new)")
     print(f"next:    python train.py data=latents data.resolution={data.resolution} data.shards='{folder}/<shards>.tar'")
 

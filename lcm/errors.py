@@ -6,7 +6,10 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         # A DataLoader raises a worker's error again with the worker's traceback in the message: keep the sentence.
-        super().__init__(message.rpartition("UserError: ")[2].strip())
+        kind = type(self).__name__
+        if message.startswith(f"Caught {kind} in DataLoader worker"):
+            message = message.rpartition(f"\nlcm.errors.{kind}: ")[2]
+        super().__init__(message.strip())
 
 
 class NonFiniteError(UserError):

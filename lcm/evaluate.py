@@ -87,6 +87,7 @@ def evaluate(cfg: DictConfig) -> None:
     """Draw what is not drawn, score every cell, write the table, plots and grid; process `rank` > 0 only draws its share."""
     check(cfg)
     folder, device = output_folder(cfg.output), pick_device(cfg.device, cfg.local_rank)
+    output_folder(cfg.features, "features")
     prompts, different = make_prompts(cfg)
     backbone, fid_backbone, models = build(cfg.backbone), build(cfg.get("fid_backbone")), load_models(cfg, device)
     cfg.resolution = choose_resolution(cfg, models)

@@ -1,8 +1,10 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, folders to write to, and text files of other programs."""
 
+import codecs
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -15,6 +17,11 @@ from lcm.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_HANDLES = (errno.EMFILE, errno.ENFILE)  # too many files are open
+# What the system lacks for a moment: it says nothing of the file.
+TRANSIENT = (
+    *(*NO_HANDLES, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EBUSY),
+    *(errno.ESTALE, errno.ETIMEDOUT),
+)
 
 
 @contextmanager
@@ -85,3 +92,31 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def text_of(content: bytes) -> str:
+    """Return the text of another program's file: UTF-8, without byte order marks. UnicodeError says what it is instead."""
+    if b"\0" in content or content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UnicodeError("it looks like UTF-16 or UTF-32: save it as UTF-8")
+    try:
+        return content.decode().replace("\ufeff", "")  # files that were joined have a mark inside, too
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{content[error.start]:02x} at position {error.start}"
+        raise UnicodeError(f"{byte} is not UTF-8 (Latin-1, Windows-1252?): save it as UTF-8") from None
+
+
+def lines_of(file: str | Path) -> list[str]:
+    """Return the lines of another program's text file, stripped, without blank ones. Raises OSError or UnicodeError."""
+    text = io.StringIO(text_of(Path(file).read_bytes()), newline=None)  # str.splitlines would end lines at U+0085 or U+2028
+    return [line for line in map(str.strip, text) if line]
+
+
+def writable(folder: Path, option: str) -> Path:
+    """Make the folder that an option names, and return it. Raises UserError where nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink(missing_ok=True)  # another process of the same program may have been first
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): set {option} to a writable folder") from None
+    return folder

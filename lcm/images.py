@@ -1,7 +1,9 @@
 """Images on disk: labelled grids, and PNGs that say how they were made."""
 
 import json
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from lcm.files import whole_file
+
+LONGEST = 4000  # characters of a label that are looked at: more than any row shows
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -49,40 +53,84 @@ def save_png(image: Image.Image, path: Path, **settings: Any) -> None:
 
 
 def grid(
-    rows: Sequence[Tensor], row_labels: Sequence[str], column_labels: Sequence[str] = (), *, cell: int = 128, gap: int = 4
+    rows: Sequence[Tensor],
+    row_labels: Sequence[str | Sequence[str]],
+    column_labels: Sequence[str] = (),
+    *,
+    cell: int = 128,
+    gap: int = 4,
 ) -> Image.Image:
-    """A labelled grid: `rows[r]` is uint8 `[columns, 3, H, W]`; small images are enlarged to a width of `cell`, unsmoothed."""
+    """A labelled grid: `rows[r]` is uint8 `[columns, 3, H, W]`; small ones are enlarged to a width of `cell`, unsmoothed.
+
+    A label is cut to the height of its row, and to the width of its column, which does not depend on any label. Several labels
+    of one row share its height.
+    """
     width = max(cell, rows[0].shape[-1])
     height = round(width * rows[0].shape[-2] / rows[0].shape[-1])
-    letters = max(11, width // 9)
-    font = ImageFont.load_default(letters)
-    left = int(max(font.getlength(line) for label in row_labels for line in wrap(label, font, 2 * width))) + 3 * gap
-    top = (letters + 3) * max((label.count("\n") + 1 for label in column_labels), default=0) + 2 * gap
+    font = label_font(max(11, width // 9))
+    line_height = font.getbbox("A")[3] + 2  # as Pillow spaces lines
+    left = 2 * width + 3 * gap
+    heads = [[line for part in label.split("\n") for line in wrap(part, font, width, 3)] for label in column_labels]
+    top = int(line_height * max(map(len, heads), default=0)) + 2 * gap
     columns = max(len(row) for row in rows)
-    canvas = Image.new("RGB", (left + columns * (width + gap), int(top) + len(rows) * (height + gap)), "white")
+    canvas = Image.new("RGB", (left + columns * (width + gap), top + len(rows) * (height + gap)), "white")
     draw = ImageDraw.Draw(canvas)
-    for c, label in enumerate(column_labels):
+    for c, lines in enumerate(heads):
         x = left + c * (width + gap) + width // 2
-        draw.multiline_text((x, gap), label, fill="black", font=font, anchor="ma", align="center", spacing=2)
+        draw.multiline_text((x, gap), "\n".join(lines), fill="black", font=font, anchor="ma", align="center", spacing=2)
     for r, (row, label) in enumerate(zip(rows, row_labels, strict=True)):
-        y = int(top) + r * (height + gap)
-        text = "\n".join(wrap(label, font, 2 * width))
-        draw.multiline_text((gap, y + height // 2), text, fill="black", font=font, anchor="lm", spacing=2)
+        y = top + r * (height + gap)
+        texts = [label] if isinstance(label, str) else label
+        limit = max(1, int(height // line_height) // max(1, len(texts)))
+        lines = [line for text in texts for line in wrap(text, font, 2 * width, limit)]
+        draw.multiline_text((gap, y + height // 2), "\n".join(lines), fill="black", font=font, anchor="lm", spacing=2)
         for c, image in enumerate(row):
             picture = to_pil(image).resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(picture, (left + c * (width + gap), y))
     return canvas
 
 
-def wrap(text: str, font: Any, width: float) -> list[str]:
-    """Lines of at most `width` pixels, broken between words."""
+@cache
+def font_file() -> tuple[Path, frozenset[int]]:
+    """Return matplotlib's font, which has most alphabets where Pillow's own lacks an e with an accent, and its characters."""
+    import matplotlib
+    from matplotlib.ft2font import FT2Font
+
+    file = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
+    return file, frozenset(FT2Font(str(file)).get_charmap())
+
+
+@cache
+def label_font(height: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(font_file()[0], height)
+
+
+def drawable(text: str) -> str:
+    """Return the text with escapes, such as \\u732b, for characters that the font lacks."""
+    characters = font_file()[1]
+    return "".join(c if ord(c) in characters else c.encode("unicode_escape").decode() for c in text)
+
+
+def wrap(text: str, font: Any, width: float, limit: int | None = None) -> list[str]:
+    """Return lines of at most `width` pixels, broken between words and within wider ones, cut after `limit` lines."""
     lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
+    for word in text[: LONGEST if limit else None].split():
+        alone = drawable(word)
+        rest = f"{lines[-1]} {alone}".strip()
+        if font.getlength(alone) <= width < font.getlength(rest):
+            lines.append("")
+            rest = alone
+        while font.getlength(rest) > width and len(rest) > 1:
+            count = max(1, bisect_right(range(1, len(rest)), width, key=lambda n: font.getlength(rest[:n])))
+            lines[-1:], rest = [rest[:count], ""], rest[count:]
+        lines[-1] = rest
+        if limit and len(lines) > limit:
+            break
+    if limit and len(lines) > limit:
+        last = lines[limit - 1]
+        while last and font.getlength(f"{last}...") > width:
+            last = last[:-1]
+        lines = [*lines[: limit - 1], f"{last}..."]
     return lines
 
 

@@ -1,45 +1,59 @@
 """What programs are given besides a model: prompts, shards, a folder for what they write, a device."""
 
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
 from lcm.command_line import build
+from lcm.composition import plain
 from lcm.data.shards import expand_urls
 from lcm.data.source import Source
 from lcm.errors import UserError
+from lcm.files import lines_of, writable
+
+FILE_NAME = re.compile(r"\S+\.(txt|text|csv|tsv|json|jsonl|ndjson|md|yaml|yml|parquet|xlsx|list|tar)", re.IGNORECASE)
 
 
-def read_prompts(prompts: str | list[str], captions: Callable[[], list[str]]) -> list[str]:
-    """A prompt, a list of them, a .txt file with one a line, or `val`: the validation captions."""
+def read_prompts(prompts: Any, captions: Callable[[], list[str]]) -> list[str]:
+    """Return the prompts that are given: one, a list, a .txt file with one a line, or `val`, the validation captions."""
     if prompts == "val":
         return captions()
-    if isinstance(prompts, str) and prompts.endswith(".txt"):
-        file = Path(prompts)
+    if isinstance(prompts, str) and prompts.lower().endswith(".txt"):
         try:
-            prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = lines_of(Path(prompts).expanduser())
         except FileNotFoundError:
             raise UserError(f"there is no prompt file {prompts}") from None
         except (OSError, UnicodeError) as error:
-            raise UserError(f"the prompt file {file} cannot be read ({error}): write one prompt a line, in UTF-8") from error
-        if not prompts:
-            raise UserError(f"{file} has no prompts: write one a line")
-    if not prompts:
+            raise UserError(f"the prompt file {prompts} cannot be read ({error}): write one prompt a line, in UTF-8") from error
+        if not lines:
+            raise UserError(f"{prompts} has no prompts: write one a line")
+        return lines
+    listed = [prompts] if isinstance(prompts, str | int | float) else list(prompts or ())
+    if not listed or prompts == "":
         raise UserError(f"prompts={prompts} has none: give one, a list, or a .txt file; prompts=[''] draws without a text")
-    return [prompts] if isinstance(prompts, str) else [str(prompt) for prompt in prompts]
+    for prompt in listed:
+        if not isinstance(prompt, str | int | float):
+            raise UserError(f"prompts={prompts} holds {prompt!r}, which is no text")
+        if is_file_name(str(prompt)):
+            raise UserError(
+                f"prompts={prompt} names a file: give one .txt file with a prompt a line, or write these words in one"
+            )
+    return [str(prompt) for prompt in listed]
+
+
+def is_file_name(prompt: str) -> bool:
+    """Whether a prompt is rather meant as a file: one word with a suffix of text files, or what is there."""
+    path = os.path.expanduser(prompt)
+    return bool(FILE_NAME.fullmatch(prompt)) or os.path.isfile(path) or (os.path.isdir(path) and os.sep in path)
 
 
 def output_folder(path: str, option: str = "output") -> Path:
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink(missing_ok=True)  # another process of the same program may have been first
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}): set {option} to a writable folder") from None
-    return folder
+    return writable(Path(path), option)
 
 
 def one_of_each(cfg: DictConfig, *options: str) -> None:
@@ -70,4 +84,5 @@ def pick_device(device: str, local_rank: int = 0) -> str:
 
 def shards(cfg: DictConfig, option: str) -> Source:
     """The shards that an option of a program names, brought here through its cache."""
-    return Source(expand_urls(cfg[option], option), cache=build(cfg.cache), option=option)
+    urls = expand_urls(cfg[option], option)
+    return Source(urls, captions=plain(cfg.captions), cache=build(cfg.cache), option=option)

@@ -12,12 +12,15 @@ from tqdm import tqdm
 
 from lcm.command_line import build, program
 from lcm.data.datamodule import ShardDataModule
+from lcm.data.members import REASONS
 from lcm.data.source import total_dropped
+from lcm.data.workers import workers_watched
 from lcm.images import grid, save_png
 from lcm.inputs import output_folder
 
 
 @program("preview")
+@workers_watched()
 def main(cfg: DictConfig) -> None:
     """Print what passes each filter, sizes, captions and samples/s; write a grid of pictures as a network would see them."""
     folder = output_folder(cfg.output)
@@ -30,9 +33,11 @@ def main(cfg: DictConfig) -> None:
         used = sum(shard.samples for shard in facts)
         print(f"shards:   {len(facts)} with {used + dropped.total()} samples, of which {used} are used")
         for reason, count in dropped.most_common():
-            print(f"          {count} ({count / (used + dropped.total()):.1%}) left out: {reason}")
+            print(f"          {count} ({count / (used + dropped.total()):.1%}) left out: {described(reason)}")
         for name in source.blind_filters():
             print(f"filter:   {name} leaves out nothing: no sample says what it reads")
+        for name in source.absent_captions():
+            print(f"captions: {name} is in no sample, neither a member nor a field of the .json")
     for bucket in data.orders if data.buckets else ():
         print(f"bucket:   {bucket.shape} with {bucket.size} samples")
     count = min(cfg.samples, sum(data.sizes))
@@ -59,14 +64,19 @@ def main(cfg: DictConfig) -> None:
     print(f"sizes:    shorter side {quantiles(shorter)} px")
     print(f"captions: {quantiles(words)} words; {captions.count('')} of {len(captions)} empty")
     for reason, number in skipped.most_common():
-        print(f"damaged:  {number} of {len(captions)}: {reason}")
+        print(f"damaged:  {number} of {len(captions)}: {described(reason)}")
     side = max(max(image.shape) for image in images)
     images = [pad(image, (0, side - image.shape[2], 0, side - image.shape[1]), value=255) for image in images]
     wide = min(len(images), 4)
     starts = range(0, len(images) - len(images) % wide, wide)
     rows = [torch.stack(images[i : i + wide]) for i in starts]
-    save_png(grid(rows, [" / ".join(captions[i : i + wide]) for i in starts]), folder / "grid.png")
+    labels = [[f"{column}: {caption}" for column, caption in enumerate(captions[i : i + wide], 1)] for i in starts]
+    save_png(grid(rows, labels), folder / "grid.png")
     print(f"picture:  {Path(folder, 'grid.png')}")
+
+
+def described(reason: str) -> str:
+    return f"{reason} ({REASONS[reason]})" if reason in REASONS else reason
 
 
 def quantiles(values: torch.Tensor) -> str:

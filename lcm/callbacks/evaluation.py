@@ -82,7 +82,7 @@ class Evaluation(L.Callback):
             raise UserError(f"{self.shards} hold no captions: give others with callbacks.evaluation.shards")
         self.captions = [known[i % len(known)] for i in range(self.samples)]
         if trainer.is_global_zero:
-            self.real = self.extract.reference(source, self.reference_cache)
+            self.real = self.extract.reference(source, self.reference_cache, "callbacks.evaluation.reference_cache")
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
         if trainer.global_step % self.every_n_steps == 0:

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch import Tensor
 
-from lcm.errors import NonFiniteError
+from lcm.errors import NonFiniteError, UserError
 from lcm.images import columns_to_rows, grid, steps_label
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,9 @@ class ImageGrid(L.Callback):
     def __init__(
         self, folder: str, prompts: list[str], *, steps: list[int], w: float, every_n_steps: int = 500, seed: int = 0
     ) -> None:
-        self.folder, self.prompts, self.steps, self.w = Path(folder), prompts, steps, w
+        if isinstance(prompts, str):
+            raise UserError(f"callbacks.samples.prompts={prompts}: give a list of prompts, as [red apple, blue chair]")
+        self.folder, self.prompts, self.steps, self.w = Path(folder), [str(prompt) for prompt in prompts], steps, w
         self.every_n_steps, self.seeds = every_n_steps, [seed + i for i in range(len(prompts))]
         self.history: dict[int, Tensor] = {}
         self.last = -1

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from hydra.experimental.callback import Callback
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
-from lcm.files import whole_file
+from lcm.errors import UserError
+from lcm.files import whole_file, writable
 from lcm.redaction import redacted
 
 
@@ -22,7 +24,10 @@ class SweepTable(Callback):
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+        try:
+            writable(Path(config.hydra.sweep.dir), "paths.runs")
+        except UserError as error:
+            sys.exit(f"error: {error}")  # Hydra logs other exceptions of a callback, and goes on
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         hide_secrets(config)

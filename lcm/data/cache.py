@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lcm.data.remote import TooLarge, bring
-from lcm.files import NO_HANDLES, os_error
+from lcm.errors import UserError
+from lcm.files import NO_HANDLES, TRANSIENT, os_error
 from lcm.redaction import redacted
 
 log = logging.getLogger(__name__)
@@ -28,11 +29,24 @@ class ShardCache:
         self.attempts, self.pause, self.timeout = attempts, pause, timeout
 
     def fetch(self, url: str, flaw: Callable[[str], str | None] = lambda file: None) -> str:
-        """The local path of `url`'s content. Raises OSError when every attempt failed; one of which `flaw` says what is wrong
-        with the file that came has failed, too."""
+        """Return the local path of `url`'s content.
+
+        Raises OSError when every attempt failed; an attempt also fails where `flaw` says what is wrong with the file that came.
+        Raises UserError where the folder cannot be written.
+        """
         path = self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.tar"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".lock"), "w") as lock:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = open(path.with_suffix(".lock"), "w")  # noqa: SIM115 - closed below, where an error is another
+        except OSError as error:
+            if path.is_file():
+                return str(path)  # a cache that can be read only, of shards that are there
+            if error.errno in TRANSIENT:
+                raise
+            raise UserError(
+                f"cannot write to {self.folder} ({error.strerror}): set data.cache.folder or paths.data to a writable folder"
+            ) from None
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another worker or rank may be at it
             try:
                 os.utime(path)

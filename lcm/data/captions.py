@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from lcm.data.members import Sample, Skip, caption_of
+from lcm.data.members import CaptionChoice, Sample, Skip
 from lcm.data.order import Order
 from lcm.data.source import Source
-from lcm.data.stream import ShardStream
+from lcm.data.stream import ShardStream, rng_of
 from lcm.data.transforms import Decode, collate
 
 
@@ -21,19 +21,18 @@ def read_samples(source: Source) -> Iterator[Sample]:
 
 
 def read_captions(source: Source, limit: int | None = None) -> list[str]:
-    """The first `limit` captions, in the shards' order."""
+    """Return the captions of the first `limit` samples in the shards' order, those that `read_images` gives with them."""
     captions: list[str] = []
-    for sample in read_samples(source):
+    choose = CaptionChoice(weights=source.captions)
+    for position, sample in enumerate(read_samples(source)):
         if len(captions) == limit:
             break
         with suppress(Skip):
-            captions.append(caption_of(sample))
+            captions.append(choose(sample, rng_of(0, position)))
     return captions
 
 
 def read_images(source: Source, *, resolution: int, batch_size: int = 64) -> Iterator[dict[str, Any]]:
     """Every sample once, in order: `{"x": uint8 [B, 3, S, S], "captions", "keys", ...}`."""
-    order = Order([facts.samples for facts in source.facts()])
-    return iter(
-        ShardStream([source], order, decode=Decode(resolution), collate=collate, batch_size=batch_size, stop=order.size)
-    )
+    order, decode = Order([facts.samples for facts in source.facts()]), Decode(resolution, captions=source.captions)
+    return iter(ShardStream([source], order, decode=decode, collate=collate, batch_size=batch_size, stop=order.size))

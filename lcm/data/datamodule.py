@@ -20,7 +20,7 @@ from lcm.data.order import Places
 from lcm.data.shards import expand_urls
 from lcm.data.skips import Skips
 from lcm.data.source import Source, total_dropped
-from lcm.data.stream import ShardStream
+from lcm.data.stream import PATIENCE, ShardStream
 from lcm.data.transforms import Decode, collate
 from lcm.data.workers import Loader
 from lcm.errors import UserError
@@ -39,7 +39,7 @@ class ShardDataModule(L.LightningDataModule):
     resolution: pixels a side; None: those of the codec's pipeline, and 512 without a codec.
     buckets: batches of one shape, see `lcm.data.buckets.shapes_of`; None trains on squares of `resolution`.
     batch_size: per device. shuffle, lanes: see `lcm.data.order`. index: the folder that keeps the shards' sample counts.
-    captions: weights of the members that hold one, see `CaptionChoice`.
+    captions: weights of the members or .json fields that hold one, see `CaptionChoice`.
     timeout: seconds without data after which the training ends with an error.
     max_skip_ratio: more damaged samples than this share of those seen stop the training.
     A checkpoint holds the position in the order after the last consumed batch: a resumed run sees the next samples, none twice,
@@ -131,13 +131,30 @@ class ShardDataModule(L.LightningDataModule):
         dropped = total_dropped([shard for of in facts for shard in of])
         if dropped and stage == "fit":
             log.warning("using %d training samples; left out: %s", sum(self.sizes), dict(dropped))
+        if stage == "fit":
+            self.check_validation()
+            self.warn_of_blindness()
         for source in self.train_sources if stage == "fit" else ():
             if gone := source.manifests.gone(source.urls):
                 log.warning("%d shards are in their manifest, but not there, such as %s", len(gone), gone[0])
+
+    def check_validation(self) -> None:
+        """Refuse validation data of which nothing decodes: a pass over it would be empty."""
+        for source, order in zip(self.val_sources, self.val_orders, strict=True):
+            stop = min(order.size, PATIENCE)
+            stream = ShardStream([source], order, decode=self.val_decode, collate=lambda _: {}, batch_size=1, stop=stop)
+            if next(iter(stream), None) is None:
+                raise UserError("no sample of data.val_shards could be decoded, see the warnings above; null: no validation")
+
+    def warn_of_blindness(self) -> None:
+        """Name the filters and the captions of which no sample says anything."""
+        for source in self.train_sources:
             for name in source.blind_filters():
                 if source.filters is None or name not in source.filters.chosen:
                     continue  # a default, which need not leave out anything
                 log.warning("data.filters.%s leaves out nothing, no sample says what it reads (null: it need not)", name)
+            for name in source.absent_captions():
+                log.warning("data.captions.%s is in no sample, neither a member nor a field of the .json", name)
 
     def _source(self, urls: str | list[str], option: str) -> Source:
         source = self.reader(urls, option, needs=self.decode.needs, measure=aspect if self.buckets else None)
@@ -149,7 +166,8 @@ class ShardDataModule(L.LightningDataModule):
     def reader(self, urls: str | list[str], option: str, **of: Any) -> Source:
         """Of any shards in the way of this data; option: the configuration's, for errors."""
         found = expand_urls(urls, option, allow_pipe=self.allow_pipe)
-        return Source(found, filters=self.filters, cache=self.cache, index=self.index, option=option, **of)
+        options = {"captions": self.captions, "filters": self.filters, "cache": self.cache, "index": self.index, **of}
+        return Source(found, option=option, **options)
 
     @property
     def sample_size(self) -> int | None:

@@ -3,6 +3,7 @@
 import io
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +13,18 @@ import torch
 from lcm.core.random import generator
 from lcm.data.codec import LatentCodec
 from lcm.data.latents import DRAWN, POSTERIOR, SIZES, TEXTS
-from lcm.data.members import Sample
-from lcm.data.shards import CAPTION_MEMBERS
+from lcm.data.members import CAPTIONS, Sample
+from lcm.data.shards import IMAGES
 from lcm.data.transforms import Decode
+from lcm.files import text_of
+
+TEXT_MEMBERS = ("json", *CAPTIONS)
 
 
 @dataclass
 class Variants:
     """`sample -> {"x": uint8 [V, 3, S, S], "sizes": int64 [V, 4], "caption", "members"}`: crops and mirrored copies of one
-    image, each with its original size and crop as `Decode` gives them, and its texts."""
+    image, each with its original size and crop as `Decode` gives them, and its texts: metadata and every caption."""
 
     decode: Decode
     crops: int
@@ -29,12 +33,20 @@ class Variants:
     def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
         decoded = [self.decode(sample, rng) for _ in range(self.crops)]
         x = torch.stack([one["x"] for one in decoded])
-        texts = {name: sample[name] for name in CAPTION_MEMBERS if name in sample}
+        captions = self.decode.choose.weights or ()
+        texts = {name: content for name, content in sample.items() if name in captions or is_text(name, content)}
         members = {"__key__": sample["__key__"], **texts}
         sizes = torch.tensor([(*one["original_size"], *one["crop"]) for one in decoded])
         if self.flip:
             x, sizes = torch.cat([x, x.flip(-1)]), torch.cat([sizes, mirrored(sizes, x.shape[-1])])
         return {"x": x, "sizes": sizes, "caption": decoded[0]["caption"], "members": members}
+
+
+def is_text(name: str, content: Any) -> bool:
+    """Whether a member is text, which latents keep, or at least called so."""
+    with suppress(UnicodeError):
+        return name in TEXT_MEMBERS or (not name.startswith("__") and name not in IMAGES and bool(text_of(content)))
+    return False
 
 
 def mirrored(sizes: torch.Tensor, side: int) -> torch.Tensor:

@@ -33,8 +33,7 @@ def training_order(
     """
     for source in facts:
         if not any(counts(source)):
-            dropped = total_dropped(source)
-            raise UserError(f"{len(source)} shards hold no usable sample: left out are {dict(dropped)}{advice(dropped)}")
+            raise nothing_usable(source, "data.shards")
     if shapes:
         turns = Turns(facts, weights, shapes, batch=batch, seed=seed, shuffle=shuffle, lanes=lanes)
         return turns, turns.buckets
@@ -46,8 +45,18 @@ def training_order(
 
 
 def validation_order(facts: Sequence[Facts], shapes: Sequence[Shape]) -> "Order | Chain":
-    """One ordered, complete pass."""
+    """Return one ordered, complete pass. Raises UserError where there is no sample."""
+    if not any(counts(facts)):
+        raise nothing_usable(facts, "data.val_shards (null: no validation)")
     return Chain(buckets_of(facts, shapes)) if shapes else Order(counts(facts))
+
+
+def nothing_usable(facts: Sequence[Facts], option: str) -> UserError:
+    dropped = total_dropped(facts)
+    return UserError(
+        f"{len(facts)} shards hold no usable sample: left out are {dict(dropped)}; change {option} or data.filters"
+        f"{advice(dropped)}"
+    )
 
 
 def counts(facts: Sequence[Facts]) -> list[int]:

@@ -5,11 +5,10 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lcm.errors import UserError
-from lcm.files import digest
+from lcm.files import digest, lines_of
 
 Fields = Mapping[str, Any]
 READING = 2  # raised when a rule reads other fields than before: what was counted with it is counted again
@@ -162,10 +161,10 @@ def limit_of(option: str, setting: Any) -> float | frozenset[str]:
     """A number within the rule's span, or the entries of the removal list."""
     if option == "removal_list":
         try:
-            lines = [line.strip() for line in Path(setting).read_text(encoding="utf-8").splitlines()]
-        except (OSError, TypeError, UnicodeDecodeError) as error:
+            lines = lines_of(setting)
+        except (OSError, TypeError, UnicodeError) as error:
             raise UserError(f"data.filters.removal_list={setting!r} cannot be read: {error}") from error
-        return frozenset(line if "://" in line else line.lower() for line in lines if line and not line.startswith("#"))
+        return frozenset(line if "://" in line else line.lower() for line in lines if not line.startswith("#"))
     low, high = RULES[option].span
     if isinstance(setting, bool) or not isinstance(setting, int | float) or not low <= setting <= high:
         raise UserError(f"data.filters.{option}={setting!r}: expected a number from {low:g} to {high:g}, or null for no limit")

@@ -107,8 +107,8 @@ def check_stamp(urls: Sequence[str], codec: LatentCodec, resolution: int, captio
     """
     for folder in sorted({local(url).rpartition("/")[0] or "." for url in urls}):
         try:
-            with fsspec.open(f"{folder}/{STAMP}", "r") as file:
-                found = json.load(file)
+            with fsspec.open(f"{folder}/{STAMP}") as file:
+                found = json.loads(file.read())
         except Exception as error:  # whatever a file system's client raises
             raise UserError(
                 f"{redacted(folder)} has no readable {STAMP}: make latent shards with python -m lcm.encode"

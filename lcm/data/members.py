@@ -3,23 +3,43 @@
 import json
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from lcm.data.filters import lowered
 from lcm.errors import UserError
+from lcm.files import text_of
 
 Sample = dict[str, Any]  # "__key__", "__url__" and bytes by extension
-CAPTIONS = ("txt", "caption")  # members or .json fields; without weights the first that says something
+CAPTIONS = ("txt", "caption", "cap")  # members or .json fields; without data.captions the first that says something
+KINDS = {"dict": "an object", "list": "a list in a list", "bool": "true or false"}  # of JSON, for a reader
+SHOWN = 20  # fields that a message names
+
+
+# Why a sample is damaged, not unwanted; a filter's reasons are `lcm.data.filters.RULES`.
+REASONS = {
+    "shard": "its shard cannot be had or read",
+    "missing": "its shard holds fewer samples than a manifest or an earlier count says",
+    "cut": "its shard ends within it",
+    "name": "its name has .. in it",
+    "apart": "its members do not follow each other",
+    "link": "it is a link to a file that is not in its shard",
+    "duplicate": "its name stands for several images or captions, of which none tells what belongs together",
+    "bytes": "it has more bytes than any image",
+    "no_image": "it has no image",
+    "image": "its image cannot be decoded",
+    "pixels": "its image has more pixels than are decoded",
+    "tiny": "its image is a pixel wide or high",
+    "json": "its .json is no JSON object",
+    "no_caption": "it has no text under the names of data.captions",
+    "caption_encoding": "its caption is not UTF-8",
+    "latent": "a stored array is damaged",
+}
 
 
 class Skip(Exception):
-    """A sample that cannot be used.
-
-    reason: "no_image", "bytes" or "pixels" (too many), "image" (it cannot be decoded), "tiny", "json", "no_caption" or
-    "caption_encoding" (not UTF-8); detail: the same for a reader.
-    """
+    """A sample that cannot be used. reason: one of `REASONS`; detail: the same for a reader."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -46,54 +66,81 @@ def metadata(sample: Sample) -> dict[str, Any]:
     return dict(lowered(content))
 
 
-def captions_of(sample: Sample, meta: Mapping[str, Any], names: Iterable[str] = CAPTIONS) -> dict[str, str]:
-    """The captions among the members, else the fields of `meta`, of these names; blank ones only where no other is found.
+def captions_of(sample: Sample, captions: Mapping[str, float] | None = None) -> dict[str, list[str]]:
+    """Return the texts of a sample by the member, else the .json field, that holds them.
 
-    Raises `Skip("no_caption")` or `Skip("caption_encoding")`.
+    captions: the names to read, all of them; None: the first of `CAPTIONS` that says something. Blank texts count only where
+    there is no other. Raises `Skip("no_caption")` or `Skip("caption_encoding")`.
     """
-    found = {}
-    for name in names:
-        text = sample.get(name, meta.get(name))
-        with skipping("caption_encoding", UnicodeError):
-            if isinstance(text, str):
-                text = text.encode()  # refuses the halves of emoji that a JSON escape can hold, as a tokenizer would
-            if isinstance(text, bytes):
-                found[name] = text.decode().strip()
-    if not found:
-        raise Skip("no_caption", f"none of {', '.join(names)}")
-    return {name: text for name, text in found.items() if text} or found
+    meta, texts = metadata(sample), dict[str, list[str]]()
+    for name in captions or CAPTIONS:
+        if found := texts_of(name, sample.get(name, meta.get(name))):
+            texts[name] = found
+            if captions is None and any(found):
+                break
+    if not texts:
+        members = ", ".join(sorted(name for name in sample if not name.startswith("__")))
+        fields = f" and the .json fields {', '.join(sorted(meta)[:SHOWN])}" if meta else ""
+        raise Skip("no_caption", f"none of {', '.join(captions or CAPTIONS)} among {members}{fields}: see data.captions")
+    spoken = {name: [text for text in found if text] for name, found in texts.items() if any(found)}
+    return dict(list(spoken.items() or texts.items())[: None if captions else 1])
 
 
-def caption_of(sample: Sample) -> str:
-    """The .txt member, else the .json member's "caption"; raises `Skip`."""
-    return next(iter(captions_of(sample, metadata(sample)).values()))
+def texts_of(name: str, content: Any) -> list[str]:
+    """Return what a member or field says: one text, those of a list, or none where it is null or missing. Raises `Skip`."""
+    if isinstance(content, bytes):
+        with refusing_encodings(name):
+            return [text_of(content).strip()]
+    texts = [text for text in (content if isinstance(content, list) else [content]) if text is not None]
+    if wrong := [type(text).__name__ for text in texts if not isinstance(text, str)]:
+        raise Skip("no_caption", f"{name} holds {KINDS.get(wrong[0], 'a number')}, not text: name another in data.captions")
+    with refusing_encodings(name):
+        # A JSON escape can hold half an emoji, which no tokenizer takes, or a NUL.
+        return [text_of(text.encode()).strip() for text in texts]
+
+
+@contextmanager
+def refusing_encodings(name: str) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeError as error:
+        raise Skip("caption_encoding", f"{name}: {error}") from error
+
+
+def caption_of(sample: Sample, captions: Mapping[str, float] | None = None) -> str:
+    """Return the first caption; raises `Skip`."""
+    return next(iter(captions_of(sample, captions).values()))[0]
 
 
 class CaptionChoice:
     """`(sample, rng) -> caption`: "" with probability `dropout`, else one of the sample's captions.
 
     weights: members or .json fields that hold a caption, each with the weight of its being chosen among those that the sample
-    has; None: the .txt member, else the .json member's "caption". Raises `Skip` where there is none, dropped or not.
+    has; None: the first of `CAPTIONS` that says something. Of a list of texts one is drawn. Raises `Skip` for a sample without
+    a caption, dropped or not.
     """
 
     def __init__(self, dropout: float = 0.0, weights: Mapping[str, float] | None = None) -> None:
         self.dropout, self.weights = dropout, None if weights is None else weights_of(weights)
 
     def __call__(self, sample: Sample, rng: random.Random) -> str:
-        captions = captions_of(sample, metadata(sample), self.weights or CAPTIONS)
+        captions = captions_of(sample, self.weights)
         if rng.random() < self.dropout:
             return ""
+        texts = next(iter(captions.values()))
         if self.weights:
-            return rng.choices(list(captions.values()), [self.weights[name] for name in captions])[0]
-        return next(iter(captions.values()))
+            texts = rng.choices(list(captions.values()), [self.weights[name] for name in captions])[0]
+        return texts[0] if len(texts) == 1 else rng.choice(texts)
 
 
 def weights_of(captions: Mapping[str, float]) -> dict[str, float]:
-    """Those above zero, under lower-case names as a shard's members and `metadata` have them."""
+    """Return those above zero, under lower-case names as a shard's members and `metadata` have them."""
     try:
-        weights = {str(name).lower(): float(weight) for name, weight in captions.items()}
+        weights = {str(name).lower().lstrip("."): float(weight) for name, weight in captions.items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"data.captions={captions!r}: expected a weight for each name, such as {{txt: 1, blip: 3}}") from error
     if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
         raise UserError(f"data.captions={captions!r}: expected finite weights of at least 0, one of them above it")
+    if "json" in weights:
+        raise UserError(f"data.captions={captions!r}: name the fields of the .json that hold captions, as {{caption: 1}}")
     return {name: weight for name, weight in weights.items() if weight}

@@ -23,6 +23,7 @@ from PIL import Image
 from rich.progress import track
 
 from lcm.errors import UserError
+from lcm.files import writable
 
 BACKGROUNDS = {
     "color": {
@@ -182,6 +183,7 @@ def build(
         return
     if not manifest.is_file() and target.is_dir() and any(target.iterdir()):
         raise UserError(f"{target} holds something else, which OpenMoji would replace: set data.build.root=<a new folder>")
+    writable(target.parent, "paths.data")
     partial = target.with_name(f"{target.name}.{socket.gethostname()}-{os.getpid()}.partial")  # nodes may share the folder
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -22,16 +22,15 @@ from typing import Any, BinaryIO
 
 from braceexpand import braceexpand
 
-from lcm.data.members import Sample, Skip, caption_of, metadata
+from lcm.data.members import CAPTIONS, Sample, Skip, captions_of, metadata
 from lcm.errors import UserError
+from lcm.files import lines_of
 
-IMAGES = ("png", "jpg", "jpeg", "webp")
+IMAGES = ("png", "jpg", "jpeg", "webp", "img")
 LATENTS = ("latent.npy", "sample.npy")  # in place of an image, see `lcm.data.latents`
-CAPTION_MEMBERS = ("txt", "json")
 SCHEMES = ("", "file", "http", "https", "s3", "gs", "hf")
 MAX_BYTES = 64 * 2**20  # of a sample: no image that is trained on comes near it
 FOREIGN = 2**20  # bytes of other samples that may lie between a sample's members
-GROUPING = 2  # raised when members become samples in another way: what was counted before is counted again
 # What Windows, macOS, a NAS and Jupyter leave beside a user's files.
 LITTER = {
     *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "$recycle.bin", "system volume information"),
@@ -112,10 +111,10 @@ def way_from(folder: str, option: str) -> str:
 
 def list_file(path: str, option: str) -> list[str]:
     try:
-        with open(path) as file:
-            return [line.strip() for line in file if line.strip() and not line.startswith("#")]
-    except OSError as error:
-        raise UserError(f"{option}=@{path}: the list of shards cannot be read ({error.strerror})") from error
+        return [line for line in lines_of(path) if not line.startswith("#")]
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{option}=@{path}: the list of shards cannot be read ({reason})") from error
 
 
 def scheme_of(url: str) -> str:
@@ -164,25 +163,30 @@ def members(file: BinaryIO) -> Iterator[Member]:
             yield (f"{folder}/{stem}" if folder else stem), extension, info
 
 
-def samples(file: BinaryIO, needs: Sequence[str]) -> Iterator[tuple[str, dict[str, tarfile.TarInfo], bool]]:
+def samples(
+    file: BinaryIO, needs: Sequence[str], tells: Sequence[str]
+) -> Iterator[tuple[str, dict[str, tarfile.TarInfo], bool]]:
     """Yield `(key, {extension: header}, whether it is ambiguous)` of each sample: members of one key follow each other.
 
-    A name may come again, from two tars that were joined: a repeated extension begins another sample.
+    A name may come again, from two tars that were joined: a repeated extension begins another sample. needs, tells: extensions
+    of which a sample must have one each, the picture's and those that may hold a caption.
     """
     for first, run in groupby(members(file), key=itemgetter(0)):
         found: list[tuple[str, dict[str, tarfile.TarInfo], bool]] = []
-        for key, parts in by_key(first, list(run), needs).items():
+        for key, parts in by_key(first, list(run), needs, tells).items():
             split: list[dict[str, tarfile.TarInfo]] = [{}]
             for extension, info in parts:
                 if extension in split[-1]:
                     split.append({})
                 split[-1][extension] = info
-            ambiguous = len(split) > 1 and not all(is_complete(sample, needs) for sample in split)
+            ambiguous = len(split) > 1 and not all(is_complete(sample, needs, tells) for sample in split)
             found += [(key, sample, ambiguous) for sample in ([dict(parts)] if ambiguous else split)]
         yield from sorted(found, key=lambda sample: min(info.offset for info in sample[1].values()))
 
 
-def by_key(first: str, run: list[Member], needs: Sequence[str]) -> dict[str, list[tuple[str, tarfile.TarInfo]]]:
+def by_key(
+    first: str, run: list[Member], needs: Sequence[str], tells: Sequence[str]
+) -> dict[str, list[tuple[str, tarfile.TarInfo]]]:
     """Sort members whose names are alike up to the first dot by sample.
 
     The first dot ends the key, as in webdataset: `0.seg.png` is a member of sample `0`. The dot before the extension does so
@@ -190,7 +194,7 @@ def by_key(first: str, run: list[Member], needs: Sequence[str]) -> dict[str, lis
     """
     if not any("." in extension for _, extension, _ in run):
         return {first: [(extension.lower(), info) for _, extension, info in run]}
-    known = [f".{extension}" for extension in (*needs, *CAPTION_MEMBERS)]
+    known = [f".{extension}" for extension in (*needs, *tells)]
     held: dict[str, set[str]] = {}
     for _, extension, _ in run:
         name = f".{extension}"
@@ -200,9 +204,9 @@ def by_key(first: str, run: list[Member], needs: Sequence[str]) -> dict[str, lis
     whole = held.get("", set())
 
     def is_own(ends: set[str]) -> bool:  # the labels of `0.seg.png` in `0.seg.json` make it no sample
-        return "txt" in ends or ends & set(CAPTION_MEMBERS) == whole & set(CAPTION_MEMBERS)
+        return ends & set(tells) not in (set(), {"json"}) or ends & set(tells) == whole & set(tells)
 
-    stems = {stem for stem, ends in held.items() if not whole or (is_complete(ends, needs) and is_own(ends))}
+    stems = {stem for stem, ends in held.items() if not whole or (is_complete(ends, needs, tells) and is_own(ends))}
     found: dict[str, list[tuple[str, tarfile.TarInfo]]] = {}
     for _, extension, info in run:
         name = f".{extension}"
@@ -213,8 +217,8 @@ def by_key(first: str, run: list[Member], needs: Sequence[str]) -> dict[str, lis
     return found
 
 
-def is_complete(extensions: Collection[str], needs: Sequence[str]) -> bool:
-    return any(extension in extensions for extension in needs) and any(name in extensions for name in CAPTION_MEMBERS)
+def is_complete(extensions: Collection[str], needs: Sequence[str], tells: Sequence[str]) -> bool:
+    return any(extension in extensions for extension in needs) and any(name in extensions for name in tells)
 
 
 # What is taken for a shard by mistake, by its first bytes.
@@ -258,13 +262,22 @@ def why_empty(path: str) -> str:
 class Shard:
     """The usable samples of one local .tar file, by number; opened once, read by offset.
 
-    needs: extensions of which a sample must have one (besides a caption). keep: `(caption, metadata) -> reason or None`.
+    needs: extensions of which a sample must have one, besides a caption; captions: see `captions_of`.
+    keep: `(caption, metadata) -> reason or None`; a sample is used where it keeps every caption that may be drawn.
     dropped: how many samples were left out, by reason; `broken`: the keys of those that are damaged, not unwanted.
     extensions: of all members. repeated: samples under a name that an earlier one has; their keys get their place in the file.
     """
 
-    def __init__(self, path: str, *, needs: Sequence[str] = IMAGES, keep: Filter | None = None) -> None:
-        self.path, self.needs, self.keep = path, needs, keep
+    def __init__(
+        self,
+        path: str,
+        *,
+        needs: Sequence[str] = IMAGES,
+        captions: Mapping[str, float] | None = None,
+        keep: Filter | None = None,
+    ) -> None:
+        self.path, self.needs, self.captions, self.keep = path, needs, captions, keep
+        self.tells = (*(captions or CAPTIONS), "json")
         self.dropped: Counter[str] = Counter()
         self.broken: dict[str, str] = {}
         self.extensions: set[str] = set()
@@ -275,7 +288,7 @@ class Shard:
         self.size = os.fstat(self.file.fileno()).st_size
         seen: set[str] = set()
         lacking: dict[str, dict[str, list[str]]] = {"no_image": {}, "no_caption": {}}
-        for key, held, ambiguous in samples(self.file, needs):
+        for key, held, ambiguous in samples(self.file, needs, self.tells):
             dangling = {extension for extension, info in held.items() if not info.isfile() and not self._follow(info)}
             extensions = held.keys() - dangling
             self.extensions |= extensions
@@ -334,14 +347,16 @@ class Shard:
             return "bytes"
         if not any(extension in extensions for extension in self.needs):
             return "no_image"
-        return None if any(name in extensions for name in CAPTION_MEMBERS) else "no_caption"
+        return None if any(name in extensions for name in self.tells) else "no_caption"
 
     def _unwanted(self, start: int, end: int) -> str | None:
         if self.keep is None:
             return None
         sample = self._read(start, end)
         try:
-            return self.keep(caption_of(sample), metadata(sample))
+            meta = metadata(sample)
+            verdicts = [self.keep(text, meta) for texts in captions_of(sample, self.captions).values() for text in texts]
+            return next(filter(None, verdicts), None)
         except Skip as skip:
             return skip.reason
 
@@ -357,7 +372,7 @@ class Shard:
 
     def _read(self, start: int, end: int) -> Sample:
         content = os.pread(self.file.fileno(), end - start, start)
-        for key, held, _ in samples(io.BytesIO(content), self.needs):
+        for key, held, _ in samples(io.BytesIO(content), self.needs, self.tells):
             if all(info.offset for info in held.values()):
                 continue  # another sample's, between this one's members
             sample: Sample = {"__url__": self.path, "__key__": self.repeated.get(start, key)}

@@ -1,15 +1,15 @@
 """A set of shards that is read in one way, and how many usable samples each of them has."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +19,10 @@ from rich.progress import track
 from lcm.data.cache import ShardCache
 from lcm.data.expected import Manifests
 from lcm.data.filters import Filters
-from lcm.data.members import Sample, Skip, caption_of, metadata
-from lcm.data.shards import CAPTION_MEMBERS, GROUPING, IMAGES, LATENTS, Shard, advice, is_remote, local, why_empty
+from lcm.data.members import CAPTIONS, Sample, Skip, caption_of, captions_of, metadata, weights_of
+from lcm.data.shards import IMAGES, LATENTS, Shard, advice, is_remote, local, why_empty
 from lcm.errors import UserError
-from lcm.files import NO_HANDLES, digest, os_error
+from lcm.files import NO_HANDLES, TRANSIENT, digest, os_error
 from lcm.redaction import redacted
 
 log = logging.getLogger(__name__)
@@ -31,11 +31,7 @@ LOOKED_AT = 100  # samples of that one
 SHOWN = 8  # kinds of members that a complaint lists
 NAMED = 10  # left-out samples that are named per reason; all are counted
 PAUSES = (0.1, 0.5, 2.0)  # seconds before a shard is opened again that the system could not open just then
-# What the system lacks for a moment: it says nothing of the shard.
-TRANSIENT = (
-    *(*NO_HANDLES, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EBUSY),
-    *(errno.ESTALE, errno.ETIMEDOUT),
-)
+COUNTING = 3  # raised when members become samples, or are counted, in another way: what an index holds is then counted again
 
 
 class Facts(NamedTuple):
@@ -48,14 +44,16 @@ class Facts(NamedTuple):
 
 
 class Source:
-    """needs: extensions of which every sample must have one. measure: `sample -> byte`, noted of each when it is counted.
-    index: the folder where counts are kept between runs. option: the configuration's that names the shards, for errors."""
+    """needs: extensions of which every sample must have one. captions: see `captions_of`; also of what `filters` judge.
+    measure: `sample -> byte`, noted of each when it is counted. index: the folder where counts are kept between runs.
+    option: the configuration's that names the shards, for errors."""
 
     def __init__(
         self,
         urls: Sequence[str],
         *,
         needs: Sequence[str] = IMAGES,
+        captions: Mapping[str, float] | None = None,
         filters: Filters | None = None,
         measure: Callable[[Sample], int] | None = None,
         cache: ShardCache | None = None,
@@ -64,8 +62,15 @@ class Source:
     ) -> None:
         self.option, self.named = option, Counter[str]()
         self.urls, self.needs, self.filters, self.measure = list(urls), needs, filters, measure
+        self.captions = None if captions is None else weights_of(captions)
         self.cache, self.index, self.manifests = cache, index, Manifests()
+        self.counted: dict[str, Facts] = {}
         self.sound = 0
+
+    def part(self, url: str) -> "Source":
+        """Return one shard alone, read in the same way."""
+        how: dict[str, Any] = {"needs": self.needs, "captions": self.captions, "filters": self.filters}
+        return Source([url], **how, cache=self.cache, index=self.index, option=self.option)
 
     def path(self, shard: int) -> str:
         """Where the shard lies on this machine. Raises OSError if it cannot be brought here."""
@@ -76,7 +81,7 @@ class Source:
             raise OSError(f"{redacted(url)} needs a cache on this machine: choose data=shards, or +data/cache=default")
         return self.cache.fetch(url, lambda file: self.manifests[url].flaw(file))
 
-    def open(self, shard: int, make_room: Callable[[], bool] = lambda: False) -> Shard:
+    def open(self, shard: int, make_room: Callable[[], bool] = lambda: False, *, filtered: bool = True) -> Shard:
         """Open a shard. make_room: closes other files where too many are open, and returns whether it could.
 
         Raises OSError for a shard that cannot be had, UserError where the system fails whatever the shard.
@@ -84,7 +89,7 @@ class Source:
         pauses = iter(PAUSES)
         while True:
             try:
-                return self._open(shard)
+                return self._open(shard, filtered)
             except OSError as error:
                 failure = os_error(error, TRANSIENT)
                 if failure is None:
@@ -97,8 +102,8 @@ class Source:
                     raise UserError(f"{redacted(self.urls[shard])} cannot be opened ({failure.strerror}): {way}") from error
                 time.sleep(pause)
 
-    def _open(self, shard: int) -> Shard:
-        options: dict[str, Any] = {"needs": self.needs, "keep": self.filters}
+    def _open(self, shard: int, filtered: bool) -> Shard:
+        options: dict[str, Any] = {"needs": self.needs, "captions": self.captions, "keep": self.filters if filtered else None}
         try:
             return Shard(self.path(shard), **options)
         except FileNotFoundError:
@@ -114,10 +119,13 @@ class Source:
         flaws: list[str] = []
         for number, url in enumerate(map(redacted, self.urls[:TRIED])):
             try:
-                with contextlib.closing(self.open(number)) as shard:
+                with contextlib.closing(self.open(number, filtered=False)) as shard:
                     extensions, links, reason = shard.extensions, shard.dropped["link"], ""
+                    captions = self._captions(shard)
                     if not extensions:
                         reason = f"{url} is not a readable webdataset shard: {why_empty(shard.path)}"
+                    elif captions and all(isinstance(caption, Skip) for caption in captions):
+                        reason = f"{url} has no captions that can be read ({captions[0]})"
             except OSError as error:
                 reason = f"{url} cannot be opened ({error})"
             if reason:
@@ -133,37 +141,59 @@ class Source:
                         f"{url} holds pictures, not latents: encode it with python -m lcm.encode, or choose data=shards"
                     )
                 raise UserError(f"{url} has no images: {held}, expected one of {', '.join(self.needs)}{hint}")
-            if not extensions & set(CAPTION_MEMBERS):
-                raise UserError(f"{url} has no captions: {held}, expected .txt or .json{hint}")
+            names = (*(self.captions or CAPTIONS), "json")
+            if not extensions & set(names):
+                raise UserError(
+                    f"{url} has no captions: {held}, expected one of {', '.join(names)}, or others by data.captions{hint}"
+                )
             self.sound = number
             return
         raise UserError(flaws[0] + f", nor can the {len(flaws) - 1} shards after it be read" * (len(flaws) > 1))
 
+    def _captions(self, shard: Shard) -> list[dict[str, list[str]] | Skip]:
+        """Return what `captions_of` says of the shard's first samples, up to the first that has a caption."""
+        captions: list[dict[str, list[str]] | Skip] = []
+        for sample in islice(shard, LOOKED_AT):
+            try:
+                return [captions_of(sample, self.captions)]
+            except Skip as skip:
+                captions.append(skip)
+        return captions
+
+    def _first_samples(self) -> Iterator[Sample]:
+        """Yield samples of the shard that `check` found sound, whether the filters keep them or not."""
+        with contextlib.suppress(OSError), contextlib.closing(self.open(self.sound, filtered=False)) as shard:
+            yield from islice(shard, LOOKED_AT)
+
     def blind_filters(self) -> list[str]:
-        """The names of filters that leave out nothing, since nothing in the shard that `check` found sound is for them."""
+        """Return the filters that leave out nothing, since no sample of the first ones says what they read."""
         if self.filters is None or self.filters.missing == "drop":
             return []
         described = []
-        with contextlib.suppress(OSError), contextlib.closing(Shard(self.path(self.sound), needs=self.needs)) as shard:
-            for sample in islice(shard, LOOKED_AT):
-                with contextlib.suppress(Skip):
-                    described.append((caption_of(sample), metadata(sample)))
+        for sample in self._first_samples():
+            with contextlib.suppress(Skip):
+                described.append((caption_of(sample, self.captions), metadata(sample)))
         return self.filters.blind(described)
+
+    def absent_captions(self) -> list[str]:
+        """Return the names in `captions` that none of the first samples has."""
+        names = set(self.captions or ())
+        for sample in self._first_samples() if names else ():
+            with contextlib.suppress(Skip):
+                names -= captions_of(sample, self.captions).keys()
+        return sorted(names)
 
     def facts(self) -> list[Facts]:
         """Of every shard in the order of `urls`; shards that no earlier run has counted are opened now, with progress."""
-        known = self._load()
+        known = {**self.counted, **self._load()}
         new = [n for n, url in enumerate(self.urls) if self.stamp(url) not in known]
-        file = self._file()
         with ThreadPoolExecutor(8) as pool:
             counted = track(pool.map(self._count, new), "counting samples", total=len(new), disable=len(new) < 100)
             for number, facts in zip(new, counted, strict=True):
                 stamp = self.stamp(self.urls[number])
                 known[stamp] = facts
-                if file is not None and "shard" not in facts.dropped:  # one that could not be had is tried again next time
-                    with file.open("a") as lines:
-                        entry = {"shard": stamp, "samples": facts.samples, "dropped": facts.dropped}
-                        lines.write(json.dumps({**entry, **({"aspects": facts.aspects.hex()} if self.measure else {})}) + "\n")
+                if "shard" not in facts.dropped:  # one that could not be had is tried again next time
+                    self._note(stamp, facts)
         return [known[self.stamp(url)] for url in self.urls]
 
     def _count(self, shard: int) -> Facts:
@@ -205,23 +235,30 @@ class Source:
         elif self.named[reason] == NAMED + 1:
             log.warning("leaving out more samples for the same reason, which are counted and not named: %s", reason)
 
-    def _file(self) -> Path | None:
+    def _note(self, stamp: str, facts: Facts) -> None:
+        """Keep what was counted of a shard, in the index too if that can be written: it only saves counting again."""
+        self.counted[stamp] = facts
         if self.index is None:
-            return None
-        how = [
-            GROUPING,
-            list(self.needs),
-            self.filters.signature() if self.filters else "",
-            *(["aspects"] if self.measure else []),
-        ]
-        file = Path(self.index, f"{digest(how)}.jsonl")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return file
+            return
+        entry = {"shard": stamp, "samples": facts.samples, "dropped": facts.dropped}
+        try:
+            file = self._file(self.index)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a") as lines:
+                lines.write(json.dumps({**entry, **({"aspects": facts.aspects.hex()} if self.measure else {})}) + "\n")
+        except OSError as error:
+            warn_of_index(self.index, error.strerror)
+            self.index = None
+
+    def _file(self, index: str) -> Path:
+        how = [COUNTING, list(self.needs), self.filters.signature() if self.filters else ""]
+        how += [sorted(self.captions) if self.captions else [], bool(self.measure)]
+        return Path(index, f"{digest(how)}.jsonl")
 
     def _load(self) -> dict[str, Facts]:
-        file, known = self._file(), {}
-        if file is not None and file.is_file():
-            for line in file.read_text().splitlines():
+        known: dict[str, Facts] = {}
+        with contextlib.suppress(OSError, UnicodeError):
+            for line in self._file(self.index).read_text().splitlines() if self.index else ():
                 with contextlib.suppress(ValueError):  # a line that a killed run left half-written: its shard is counted again
                     entry: dict[str, Any] = json.loads(line)
                     aspects = bytes.fromhex(entry.get("aspects", ""))
@@ -236,6 +273,11 @@ class Source:
             return f"{redacted(url)} {query}".rstrip()
         stat = os.stat(local(url))
         return f"{os.path.abspath(local(url))} {stat.st_size} {stat.st_mtime_ns}"
+
+
+@cache
+def warn_of_index(index: str, reason: str) -> None:
+    log.warning("%s cannot be written (%s): each start counts the shards again; data.index names another", index, reason)
 
 
 def total_dropped(facts: Sequence[Facts]) -> Counter[str]:

@@ -29,6 +29,11 @@ OPEN_SHARDS = 256  # at most, per reader: file handles, and 16 bytes a sample
 NAMED = 10  # skipped samples a worker names per reason; all are counted
 
 
+def rng_of(seed: int | str, position: int) -> random.Random:
+    """Return all chance of the sample at a position of the order."""
+    return random.Random(f"{seed}/{position}")
+
+
 class Reader:
     """Samples by place. Shards stay open, the least recently used ones close; one that cannot be had is asked for once."""
 
@@ -186,7 +191,7 @@ class ShardStream(IterableDataset):
             sample: Sample = {}
             try:
                 sample = self.reader.read(place)
-                good.append(self.decode(sample, random.Random(f"{self.seed}/{position}")))
+                good.append(self.decode(sample, rng_of(self.seed, position)))
             except Skip as skip:
                 skipped[skip.reason] += 1
                 self.named[skip.reason] += 1

@@ -1,6 +1,8 @@
 """A loader's workers: what they may touch, and what a user sees when one dies or hangs."""
 
+import errno
 import multiprocessing
+import os
 import random
 import signal
 import threading
@@ -15,6 +17,10 @@ from lcm import signals
 from lcm.errors import UserError
 
 DIED = "a data worker died: if memory ran out, set a smaller data.num_workers, data.shuffle or data.batch_size"
+SHARED_MEMORY = (
+    "shared memory (/dev/shm) is full: give more, as docker run --shm-size=16g does, or set a smaller data.batch_size, or "
+    "data.num_workers=0, which needs none"
+)
 
 
 class Loader(DataLoader):
@@ -26,7 +32,14 @@ class Loader(DataLoader):
 
     def __init__(self, stream: IterableDataset, *, num_workers: int, patience: float, pin_memory: bool = False) -> None:
         init = init_worker if num_workers else None
-        super().__init__(stream, batch_size=None, num_workers=num_workers, pin_memory=pin_memory, worker_init_fn=init)
+        super().__init__(
+            stream,
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            worker_init_fn=init,
+            collate_fn=share if num_workers else None,
+        )
         self.patience = patience
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -49,6 +62,16 @@ class Loader(DataLoader):
                     raise
                 raise UserError(DIED) from error  # with a batch half handed over
             yield batch
+
+
+def share(batch: Any) -> Any:
+    """Move a batch to shared memory where a failure reaches the user: torch does it in a thread whose errors it only prints."""
+    try:
+        return {name: value.share_memory_() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    except RuntimeError as error:
+        if os.strerror(errno.ENOSPC) in str(error):
+            raise UserError(SHARED_MEMORY) from None
+        raise
 
 
 def kill(workers: list[Any]) -> None:
@@ -97,5 +120,5 @@ def workers_watched() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if str(error).startswith("DataLoader worker (pid"):
-            raise UserError(DIED) from error
+            raise UserError(SHARED_MEMORY if "Bus error" in str(error) else DIED) from error
         raise

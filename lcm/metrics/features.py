@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lcm.data.captions import read_images
 from lcm.data.source import Source
 from lcm.errors import NonFiniteError, UserError
-from lcm.files import digest, whole_file
+from lcm.files import digest, whole_file, writable
 from lcm.images import resized
 from lcm.metrics import distances
 from lcm.metrics.clip import ClipBackbone
@@ -58,13 +58,19 @@ class Extractor:
             features["fid"] = self.fid(images)
         return finite({name: value.cpu() for name, value in features.items()})
 
-    def reference(self, source: Source, folder: str | Path) -> Features:
-        """Features of all its images, kept in `folder` under what they depend on. Raises UserError for fewer than 2."""
+    def reference(self, source: Source, folder: str | Path, option: str = "reference_cache") -> Features:
+        """Return the features of all its images, kept in `folder` under what they depend on. option: what names that folder.
+
+        Raises UserError for fewer than 2 images, and for a folder that can be neither read nor written.
+        """
         facts = {"shards": [Source.stamp(url) for url in source.urls], "crop": "centre", **self.facts}
         if source.filters is not None and source.filters.limits:
             facts["filters"] = source.filters.signature()
+        if source.captions is not None:
+            facts["captions"] = source.captions
         file = Path(folder, f"{digest(facts)}.safetensors")
         if not file.is_file():
+            writable(Path(folder), option)
             bar = tqdm(read_images(source, resolution=self.resolution), desc="real images", unit="batch")
             parts = [self(batch["x"], batch["captions"]) for batch in bar]
             if sum(len(part["clip"]) for part in parts) < 2:

@@ -34,7 +34,7 @@ def explained(name: object) -> Iterator[None]:
 def read_json(file: Path) -> dict[str, Any]:
     """Empty where there is no such file."""
     try:
-        content = json.loads(file.read_text()) if file.is_file() else {}
+        content = json.loads(file.read_bytes()) if file.is_file() else {}
     except ValueError as error:
         raise UserError(f"{file} is not JSON ({damage(file) or error}): copy it anew from where the pipeline came") from error
     if not isinstance(content, dict):

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import lcm
+from lcm.data.members import REASONS
 from lcm.data.transforms import Decode, collate
 from tests.data.conftest import keys, pairs, stream, take, write_shard
 
@@ -116,3 +118,13 @@ def test_a_bad_sample_costs_itself_and_is_named(
     write_shard(shard, samples)
     assert surviving(urls) == set(EVERY) - {f"1-{BAD:02d}"}
     assert f"skipping 1-{BAD:02d} of {shard}: {reason}" in caplog.text
+
+
+def test_every_reason_is_told_in_one_place_and_in_the_docs() -> None:
+    """The reasons in the source, of `Skip`s and of counts."""
+    root = Path(lcm.__file__).parent
+    source = "".join(file.read_text() for file in (root / "data").glob("*.py"))
+    used = re.findall(r'(?:Skip\(|skipping\(|dropped\[|_encodings\(|return |flaw = )"(\w+)"[]),\s]', source)
+    assert {*used, "no_caption"} == REASONS.keys()
+    table = root.parent.joinpath("docs/data.md").read_text()
+    assert {reason for reason in REASONS if f"`{reason}`" not in table} == set()

@@ -374,3 +374,53 @@ def test_complaints_about_shards_name_the_option_that_gave_them(shards: Path, tm
         datamodule(shards).reader(latents, "callbacks.evaluation.shards").check()
     with pytest.raises(UserError, match=r"no shards match .*: point data\.sources at"):
         ShardDataModule(sources=[{"urls": f"{tmp_path}/none.tar", "weight": 1}]).setup()
+
+
+@pytest.mark.parametrize(
+    ("members", "options", "says"),
+    [
+        ({"json": {"aesthetic": 5.0}}, {"filters": Filters(min_aesthetic=6)}, r"\{'aesthetic': 3\}; change data\.val_shards"),
+        ({"txt": 201 * "a"}, {"filters": Filters(max_caption=200)}, r"left out are \{'caption_long': 3\}"),
+        ({"txt": "", "json": b"{"}, {"filters": Filters()}, "has no captions that can be read .json: "),
+        ({"txt": b"\xff"}, {}, "has no captions that can be read .caption_encoding: "),
+        ({"txt": b"\xff"}, {"filters": Filters()}, "has no captions that can be read .caption_encoding: "),
+        ({"png": b"no png"}, {}, r"no sample of data\.val_shards could be decoded"),
+        ({"png": b"no png"}, {"filters": Filters()}, r"no sample of data\.val_shards could be decoded"),
+    ],
+    ids=["score", "length", "json", "encoding", "encoding filtered", "picture", "picture filtered"],
+)
+def test_validation_shards_of_which_nothing_passes_are_refused(
+    shards: Path, tmp_path: Path, members: dict[str, Any], options: dict[str, Any], says: str
+) -> None:
+    """A pass over them is empty: Lightning then logs no val/loss, and says nothing."""
+    held_out = write_shard(tmp_path / "v.tar", [{**sample, **members} for sample in pairs(0, 3)])
+    with pytest.raises(UserError, match=says):
+        datamodule(shards, val_shards=held_out, **options)
+
+
+def test_one_sound_validation_sample_is_enough(shards: Path, tmp_path: Path) -> None:
+    samples = pairs(0, 3)
+    samples[0]["png"] = samples[1]["png"] = b"no png"
+    data = datamodule(shards, val_shards=write_shard(tmp_path / "v.tar", samples))
+    assert [batch["captions"] for batch in data.val_dataloader()] == [["sample 2 of 0"]]
+
+
+BUS_ERROR = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that workers are out of shared memory."
+NO_SPACE = "unable to allocate shared memory(shm) for file </torch_7_1_1>: No space left on device (28)"
+
+
+def test_a_worker_killed_by_full_shared_memory_is_named_as_such() -> None:
+    with pytest.raises(UserError, match=r"^shared memory .*--shm-size"), workers_watched():
+        raise RuntimeError(BUS_ERROR)
+
+
+def test_full_shared_memory_ends_in_a_sentence_at_once(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch shares a batch in a thread of the worker, which prints its errors and leaves the training waiting."""
+
+    def full(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(NO_SPACE)
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    data = datamodule(shards, num_workers=1, timeout=60)
+    with pytest.raises(UserError, match=r"^shared memory .*data\.num_workers=0, which needs none$"):
+        next(iter(data.train_dataloader()))

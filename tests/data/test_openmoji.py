@@ -210,3 +210,10 @@ def test_the_default_data_are_drawn_and_validated_on(data):
     assert is_wanted(cfg.build.root, cfg.build.wanted)
     others = compose("train", [f"data={data}", "paths.data=mine", "data.shards=other.tar", f"data.val_shards={cfg.val_shards}"])
     assert is_wanted(others.data.build.root, others.data.build.wanted)
+
+
+@pytest.mark.parametrize("folder", ["/proc/nowhere", "file"])
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^cannot write to .* \(.*\): set paths\.data to a writable folder$"):
+        build(str(tmp_path / folder / "openmoji-16"), resolution=16)

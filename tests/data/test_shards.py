@@ -249,6 +249,18 @@ def test_members_with_dots_stay_members(tmp_path: Path, labels: str) -> None:
     assert sample.keys() == {"__key__", "__url__", "png", "txt", "json", "seg.png", labels[2:]}
 
 
+@pytest.mark.parametrize(("name", "weights"), [("blip", {"blip": 1.0}), ("caption", None), ("cap", None)])
+def test_captions_of_any_name_make_samples(tmp_path: Path, name: str, weights: dict[str, float] | None) -> None:
+    """Of keys with dots, of names that come again, and of members that lie apart."""
+    dotted = [(f"p.{i}.{end}", png()) for i in range(3) for end in ("png", name)]
+    twice = [(f"b.{end}", png()) for _ in range(2) for end in ("png", name)]
+    apart = [(f"{n:03d}.{end}", png()) for end in ("png", name) for n in range(4)]
+    shard = Shard(write_tar(tmp_path / "a.tar", [*dotted, *twice, *apart]), captions=weights)
+    assert [key.partition("@")[0] for key in names(shard)] == ["p.0", "p.1", "p.2", "b", "b"]
+    assert all(name in sample for sample in shard)
+    assert shard.dropped == {"apart": 4}
+
+
 def test_latents_of_a_key_with_dots(tmp_path: Path) -> None:
     items = [(f"p.{i}.{name}", b"") for i in range(3) for name in ("latent.npy", "sizes.npy", "txt")]
     shard = Shard(write_tar(tmp_path / "a.tar", items), needs=("latent.npy", "sample.npy"))

@@ -86,6 +86,12 @@ def test_a_shard_of_another_length_is_named_when_counted(tmp_path: Path, caplog:
     assert "it is cut, damaged or another" in caplog.text
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_manifest_is_read_whatever_program_saved_it(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "manifest.json").write_bytes(json.dumps({"samples": {"a.tar": 9}}).encode(encoding))
+    assert Source([write_shard(tmp_path / "a.tar", pairs(0, 2))]).facts() == [Facts(2, {"missing": 7})]
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"samples": 3}', '{"samples": {"a.tar": "3"}, "bytes": {"a.tar": null}}'])
 def test_a_manifest_of_another_make_says_nothing(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
@@ -471,3 +477,51 @@ def test_a_dead_remote_shard_is_left_out_and_tried_again_next_time(server: Serve
     source = Source([f"{server.url}/{n}.tar" for n in (0, 1)], cache=cache(tmp_path), index=str(tmp_path / "index"))
     assert source.facts() == [Facts(8, {}), Facts(0, {"shard": 1})]
     assert source.facts() == [Facts(8, {}), Facts(8, {})]
+
+
+@pytest.fixture(params=["/proc/nowhere", "file", "file/below"])
+def unwritable(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    (tmp_path / "file").touch()
+    return str(tmp_path / request.param)
+
+
+def test_an_index_that_cannot_be_kept_is_no_reason_to_stop(
+    urls: list[str], unwritable: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        source = Source(urls, index=unwritable)
+        assert source.facts() == [Facts(size, {}) for size in SIZES]
+    [record] = caplog.records
+    assert f"{unwritable} cannot be written (" in record.getMessage()
+    assert "data.index" in record.getMessage()
+    monkeypatch.setattr(Source, "open", None)  # whoever opens a shard now, fails
+    assert source.facts() == [Facts(size, {}) for size in SIZES]
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(server: Server, unwritable: str) -> None:
+    with pytest.raises(UserError, match=rf"^cannot write to {unwritable} \(.*\): set data\.cache\.folder or paths\.data to a"):
+        Source([f"{server.url}/0.tar"], cache=ShardCache(unwritable)).check()
+
+
+def test_a_cache_that_can_only_be_read_serves_what_it_has(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = cache(tmp_path).fetch(f"{server.url}/0.tar")
+    next((tmp_path / "cache").glob("*.lock")).unlink()
+    next((tmp_path / "cache").iterdir()).with_suffix(".lock").mkdir()  # root may write anywhere: no file can be made here
+    assert cache(tmp_path).fetch(f"{server.url}/0.tar") == path
+
+
+def test_a_cache_without_file_handles_for_a_moment_is_tried_again(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lcm.data.source.PAUSES", (0, 0))
+    failures = [errno.EMFILE, errno.ESTALE]
+
+    def scarce(*args: Any, **options: Any) -> Any:
+        if failures:
+            raise OSError(failures.pop(), "not now")
+        return open(*args, **options)
+
+    monkeypatch.setattr("lcm.data.cache.open", scarce, raising=False)
+    assert len(Source([f"{server.url}/0.tar"], cache=cache(tmp_path)).open(0)) == 8

@@ -14,6 +14,7 @@ from lcm.data.source import Source
 from lcm.errors import UserError
 from lcm.metrics.clip import mini_clip
 from lcm.metrics.features import Extractor, joined, scores
+from tests.data.conftest import png, write_shard
 
 
 @pytest.fixture
@@ -86,6 +87,20 @@ def test_images_that_are_not_finite_are_a_warning_and_no_metric(training, data, 
     assert caplog.text.count("no image grid at step 4: the drawn latents are not finite") == 1
     assert list(grids.history) == [0, 2]
     assert torch.load(tmp_path / "best.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_prompts_are_the_captions_that_the_data_reads(training, data, fit, callback, tmp_path):
+    samples = [{"__key__": f"{i}", "png": png((32, 32)), "blip": f"blip {i}"} for i in range(4)]
+    one = callback(write_shard(tmp_path / "a.tar", samples), steps=[1], samples=4)
+    fit(training("distillation"), data(captions={"blip": 1, "txt": 1}, filters=Filters()), 1, callbacks=[one])
+    assert one.captions == [f"blip {i}" for i in range(4)]
+
+
+def test_a_reference_cache_that_cannot_be_written_is_refused_before_any_reading(callback, shards, tmp_path):
+    (tmp_path / "reference").touch()
+    source, one = Source(expand_urls(f"{shards}/val-*.tar")), callback()
+    with pytest.raises(UserError, match=r"reference \(.*\): set reference_cache to a writable folder"):
+        Extractor(one.backbone, resolution=32).reference(source, one.reference_cache)
 
 
 def test_measuring_changes_nothing_of_the_training(training, data, fit, callback, tmp_path):

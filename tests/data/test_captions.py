@@ -1,0 +1,230 @@
+"""Captions as other programs leave them: under any name, in lists, with byte order marks, in other encodings."""
+
+import io
+import json
+import random
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lcm.data.captions import read_captions, read_images
+from lcm.data.datamodule import ShardDataModule
+from lcm.data.encoding import Variants
+from lcm.data.filters import Filters
+from lcm.data.latents import DecodeLatents
+from lcm.data.members import CaptionChoice, Skip, caption_of, captions_of
+from lcm.data.shards import Shard, expand_urls
+from lcm.data.source import Source
+from lcm.data.transforms import Decode
+from lcm.errors import UserError
+from lcm.files import lines_of
+from tests.data.conftest import png
+
+Members = dict[str, bytes]
+
+
+def shard(path: Path, *samples: Members) -> str:
+    """A tar of these members, byte by byte."""
+    with tarfile.open(path, "w") as tar:
+        for number, members in enumerate(samples):
+            for extension, content in {"png": png(), **members}.items():
+                info = tarfile.TarInfo(f"{number:03d}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def fields(**fields: Any) -> Members:
+    return {"json": json.dumps(fields).encode()}
+
+
+@pytest.mark.parametrize(
+    ("members", "captions", "text"),
+    [
+        (fields(blip="a cat", url="https://x.org"), {"blip": 1}, "a cat"),
+        ({"blip": b"a cat"}, {"blip": 2.0}, "a cat"),
+        ({"blip": b"a cat"}, {".BLIP": 1}, "a cat"),
+        ({"caption": b"a cat"}, {"caption": 1}, "a cat"),
+        ({"txt": b"cat.jpg", "long": b"a cat on a mat"}, {"long": 1}, "a cat on a mat"),
+        ({"caption": b"a cat"}, None, "a cat"),
+        ({"cap": b"a cat"}, None, "a cat"),
+        (fields(cap="a cat"), None, "a cat"),
+    ],
+    ids=["field", "member", "with its dot", "kohya", "beside .txt", "kohya unasked", "cap", "cap field"],
+)
+@pytest.mark.parametrize("filters", [None, Filters(), Filters(min_caption=3)], ids=["unfiltered", "default", "by length"])
+def test_captions_are_read_under_the_names_of_data_captions(
+    tmp_path: Path, members: Members, captions: Any, text: str, filters: Filters | None
+) -> None:
+    url = shard(tmp_path / "a.tar", *[members] * 8)
+    data = ShardDataModule(url, val_shards=url, captions=captions, filters=filters, resolution=8, batch_size=8, num_workers=0)
+    data.setup("fit")
+    assert data.order.size == 8
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        assert next(iter(loader))["captions"] == [text] * 8
+    source = data.reader(url, "callbacks.evaluation.shards")
+    assert read_captions(source) == [text] * 8
+    assert next(read_images(source, resolution=8))["captions"] == [text] * 8
+
+
+def test_prompts_and_real_images_of_an_evaluation_have_the_same_captions(tmp_path: Path) -> None:
+    url = shard(tmp_path / "a.tar", *[{"txt": b"short", "blip": b"long"}] * 40)
+    source = Source([url], captions={"txt": 1, "blip": 1})
+    captions = read_captions(source, 40)
+    assert set(captions) == {"short", "long"}
+    assert captions == next(read_images(source, resolution=8))["captions"]
+
+
+@pytest.mark.parametrize("filters", [None, Filters()], ids=["unfiltered", "default"])
+@pytest.mark.parametrize(
+    ("members", "captions", "says"),
+    [
+        (
+            fields(blip="a cat", url="https://x.org"),
+            None,
+            r"none of txt, caption, cap among .* the .json fields blip, url: see",
+        ),
+        (fields(caption="a cat"), {"llava": 1}, r"none of llava among json, png and the .json fields caption"),
+        (
+            {"blip": b"a cat"},
+            None,
+            r"samples hold blip, png, expected one of txt, caption, cap, json, or others by data\.captions",
+        ),
+        (fields(caption=None), None, "no_caption"),
+        (fields(caption=5), None, "caption holds a number, not text"),
+        (fields(caption=True), None, "caption holds true or false, not text"),
+        (fields(caption={"en": "a cat"}), None, "caption holds an object, not text"),
+        (fields(caption=[["a cat"]]), None, "caption holds a list in a list, not text"),
+        (fields(caption=[]), None, "no_caption"),
+        ({"txt": "a cat".encode("utf-16")}, None, "looks like UTF-16 or UTF-32: save it as UTF-8"),
+        ({"txt": b"caf\xe9"}, None, "byte 0xe9 at position 3 is not UTF-8"),
+    ],
+)
+def test_shards_whose_captions_cannot_be_read_are_refused_with_the_cause(
+    tmp_path: Path, members: Members, captions: Any, says: str, filters: Filters | None
+) -> None:
+    url = shard(tmp_path / "a.tar", *[members] * 8)
+    with pytest.raises(UserError, match=rf"a\.tar has no captions.*{says}"):
+        ShardDataModule(url, captions=captions, filters=filters, resolution=8, num_workers=0).setup("fit")
+
+
+def test_a_length_limit_holds_for_every_caption_that_may_be_drawn(tmp_path: Path) -> None:
+    url = shard(tmp_path / "a.tar", {"txt": b"a", "blip": b"a cat"}, {"txt": b"a dog", "blip": b"a cat"}, {"blip": b"a cat"})
+    source = Source([url], captions={"txt": 1, "blip": 1}, filters=Filters(min_caption=3))
+    assert source.facts()[0][:2] == (2, {"caption_short": 1})
+
+
+def test_an_index_counts_again_under_other_names(tmp_path: Path) -> None:
+    url = shard(tmp_path / "a.tar", fields(blip="a cat"), fields(blip="a dog", long="a large dog"))
+    for captions, used in (({"blip": 1}, 2), ({"long": 1}, 1), ({"blip": 2}, 2)):
+        source = Source([url], captions=captions, filters=Filters(), index=str(tmp_path / "index"))
+        assert source.facts()[0].samples == used
+
+
+@pytest.mark.parametrize("value", [["a cat", "a pet"], ["a cat", None, " a pet "], ["a cat", "", "a pet"]])
+def test_of_a_list_of_captions_one_is_drawn(value: list[Any]) -> None:
+    for captions in (None, {"caption": 1}):
+        draw = CaptionChoice(weights=captions)
+        assert {draw(fields(caption=value), random.Random(seed)) for seed in range(30)} == {"a cat", "a pet"}
+
+
+def test_latents_keep_every_caption_and_metadata_but_no_picture() -> None:
+    utf_16 = "ein Apfel".encode("utf-16")
+    texts = {"txt": b"short", "blip": b"a long one", "llava": utf_16, "json": b'{"url": "x"}', "cap": b"c"}
+    sample = {"__key__": "0", "__url__": "a.tar", "png": png(), "mask": png(), **texts}
+    captions = {"txt": 1, "blip": 3, "LLaVA": 0.1}
+    kept = Variants(Decode(8), 1, False)({**sample, "llava": b"an apple"}, random.Random(0))["members"]
+    assert kept == {"__key__": "0", **texts, "llava": b"an apple"}
+    with pytest.raises(Skip, match="llava: it looks like UTF-16"):
+        Variants(Decode(8, captions=captions), 1, False)(sample, random.Random(0))
+    assert "llava" not in Variants(Decode(8), 1, False)(sample, random.Random(0))["members"]
+
+
+def test_a_name_in_data_captions_that_no_sample_has_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url = shard(tmp_path / "a.tar", {"txt": b"a cat", **fields(long="a large cat")}, {"txt": b"a dog"})
+    data = ShardDataModule(url, captions={"txt": 1, "blip": 3, "long": 1}, resolution=8, num_workers=0)
+    data.setup("fit")
+    assert "data.captions.blip is in no sample" in caplog.text
+    assert "data.captions.long" not in caplog.text
+    assert "data.captions.txt" not in caplog.text
+
+
+def test_latents_say_which_captions_they_lack(tmp_path: Path) -> None:
+    url = shard(tmp_path / "a.tar", {"latent.npy": b"", "txt": b"a cat"})
+    source = Source([url], needs=DecodeLatents.needs, captions={"txt": 1, "blip": 1})
+    source.check()
+    assert source.absent_captions() == ["blip"]
+
+
+MARKED = "\ufeff".encode()
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"txt": MARKED + b"a red apple"},
+        {"txt": MARKED + MARKED + b"a red apple\r\n"},
+        {"txt": b"\r\n\r\na red apple\r"},
+        {"json": MARKED + b'{"caption": "a red apple"}'},
+        fields(caption="\ufeffa red apple"),
+        {"json": '{"caption": "a red apple"}'.encode("utf-16")},
+        {"json": '{"caption": "a red apple"}'.encode("utf-32-le")},
+    ],
+    ids=["mark", "two marks", "line ends", "json", "field", "utf-16 json", "utf-32 json"],
+)
+def test_a_byte_order_mark_is_no_part_of_a_caption(members: Members) -> None:
+    assert caption_of(members) == "a red apple"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+def test_text_in_another_unicode_encoding_is_refused_by_its_name(encoding: str, tmp_path: Path) -> None:
+    content = "a red apple".encode(encoding)
+    with pytest.raises(Skip, match=r"^caption_encoding: txt: it looks like UTF-16 or UTF-32"):
+        captions_of({"txt": content})
+    (tmp_path / "list.txt").write_bytes(content)
+    with pytest.raises(UserError, match=r"^data\.shards=@.*looks like UTF-16"):
+        expand_urls(f"@{tmp_path}/list.txt")
+    with pytest.raises(UserError, match=r"^data\.filters\.removal_list=.*looks like UTF-16"):
+        Filters(removal_list=str(tmp_path / "list.txt"))
+
+
+@pytest.mark.parametrize(
+    "members", [{"txt": b"a\0b"}, fields(caption="a\0b"), {"txt": "café".encode("cp1252")}, {"txt": "红苹果".encode("gbk")}]
+)
+def test_what_is_not_text_in_utf_8_is_counted_as_such(members: Members) -> None:
+    with pytest.raises(Skip, match=r"^caption_encoding: .*: save it as UTF-8$"):
+        captions_of(members)
+
+
+def test_lists_are_read_whatever_program_wrote_them(tmp_path: Path) -> None:
+    url = shard(tmp_path / "a.tar", {"txt": b"a cat"})
+    for number, end in enumerate((b"\n", b"\r\n", b"\r")):
+        file = tmp_path / f"{number}.txt"
+        file.write_bytes(MARKED + end.join([url.encode(), b"", b"# a comment", url.encode(), b" "]))
+        assert expand_urls(f"@{file}") == [url, url]
+        file.write_bytes(MARKED + b"https://x.org/1.jpg" + end + MARKED + b"AB" * 32)
+        removed = Filters(removal_list=str(file))
+        assert removed("c", {"url": "https://x.org/1.jpg"}) == removed("c", {"sha256": "ab" * 32}) == "removal"
+    file.write_bytes("a\u2028b\x85c\x0cd\ne".encode())
+    assert lines_of(file) == ["a\u2028b\x85c\x0cd", "e"]
+    file.write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"list of shards cannot be read \(byte 0xe9 at position 3 is not UTF-8"):
+        expand_urls(f"@{file}")
+
+
+def test_a_shard_knows_images_of_dalle_pytorch(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (("0.img", png()), ("0.cap", b"a cat")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    [sample] = Shard(str(tmp_path / "a.tar"))
+    assert Decode(8)(sample, random.Random(0))["caption"] == "a cat"
+
+
+@pytest.mark.parametrize("captions", ["blip", ["txt", "blip"], {"json": 1}])
+def test_data_captions_that_name_no_captions_are_refused(captions: Any) -> None:
+    with pytest.raises(UserError, match=r"^data\.captions="):
+        CaptionChoice(weights=captions)
