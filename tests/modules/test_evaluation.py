@@ -100,7 +100,7 @@ def test_a_reference_cache_that_cannot_be_written_is_refused_before_any_reading(
     (tmp_path / "reference").touch()
     source, one = Source(expand_urls(f"{shards}/val-*.tar")), callback()
     with pytest.raises(UserError, match=r"reference \(.*\): set reference_cache to a writable folder"):
-        one.extract.reference(source, one.reference_cache)
+        Extractor(one.backbone, resolution=32).reference(source, one.reference_cache)
 
 
 def test_measuring_changes_nothing_of_the_training(training, data, fit, callback, tmp_path):
