@@ -5,27 +5,25 @@ import os
 import shutil
 
 import pytest
-import torch
-from lcm.core.schedule import NoiseSchedule
 from PIL import Image
 
 from lcm.errors import UserError
-from lcm.models.pipeline import load_unet
-from lcm.models.saving import save_pipeline
-from lcm.models.student import make_student
+from lcm.models.pipeline import load_network
 from lcm.runs import find_pipeline
 from tests.e2e.test_errors import complaint
+from tests.models.conftest import save_student, save_teacher
 
 
 @pytest.fixture
 def runs(tiny_pipeline, tmp_path):
     """A student's run, then a teacher's, which is newer."""
-    base = str(tiny_pipeline)
-    models = {"student": (make_student(load_unet(base)), True), "teacher": (load_unet(base), False)}
-    for time, (name, (unet, consistency)) in enumerate(models.items()):
+    for time, name in enumerate(("student", "teacher")):
         folder = tmp_path / f"runs/{name}/0/model"
         folder.parent.mkdir(parents=True)
-        save_pipeline(folder, unet, NoiseSchedule(), base=base, consistency=consistency, facts={}, dtype=torch.float32)
+        if name == "student":
+            save_student(folder, tiny_pipeline)
+        else:
+            save_teacher(folder, load_network(str(tiny_pipeline)), tiny_pipeline)
         os.utime(folder / "model_index.json", (time, time))
     return tmp_path / "runs"
 
@@ -88,14 +86,12 @@ def test_each_call_has_its_folder_and_draws_nothing_twice(run, runs, tmp_path):
     ],
 )
 def test_what_cannot_be_drawn_is_refused(override, says, run, runs, tiny_pipeline, tmp_path):
-    options = {"base": str(tiny_pipeline), "facts": {}, "dtype": torch.float32}
-    if override in ("pipeline=cd", "pipeline=wild"):
-        unet = load_unet(str(tiny_pipeline))
-        if override == "pipeline=wild":
-            unet.conv_out.weight.data *= 1e38  # finite, but not what it makes of its input
-        save_pipeline(
-            tmp_path / override.partition("=")[2], unet, NoiseSchedule(), consistency=override == "pipeline=cd", **options
-        )
+    unet = load_network(str(tiny_pipeline))
+    if override == "pipeline=cd":
+        save_student(tmp_path / "cd", tiny_pipeline, net=unet)
+    if override == "pipeline=wild":
+        unet.conv_out.weight.data *= 1e38  # finite, but not what it makes of its input
+        save_teacher(tmp_path / "wild", unet, tiny_pipeline)
     w = [] if override == "steps=51" else ["w=4"]
     assert says in complaint(run("sample.py", "prompts=cat", "device=cpu", *w, override))
     assert not list(tmp_path.rglob("outputs/sample/*/*.png"))

@@ -33,16 +33,18 @@ def save_student(
     prediction_type: str = "epsilon",
     process: Process | None = None,
     *,
+    net: Any = None,
     points: int = 50,
     zero_init: bool = False,
+    dtype: torch.dtype = torch.float32,
     **facts: Any,
 ) -> str:
     """Save a student, by default of random weights for w, as latent consistency distillation saves it."""
     family = load_family(str(base))
     torch.manual_seed(0)
-    net = family.with_w(load_network(str(base)), zero_init=zero_init)
+    net = family.with_w(load_network(str(base)), zero_init=zero_init) if net is None else net
     config = {"prediction_type": prediction_type, "original_inference_steps": points}
     scheduler = "LCMScheduler", {**(process or VP()).config, **config}
     options = {"family": family, "base": find(str(base)), "scheduler": scheduler}
-    save_pipeline(folder, net, **options, facts={"sampler": "consistency", "points": points, **facts}, dtype=torch.float32)
+    save_pipeline(folder, net, **options, facts={"sampler": "consistency", "points": points, **facts}, dtype=dtype)
     return str(folder)

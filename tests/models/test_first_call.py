@@ -16,7 +16,6 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from lcm.core.schedule import NoiseSchedule
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -25,9 +24,9 @@ from lcm.core import sampling
 from lcm.core.random import ImageNoise
 from lcm.models.generate import LatentModel
 from lcm.models.lora import with_adapters
-from lcm.models.pipeline import ASSETS, is_consistency_model, load_codec, load_unet
-from lcm.models.saving import save_clip, save_pipeline
-from lcm.models.student import make_student
+from lcm.models.pipeline import ASSETS, load_codec, load_family, load_network, training_facts
+from lcm.models.saving import save_clip
+from tests.models.conftest import save_student, save_teacher
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROMPT, SEED = "red apple on a white background", 3
@@ -56,11 +55,14 @@ def folders(tiny_pipeline: Path, xl_pipeline: Path, tmp_path_factory: pytest.Tem
     """Folders by what was saved; students' UNets in float16, as train.py saves them."""
     root = tmp_path_factory.mktemp("folders")
 
-    def saved(name: str, base: Path, *, takes_w: bool, **options: Any) -> Path:
+    def saved(name: str, base: Path, *, takes_w: bool, consistency: bool) -> Path:
         torch.manual_seed(0)
-        unet = load_unet(base)
-        unet = make_student(unet, zero_init=False) if takes_w else unet
-        save_pipeline(root / name, unet, NoiseSchedule(), base=str(base), facts={}, **options)
+        unet = load_network(base)
+        unet = load_family(base).with_w(unet, zero_init=False) if takes_w else unet
+        if consistency:
+            save_student(root / name, base, net=unet, dtype=torch.float16)
+        else:
+            save_teacher(root / name, unet, base, dtype=torch.float16)
         return root / name
 
     hub, hub_xl = as_hub_folder(tiny_pipeline, root / "hub"), as_hub_folder(xl_pipeline, root / "hub-xl")
@@ -113,7 +115,7 @@ def test_the_first_call_draws_what_we_draw(
     pipe = pipeline_class.from_pretrained(folder, **({} if dtype is None else {"torch_dtype": dtype}))
     same_noise()
     image = pipe(PROMPT).images[0]
-    sampler = None if is_consistency_model(folder) else sampling.ddim
+    sampler = None if training_facts(folder)["sampler"] == "consistency" else sampling.ddim
     assert difference(image, folder, steps=steps, w=w, sampler=sampler) <= tolerance
 
 
@@ -121,14 +123,12 @@ def test_the_first_call_draws_what_we_draw(
 def test_the_documented_lines_for_adapters_draw_what_we_draw(
     dtype: torch.dtype | None, tolerance: float, tiny_pipeline: Path, tmp_path: Path, same_noise: Callable[[], None]
 ) -> None:
-    unet = with_adapters(load_unet(tiny_pipeline), rank=4, alpha=2)
+    unet = with_adapters(load_family(tiny_pipeline), load_network(tiny_pipeline), rank=4, alpha=2)
     for name, value in unet.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(value, std=0.05)
     folder = tmp_path / "model"
-    save_pipeline(
-        folder, unet, NoiseSchedule(), base=str(tiny_pipeline), consistency=True, facts={"rank": 4}, dtype=torch.float32
-    )
+    save_student(folder, tiny_pipeline, net=unet, rank=4)
     options = {} if dtype is None else {"torch_dtype": dtype}
     base = StableDiffusionPipeline.from_pretrained(tiny_pipeline, **options)
     base.load_lora_weights(folder)

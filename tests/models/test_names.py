@@ -14,7 +14,7 @@ from lcm.errors import UserError
 from lcm.metrics.clip import mini_clip
 from lcm.models import pipeline as pipelines
 from lcm.models.generate import LatentModel
-from lcm.models.pipeline import find, load_unet
+from lcm.models.pipeline import find, load_network
 from lcm.runs import chosen, find_pipeline, resolve_models
 
 
@@ -129,7 +129,7 @@ def test_another_folder_is_named_for_what_it_is(kind: str, tiny_pipeline: Path, 
 def test_adapters_beside_a_pipeline_are_said_to_be_unused(tiny_pipeline: Path, tmp_path: Path, caplog: Any) -> None:
     folder = adapters(shutil.copytree(tiny_pipeline, tmp_path / "both"))
     LatentModel.load(str(folder))
-    assert [record.message for record in caplog.records if "is not used, the UNet beside it is as it is" in record.message]
+    assert [record.message for record in caplog.records if "is not used, the network beside it is as it is" in record.message]
     caplog.clear()
     (folder / "lcm.json").write_text('{"rank": 4}')  # as a run of this project saves: they are merged
     LatentModel.load(str(folder))
@@ -145,7 +145,7 @@ def test_a_hub_id_is_looked_up_once(tiny_pipeline: Path, monkeypatch: pytest.Mon
 
 def test_a_folder_may_begin_with_a_tilde(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tiny_pipeline.parent))
-    load_unet(f"~/{tiny_pipeline.name}")
+    load_network(f"~/{tiny_pipeline.name}")
 
 
 def test_a_pipeline_without_a_clip_of_its_own_is_no_backbone(tiny_pipeline: Path, tmp_path: Path) -> None:

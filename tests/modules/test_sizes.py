@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lcm.data.codec import LatentCodec
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -16,8 +15,9 @@ from lcm.command_line import build
 from lcm.composition import compose
 from lcm.errors import UserError
 from lcm.export import trained
+from lcm.models.codec import LatentCodec
 from lcm.models.generate import LatentModel
-from lcm.models.pipeline import load_codec, load_unet
+from lcm.models.pipeline import load_codec, load_network
 
 Make = Callable[..., Any]
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
@@ -25,7 +25,7 @@ KINDS = ("distillation", "finetuning", "lora", "diffusion", "guided", "cd", "ct"
 
 
 def side(folder: object, name: str = "unet") -> int:
-    return load_unet(str(folder), name=name).config["sample_size"]
+    return load_network(str(folder), name=name).config["sample_size"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
