@@ -15,6 +15,7 @@ from lcm.core.denoiser import Condition, Denoiser, Network
 from lcm.core.ema import ema_update_, warmed_up
 from lcm.core.numbers import Positive, Share
 from lcm.core.process import Process
+from lcm.errors import UserError
 from lcm.models.codec import LatentCodec
 from lcm.models.generate import LatentModel
 from lcm.models.kernels import allow_graphs, check_compiler, fast_attention, recomputed
@@ -110,6 +111,10 @@ class LatentModule(TrainedModule):
         if (side := getattr(data, "sample_size", None)) is not None:
             own, factor = self.net.config["sample_size"], data.resolution // side
             if isinstance(own, int) and own != side:
+                if not self.family.resizable:
+                    raise UserError(
+                        f"{self.family.pipelines[0]} is trained at its own size only: set data.resolution={own * factor}"
+                    )
                 rank_zero_only(log.warning)(
                     "training at %d px a model of %d px images: it is drawn and saved as a model of %d px images "
                     "(data.resolution=%d keeps its own size)", side * factor, own * factor, side * factor, own * factor,

@@ -40,10 +40,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(pipelines: dict[str, Path], pictures: Path, fit: Any) -> Callable[..., Any]:
     """`trained(name, kind, steps)`: a module after a few steps at the pipeline's own size."""
 
-    def train(name: str, kind: str, steps: int = 2, pipeline: Path | None = None, **options: Any) -> Any:
+    def train(
+        name: str, kind: str, steps: int = 2, pipeline: Path | None = None, resolution: int | None = None, **options: Any
+    ) -> Any:
         folder = pipeline or pipelines[name]
         module, codec = new_module(folder, kind, **options), load_codec(str(folder))
-        side = module.net.config["sample_size"] * codec.factor
+        side = resolution or module.net.config["sample_size"] * codec.factor
         data = ShardDataModule(f"{pictures}/0.tar", codec=codec, resolution=side, num_workers=0, batch_size=2, shuffle=0)
         fit(module, data, steps)
         return module
@@ -156,3 +158,8 @@ def test_adapters_of_a_flow_model_are_what_diffusers_loads(trained: Any, tmp_pat
     theirs = pipe(PROMPTS, output_type="latent", **options).images
     alike(model.latents(PROMPTS, SEEDS, steps=4, w=0.0), theirs)
     assert (tmp_path / "model/pytorch_lora_weights.safetensors").is_file()
+
+
+def test_a_network_of_fixed_size_is_trained_at_its_own_size_only(trained: Any) -> None:
+    with pytest.raises(UserError, match=r"PixArtAlphaPipeline is trained at its own size only: set data\.resolution=256"):
+        trained("pixart", "distillation", 1, resolution=128)

@@ -134,8 +134,13 @@ def test_an_average_is_switched_on_and_off_on_resume(
 @pytest.mark.parametrize(
     ("kind", "before", "after", "sentence"),
     [
-        ("lora", {"rank": 4}, {"rank": 2}, r"does not fit this training's network, \d+ of its tensors differ: net\.\S+ was \["),
-        ("lora", {}, {"target_modules": ["to_q"]}, "tensors differ: net.* is in the checkpoint alone"),
+        (
+            "lora",
+            {"adapters": {"rank": 4}},
+            {"adapters": {"rank": 2}},
+            r"does not fit this training's network, \d+ of its tensors differ: net\.\S+ was \[",
+        ),
+        ("lora", {}, {"adapters": {"rank": 4, "target_modules": ["to_q"]}}, "tensors differ: net.* is in the checkpoint alone"),
         ("distillation", {"zero_init": True}, {"zero_init": False}, "model.zero_init was True when this training began"),
     ],
 )
@@ -151,7 +156,7 @@ def test_another_network_is_refused_in_a_sentence(
 ) -> None:
     fit(training("distillation"), data(), 1).save_checkpoint(tmp_path / "1.ckpt")
     for changes in ({"block_out_channels": [32, 32]}, {"time_cond_proj_dim": 8}):
-        monkeypatch.setattr("tests.modules.conftest.load_unet", lambda _, changes=changes: tiny_unet(**changes))
+        monkeypatch.setattr("tests.modules.conftest.load_network", lambda _, changes=changes: tiny_unet(**changes))
         with pytest.raises(
             UserError, match=r"the checkpoint does not fit this training's network, \d+ of its tensors differ: net\."
         ):

@@ -22,6 +22,7 @@ class PixArt(Family):
     width = "caption_channels"
     towers = (Tower("text_encoder", T5EncoderModel, "tokenizer", T5Tokenizer),)
     text = ("states", "mask")
+    resizable = False  # diffusers' pipeline draws 256, 512 and 1024 px, and 1024 px networks have more inputs
     blocks = (BasicTransformerBlock,)
 
     def call(self, net: Any, forward: Callable[..., Any], z: Tensor, time: Tensor, cond: Condition, w: Tensor | None) -> Tensor:
