@@ -34,12 +34,15 @@ class Tower(NamedTuple):
 class Family:
     """What differs between pipelines. A subclass is one file in this package.
 
-    pipelines: the `_class_name`s that `model_index.json` may have. network, network_class: the folder and the class of the
-    denoising network. towers: the text encoders. text: the names of the text embeddings in a `Condition`. width: the key of
-    the network's config with their width. resizable: whether a network
-    may be trained and saved at another size than its own. takes_sizes: whether a condition also has the image's sizes. blocks: the modules
-    that are sharded, compiled and recomputed one at a time. lora_targets: the layers that take adapters. lora_mixin: the
-    loader of diffusers for the adapters' file; None: diffusers has none, and adapters are refused.
+    pipelines: the `_class_name`s that `model_index.json` may have.
+    network, network_class: the folder and the class of the denoising network.
+    towers: the text encoders.
+    text, width: the names of the text embeddings in a `Condition`, and the key of the network's config with their width.
+    takes_sizes: whether a condition also has the image's sizes.
+    resizable: whether a network may be trained and saved at another size than its own.
+    blocks: the modules that are sharded, compiled and recomputed one at a time.
+    lora_targets: the layers that take adapters.
+    lora_mixin: the loader of diffusers for the adapters' file; None: diffusers has none, and adapters are refused.
     """
 
     pipelines: ClassVar[Sequence[str]]
