@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,8 @@ from transformers import (
 from lcm.core.objectives.denoising import ddim_scheduler
 from lcm.core.process import VP
 from lcm.data.openmoji import build
+from lcm.models.families import family_of
+from lcm.models.saving import save_pipeline
 from lcm.models.tokenizer import train_tokenizer
 
 
@@ -136,8 +139,16 @@ def write_tiny_pipeline(folder: Path, prediction_type: str = "epsilon", **proces
         requires_safety_checker=False,
     )
     pipeline.text_encoder.load_state_dict(clip.text_model.state_dict())
-    pipeline.save_pretrained(folder)
-    clip.save_pretrained(folder / "clip")
+    parts = folder.with_name(folder.name + "-parts")
+    pipeline.save_pretrained(parts)
+    clip.save_pretrained(parts / "clip")
+    return as_trained(parts, folder, pipeline.unet, pipeline.scheduler)
+
+
+def as_trained(base: Path, folder: Path, net: Any, scheduler: DDIMScheduler) -> Path:
+    """Write the folder that a training of `net`, started from `base`, saves."""
+    options = {"family": family_of(base), "base": base, "scheduler": ("DDIMScheduler", dict(scheduler.config))}
+    save_pipeline(folder, net, **options, facts={"sampler": "ddim"}, dtype=torch.float32)
     return folder
 
 
@@ -152,7 +163,7 @@ def write_tiny_xl_pipeline(folder: Path, tiny: Path) -> Path:
     """Write the tiny teacher as Stable Diffusion XL: a second text encoder, pooled text of 8 and sizes for the UNet."""
     first = StableDiffusionPipeline.from_pretrained(tiny)
     embedding = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 8 + 6 * 8}
-    StableDiffusionXLPipeline(
+    pipeline = StableDiffusionXLPipeline(
         vae=first.vae,
         unet=tiny_unet(cross_attention_dim=16 + 24, addition_embed_type="text_time", **embedding),
         text_encoder=first.text_encoder,
@@ -161,9 +172,11 @@ def write_tiny_xl_pipeline(folder: Path, tiny: Path) -> Path:
         tokenizer_2=first.tokenizer,
         scheduler=ddim(),
         add_watermarker=False,
-    ).save_pretrained(folder)
-    shutil.copytree(tiny / "clip", folder / "clip")
-    return folder
+    )
+    parts = folder.with_name(folder.name + "-parts")
+    pipeline.save_pretrained(parts)
+    shutil.copytree(tiny / "clip", parts / "clip")
+    return as_trained(parts, folder, pipeline.unet, pipeline.scheduler)
 
 
 def write_tiny_pixart(folder: Path) -> Path:

@@ -43,7 +43,7 @@ def find(pipeline: str | Path, *parts: str) -> Path:
     own = [family.network, "vae", "scheduler"]
     own += [folder for tower in family.towers if not tower.optional for folder in (tower.encoder, tower.tokenizer)]
     if missing := [folder for folder in own if not (path / folder).is_dir()]:
-        raise UserError(f"{pipeline} is not a whole {family.pipelines[0]}: it lacks {', '.join(missing)}; {CONVERT}")
+        raise UserError(f"{pipeline} is not a whole {family.pipelines[0]}: it lacks {', '.join(missing)}")
     if missing := [part for part in parts if not (path / part).is_dir()]:
         raise UserError(f"{pipeline} has no {', '.join(missing)} beside its other parts: give a pipeline that has")
     return path

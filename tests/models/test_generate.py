@@ -125,12 +125,12 @@ def test_a_w_outside_the_range_is_warned_of_for_guided_distillations_students(
     student: LatentModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        replace(student, consistency=False).check_w(100.0)
+        replace(student, facts={**student.facts, "sampler": "ddim"}).check_w(100.0)
     assert "outside the range [2, 14]" in caplog.text
 
 
 def test_a_w_that_a_model_has_no_input_for_is_refused(teacher: LatentModel) -> None:
-    model = replace(teacher, consistency=True)
+    model = replace(teacher, facts={"sampler": "consistency"})
     with pytest.raises(
         UserError, match=r"entries\.LCM\.w=4: this consistency model has no input for w.* set entries\.LCM\.w=0"
     ):
@@ -164,7 +164,7 @@ def test_a_size_off_the_vaes_grid_is_refused(size: object, teacher: LatentModel)
 
 def test_a_unet_without_a_size_needs_one(tiny_pipeline: Path) -> None:
     model = LatentModel.load(str(tiny_pipeline))
-    model.unet.register_to_config(sample_size=None)
+    model.net.register_to_config(sample_size=None)
     with pytest.raises(UserError, match="has no sample_size: set size=<pixels>"):
         model.latents(["rocket"], [0], steps=1, w=0.0)
     assert model.latents(["rocket"], [0], steps=1, w=0.0, size=32).shape == (1, 4, 8, 8)
@@ -173,16 +173,16 @@ def test_a_unet_without_a_size_needs_one(tiny_pipeline: Path) -> None:
 def test_drawing_is_without_dropout_and_leaves_every_mode_as_it_was(tiny_pipeline: Path) -> None:
     model = LatentModel.load(str(tiny_pipeline))
     expected = model.latents(["rocket"], [0], steps=2, w=3.0)
-    for name, part in model.unet.train().named_modules():
+    for name, part in model.net.train().named_modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.5
         if "mid_block" in name:
             part.eval()
-    modes = [part.training for part in model.unet.modules()]
+    modes = [part.training for part in model.net.modules()]
     assert torch.equal(model.latents(["rocket"], [0], steps=2, w=3.0), expected)
     with pytest.raises(UserError, match="steps=0"):
         model.latents(["rocket"], [0], steps=0, w=3.0)
-    assert [part.training for part in model.unet.modules()] == modes
+    assert [part.training for part in model.net.modules()] == modes
     assert len(set(modes)) == 2
 
 
@@ -192,7 +192,7 @@ def test_drawing_is_without_dropout_and_leaves_every_mode_as_it_was(tiny_pipelin
 )
 def test_images_that_are_not_finite_are_an_error(network: str, what: str, value: float, tiny_pipeline: Path) -> None:
     model = LatentModel.load(str(tiny_pipeline))
-    damaged = model.unet.conv_out if network == "unet" else model.codec.vae.decoder.conv_out
+    damaged = model.net.conv_out if network == "unet" else model.codec.vae.decoder.conv_out
     damaged.weight.data[:] = value
     with pytest.raises(NonFiniteError, match=what):
         next(model.images(["rocket"], [0], steps=1, w=0.0))

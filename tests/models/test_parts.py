@@ -184,8 +184,8 @@ def test_captions_are_cut_to_the_text_encoders_length(length: Any, files: str, t
     if files == "vocab.json":
         (folder / "tokenizer/tokenizer.json").unlink()
     for captions in (["dog"], ["dog", "dog " * 100]):
-        for ours, expected in zip(load_codec(folder).text(captions), load_codec(tiny_pipeline).text(captions), strict=True):
-            assert torch.equal(ours, expected)
+        ours, expected = load_codec(folder).text(captions), load_codec(tiny_pipeline).text(captions)
+        assert torch.equal(ours["states"], expected["states"])
     captions = ["dog " * 100]
     torch.testing.assert_close(mini_clip(folder).text(captions), mini_clip(tiny_pipeline).text(captions))
 

@@ -149,8 +149,8 @@ def test_a_unet_that_does_not_fit_its_pipeline_is_a_user_error(
 def test_text_encoders_that_do_not_fit_their_network_are_a_user_error(tiny_pipeline: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_pipeline, tmp_path / "odd")
     tiny_unet(cross_attention_dim=24).save_pretrained(folder / "unet")
-    with pytest.raises(UserError, match="reads states of width 24, the text encoders give states of width 16: set"):
-        LatentModel.load(str(folder)).latents(["rocket"], [0], steps=1, w=0.0)
+    with pytest.raises(UserError, match="its UNet reads texts of width 24, its text encoders write 16: give it the text"):
+        load_network(str(folder))
 
 
 def test_a_vae_that_scales_each_channel_by_itself_is_a_user_error(tiny_pipeline: Path, tmp_path: Path) -> None:

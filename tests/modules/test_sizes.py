@@ -90,9 +90,8 @@ def test_an_export_has_the_size_of_the_training(
 @pytest.mark.parametrize("experiment", ["lcf_mini", "lcf_sd15", "lcd_sd15", "lcd_lora_sd15", "teacher_sd15"])
 def test_own_shards_are_read_at_the_models_size(experiment: str, tiny_pipeline: Path, shards: Path) -> None:
     """The recipe of a model that was trained at another size has its own number."""
-    key = "student" if "lcf" in experiment else "pipeline" if "teacher" in experiment else "teacher"
     cfg = compose(
-        "train", [f"experiment={experiment}", "data=shards", f"model.{key}={tiny_pipeline}", f"data.shards={shards}/*"]
+        "train", [f"experiment={experiment}", "data=shards", f"model.pipeline={tiny_pipeline}", f"data.shards={shards}/*"]
     )
     assert build(cfg.data).resolution == (512 if experiment == "lcf_sd15" else 32)
 
