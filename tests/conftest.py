@@ -147,7 +147,8 @@ def write_tiny_pipeline(folder: Path, prediction_type: str = "epsilon", **proces
 
 def as_trained(base: Path, folder: Path, net: Any, scheduler: DDIMScheduler) -> Path:
     """Write the folder that a training of `net`, started from `base`, saves."""
-    options = {"family": family_of(base), "base": base, "scheduler": ("DDIMScheduler", dict(scheduler.config))}
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    options = {"family": family_of(base), "base": base, "scheduler": ("DDIMScheduler", config)}
     save_pipeline(folder, net, **options, facts={"sampler": "ddim"}, dtype=torch.float32)
     return folder
 
