@@ -105,6 +105,8 @@ def device_count(trainer: DictConfig) -> int:
     if OmegaConf.is_list(devices) or "," in str(devices):
         return len([device for device in str(devices).strip("[]").split(",") if device.strip()])
     if str(devices) not in ("auto", "-1"):
+        if not str(devices).isdecimal() or int(devices) < 1:
+            raise UserError(f"trainer.devices={devices}: expected auto, a number from 1, or a list of devices")
         return int(devices)
     return 1 if trainer.accelerator == "cpu" else max(torch.cuda.device_count(), 1)
 

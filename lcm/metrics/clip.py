@@ -50,7 +50,9 @@ class ClipBackbone(nn.Module):
 
 def mini_clip(pipeline: str, *, antialias: bool = True) -> ClipBackbone:
     """The CLIP in the `clip` folder of a mini pipeline, trained on the pipeline's own data."""
-    folder: Path = find(pipeline, "clip")
+    folder: Path = find(pipeline)
+    if not (folder / "clip").is_dir():
+        raise UserError(f"{pipeline} has no folder clip, as the mini pipeline has: set backbone=clip")
     clip = load_part(CLIPModel, folder / "clip", dtype=torch.float32)
     tokenizer = load_tokenizer(CLIPTokenizer, folder / "tokenizer", clip.config.text_config)
     return ClipBackbone(clip, tokenizer, name=str(pipeline), mean=HALF, std=HALF, antialias=antialias)

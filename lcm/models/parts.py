@@ -155,15 +155,15 @@ def check_is_clip(folder: Path) -> None:
         raise UserError(f"{folder} holds a {name}: only CLIP's text encoders are read, give a pipeline that has one")
 
 
-def load_tokenizer(kind: Any, folder: Path, text_config: PretrainedConfig) -> Any:
-    """Load the tokenizer of a text encoder. kind: its class of transformers. The encoder's length cuts captions.
+def load_tokenizer(tokenizer_class: Any, folder: Path, text_config: PretrainedConfig) -> Any:
+    """Load the tokenizer of a text encoder. tokenizer_class: a class of transformers. The encoder's length cuts captions.
 
-    Raises UserError for one of another kind, and for one without the text encoder's vocabulary: transformers makes an empty one
-    of a folder without files, and splits words into letters without their merges.
+    Raises UserError for a tokenizer of another class, and for one without the text encoder's vocabulary. transformers makes an
+    empty tokenizer of a folder without files, and splits words into letters without their merges.
     """
-    if kind is not CLIPTokenizer:
+    if tokenizer_class is not CLIPTokenizer:
         with explained(folder):
-            tokenizer = kind.from_pretrained(folder)
+            tokenizer = tokenizer_class.from_pretrained(folder)
         if not 0.9 * text_config.vocab_size <= len(tokenizer) <= text_config.vocab_size:
             raise UserError(unlike(folder, len(tokenizer), text_config.vocab_size))
         return tokenizer

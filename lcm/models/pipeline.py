@@ -68,8 +68,8 @@ def explanation(path: Path, missing: list[str]) -> str:
     config = {**read_json(path / "config.json"), **read_json(path / "model_index.json")}
     class_name = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
     if class_name and not str(class_name).startswith("StableDiffusion"):
-        return f"is a {class_name}, not a Stable Diffusion pipeline: it lacks {', '.join(missing)}"
-    return f"is not a Stable Diffusion pipeline folder: it lacks {', '.join(missing)}; {CONVERT}"
+        return f"is a {class_name}, not a text-to-image pipeline: it lacks {', '.join(missing)}"
+    return f"is not a pipeline folder: it lacks {', '.join(missing)}; {CONVERT}"
 
 
 def adapters_in(folder: Path) -> list[Path]:

@@ -185,9 +185,8 @@ OWN = ["autoencoder_mini", "clip_mini", "lcd_lora_mini", "lcd_mini", "lcf_mini",
 def test_who_trains_on_shards_of_their_own_gets_no_openmoji(experiment, shards, tiny_pipeline, tmp_path, capsys):
     """Beside a folder of OpenMoji that has been drawn, for data.shards alone and for data=shards."""
     own = [str(path) for path in sorted(shards.glob("train-*.tar"))]
-    model = {"lcf_mini": "student", "teacher_mini": "pipeline"}.get(experiment, "teacher")
     base = [f"experiment={experiment}", f"paths.data={tmp_path}", "data.resolution=32"]
-    base += [] if experiment in ("autoencoder_mini", "clip_mini") else [f"model.{model}={tiny_pipeline}"]
+    base += [] if experiment in ("autoencoder_mini", "clip_mini") else [f"model.pipeline={tiny_pipeline}"]
     for group in ([], ["data=shards"]):
         for urls in (own[0], f"[{','.join(own)}]"):
             data = instantiate(compose("train", [*base, *group, f"data.shards={urls}"]).data)

@@ -29,7 +29,7 @@ def complaint(done) -> str:
         ("data.batch_size=0", "data.batch_size=0: expected a whole number from 1"),
         ("trainer.precision=8", "trainer.precision=8: the modules here train in one of 32-true"),
         ("trainer.devices=0", "`Trainer(devices=0)` value is not a valid input"),
-        ("trainer.devices=abc", "`devices` selected with `CPUAccelerator` should be an int > 0"),
+        ("trainer.devices=abc", "trainer.devices=abc: expected auto, a number from 1"),
         ("trainer.accelerator=gpu", "No supported gpu backend found!"),
         ("--max_steps=3", "there is no option --max_steps=3: overrides have no dashes, did you mean 'trainer.max_steps=3'?"),
         ("lcd_mini", "'lcd_mini' sets nothing, did you mean 'experiment=lcd_mini'?"),
@@ -54,9 +54,7 @@ def test_train_refuses(run, tiny, override, says, tmp_path):
 
 def test_a_folder_that_is_not_a_pipeline_or_predicts_something_unknown(run, tiny, tiny_pipeline, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "is no pipeline folder: it lacks model_index.json" in complaint(
-        run("train.py", *tiny, f"model.pipeline={tmp_path}/empty")
-    )
+    assert "is not a pipeline folder: it lacks unet" in complaint(run("train.py", *tiny, f"model.pipeline={tmp_path}/empty"))
     broken = shutil.copytree(tiny_pipeline, tmp_path / "broken")
     file = broken / "scheduler/scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": "flow"}))

@@ -43,7 +43,7 @@ def test_guided_distillations_students_are_students_and_a_teacher_is_better_than
     os.utime(runs / "guided/0/model/model_index.json", (0, 0))
     assert find_pipeline("last", str(runs)) == f"{runs}/guided/0/model"
     shutil.rmtree(runs)
-    with pytest.raises(UserError, match="has saved a model yet"):
+    with pytest.raises(UserError, match="has saved a model: train one"):
         find_pipeline("last", str(runs))
 
 
@@ -79,8 +79,8 @@ def test_each_call_has_its_folder_and_draws_nothing_twice(run, runs, tmp_path):
         ("size=64x32", "size=64x32: expected pixels"),
         ("steps=51", "use 1 to 50"),
         ("steps=null", "steps=None: images are drawn at one steps="),
-        ("images_per_prompt=[1,2]", "images_per_prompt=[1, 2]: images are drawn at one images_per_prompt="),
-        ("batch_size=[1,2]", "batch_size=[1, 2]: images are drawn at one batch_size="),
+        ("images_per_prompt=[1,2]", "images_per_prompt=[1, 2]: expected a whole number from 1"),
+        ("batch_size=[1,2]", "batch_size=[1, 2]: expected a whole number from 1"),
         ("pipeline=cd", "w=4: this consistency model has no input for w, its guidance is fixed: set w=0"),
         ("pipeline=wild", "the drawn latents are not finite: the UNet's weights are damaged"),
     ],

@@ -111,9 +111,9 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "a file": (lambda folder, tiny: adapters(folder) / "pytorch_lora_weights.safetensors", "is a file, not a pipeline folder"),
     "a network": (
         lambda folder, tiny: single_network(folder / "net", '{"_class_name": "ControlNetModel"}'),
-        "is a ControlNetModel, not a Stable Diffusion pipeline: it lacks unet",
+        "is a ControlNetModel, not a text-to-image pipeline: it lacks unet",
     ),
-    "nothing of it": (lambda folder, tiny: folder, "is not a Stable Diffusion pipeline folder: it lacks unet"),
+    "nothing of it": (lambda folder, tiny: folder, "is not a pipeline folder: it lacks unet"),
 }
 
 

@@ -29,6 +29,7 @@ def test_an_optimizer_with_modes_is_told_when_weights_are_trained_and_when_they_
     module = TrainedModule(optimizer=WithModes, lr_schedule=constant)
     optimizers = [WithModes([torch.nn.Parameter(torch.zeros(1))]), torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])]
     monkeypatch.setattr(TrainedModule, "trainer", SimpleNamespace(optimizers=optimizers, global_step=0, world_size=1))
+    monkeypatch.setattr(module, "lr_schedulers", lambda: None)  # no update was made yet
     monkeypatch.setattr(module, "all_gather", lambda value: value[None])
     modes = []
     for hook in ("on_train_start", "on_validation_start", "on_validation_end", "on_train_end"):

@@ -19,7 +19,7 @@ NEVER_METHODS = {"extractall", "load_from_checkpoint", "from_single_file", "read
 REQUIRED = {"torch.load": ("weights_only", True), "load_checkpoint": ("weights_only", True)}
 REQUIRED |= {name: ("allow_pickle", False) for name in ("np.load", "numpy.load", "read_array")}
 OF_FAMILIES = {CLIPTokenizer, T5Tokenizer}  # json, text and sentencepiece's protobuf; models are weights
-TOKENIZERS = {"CLIPTokenizer", "CLIPTokenizerFast", "tower.tokenizer_class"}
+TOKENIZERS = {"CLIPTokenizer", "CLIPTokenizerFast", "tokenizer_class"}
 
 
 def dangers(source: str) -> list[str]:
