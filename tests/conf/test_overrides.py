@@ -134,7 +134,7 @@ REFUSED = [
     ("train", ["callbacks=default", "callbacks.samples.every_n_steps=5"], "choose it, callbacks=samples"),
     ("train", ["callbacks.evaluation.samples=9"], "choose it, callbacks=evaluation"),
     ("train", ["logger.wandb.project=x"], "choose it, logger="),
-    ("train", ["experiment=lcf_mini", "model.teacher=x"], "there is no config key 'model.teacher'"),
+    ("train", ["experiment=teacher_mini", "model.w_min=2"], "model.w_min is no key of model=diffusion"),
     ("train", ["experiment=lcd_mni"], "did you mean experiment=lcd_mini?"),
     ("train", ["model/solver="], "model/solver= chooses nothing; model/solver has: ddim"),
     ("train", ["experiment="], "experiment= chooses nothing"),
