@@ -52,7 +52,7 @@ def trained(run: Path, checkpoint: str) -> LatentModule:
     module.on_load_checkpoint(content)
     module.load_state_dict(content["state_dict"])
     if (resolution := config.data.get("resolution")) is not None:
-        vae = read_json(find(module.pipeline, "vae") / "vae" / "config.json")
+        vae = read_json(find(module.pipeline) / "vae" / "config.json")
         module.note_sample_size(resolution // vae_factor(vae))
     return module
 

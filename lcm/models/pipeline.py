@@ -27,10 +27,10 @@ CONVERT = (
 log = logging.getLogger(__name__)
 
 
-def find(pipeline: str | Path, *parts: str) -> Path:
+def find(pipeline: str | Path) -> Path:
     """Return the folder of a pipeline: `mini` (shipped), a path, or a hub id `owner/name`.
 
-    parts: further folders that must be in it. Raises UserError for a folder that lacks one of its family's.
+    Raises UserError for a folder that lacks a part of its family's pipeline.
     """
     path = ASSETS / "mini" if pipeline == "mini" else Path(str(pipeline)).expanduser()
     if path.is_file():
@@ -44,8 +44,6 @@ def find(pipeline: str | Path, *parts: str) -> Path:
     own += [folder for tower in family.towers if not tower.optional for folder in (tower.encoder, tower.tokenizer)]
     if missing := [folder for folder in own if not (path / folder).is_dir()]:
         raise UserError(f"{pipeline} is not a whole {family.pipelines[0]}: it lacks {', '.join(missing)}")
-    if missing := [part for part in parts if not (path / part).is_dir()]:
-        raise UserError(f"{pipeline} has no {', '.join(missing)} beside its other parts: give a pipeline that has")
     return path
 
 

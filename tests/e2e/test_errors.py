@@ -28,7 +28,7 @@ def complaint(done) -> str:
         ("model.pipeline=nowhere", "there is no pipeline folder 'nowhere'"),
         ("data.batch_size=0", "data.batch_size=0: expected a whole number from 1"),
         ("trainer.precision=8", "trainer.precision=8: the modules here train in one of 32-true"),
-        ("trainer.devices=0", "`Trainer(devices=0)` value is not a valid input"),
+        ("trainer.devices=0", "trainer.devices=0: expected auto, a number from 1"),
         ("trainer.devices=abc", "trainer.devices=abc: expected auto, a number from 1"),
         ("trainer.accelerator=gpu", "No supported gpu backend found!"),
         ("--max_steps=3", "there is no option --max_steps=3: overrides have no dashes, did you mean 'trainer.max_steps=3'?"),

@@ -11,7 +11,6 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from lcm.errors import UserError
-from lcm.metrics.clip import mini_clip
 from lcm.models import pipeline as pipelines
 from lcm.models.generate import LatentModel
 from lcm.models.pipeline import find, load_network
@@ -146,9 +145,3 @@ def test_a_hub_id_is_looked_up_once(tiny_pipeline: Path, monkeypatch: pytest.Mon
 def test_a_folder_may_begin_with_a_tilde(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tiny_pipeline.parent))
     load_network(f"~/{tiny_pipeline.name}")
-
-
-def test_a_pipeline_without_a_clip_of_its_own_is_no_backbone(tiny_pipeline: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(tiny_pipeline, tmp_path / "f", ignore=shutil.ignore_patterns("clip"))
-    with pytest.raises(UserError, match="has no clip beside its other parts"):
-        mini_clip(str(folder))
