@@ -396,7 +396,7 @@ def test_training_on_two_processes_measures_what_one_does(tiny_pipeline, shards,
                 "train.py", f"model.pipeline={tiny_pipeline}", *tiny_data(shards), "trainer.max_steps=2",
                 "callbacks=evaluation", f"callbacks.evaluation.backbone.pipeline={tiny_pipeline}",
                 "callbacks.evaluation.samples=5", "callbacks.evaluation.every_n_steps=1", "model.optimizer.lr=0",
-                "callbacks.evaluation.batch_size=1",  # an image's last bits depend on the others of its batch
+                "+callbacks.evaluation.batch_size=1",  # an image's last bits depend on the others of its batch
                 "data.codec.dtype=null", "trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={devices}",
                 f"name=on{devices}", "callbacks.samples.steps=[1]",
             ),
