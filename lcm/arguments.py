@@ -223,7 +223,7 @@ def as_number(hint: Hint) -> Hint:
 
 
 def optimizer_complaints(path: str, node: DictConfig, target: Callable[..., Any]) -> Iterator[Wrong]:
-    """What an optimizer's own constructor says, tried on one parameter: it is called when the networks are loaded."""
+    """Try the optimizer's constructor on one parameter, before the networks are loaded. Yield its error."""
     if not (isinstance(target, type) and issubclass(target, torch.optim.Optimizer) and node.get("_partial_")):
         return
     options = {str(key): value for key, value in OmegaConf.to_container(node, resolve=True).items()}  # type: ignore[union-attr]

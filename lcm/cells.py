@@ -27,7 +27,7 @@ SHOWN = 32  # images of a cell that are kept for grids
 
 @dataclass(frozen=True)
 class Entry:
-    """What a configuration says of a model to be measured."""
+    """The configuration of a model to be measured."""
 
     pipeline: str
     steps: Count | list[Count]
@@ -153,7 +153,8 @@ def make_sampler(name: str, solver: Any) -> Sampler | None:
 
 
 def drawn_by(model: LatentModel, dtype: str) -> dict[str, Any]:
-    """What an image depends on besides prompt, seed, size, steps, w and solver: the weights and the code that draws."""
+    """Return the identity of the weights and of the sampling code. An image depends on it beside prompt, seed, size, steps,
+    w and solver."""
     root = Path(__file__).parent
     files = [file for part in ("core", "models", "models/families") for file in sorted((root / part).glob("*.py"))]
     return {

@@ -322,8 +322,7 @@ def as_override(config_name: str, text: str) -> str:
 
 
 def nearest(key: str, known: list[str]) -> str | None:
-    """Of the known keys a single one's of the same last name, else one whose name abbreviates it, is part of it or is spelt
-    alike."""
+    """Return the one known key of the same last name. Else return the key with an abbreviated, contained or similar name."""
     last, above = key.rpartition(".")[2], {name.rpartition(".")[0] for name in known}
     leaves = [name for name in known if name not in above]
 

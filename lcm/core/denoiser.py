@@ -11,7 +11,7 @@ from lcm.core.guidance import guide
 from lcm.core.process import FLOOR, Process, per_sample
 from lcm.errors import UserError
 
-# What a network is conditioned on, by name: "states" [B, L, D] (text embeddings), and by family "mask" [B, L], "pooled" [B, P],
+# Inputs that condition a network, by name: "states" [B, L, D] (text embeddings), and by family "mask" [B, L], "pooled" [B, P],
 # "sizes" [B, 6] int64. The unconditional one may have one row for all samples.
 Condition = Mapping[str, Tensor]
 Network = Callable[..., Tensor]  # net(z_t [B, C, H, W], time [B], cond: Condition, w [B] or None) -> [B, C, H, W]

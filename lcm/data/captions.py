@@ -21,7 +21,7 @@ def read_samples(source: Source) -> Iterator[Sample]:
 
 
 def read_captions(source: Source, limit: int | None = None) -> list[str]:
-    """Return the captions of the first `limit` samples in the shards' order, those that `read_images` gives with them."""
+    """Return the captions of the first `limit` samples in the shards' order, as `read_images` pairs them."""
     captions: list[str] = []
     choose = CaptionChoice(weights=source.captions)
     for position, sample in enumerate(read_samples(source)):

@@ -140,7 +140,7 @@ class ShardDataModule(L.LightningDataModule):
                 log.warning("%d shards are in their manifest, but not there, such as %s", len(gone), gone[0])
 
     def check_validation(self) -> None:
-        """Refuse validation data of which nothing decodes: a pass over it would be empty."""
+        """Raise UserError if no validation sample decodes: a pass over the data would be empty."""
         for source, order in zip(self.val_sources, self.val_orders, strict=True):
             stop = min(order.size, PATIENCE)
             stream = ShardStream([source], order, decode=self.val_decode, collate=lambda _: {}, batch_size=1, stop=stop)
@@ -148,7 +148,7 @@ class ShardDataModule(L.LightningDataModule):
                 raise UserError("no sample of data.val_shards could be decoded, see the warnings above; null: no validation")
 
     def warn_of_blindness(self) -> None:
-        """Name the filters and the captions of which no sample says anything."""
+        """Warn of each filter and caption name that no sample has."""
         for source in self.train_sources:
             for name in source.blind_filters():
                 if source.filters is None or name not in source.filters.chosen:
