@@ -4,15 +4,16 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from lcm.command_line import build, program
-from lcm.composition import plain
+from lcm.app.cli import build, program
+from lcm.app.composition import plain
+from lcm.app.image_folder import Pictures
+from lcm.app.inputs import one_of_each, output_folder, pick_device, read_prompts
+from lcm.app.pipelines import find_pipeline
 from lcm.core.numbers import Count, Dtype, Seed
 from lcm.data.captions import read_captions
-from lcm.files import digest
-from lcm.inputs import one_of_each, output_folder, pick_device, read_prompts, shards
-from lcm.models.generate import LatentModel
-from lcm.pictures import Pictures
-from lcm.runs import find_pipeline
+from lcm.data.source import Source
+from lcm.models.text_to_image import TextToImage
+from lcm.runtime.atomic_io import digest
 
 
 @program(
@@ -35,15 +36,15 @@ def main(cfg: DictConfig) -> None:
     one_of_each(cfg, *numbers, *([] if cfg.w is None else ["w"]))
     if cfg.output is not None:
         output_folder(cfg.output)
-    prompts = read_prompts(cfg.prompts, lambda: read_captions(shards(cfg, "val_shards")))
+    prompts = read_prompts(cfg.prompts, lambda: read_captions(Source.of_option(cfg, "val_shards", build(cfg.cache))))
     name = find_pipeline(cfg.pipeline, cfg.paths.runs)
     print(f"model:   {name}")
-    model = LatentModel.load(name, device=pick_device(cfg.device), dtype=getattr(torch, cfg.dtype), compile=cfg.compile)
-    sampler, size = build(cfg.solver), model.size(cfg.size)
+    model = TextToImage.load(name, device=pick_device(cfg.device), dtype=getattr(torch, cfg.dtype), compile=cfg.compile)
+    sampler, size = build(cfg.sampler), model.size(cfg.size)
     w = float((4 if model.takes_w else 0) if cfg.w is None else cfg.w)
     model.check_w(w)
     model.check_steps(cfg.steps, sampler)
-    settings = {"steps": cfg.steps, "w": w, "solver": plain(cfg.solver) or "auto", "size": list(size), "dtype": cfg.dtype}
+    settings = {"steps": cfg.steps, "w": w, "sampler": plain(cfg.sampler) or "auto", "size": list(size), "dtype": cfg.dtype}
     settings |= {"pipeline": name, "model": digest(model.identity())}
     pictures = Pictures(prompts, cfg.images_per_prompt, cfg.seed, settings)
     folder = pictures.folder(cfg.output, "outputs/sample")

@@ -1,17 +1,17 @@
 """Train what the configuration describes: `python train.py experiment=lcd_mini model/solver=dpm_solver_pp_2 model.w_max=8`."""
 
-from lcm import signals
+from lcm.runtime import signals
 
 signals.listen(signals.SIGUSR1)  # before imports that take seconds; a SIGTERM ends the program until there is something to save
 
 import lightning as L
 from omegaconf import DictConfig
 
-from lcm.command_line import build, build_all, program
+from lcm.app.cli import build, build_all, program
 from lcm.core.numbers import Seed
 from lcm.data.workers import workers_watched
 from lcm.modules.trainer import Trainer
-from lcm.runs import ConfigFile, check_processes, finish, resume_path, start_run, sweep_job, training
+from lcm.runtime.run_dir import ConfigFile, check_processes, finish, resume_path, start_run, sweep_job, training
 
 
 @program(

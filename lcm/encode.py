@@ -10,7 +10,9 @@ import webdataset as wds
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from lcm.command_line import build, program
+from lcm.app.cli import build, program
+from lcm.app.inputs import output_folder, pick_device
+from lcm.core.errors import UserError
 from lcm.core.numbers import Count, Seed
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.encoding import Encoder, Variants, gathered
@@ -20,10 +22,8 @@ from lcm.data.source import Source
 from lcm.data.stream import ShardStream
 from lcm.data.transforms import Decode
 from lcm.data.workers import Loader, workers_watched
-from lcm.errors import UserError
-from lcm.files import whole_file
-from lcm.inputs import output_folder, pick_device
-from lcm.redaction import redacted
+from lcm.runtime.atomic_io import whole_file
+from lcm.runtime.redaction import redacted
 
 
 def encode_shard(source: Source, encoder: Encoder, decode: Variants, target: Path, data: ShardDataModule, bar: tqdm) -> None:

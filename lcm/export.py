@@ -8,18 +8,18 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save
 
-from lcm.checkpoints.atomic import AtomicCheckpointIO
-from lcm.checkpoints.found import checkpoint_path
-from lcm.command_line import build, program
+from lcm.app.cli import build, program
+from lcm.app.inputs import output_folder
+from lcm.core.errors import UserError
 from lcm.core.numbers import Dtype
-from lcm.errors import UserError
-from lcm.files import whole_file
-from lcm.inputs import output_folder
 from lcm.models.codec import vae_factor
+from lcm.models.loading import read_json, rounded
 from lcm.models.lora import is_adapted, merged
-from lcm.models.parts import read_json, rounded
 from lcm.models.pipeline import find, load_network
 from lcm.modules.latent import LatentModule
+from lcm.runtime.atomic_io import whole_file
+from lcm.runtime.checkpoint_io import AtomicCheckpointIO
+from lcm.runtime.resume import checkpoint_path
 
 FORMATS = ("pipeline", "unet")
 WEIGHTS = {"trained": "net", "average": "ema_net", "target": "target_net"}  # of a module

@@ -13,15 +13,15 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from lcm.command_line import build, program
+from lcm.app.cli import build, program
+from lcm.core.errors import UserError
 from lcm.core.numbers import Seed
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.expected import MANIFEST, Expected, Manifests, read_json, sha256_of
 from lcm.data.shards import Shard, expand_urls, is_remote, local
 from lcm.data.source import Source
-from lcm.errors import UserError
-from lcm.files import whole_file
-from lcm.redaction import redacted
+from lcm.runtime.atomic_io import whole_file
+from lcm.runtime.redaction import redacted
 
 SAVED_EVERY = 30.0  # seconds
 Item = TypeVar("Item")

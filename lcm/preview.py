@@ -10,14 +10,14 @@ from omegaconf import DictConfig
 from torch.nn.functional import pad
 from tqdm import tqdm
 
-from lcm.command_line import build, program
+from lcm.app.cli import build, program
+from lcm.app.images import grid, save_png
+from lcm.app.inputs import output_folder
 from lcm.core.numbers import Count, Seed
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.members import REASONS
 from lcm.data.source import total_dropped
 from lcm.data.workers import workers_watched
-from lcm.images import grid, save_png
-from lcm.inputs import output_folder
 
 
 @program("preview", samples=Count, shown=Count, output=str, seed=Seed)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from lcm import manifest
+from lcm.core.errors import UserError
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.source import Facts, Source
-from lcm.errors import UserError
 from lcm.manifest import verify, write
 from tests.data.conftest import SIZES, pairs, png, write_shard
 

@@ -9,12 +9,12 @@ from dataclasses import asdict
 import lightning  # noqa: F401  before `program` quiets it: it raises its voice when it is imported
 from omegaconf import DictConfig
 
+from lcm.app.cli import build, program
+from lcm.app.inputs import output_folder
 from lcm.bench.measure import machine
-from lcm.command_line import build, program
+from lcm.core.errors import UserError
 from lcm.core.numbers import Count
-from lcm.errors import UserError
-from lcm.inputs import output_folder
-from lcm.redaction import redacted
+from lcm.runtime.redaction import redacted
 
 
 @program("bench", parts=str | list[str], output=str, pipeline=str, resolution=Count)

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lcm.app.cli import build
+from lcm.app.composition import compose
+from lcm.app.inputs import pick_device
 from lcm.bench.measure import Table, now, peak_memory
-from lcm.command_line import build
-from lcm.composition import compose
 from lcm.core.ema import ema_update_
 from lcm.core.random import generator
-from lcm.inputs import pick_device
 from lcm.models.flops import forward_flop, matmul_tflops
 from lcm.modules.consistency import ConsistencyModule
 

@@ -10,12 +10,12 @@ import torch
 from diffusers import LatentConsistencyModelPipeline
 from torch import Tensor
 
+from lcm.app.inputs import pick_device
 from lcm.bench.measure import Table, in_turn
 from lcm.core.random import ImageNoise
-from lcm.inputs import pick_device
-from lcm.models.generate import LatentModel
 from lcm.models.pipeline import find, load_family, load_network, load_prediction_type, load_process
 from lcm.models.saving import save_pipeline
+from lcm.models.text_to_image import TextToImage
 
 
 def student_of(pipeline: str, folder: Path) -> str:
@@ -30,7 +30,7 @@ def student_of(pipeline: str, folder: Path) -> str:
 
 
 def ours(folder: str, dtype: torch.dtype, device: str, *, compile: bool = False) -> Callable[..., Tensor]:
-    model = LatentModel.load(folder, device=device, dtype=dtype, compile=compile)
+    model = TextToImage.load(folder, device=device, dtype=dtype, compile=compile)
 
     @torch.inference_mode()  # as sample.py
     def images(prompts: list[str], steps: int, w: float) -> Tensor:

@@ -8,9 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lcm.app.targets import CONF
 from lcm.bench.measure import Table, in_turn
-from lcm.errors import UserError
-from lcm.targets import CONF
+from lcm.core.errors import UserError
 
 
 def rate(overrides: list[str], processes: int, threads: int, steps: int) -> dict[str, float]:

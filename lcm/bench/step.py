@@ -11,15 +11,15 @@ import lightning as L
 import torch
 from lightning.pytorch.profilers import SimpleProfiler
 
+from lcm.app.cli import build
+from lcm.app.composition import compose
+from lcm.app.inputs import pick_device
 from lcm.bench import peers
 from lcm.bench.measure import Table, data_sheet_tflops, elapsed, in_turn, now, peak_memory, released
 from lcm.bench.shards import write_latents
 from lcm.callbacks.throughput import Throughput
-from lcm.command_line import build
-from lcm.composition import compose
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.shards import expand_urls
-from lcm.inputs import pick_device
 from lcm.models.flops import matmul_tflops
 
 WARM_UP = 2  # steps that are not timed

@@ -16,10 +16,10 @@ from diffusers import (
 from omegaconf import OmegaConf
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from lcm.command_line import build
+from lcm.app.cli import build
+from lcm.app.targets import CONF
 from lcm.core.process import VP
 from lcm.models.pipeline import find
-from lcm.targets import CONF
 
 VAE: dict[str, Any] = {  # of all Stable Diffusion models up to 2.1
     "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32,

@@ -10,9 +10,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch import Tensor
 
+from lcm.app.images import columns_to_rows, grid, steps_label
+from lcm.core.errors import NonFiniteError, UserError
 from lcm.core.numbers import Count, Seed
-from lcm.errors import NonFiniteError, UserError
-from lcm.images import columns_to_rows, grid, steps_label
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class ImageGrid(L.Callback):
         if step == self.last or not (trainer.is_global_zero or module.device_mesh is not None):
             return  # a sharded network is run by all ranks together
         self.last = step
-        model = module.latent_model(trainer.datamodule.codec)  # type: ignore[attr-defined]
+        model = module.text_to_image(trainer.datamodule.codec)  # type: ignore[attr-defined]
         options: dict[str, Any] = {"w": self.w, "batch_size": len(self.prompts)}
         try:
             columns = [next(model.images(self.prompts, self.seeds, steps=n, **options)) for n in self.steps]

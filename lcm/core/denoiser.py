@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lcm.core.errors import UserError
 from lcm.core.guidance import guide
 from lcm.core.process import FLOOR, Process, per_sample
-from lcm.errors import UserError
 
 # Inputs that condition a network, by name: "states" [B, L, D] (text embeddings), and by family "mask" [B, L], "pooled" [B, P],
 # "sizes" [B, 6] int64. The unconditional one may have one row for all samples.

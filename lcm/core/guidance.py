@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from lcm.core.errors import UserError
 from lcm.core.process import per_sample
-from lcm.errors import UserError
 
 W_DIM = 256  # of the embedding of w in released models
 

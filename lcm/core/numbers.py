@@ -1,4 +1,4 @@
-"""Annotations by which constructors and programs say what numbers they take; `lcm.arguments` compares a configuration."""
+"""Annotations by which constructors and programs say what numbers they take; `lcm.app.arguments` compares a configuration."""
 
 import math
 from typing import Annotated, Any, Literal, NamedTuple

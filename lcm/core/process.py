@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcm.errors import UserError
+from lcm.core.errors import UserError
 
 FLOOR = 2.0**-12  # the smallest alpha or sigma to divide by; diffusers bounds a zero-SNR alpha^2 by 2^-24 likewise
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")

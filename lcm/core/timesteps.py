@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lcm.core.errors import UserError
 from lcm.core.numbers import Count, SkipSteps
 from lcm.core.process import FLOOR, Process
-from lcm.errors import UserError
 
 POINTS = 50  # of the grid that the released LCMs were trained on
 

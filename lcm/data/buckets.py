@@ -3,9 +3,9 @@
 import math
 from collections.abc import Sequence
 
+from lcm.core.errors import UserError
 from lcm.data.members import Sample, Skip
 from lcm.data.transforms import stored_size
-from lcm.errors import UserError
 
 Shape = tuple[int, int]  # (height, width) in pixels
 SQUARE, STEPS = 128, 32  # an aspect ratio is a byte, this at 1:1, so many more each time the width doubles: +-1 %, up to 16:1

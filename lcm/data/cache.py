@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from lcm.core.errors import UserError
 from lcm.core.numbers import Count, NonNegative, Positive
 from lcm.data.remote import TooLarge, bring
-from lcm.errors import UserError
-from lcm.files import NO_HANDLES, TRANSIENT, os_error
-from lcm.redaction import redacted
+from lcm.runtime.atomic_io import NO_HANDLES, TRANSIENT, os_error
+from lcm.runtime.redaction import redacted
 
 log = logging.getLogger(__name__)
 

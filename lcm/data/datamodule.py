@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lcm.core.batch import LatentBatch
+from lcm.core.errors import UserError
 from lcm.core.numbers import Count, Positive, Seed, Share, Whole
 from lcm.core.random import RankRows
 from lcm.data.buckets import aspect, shapes_of
@@ -23,7 +24,6 @@ from lcm.data.source import Source, total_dropped
 from lcm.data.stream import PATIENCE, ShardStream
 from lcm.data.transforms import Decode, collate
 from lcm.data.workers import Loader
-from lcm.errors import UserError
 from lcm.models.codec import LatentCodec, to_signed_range
 
 log = logging.getLogger(__name__)

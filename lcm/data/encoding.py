@@ -15,8 +15,8 @@ from lcm.data.latents import DRAWN, POSTERIOR, SIZES, TEXTS
 from lcm.data.members import CAPTIONS, Sample
 from lcm.data.shards import IMAGES
 from lcm.data.transforms import Decode
-from lcm.files import text_of
 from lcm.models.codec import LatentCodec
+from lcm.runtime.atomic_io import text_of
 
 TEXT_MEMBERS = ("json", *CAPTIONS)
 

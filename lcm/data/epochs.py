@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
 
+from lcm.core.errors import UserError
 from lcm.data.buckets import Shape, nearest
 from lcm.data.order import MIX, Mixture, Order, Place, Places, shuffled_turns
 from lcm.data.shards import advice
 from lcm.data.source import Facts, total_dropped
-from lcm.errors import UserError
 
 
 def training_order(

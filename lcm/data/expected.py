@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from lcm.data.remote import connect
 from lcm.data.shards import is_remote, local, scheme_of
-from lcm.redaction import redacted
+from lcm.runtime.redaction import redacted
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"  # {"samples": {<shard>: number}, "bytes": {<shard>: number}, "sha256": {<shard>: hex digits}}

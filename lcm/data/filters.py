@@ -7,8 +7,8 @@ import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from lcm.errors import UserError
-from lcm.files import digest, lines_of
+from lcm.core.errors import UserError
+from lcm.runtime.atomic_io import digest, lines_of
 
 Fields = Mapping[str, Any]
 READING = 2  # raised when a rule reads other fields than before: what was counted with it is counted again

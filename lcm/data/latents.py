@@ -12,11 +12,11 @@ import fsspec
 import numpy as np
 import torch
 
+from lcm.core.errors import UserError
 from lcm.data.members import CaptionChoice, Sample, Skip, skipping
 from lcm.data.shards import LATENTS, first_of, local
-from lcm.errors import UserError
 from lcm.models.codec import LatentCodec
-from lcm.redaction import redacted
+from lcm.runtime.redaction import redacted
 
 POSTERIOR, DRAWN = LATENTS
 SIZES = "sizes.npy"

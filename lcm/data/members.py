@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from lcm.core.errors import UserError
 from lcm.data.filters import lowered
-from lcm.errors import UserError
-from lcm.files import text_of
+from lcm.runtime.atomic_io import text_of
 
 Sample = dict[str, Any]  # "__key__", "__url__" and bytes by extension
 CAPTIONS = ("txt", "caption", "cap")  # members or .json fields; without data.captions the first that says something

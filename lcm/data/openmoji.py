@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import webdataset as wds
-from omegaconf import OmegaConf
 from PIL import Image
 from rich.progress import track
 
+from lcm.core.errors import UserError
 from lcm.core.numbers import Count
-from lcm.errors import UserError
-from lcm.files import writable
+from lcm.runtime.atomic_io import writable
 
 BACKGROUNDS = {
     "color": {
@@ -133,11 +132,8 @@ def is_wanted(root: str, wanted: Any) -> bool:
 
 
 def held_out(root: str, shards: Any) -> str | None:
-    """Return the validation shards of `root` for those who train on OpenMoji, None for those who train on something else."""
+    """Return the validation shards in `root` if `shards` are OpenMoji's, else None: OpenMoji validates no other data."""
     return f"{root}/val-*.tar" if is_read(root, shards) else None
-
-
-OmegaConf.register_new_resolver("held_out", held_out)
 
 
 def build(

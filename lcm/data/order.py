@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
-from lcm.errors import UserError
+from lcm.core.errors import UserError
 
 MIX = 1000  # positions over which several sources keep to their weights exactly
 

@@ -22,9 +22,9 @@ from typing import Any, BinaryIO
 
 from braceexpand import braceexpand
 
+from lcm.core.errors import UserError
 from lcm.data.members import CAPTIONS, Sample, Skip, captions_of, metadata
-from lcm.errors import UserError
-from lcm.files import lines_of
+from lcm.runtime.atomic_io import lines_of
 
 IMAGES = ("png", "jpg", "jpeg", "webp", "img")
 LATENTS = ("latent.npy", "sample.npy")  # in place of an image, see `lcm.data.latents`

@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from lcm.errors import UserError
+from lcm.core.errors import UserError
 
 ENOUGH = 1000  # samples seen before their share of skipped ones means something
 

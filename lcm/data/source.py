@@ -14,16 +14,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
+from lcm.core.errors import UserError
 from lcm.data.cache import ShardCache
 from lcm.data.expected import Manifests
 from lcm.data.filters import Filters
 from lcm.data.members import CAPTIONS, Sample, Skip, caption_of, captions_of, metadata, weights_of
-from lcm.data.shards import IMAGES, LATENTS, Shard, advice, is_remote, local, why_empty
-from lcm.errors import UserError
-from lcm.files import NO_HANDLES, TRANSIENT, digest, os_error
-from lcm.redaction import redacted
+from lcm.data.shards import IMAGES, LATENTS, Shard, advice, expand_urls, is_remote, local, why_empty
+from lcm.runtime.atomic_io import NO_HANDLES, TRANSIENT, digest, os_error
+from lcm.runtime.redaction import redacted
 
 log = logging.getLogger(__name__)
 TRIED = 8  # shards that may be dead before the first that is looked into
@@ -66,6 +67,12 @@ class Source:
         self.cache, self.index, self.manifests = cache, index, Manifests()
         self.counted: dict[str, Facts] = {}
         self.sound = 0
+
+    @classmethod
+    def of_option(cls, cfg: DictConfig, option: str, cache: ShardCache | None) -> "Source":
+        """Return the shards that a program's option names, such as `val_shards` of sample.py."""
+        captions: Any = OmegaConf.to_container(cfg.captions) if cfg.captions else None
+        return cls(expand_urls(cfg[option], option), captions=captions, cache=cache, option=option)
 
     def part(self, url: str) -> "Source":
         """Return one shard alone, read in the same way."""

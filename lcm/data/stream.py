@@ -16,12 +16,12 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from lcm.core.errors import UserError
 from lcm.data.members import Sample, Skip, skipping
 from lcm.data.order import Place, Places
 from lcm.data.shards import Shard, is_remote
 from lcm.data.source import Source
-from lcm.errors import UserError
-from lcm.redaction import redacted
+from lcm.runtime.redaction import redacted
 
 log = logging.getLogger(__name__)
 PATIENCE = 256  # samples in a row that may fail to decode

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from lcm import signals
-from lcm.errors import UserError
+from lcm.core.errors import UserError
+from lcm.runtime import signals
 
 DIED = "a data worker died: if memory ran out, set a smaller data.num_workers, data.shuffle or data.batch_size"
 SHARED_MEMORY = (

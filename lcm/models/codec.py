@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lcm.core.batch import LatentBatch
 from lcm.core.denoiser import Condition
+from lcm.core.errors import NonFiniteError
 from lcm.core.process import per_sample
 from lcm.core.random import RankRows, normal
-from lcm.errors import NonFiniteError
 from lcm.models.families import on_device
 from lcm.models.text import TextEncoder
 

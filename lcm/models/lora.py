@@ -8,9 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from lcm.errors import UserError
+from lcm.core.errors import UserError
 from lcm.models.families import Family
-from lcm.models.parts import check_saved
+from lcm.models.loading import check_saved
 from lcm.models.student import sharing
 
 NAME = "default"  # peft's and diffusers' name of an only adapter

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
+from lcm.core.errors import UserError
 from lcm.core.numbers import Count, Dtype, NonNegative
 from lcm.core.process import Process, process_of
-from lcm.errors import UserError
+from lcm.models.attention import check_compiler
 from lcm.models.codec import LatentCodec
 from lcm.models.families import Family, families, family_of
-from lcm.models.kernels import check_compiler
-from lcm.models.parts import load_part, load_tokenizer, read_json
+from lcm.models.loading import load_part, load_tokenizer, read_json
 from lcm.models.text import TextEncoder
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json")  # of Stable Diffusion, for messages

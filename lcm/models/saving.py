@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import CLIPModel, CLIPTokenizer
 
-from lcm.files import remove
 from lcm.models.families import Family
+from lcm.models.loading import CLIP_TYPES, check_finite, check_header, load_part, read_json, rounded, weight_files
 from lcm.models.lora import is_adapted, merged, save_adapters
-from lcm.models.parts import CLIP_TYPES, check_finite, check_header, load_part, read_json, rounded, weight_files
+from lcm.runtime.atomic_io import remove
 
 PREFIX = "text_model."  # of a text encoder's weights, which transformers from 5.6 on leaves out and others need
 FLAT = ("embeddings.", "encoder.", "final_layer_norm.")

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lcm.core.denoiser import Condition, Network
-from lcm.errors import UserError
+from lcm.core.errors import UserError
 from lcm.models.families import Family
 
 

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lcm.core.random import normal
-from lcm.models.parts import rounded
+from lcm.models.loading import rounded
 from lcm.modules.base import TrainedModule
 
 

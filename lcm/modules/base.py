@@ -13,9 +13,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lcm.core.errors import UserError
 from lcm.core.numbers import Positive, Seed, Whole
 from lcm.core.random import RankRows
-from lcm.errors import UserError
 
 Optimizer = Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer]
 LRSchedule = Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler]

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from lcm.core.denoiser import Denoiser
 from lcm.core.ema import ema_update_
+from lcm.core.errors import UserError
 from lcm.core.guidance import check_w_range
 from lcm.core.objectives.consistency import Distance, Networks
 from lcm.core.process import Process
-from lcm.errors import UserError
 from lcm.models.families import network_like
 from lcm.models.lora import expect_no_frozen, leave_out_frozen, with_adapters
 from lcm.models.pipeline import load_family, load_prediction_type

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from lcm.core.batch import LatentBatch
 from lcm.core.ema import ema_update_
+from lcm.core.errors import UserError
 from lcm.core.guidance import check_w_range
 from lcm.core.numbers import Count
 from lcm.core.objectives.consistency import Networks
 from lcm.core.objectives.guided_distillation import GuidedDistillationObjective
 from lcm.core.process import Process
-from lcm.errors import UserError
 from lcm.models.pipeline import load_family
 from lcm.models.saving import save_network
 from lcm.models.sharding import whole

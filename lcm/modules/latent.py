@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from lcm.core.batch import LatentBatch
 from lcm.core.denoiser import Condition, Denoiser, Network
 from lcm.core.ema import ema_update_, warmed_up
+from lcm.core.errors import UserError
 from lcm.core.numbers import Positive, Share
 from lcm.core.process import Process
-from lcm.errors import UserError
+from lcm.models.attention import allow_graphs, check_compiler, fast_attention, recomputed
 from lcm.models.codec import LatentCodec
-from lcm.models.generate import LatentModel
-from lcm.models.kernels import allow_graphs, check_compiler, fast_attention, recomputed
 from lcm.models.pipeline import find, load_family, load_prediction_type
 from lcm.models.saving import save_pipeline
 from lcm.models.sharding import is_sharded, shard, whole
 from lcm.models.student import as_network, frozen_copy
+from lcm.models.text_to_image import TextToImage
 from lcm.modules.base import TrainedModule
 
 log = logging.getLogger(__name__)
@@ -176,8 +176,8 @@ class LatentModule(TrainedModule):
         """The network to sample, validate and save: the evaluation EMA if there is one."""
         return self.net if self.ema_net is None else self.ema_net
 
-    def latent_model(self, codec: LatentCodec) -> LatentModel:
-        return LatentModel(self.family, self.best_net, self.process, self.prediction_type, codec.to(self.device), self.facts())
+    def text_to_image(self, codec: LatentCodec) -> TextToImage:
+        return TextToImage(self.family, self.best_net, self.process, self.prediction_type, codec.to(self.device), self.facts())
 
     def facts(self) -> dict[str, Any]:
         """Return the content of `lcm.json` in the saved folder."""

@@ -5,8 +5,8 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lcm.core.errors import UserError
 from lcm.core.numbers import Share, Whole
-from lcm.errors import UserError
 
 
 def constant(optimizer: Optimizer, max_steps: int, *, warmup: Whole = 0) -> LambdaLR:

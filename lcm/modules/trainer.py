@@ -4,8 +4,8 @@ from typing import Annotated, Any
 
 import lightning as L
 
+from lcm.core.errors import UserError
 from lcm.core.numbers import Count, Limit, Positive
-from lcm.errors import UserError
 
 PRECISIONS = ("32-true", "bf16-mixed", "32", "bf16")
 

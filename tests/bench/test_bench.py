@@ -12,8 +12,8 @@ from PIL import Image
 from lcm.bench import components, data, memory, peers, sampling, scaling, soak, step
 from lcm.bench.measure import Table, in_turn, machine
 from lcm.bench.shards import photo
+from lcm.core.errors import UserError
 from lcm.core.random import generator
-from lcm.errors import UserError
 from lcm.models.families.sd import StableDiffusion
 
 

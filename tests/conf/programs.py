@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from lcm.composition import compose, prepare
+from lcm.app.composition import compose, prepare
 
 MODULES = {"train": "train", "sample": "sample", "bench": "lcm.bench.__main__"}
 PROGRAMS = ["train", "sample", "evaluate", "encode", "preview", "manifest", "bench", "export"]

@@ -10,12 +10,12 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from lcm import composition
-from lcm.command_line import build, expand_home
-from lcm.composition import check_composed, compose, dotted_keys, prepare
-from lcm.errors import UserError
-from lcm.inputs import pick_device
-from lcm.targets import CONF
+from lcm.app import composition
+from lcm.app.cli import build, expand_home
+from lcm.app.composition import check_composed, compose, dotted_keys, prepare
+from lcm.app.inputs import pick_device
+from lcm.app.targets import CONF
+from lcm.core.errors import UserError
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 FULL_SIZE = {

@@ -7,8 +7,8 @@ import torch
 
 from lcm.core import solvers
 from lcm.core.denoiser import PREDICTION_TYPES, Denoiser, seen_from
+from lcm.core.errors import UserError
 from lcm.core.process import VP, Flow
-from lcm.errors import UserError
 from tests.core.gaussian import exact
 
 every_type = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)

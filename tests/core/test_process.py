@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
+from lcm.core.errors import UserError
 from lcm.core.process import BETA_SCHEDULES, VP, Flow, process_of
-from lcm.errors import UserError
 
 ALL = torch.arange(1000)
 EVERY_SCHEDULE = [(kind, zero_snr) for kind in BETA_SCHEDULES for zero_snr in (False, True)]

@@ -16,7 +16,7 @@ from lcm.core.timesteps import consistency_steps, trailing_steps
 from tests.core.gaussian import Gaussian, network
 
 CONF = Path(__file__).parents[2] / "conf"
-SAMPLERS = {path.stem: instantiate(OmegaConf.load(path)) for path in sorted((CONF / "solver").glob("*.yaml"))}
+SAMPLERS = {path.stem: instantiate(OmegaConf.load(path)) for path in sorted((CONF / "sampler").glob("*.yaml"))}
 ODES = {name: sampler for name, sampler in SAMPLERS.items() if name not in ("lcm", "ddpm")}
 for path in sorted((CONF / "model/solver").glob("*.yaml")):
     ODES[f"model/{path.stem}"] = partial(sampling.ode, solver=instantiate(OmegaConf.load(path)))

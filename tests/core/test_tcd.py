@@ -6,12 +6,12 @@ import torch
 
 from lcm.core import losses, solvers
 from lcm.core.denoiser import PREDICTION_TYPES
+from lcm.core.errors import UserError
 from lcm.core.objectives.consistency import ConsistencyDraws, Networks
 from lcm.core.objectives.distillation import LatentConsistencyDistillation
 from lcm.core.objectives.tcd import TrajectoryConsistencyDistillation, TrajectoryDraws
 from lcm.core.process import VP, Flow
 from lcm.core.timesteps import consistency_steps, full, grid, trailing_steps
-from lcm.errors import UserError
 from tests.core.gaussian import exact
 from tests.core.test_objectives import SHAPE, B, Recorder, Scale, a_batch, denoisers, rng, says_its_caption, some_draws
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler
 
+from lcm.core.errors import UserError
 from lcm.core.process import VP, Flow
 from lcm.core.timesteps import consistency_steps, full, grid, karras, neighbours, points_of, skip_pair, trailing_steps
-from lcm.errors import UserError
 
 
 def test_grid_is_the_released_models():

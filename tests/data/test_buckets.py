@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from PIL import Image, ImageFile
 
+from lcm.core.errors import UserError
 from lcm.data.buckets import SQUARE, STEPS, aspect, nearest, shapes_of
-from lcm.errors import UserError
 
 
 def picture(width: int, height: int, kind: str = "PNG", orientation: int = 1) -> dict[str, Any]:

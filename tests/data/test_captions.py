@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lcm.core.errors import UserError
 from lcm.data.captions import read_captions, read_images
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.encoding import Variants
@@ -18,8 +19,7 @@ from lcm.data.members import CaptionChoice, Skip, caption_of, captions_of
 from lcm.data.shards import Shard, expand_urls
 from lcm.data.source import Source
 from lcm.data.transforms import Decode
-from lcm.errors import UserError
-from lcm.files import lines_of
+from lcm.runtime.atomic_io import lines_of
 from tests.data.conftest import png
 
 Members = dict[str, bytes]

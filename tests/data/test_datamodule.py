@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from lcm import signals
 from lcm.core.batch import LatentBatch
+from lcm.core.errors import UserError
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.filters import Filters
 from lcm.data.workers import init_worker, kill, workers_watched
-from lcm.errors import UserError
 from lcm.models.codec import LatentCodec
 from lcm.models.pipeline import load_codec
+from lcm.runtime import signals
 from tests.data.conftest import pairs, png, write_shard, write_tar
 
 
@@ -346,7 +346,7 @@ def test_a_worker_ends_when_its_parent_asks_for_it(says_who: bool, monkeypatch: 
     """macOS has no sigwaitinfo, which tells who sent a signal."""
     if not says_who:
         monkeypatch.delattr(signal, "sigwaitinfo")
-    monkeypatch.setattr("lcm.signals.GRACE", 0.1)
+    monkeypatch.setattr("lcm.runtime.signals.GRACE", 0.1)
 
     def work() -> None:
         init_worker(0)

@@ -13,6 +13,7 @@ import webdataset as wds
 from tqdm import tqdm
 
 from lcm.core.batch import LatentBatch
+from lcm.core.errors import UserError
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.encoding import Encoder, Variants
 from lcm.data.latents import DRAWN, POSTERIOR, TEXTS, DecodeLatents, short, stamp
@@ -20,7 +21,6 @@ from lcm.data.shards import Shard
 from lcm.data.source import Source
 from lcm.data.transforms import Decode
 from lcm.encode import claim, done_file, encode_shard
-from lcm.errors import UserError
 from lcm.models.codec import LatentCodec
 from lcm.models.pipeline import load_codec
 from lcm.models.text import TextEncoder

@@ -6,11 +6,11 @@ from collections import Counter
 
 import pytest
 
+from lcm.core.errors import UserError
 from lcm.data.buckets import SQUARE, nearest
 from lcm.data.epochs import Turns, training_order, validation_order
 from lcm.data.order import Mixture, Order
 from lcm.data.source import Facts
-from lcm.errors import UserError
 
 SHAPES = [(64, 64), (48, 80), (80, 48), (32, 128)]
 

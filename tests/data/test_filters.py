@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from lcm.core.errors import UserError
 from lcm.data.filters import RULES, Filters
-from lcm.errors import UserError
 
 URL = "https://example.org/Cat.jpg"
 URL_HASH = hashlib.sha256(URL.encode()).hexdigest()

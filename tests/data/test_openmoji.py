@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hydra.utils import instantiate
 
-from lcm.composition import compose
+from lcm.app.composition import compose
+from lcm.core.errors import UserError
 from lcm.data import openmoji
 from lcm.data.captions import read_samples
 from lcm.data.openmoji import (
@@ -24,7 +25,6 @@ from lcm.data.openmoji import (
 )
 from lcm.data.shards import expand_urls
 from lcm.data.source import Source
-from lcm.errors import UserError
 
 
 def captions(folder: Path, split: str) -> list[str]:

@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import pytest
 
+from lcm.core.errors import UserError
 from lcm.data.order import MIX, Mixture, Order
-from lcm.errors import UserError
 
 COUNTS = (11, 0, 12, 13, 1, 9)
 SIZE = sum(COUNTS)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from lcm.core.errors import UserError
 from lcm.data.shards import Shard, expand_urls
-from lcm.errors import UserError
-from lcm.redaction import redacted
+from lcm.runtime.redaction import redacted
 from tests.data.conftest import SIZES, pairs, png, write_shard, write_tar
 
 

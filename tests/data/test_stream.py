@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from lcm.core.errors import UserError
 from lcm.data.buckets import aspect
 from lcm.data.epochs import training_order, validation_order
 from lcm.data.members import Skip
@@ -21,7 +22,6 @@ from lcm.data.shards import Shard
 from lcm.data.source import Source
 from lcm.data.stream import ShardStream
 from lcm.data.transforms import Decode, collate
-from lcm.errors import UserError
 from tests.data.conftest import SIZES, gather, keep, keys, pairs, png, stream, take, write_shard
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -17,10 +17,10 @@ import torch
 from PIL import Image, ImageFile, JpegImagePlugin
 from torch import Tensor
 
+from lcm.core.errors import UserError
 from lcm.data import transforms
 from lcm.data.members import Skip, caption_of
 from lcm.data.transforms import Decode, collate
-from lcm.errors import UserError
 
 SIZE = 32
 TRANSPOSE = Image.Transpose

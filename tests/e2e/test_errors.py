@@ -81,7 +81,7 @@ def test_a_diverging_loss_stops_and_keeps_the_last_good_checkpoint(run, tiny, tm
 
 
 def test_sample_refuses_more_steps_than_the_grid_and_empty_prompts(run, tiny, tiny_pipeline, tmp_path):
-    assert "use 1 to 50" in complaint(run("sample.py", f"pipeline={tiny_pipeline}", "solver=lcm", "steps=60", "prompts=a"))
+    assert "use 1 to 50" in complaint(run("sample.py", f"pipeline={tiny_pipeline}", "sampler=lcm", "steps=60", "prompts=a"))
     (tmp_path / "p.txt").write_text("\n")
     assert "has no prompts" in complaint(run("sample.py", f"pipeline={tiny_pipeline}", "prompts=p.txt"))
     (tmp_path / "p.txt").write_bytes(b"caf\xe9")

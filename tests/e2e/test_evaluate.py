@@ -15,11 +15,11 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lcm.composition import compose
-from lcm.errors import UserError
+from lcm.app.composition import compose
+from lcm.core.errors import UserError
 from lcm.evaluate import evaluate
-from lcm.metrics.features import scores
-from lcm.models import generate
+from lcm.evaluate.features import scores
+from lcm.models import text_to_image as generate
 from lcm.models.pipeline import load_network
 from lcm.models.saving import save_network
 from tests.e2e.conftest import command, environment, tiny_data
@@ -65,27 +65,27 @@ def run(tmp_path, tiny_pipeline, student, shards, cache):
 @pytest.fixture
 def drawn(monkeypatch):
     """The seeds of every image that is drawn."""
-    seeds, latents = [], generate.LatentModel.latents
+    seeds, latents = [], generate.TextToImage.latents
 
     def counted(self, prompts, batch, **kwargs):
         seeds.extend(batch)
         return latents(self, prompts, batch, **kwargs)
 
-    monkeypatch.setattr(generate.LatentModel, "latents", counted)
+    monkeypatch.setattr(generate.TextToImage, "latents", counted)
     return seeds
 
 
 @pytest.fixture
 def drawn_sizes(monkeypatch):
     """(height, width) of every batch of images that is drawn."""
-    sizes, images = [], generate.LatentModel.images
+    sizes, images = [], generate.TextToImage.images
 
     def noted(self, *args, **kwargs):
         for batch in images(self, *args, **kwargs):
             sizes.append(tuple(batch.shape[2:]))
             yield batch
 
-    monkeypatch.setattr(generate.LatentModel, "images", noted)
+    monkeypatch.setattr(generate.TextToImage, "images", noted)
     return sizes
 
 
@@ -135,7 +135,7 @@ def test_other_metrics_and_more_samples_draw_only_what_is_new(run, drawn):
 def test_a_killed_run_goes_on_with_what_is_missing(run, drawn, monkeypatch):
     whole = run(output="whole")
     drawn.clear()
-    latents = generate.LatentModel.latents
+    latents = generate.TextToImage.latents
 
     def killed(self, *args, **kwargs):
         if len(drawn) >= 14:
@@ -143,7 +143,7 @@ def test_a_killed_run_goes_on_with_what_is_missing(run, drawn, monkeypatch):
         return latents(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate.LatentModel, "latents", killed)
+        patch.setattr(generate.TextToImage, "latents", killed)
         with pytest.raises(KeyboardInterrupt):
             run()
     assert run() == whole
@@ -166,7 +166,7 @@ def test_processes_share_out_the_chunks_and_give_the_same_digits(run, drawn):
 
 def test_another_w_seed_solver_or_weight_is_drawn_anew(run, drawn, tmp_path, student):
     run()
-    for change in ("w=1.0", "seed=1", "+entries.LCM.solver=ddim"):
+    for change in ("w=1.0", "seed=1", "+entries.LCM.sampler=ddim"):
         drawn.clear()
         run(change)
         assert drawn, change
@@ -227,7 +227,7 @@ def test_images_that_are_not_finite_are_an_error_and_no_row(run, tiny_pipeline, 
 
 
 def test_features_that_are_not_finite_are_an_error(run, shards, tmp_path, monkeypatch):
-    monkeypatch.setattr("lcm.metrics.clip.ClipBackbone.forward", lambda self, x: torch.full((len(x), 8), float("inf")))
+    monkeypatch.setattr("lcm.evaluate.clip.ClipBackbone.forward", lambda self, x: torch.full((len(x), 8), float("inf")))
     with pytest.raises(UserError, match="the clip features are not finite: the backbone's weights are damaged"):
         run(f"reference_cache={tmp_path}/reference")
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -301,7 +301,7 @@ def test_loggers_get_metrics_and_pictures(run, tmp_path):
         ("entries.LCM.steps=[1,1]", "entries.LCM.steps has 1 twice"),
         ("w=[2,2]", "entries.DDIM.w has 2 twice"),
         ("entries.LCM.steps=[60]", "use 1 to 50"),
-        ("+entries.LCM.solver=dddim", "entries.LCM.solver=dddim is none of ddim"),
+        ("+entries.LCM.sampler=dddim", "entries.LCM.sampler=dddim is none of ddim"),
         ("metrics=[fidd]", "metrics has 'fidd', which is none of fid, kid, cmmd, clip_score"),
         ("samples=1", "at least 2 samples"),
         ("samples=[2,4]", "samples=[2, 4]: images are drawn at one samples="),

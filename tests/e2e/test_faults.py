@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcm.checkpoints.found import newest_whole
+from lcm.runtime.resume import newest_whole
 from tests.e2e.conftest import command, environment
 from tests.e2e.test_errors import complaint
 from tests.e2e.test_resume import losses

@@ -7,9 +7,9 @@ import shutil
 import pytest
 from PIL import Image
 
-from lcm.errors import UserError
+from lcm.app.pipelines import find_pipeline
+from lcm.core.errors import UserError
 from lcm.models.pipeline import load_network
-from lcm.runs import find_pipeline
 from tests.e2e.test_errors import complaint
 from tests.models.conftest import save_student, save_teacher
 

@@ -5,7 +5,7 @@ import tarfile
 
 import pytest
 
-from lcm.checkpoints.atomic import AtomicCheckpointIO
+from lcm.runtime.checkpoint_io import AtomicCheckpointIO
 from tests.security.test_hostile_files import Trap, hostile_tar
 
 pytestmark = pytest.mark.slow

@@ -16,10 +16,10 @@ from pathlib import Path
 from unittest import mock
 
 LIBRARIES = [
-    "lcm.cells",
-    "lcm.command_line",
-    "lcm.report",
-    "lcm.runs",
+    "lcm.evaluate.jobs",
+    "lcm.app.cli",
+    "lcm.evaluate.report",
+    "lcm.runtime.run_dir",
     "lcm.data.datamodule",
     "lcm.data.workers",
     "lcm.modules.consistency",

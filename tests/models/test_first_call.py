@@ -22,10 +22,10 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, 
 
 from lcm.core import sampling
 from lcm.core.random import ImageNoise
-from lcm.models.generate import LatentModel
 from lcm.models.lora import with_adapters
 from lcm.models.pipeline import ASSETS, load_codec, load_family, load_network, training_facts
 from lcm.models.saving import save_clip
+from lcm.models.text_to_image import TextToImage
 from tests.models.conftest import save_student, save_teacher
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -101,7 +101,7 @@ def same_noise(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 def difference(image: Image.Image, folder: Path, **options: Any) -> float:
     """Of the mean grey level between diffusers' image and ours."""
-    [ours] = LatentModel.load(str(folder)).images([PROMPT], [SEED], **options)
+    [ours] = TextToImage.load(str(folder)).images([PROMPT], [SEED], **options)
     return float(np.abs(ours[0].permute(1, 2, 0).numpy().astype(int) - np.asarray(image).astype(int)).mean())
 
 

@@ -10,11 +10,11 @@ import pytest
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from lcm.errors import UserError
+from lcm.app.pipelines import chosen, find_pipeline, resolve_models
+from lcm.core.errors import UserError
 from lcm.models import pipeline as pipelines
-from lcm.models.generate import LatentModel
 from lcm.models.pipeline import find, load_network
-from lcm.runs import chosen, find_pipeline, resolve_models
+from lcm.models.text_to_image import TextToImage
 
 
 @pytest.fixture
@@ -127,18 +127,18 @@ def test_another_folder_is_named_for_what_it_is(kind: str, tiny_pipeline: Path, 
 
 def test_adapters_beside_a_pipeline_are_said_to_be_unused(tiny_pipeline: Path, tmp_path: Path, caplog: Any) -> None:
     folder = adapters(shutil.copytree(tiny_pipeline, tmp_path / "both"))
-    LatentModel.load(str(folder))
+    TextToImage.load(str(folder))
     assert [record.message for record in caplog.records if "is not used, the network beside it is as it is" in record.message]
     caplog.clear()
     (folder / "lcm.json").write_text('{"rank": 4}')  # as a run of this project saves: they are merged
-    LatentModel.load(str(folder))
+    TextToImage.load(str(folder))
     assert "is not used" not in caplog.text
 
 
 def test_a_hub_id_is_looked_up_once(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked_up = []
     monkeypatch.setattr(pipelines, "download", lambda hub_id: looked_up.append(hub_id) or tiny_pipeline)
-    LatentModel.load("owner/name")
+    TextToImage.load("owner/name")
     assert looked_up == ["owner/name"]
 
 

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lcm.errors import UserError
-from lcm.metrics.clip import mini_clip, pretrained_clip
-from lcm.models.generate import LatentModel
+from lcm.core.errors import UserError
+from lcm.evaluate.clip import mini_clip, pretrained_clip
+from lcm.models.loading import rounded
 from lcm.models.lora import with_adapters
-from lcm.models.parts import rounded
 from lcm.models.pipeline import load_codec, load_family, load_network
+from lcm.models.text_to_image import TextToImage
 from tests.models.conftest import save_student, save_teacher
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * b"0" + b"\nsize 492265168\n"
@@ -114,8 +114,8 @@ def test_weights_too_large_for_half_precision_are_a_user_error(tiny_pipeline: Pa
     folder = shutil.copytree(tiny_pipeline, tmp_path / "large")
     unet.save_pretrained(folder / "unet")
     with pytest.raises(UserError, match=r"are not finite in float16, whose largest number is 65504, such as conv_out\.weight"):
-        LatentModel.load(str(folder), dtype=torch.float16)
-    LatentModel.load(str(folder), dtype=torch.bfloat16)
+        TextToImage.load(str(folder), dtype=torch.float16)
+    TextToImage.load(str(folder), dtype=torch.bfloat16)
 
     with pytest.raises(UserError, match=r"1 of the weights to save are too large for float16, such as conv_out\.weight \(7e"):
         save_teacher(tmp_path / "half", unet, tiny_pipeline, dtype=torch.float16)
@@ -173,7 +173,7 @@ def test_keys_that_a_configuration_has_too_many_are_ignored(part: str, tiny_pipe
     assert same(family.with_w(load_network(tiny_pipeline)), family.with_w(load_network(folder)))
     load_codec(folder)
     save_student(tmp_path / "student", folder)
-    LatentModel.load(str(tmp_path / "student"))
+    TextToImage.load(str(tmp_path / "student"))
 
 
 @pytest.mark.parametrize("length", [..., None, 10**30, 512])

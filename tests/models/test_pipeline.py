@@ -13,11 +13,10 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
 from lcm.core import sampling
+from lcm.core.errors import UserError
 from lcm.core.objectives.denoising import ddim_scheduler
 from lcm.core.process import VP
 from lcm.core.random import ImageNoise
-from lcm.errors import UserError
-from lcm.models.generate import LatentModel
 from lcm.models.pipeline import (
     download,
     find,
@@ -29,6 +28,7 @@ from lcm.models.pipeline import (
     training_facts,
 )
 from lcm.models.saving import save_pipeline
+from lcm.models.text_to_image import TextToImage
 from tests.conftest import tiny_unet
 from tests.models.conftest import save_student, save_teacher
 
@@ -125,7 +125,7 @@ def test_broken_json_is_a_user_error_that_names_it(tiny_pipeline: Path, tmp_path
     folder = shutil.copytree(tiny_pipeline, tmp_path / "broken")
     (folder / file).write_text('{"sample_size": ')
     with pytest.raises(UserError, match=f"{file}.* (is )?not .*JSON"):
-        LatentModel.load(str(folder))
+        TextToImage.load(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_an_unknown_schedule_is_a_user_error(tiny_pipeline: Path, tmp_path: Path
 def test_an_unknown_prediction_type_is_a_user_error(tiny_pipeline: Path, tmp_path: Path) -> None:
     folder = with_scheduler(tmp_path / "odd", tiny_pipeline, prediction_type="flow")
     with pytest.raises(UserError, match="unknown prediction_type"):
-        LatentModel.load(folder).latents(["rocket"], [0], steps=1, w=0.0)
+        TextToImage.load(folder).latents(["rocket"], [0], steps=1, w=0.0)
 
 
 @pytest.mark.parametrize("consistency", [False, True])
@@ -190,7 +190,7 @@ def test_a_round_trip_keeps_weights_and_schedule(tiny_pipeline: Path, tmp_path: 
     assert load_prediction_type(folder) == "v_prediction"
     facts = {"sampler": "consistency", "points": 50} if consistency else {"sampler": "ddim"}
     assert training_facts(folder) == {**facts, "w_max": 3.0}
-    assert LatentModel.load(folder).consistency == consistency
+    assert TextToImage.load(folder).consistency == consistency
 
 
 def test_saving_leaves_the_network_as_it_was(tiny_pipeline: Path, tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def teacher_latents(folder: str, steps: int, w: float) -> tuple[torch.Tensor, to
     pipe.set_progress_bar_config(disable=True)
     options = {"guidance_scale": w + 1, "num_inference_steps": steps, "latents": ImageNoise(SEEDS, (4, 8, 8))()}
     theirs = pipe(PROMPTS, output_type="latent", **options).images
-    return LatentModel.load(folder).latents(PROMPTS, SEEDS, steps=steps, w=w, sampler=sampling.ddim), theirs
+    return TextToImage.load(folder).latents(PROMPTS, SEEDS, steps=steps, w=w, sampler=sampling.ddim), theirs
 
 
 @pytest.mark.parametrize(("steps", "w"), [(1, 3.0), (4, 7.5), (10, 0.0), (50, 2.0)])
@@ -264,7 +264,7 @@ def test_diffusers_decodes_to_the_same_images(tiny_pipeline: Path) -> None:
     pipe.set_progress_bar_config(disable=True)
     noise = ImageNoise(SEEDS, (4, 8, 8))()
     theirs = pipe(PROMPTS, latents=noise, num_inference_steps=4, guidance_scale=3.0, output_type="pt").images
-    [ours] = LatentModel.load(str(tiny_pipeline)).images(PROMPTS, SEEDS, steps=4, w=2.0, sampler=sampling.ddim)
+    [ours] = TextToImage.load(str(tiny_pipeline)).images(PROMPTS, SEEDS, steps=4, w=2.0, sampler=sampling.ddim)
     assert (ours - 255 * theirs).abs().max() <= 1
 
 
@@ -279,30 +279,30 @@ def student_samples(folder: str, steps: int, w: float, output_type: str = "laten
 @pytest.mark.parametrize("w", [2.0, 11.5])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
 def test_diffusers_samples_the_student_alike(student: str, steps: int, w: float) -> None:
-    ours = LatentModel.load(student).latents(PROMPTS, SEEDS, steps=steps, w=w)
+    ours = TextToImage.load(student).latents(PROMPTS, SEEDS, steps=steps, w=w)
     assert_alike(ours, student_samples(student, steps, w))
 
 
 @pytest.mark.parametrize("points", [20, 100])
 def test_diffusers_samples_a_student_of_another_grid_alike(tiny_pipeline: Path, tmp_path: Path, points: int) -> None:
     folder = save_student(tmp_path / "model", tiny_pipeline, points=points)
-    ours = LatentModel.load(folder).latents(PROMPTS, SEEDS, steps=3, w=6.0)
+    ours = TextToImage.load(folder).latents(PROMPTS, SEEDS, steps=3, w=6.0)
     assert_alike(ours, student_samples(folder, 3, 6.0))
 
 
 @pytest.mark.parametrize("schedule", [{}, {"rescale_betas_zero_snr": True}])
 def test_diffusers_samples_a_v_predicting_student_alike(tiny_pipeline: Path, tmp_path: Path, schedule: dict[str, bool]) -> None:
     folder = save_student(tmp_path / "v", tiny_pipeline, "v_prediction", VP(**schedule))
-    assert_alike(LatentModel.load(folder).latents(PROMPTS, SEEDS, steps=4, w=6.0), student_samples(folder, 4, 6.0))
+    assert_alike(TextToImage.load(folder).latents(PROMPTS, SEEDS, steps=4, w=6.0), student_samples(folder, 4, 6.0))
 
 
 def test_diffusers_makes_the_students_images(student: str) -> None:
-    [ours] = LatentModel.load(student).images(PROMPTS, SEEDS, steps=4, w=7.0)
+    [ours] = TextToImage.load(student).images(PROMPTS, SEEDS, steps=4, w=7.0)
     assert (ours - 255 * student_samples(student, 4, 7.0, "pt")).abs().max() <= 1
 
 
 def test_w_matters_to_the_student(student: str) -> None:
-    model = LatentModel.load(student)
+    model = TextToImage.load(student)
     assert not torch.allclose(*(model.latents(PROMPTS, SEEDS, steps=1, w=w) for w in (2.0, 11.5)), rtol=1e-3)
 
 

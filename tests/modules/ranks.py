@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lcm.checkpoints.atomic import AtomicCheckpointIO
 from lcm.core.batch import LatentBatch
+from lcm.core.errors import UserError
 from lcm.core.random import generator
-from lcm.errors import UserError
 from lcm.modules.base import TrainedModule
-from lcm.strategies.fsdp import FullySharded
+from lcm.runtime.checkpoint_io import AtomicCheckpointIO
+from lcm.runtime.fsdp import FullySharded
 from tests.modules.conftest import new_module
 
 RANKS, STEPS, HALF = 2, 4, 2

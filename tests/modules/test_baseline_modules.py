@@ -14,19 +14,19 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
-from lcm.checkpoints.atomic import AtomicCheckpointIO
-from lcm.command_line import build
-from lcm.composition import compose
+from lcm.app.cli import build
+from lcm.app.composition import compose
 from lcm.core import sampling
 from lcm.core.consistency import cm_consistency_fn
 from lcm.core.denoiser import Denoiser
+from lcm.core.errors import UserError
 from lcm.core.objectives.consistency_models import grid_points
 from lcm.core.timesteps import karras
-from lcm.errors import UserError
 from lcm.export import trained
-from lcm.models.generate import LatentModel
 from lcm.models.pipeline import load_network
 from lcm.models.student import as_network
+from lcm.models.text_to_image import TextToImage
+from lcm.runtime.checkpoint_io import AtomicCheckpointIO
 
 Make = Callable[..., Any]
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
@@ -79,7 +79,7 @@ def test_the_saved_folder_holds_every_student(training: Make, data: Make, fit: M
     module.save_model(folder := str(tmp_path / "model"))
     for name, batch in (("unet_4", 5), ("unet_2", 7), ("unet", 9)):
         assert torch.equal(vector(load_network(folder, name=name)), watch.after[batch].half().float())
-    model = LatentModel.load(folder)
+    model = TextToImage.load(folder)
     assert list(model.students) == [4, 2, 1]
     images = [model.latents(["rocket"], [0], steps=steps, w=3.0) for steps in (1, 2, 4)]
     assert all(image.isfinite().all() for image in images)
@@ -91,8 +91,8 @@ def test_the_saved_folder_holds_every_student(training: Make, data: Make, fit: M
     assert StableDiffusionPipeline.from_pretrained(folder).unet.config.time_cond_proj_dim == 256
 
 
-def run_ddim(model: LatentModel, net: Any, steps: int) -> Tensor:
-    plain = LatentModel(model.family, net, model.process, model.prediction_type, model.codec)
+def run_ddim(model: TextToImage, net: Any, steps: int) -> Tensor:
+    plain = TextToImage(model.family, net, model.process, model.prediction_type, model.codec)
     return plain.latents(["rocket"], [0], steps=steps, w=3.0)
 
 
@@ -147,7 +147,7 @@ def test_a_checkpoint_goes_on_in_another_run_with_its_students(training: Make, d
     second = training("guided", match_share=0.4)
     fit(second, data(), 10, ckpt_path=str(path), default_root_dir=new)
     second.save_model(str(new / "model"))
-    assert list(LatentModel.load(str(new / "model")).students) == [4, 2, 1]
+    assert list(TextToImage.load(str(new / "model")).students) == [4, 2, 1]
     shutil.rmtree(old / "students")
     with pytest.raises(UserError, match=r"unet_4 is not there: copy it"):
         fit(training("guided", match_share=0.4), data(), 10, ckpt_path=str(path), default_root_dir=tmp_path / "2")
@@ -159,7 +159,7 @@ def test_an_export_midway_has_the_students_there_are(step: int, students: list[i
     exported = trained(tmp_path, "last")
     assert exported.facts() == module.facts()
     exported.save_model(folder := str(tmp_path / "model"))
-    model = LatentModel.load(folder)
+    model = TextToImage.load(folder)
     assert list(model.students) == students
     assert torch.equal(vector(model.net), vector(module.best_net).half().float())
 
@@ -203,7 +203,7 @@ def test_a_consistency_model_is_sampled_as_it_was_trained(
     module = training(kind, **{"objective.sigma_data": 0.7})
     fit(module, data(), 2)
     module.save_model(folder := str(tmp_path / "model"))
-    model = LatentModel.load(folder)
+    model = TextToImage.load(folder)
     drawn = model.latents(["rocket"], [0], steps=1, w=3.0)
     z = drawn_noise(model)
     denoiser = Denoiser(as_network(model.family, model.net), model.process, model.prediction_type)
@@ -216,7 +216,7 @@ def test_a_consistency_model_is_sampled_as_it_was_trained(
     assert getattr(run, "func", run) is sampling.consistency
 
 
-def drawn_noise(model: LatentModel) -> Tensor:
+def drawn_noise(model: TextToImage) -> Tensor:
     """The z_T of seed 0: what a sampler without steps gives back."""
     return model.latents(["rocket"], [0], steps=1, w=0.0, sampler=lambda denoise, z, timesteps, **_: z)
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 from lcm.core.batch import LatentBatch
+from lcm.core.errors import UserError
 from lcm.core.objectives.finetuning import LatentConsistencyFinetuning
 from lcm.core.process import VP
 from lcm.core.timesteps import full, grid
-from lcm.errors import UserError
 from lcm.models.codec import LatentCodec
-from lcm.models.generate import LatentModel
 from lcm.models.pipeline import load_codec, load_network, load_process, training_facts
 from lcm.models.student import as_network
+from lcm.models.text_to_image import TextToImage
 from lcm.modules.consistency import ConsistencyModule
 from tests.modules.conftest import new_module
 
@@ -153,10 +153,10 @@ def test_the_saved_folder_is_the_trained_student(
     best = module.net if eval_ema is None else module.ema_net
     loaded = load_network(folder)
     assert torch.equal(parameters_to_vector(loaded.parameters()), parameters_to_vector(best.parameters()).half().float())
-    assert LatentModel.load(folder).consistency
+    assert TextToImage.load(folder).consistency
     assert load_process(folder).config == module.process.config
     assert training_facts(folder).items() >= {"steps": 2, "w_min": 1.0, "w_max": 5.0}.items()
-    assert LatentModel.load(folder).latents(["rocket"], [0], steps=2, w=3.0).isfinite().all()
+    assert TextToImage.load(folder).latents(["rocket"], [0], steps=2, w=3.0).isfinite().all()
 
 
 @pytest.mark.parametrize("points", [20, 25, 40, 50, None])
@@ -169,7 +169,7 @@ def test_a_student_is_sampled_at_timesteps_that_it_was_trained_at(
     module.save_model(folder := str(tmp_path / "model"))
     scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
     scheduler.set_timesteps(4)
-    for model in (module.latent_model(codec), LatentModel.load(folder)):
+    for model in (module.text_to_image(codec), TextToImage.load(folder)):
         place = model.sampler(None)[1]
         assert set(place(4)) <= set(module.objective.timesteps.tolist())
         assert place(4) == scheduler.timesteps.tolist()
@@ -230,7 +230,7 @@ def test_training_runs_on_compiled_networks_and_nothing_else_does(
     module.eval()
     draws = module.draws(module.objective.draw, batch.z0, 0, "val")
     module.objective.loss(module.denoisers(module.net), batch, draws)
-    module.latent_model(codec).latents(["rocket"], [0], steps=1, w=3.0)
+    module.text_to_image(codec).latents(["rocket"], [0], steps=1, w=3.0)
     assert len(called) == 6
 
 
@@ -270,7 +270,7 @@ def test_compiling_without_a_compiler_is_refused_before_training(
     starts: dict[str, Callable[[], Any]] = {
         "model.compile": lambda: training("distillation", compile=True),
         "data.codec.compile": lambda: load_codec(str(tiny_pipeline), compile=True),
-        "compile": lambda: LatentModel.load(str(tiny_pipeline), compile=True),
+        "compile": lambda: TextToImage.load(str(tiny_pipeline), compile=True),
     }
     for option, start in starts.items():
         with pytest.raises(

@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
-from lcm.checkpoints.atomic import AtomicCheckpointIO
-from lcm.errors import UserError
+from lcm.core.errors import UserError
 from lcm.models.pipeline import load_codec
-from lcm.strategies.fsdp import FullySharded
+from lcm.runtime.checkpoint_io import AtomicCheckpointIO
+from lcm.runtime.fsdp import FullySharded
 from tests.modules.conftest import new_module
 from tests.modules.ranks import HALF, STEPS, Batches, Losses, batch, whole
 
@@ -86,7 +86,7 @@ def test_every_method_trains_in_mixed_precision(kind: str, train: Any) -> None:
 
 def test_images_are_drawn_before_the_first_batch_has_moved_the_codec(tiny_pipeline: Path) -> None:
     module, codec = new_module(tiny_pipeline, "distillation").to("cuda"), load_codec(str(tiny_pipeline))
-    [images] = module.latent_model(codec).images(["rocket"], [0], steps=2, w=3.0)
+    [images] = module.text_to_image(codec).images(["rocket"], [0], steps=2, w=3.0)
     assert images.device.type == "cuda"
 
 

@@ -10,12 +10,12 @@ import torch
 from diffusers.schedulers import scheduling_flow_match_lcm
 
 from lcm.core import sampling
+from lcm.core.errors import UserError
 from lcm.core.random import ImageNoise
 from lcm.data.datamodule import ShardDataModule
-from lcm.errors import UserError
 from lcm.models.families import families
-from lcm.models.generate import LatentModel
 from lcm.models.pipeline import load_codec, load_family, load_process
+from lcm.models.text_to_image import TextToImage
 from tests.data.conftest import png, write_shard
 from tests.modules.conftest import new_module
 
@@ -63,7 +63,7 @@ def alike(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-4 * float(theirs.std()))
 
 
-def noises(model: LatentModel) -> list[torch.Generator]:
+def noises(model: TextToImage) -> list[torch.Generator]:
     return ImageNoise(SEEDS, ()).generators
 
 
@@ -80,7 +80,7 @@ def noisy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduling_flow_match_lcm, "randn_tensor", randn)
 
 
-def latents(model: LatentModel) -> torch.Tensor:
+def latents(model: TextToImage) -> torch.Tensor:
     side = model.net.config["sample_size"]
     return ImageNoise(SEEDS, (model.net.config["in_channels"], side, side))()
 
@@ -93,7 +93,7 @@ def test_a_family_is_a_file_of_the_package() -> None:
 @pytest.mark.parametrize("steps", [1, 4])
 def test_diffusers_draws_the_teacher_alike(name: str, steps: int, pipelines: dict[str, Path]) -> None:
     """DDIM in VP, Euler in a flow, both with guidance, on the trailing grid."""
-    model, pipe = LatentModel.load(str(pipelines[name])), opened(pipelines[name])
+    model, pipe = TextToImage.load(str(pipelines[name])), opened(pipelines[name])
     options: dict[str, Any] = {"num_inference_steps": steps, "latents": latents(model), "guidance_scale": 4.0}
     if name == "sd3":  # its scheduler's own grid ends at sigma = 0.009, see few_step_flow
         options["sigmas"] = [1 - i / steps for i in range(steps)]
@@ -124,7 +124,7 @@ def test_a_student_is_drawn_by_diffusers_alike(name: str, trained: Any, tmp_path
     """The first call of the saved folder, at equal noise, gives sample.py's latents; so does a second folder made of it."""
     module = trained(name, "distillation", 2, zero_init=False)
     module.save_model(str(tmp_path / "model"), dtype=torch.float32)
-    model, pipe = LatentModel.load(str(tmp_path / "model")), opened(tmp_path / "model")
+    model, pipe = TextToImage.load(str(tmp_path / "model")), opened(tmp_path / "model")
     w = 7.0 if model.family.takes_w(model.net) and name == "tiny" else 0.0
     options = {"num_inference_steps": 4, "guidance_scale": w + 1, "generator": noises(model)}
     theirs = pipe(PROMPTS, output_type="latent", **options).images
@@ -140,7 +140,7 @@ def test_a_tcd_student_is_drawn_by_diffusers_alike(name: str, steps: int, traine
     gamma = 0.0 if name == "sd3" else 0.3
     module = trained(name, "tcd", 2, zero_init=False, **{"objective.gamma": gamma})
     module.save_model(str(tmp_path / "model"), dtype=torch.float32)
-    model, pipe = LatentModel.load(str(tmp_path / "model")), opened(tmp_path / "model")
+    model, pipe = TextToImage.load(str(tmp_path / "model")), opened(tmp_path / "model")
     assert type(pipe.scheduler).__name__ == ("FlowMatchEulerDiscreteScheduler" if name == "sd3" else "TCDScheduler")
     w = 7.0 if name == "tiny" else 0.0
     options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": w + 1, "generator": noises(model)}
@@ -153,7 +153,7 @@ def test_a_tcd_student_is_drawn_by_diffusers_alike(name: str, steps: int, traine
 def test_adapters_of_a_flow_model_are_what_diffusers_loads(trained: Any, tmp_path: Path, noisy: None) -> None:
     module = trained("sd3", "lora", 2, lr=0.05)
     module.save_model(str(tmp_path / "model"), dtype=torch.float32)
-    model, pipe = LatentModel.load(str(tmp_path / "model")), opened(tmp_path / "model")
+    model, pipe = TextToImage.load(str(tmp_path / "model")), opened(tmp_path / "model")
     options = {"num_inference_steps": 4, "guidance_scale": 1.0, "generator": noises(model)}
     theirs = pipe(PROMPTS, output_type="latent", **options).images
     alike(model.latents(PROMPTS, SEEDS, steps=4, w=0.0), theirs)

@@ -11,11 +11,11 @@ from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionMode
 from torch import Tensor
 
 from lcm.core.batch import LatentBatch
-from lcm.errors import UserError
-from lcm.models.generate import LatentModel
+from lcm.core.errors import UserError
 from lcm.models.lora import is_of_adapter
 from lcm.models.pipeline import load_family, load_network, training_facts
 from lcm.models.student import as_network
+from lcm.models.text_to_image import TextToImage
 from lcm.modules.base import TrainedModule
 
 Make = Callable[..., Any]
@@ -158,7 +158,7 @@ def test_the_merged_folder_is_sampled_in_one_pass_a_step(
     module.save_model(folder := str(tmp_path / "model"))
     facts = {"method": "LatentConsistencyDistillation of adapters", "steps": 2, "rank": 4, "alpha": 4, "teacher_w": [1.0, 5.0]}
     assert training_facts(folder).items() >= facts.items()
-    model, batches = LatentModel.load(folder), []
+    model, batches = TextToImage.load(folder), []
     assert model.consistency
     model.net.register_forward_pre_hook(lambda unet, args: batches.append(len(args[0])))
     images = [model.latents(["rocket", "dog"], [0, 1], steps=3, w=w) for w in (0.0, 9.0)]
@@ -169,7 +169,7 @@ def test_the_merged_folder_is_sampled_in_one_pass_a_step(
 def test_it_is_sampled_in_training(training: Make, data: Make, fit: Make) -> None:
     module, source = training("lora", eval_ema=0.9), data()
     fit(module, source, 2, precision="bf16-mixed")
-    assert module.latent_model(source.codec).latents(["rocket"], [0], steps=2, w=3.0).isfinite().all()
+    assert module.text_to_image(source.codec).latents(["rocket"], [0], steps=2, w=3.0).isfinite().all()
 
 
 @pytest.mark.parametrize("options", [{"rank": 0}, {"target_modules": ["to_nothing"]}])

@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
-from lcm.errors import UserError
-from lcm.files import whole_file
+from lcm.core.errors import UserError
 from lcm.modules.base import LOOK_EVERY, TrainedModule
 from lcm.modules.lr_schedules import cosine
+from lcm.runtime.atomic_io import whole_file
 from tests.modules.conftest import Make
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from lcm.errors import UserError
+from lcm.core.errors import UserError
 from lcm.modules.base import TrainedModule, scheduled
 from lcm.modules.lr_schedules import constant
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from torch.optim import SGD, Adam, AdamW, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
-from lcm.errors import UserError
+from lcm.core.errors import UserError
 from lcm.modules.base import TrainedModule
 from lcm.modules.lr_schedules import constant, cosine
 from tests.conftest import tiny_unet

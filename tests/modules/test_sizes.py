@@ -9,15 +9,15 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
+from lcm.app.cli import build
+from lcm.app.composition import compose
 from lcm.callbacks.samples import ImageGrid
-from lcm.checkpoints.atomic import AtomicCheckpointIO
-from lcm.command_line import build
-from lcm.composition import compose
-from lcm.errors import UserError
+from lcm.core.errors import UserError
 from lcm.export import trained
 from lcm.models.codec import LatentCodec
-from lcm.models.generate import LatentModel
 from lcm.models.pipeline import load_codec, load_network
+from lcm.models.text_to_image import TextToImage
+from lcm.runtime.checkpoint_io import AtomicCheckpointIO
 
 Make = Callable[..., Any]
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
@@ -34,13 +34,13 @@ def test_a_model_is_drawn_and_saved_at_the_size_of_its_training(
 ) -> None:
     module = training(kind)
     fit(module, data(resolution=64), 8)
-    assert module.latent_model(codec).size() == (64, 64)
+    assert module.text_to_image(codec).size() == (64, 64)
     module.save_model(str(tmp_path / "model"))
     assert side(tmp_path / "model") == 16
     assert not module.frozen or module.frozen["teacher"].config["sample_size"] == 8
     if kind == "guided":
         assert side(tmp_path / "model", "unet_4") == 16
-    [image] = next(LatentModel.load(str(tmp_path / "model")).images(["rocket"], [0], steps=1, w=0.0))
+    [image] = next(TextToImage.load(str(tmp_path / "model")).images(["rocket"], [0], steps=1, w=0.0))
     assert image.shape == (3, 64, 64)
 
 

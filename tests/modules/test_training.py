@@ -11,16 +11,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lcm import signals
-from lcm.callbacks.stop import StopOnSignal
-from lcm.checkpoints.atomic import AtomicCheckpointIO
 from lcm.core.batch import LatentBatch
+from lcm.core.errors import UserError
 from lcm.core.random import generator
-from lcm.errors import UserError
-from lcm.models import kernels
+from lcm.models import attention as kernels
 from lcm.models.pipeline import load_codec
 from lcm.modules import latent
 from lcm.modules.base import TrainedModule, lay_out_as_parameters
+from lcm.runtime import signals
+from lcm.runtime.checkpoint_io import AtomicCheckpointIO
+from lcm.runtime.stop import StopOnSignal
 
 Make = Callable[..., Any]
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")

@@ -10,6 +10,7 @@ from diffusers import LCMScheduler, StableDiffusionXLPipeline
 from tqdm import tqdm
 
 from lcm.core import sampling
+from lcm.core.errors import UserError
 from lcm.core.random import ImageNoise, generator
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.encoding import Encoder, Variants
@@ -17,11 +18,10 @@ from lcm.data.latents import stamp
 from lcm.data.source import Source
 from lcm.data.transforms import Decode
 from lcm.encode import claim, encode_shard
-from lcm.errors import UserError
 from lcm.models.codec import LatentCodec
-from lcm.models.generate import LatentModel
 from lcm.models.pipeline import load_codec, load_family, load_network, training_facts
 from lcm.models.student import as_network
+from lcm.models.text_to_image import TextToImage
 from tests.data.conftest import png, write_shard
 from tests.modules.conftest import new_module
 
@@ -112,7 +112,7 @@ def test_texts_of_another_width_are_refused(tiny_pipeline: Path) -> None:
 def test_diffusers_samples_the_teacher_alike(xl_pipeline: Path, steps: int, w: float) -> None:
     options = {"guidance_scale": w + 1, "num_inference_steps": steps, "latents": ImageNoise(SEEDS, (4, 8, 8))()}
     theirs = opened(xl_pipeline)(PROMPTS, output_type="latent", **options).images
-    alike(LatentModel.load(str(xl_pipeline)).latents(PROMPTS, SEEDS, steps=steps, w=w, sampler=sampling.ddim), theirs)
+    alike(TextToImage.load(str(xl_pipeline)).latents(PROMPTS, SEEDS, steps=steps, w=w, sampler=sampling.ddim), theirs)
 
 
 def test_the_teacher_is_told_the_size_that_is_drawn(xl_pipeline: Path) -> None:
@@ -120,7 +120,7 @@ def test_the_teacher_is_told_the_size_that_is_drawn(xl_pipeline: Path) -> None:
     noise = ImageNoise(SEEDS, (4, 12, 6))()
     options = {"guidance_scale": 4.0, "num_inference_steps": 2, "latents": noise, "height": 48, "width": 24}
     theirs = opened(xl_pipeline)(PROMPTS, output_type="latent", **options).images
-    model = LatentModel.load(str(xl_pipeline))
+    model = TextToImage.load(str(xl_pipeline))
     alike(model.latents(PROMPTS, SEEDS, steps=2, w=3.0, sampler=sampling.ddim, size=(48, 24)), theirs)
 
 
@@ -144,7 +144,7 @@ def test_a_student_is_distilled_saved_and_sampled_by_diffusers_alike(
     assert isinstance(pipe.scheduler, LCMScheduler)
     options = {"guidance_scale": 8.0, "num_inference_steps": steps, "generator": ImageNoise(SEEDS, (4, 8, 8)).generators}
     theirs = pipe(PROMPTS, output_type="latent", **options).images
-    alike(LatentModel.load(str(tmp_path / "model")).latents(PROMPTS, SEEDS, steps=steps, w=7.0), theirs)
+    alike(TextToImage.load(str(tmp_path / "model")).latents(PROMPTS, SEEDS, steps=steps, w=7.0), theirs)
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "finetuning", "guided", "cd", "lora"])
@@ -165,7 +165,7 @@ def test_adapters_are_what_diffusers_loads(xl_pipeline: Path, codec: LatentCodec
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     options = {"guidance_scale": 1.0, "num_inference_steps": 2, "generator": ImageNoise(SEEDS, (4, 8, 8)).generators}
     theirs = pipe(PROMPTS, output_type="latent", **options).images
-    alike(LatentModel.load(str(tmp_path / "model")).latents(PROMPTS, SEEDS, steps=2, w=0), theirs)
+    alike(TextToImage.load(str(tmp_path / "model")).latents(PROMPTS, SEEDS, steps=2, w=0), theirs)
 
 
 @pytest.mark.parametrize("text", [False, True])

@@ -18,13 +18,13 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 
-from lcm.command_line import build
+from lcm.app.cli import build
+from lcm.core.errors import UserError
 from lcm.data.datamodule import ShardDataModule
-from lcm.errors import UserError
+from lcm.evaluate.inception import check
 from lcm.manifest import write
-from lcm.metrics.inception import check
 from lcm.models.pipeline import load_codec, load_network
-from lcm.runs import resume_path
+from lcm.runtime.run_dir import resume_path
 from tests.data.conftest import keys, pairs, png, stream, take, write_shard
 
 
@@ -55,7 +55,7 @@ PARTS = {
     "unet": ("tiny", "diffusion_pytorch_model", load_network),
     "vae": ("tiny", "diffusion_pytorch_model", load_codec),
     "text_encoder": ("tiny", "pytorch_model", load_codec),
-    "clip": ("tiny", "pytorch_model", lambda folder: build({"_target_": "lcm.metrics.clip.mini_clip", "pipeline": folder})),
+    "clip": ("tiny", "pytorch_model", lambda folder: build({"_target_": "lcm.evaluate.clip.mini_clip", "pipeline": folder})),
     "transformer": ("pixart", "diffusion_pytorch_model", load_network),
     "text_encoder_3": ("sd3", "pytorch_model", load_codec),
 }

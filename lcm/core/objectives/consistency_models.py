@@ -9,12 +9,12 @@ import torch
 from lcm.core.batch import LatentBatch
 from lcm.core.consistency import cm_consistency_fn
 from lcm.core.denoiser import seen_from
+from lcm.core.errors import UserError
 from lcm.core.numbers import Count, Positive
 from lcm.core.objectives.consistency import ConsistencyDraws, ConsistencyObjective, Loss, Networks
 from lcm.core.process import Process
 from lcm.core.solvers import Solver
 from lcm.core.timesteps import karras, neighbours
-from lcm.errors import UserError
 
 
 class ConsistencyModel(ConsistencyObjective):

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from lcm.core.batch import LatentBatch
 from lcm.core.denoiser import seen_from
+from lcm.core.errors import UserError
 from lcm.core.numbers import Share
 from lcm.core.objectives.consistency import ConsistencyDraws, Loss, Networks
 from lcm.core.objectives.distillation import LatentConsistencyDistillation
 from lcm.core.process import Flow
 from lcm.core.timesteps import skip_pair
-from lcm.errors import UserError
 
 
 @dataclass

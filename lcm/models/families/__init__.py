@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lcm.core.denoiser import Condition
-from lcm.errors import UserError
-from lcm.models.parts import read_json
+from lcm.core.errors import UserError
+from lcm.models.loading import read_json
 
 Tokenize = Callable[..., Tensor]
 

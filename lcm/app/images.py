@@ -1,0 +1,143 @@
+"""Images on disk: labelled grids, and PNGs that say how they were made."""
+
+import json
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from lcm.runtime.atomic_io import whole_file
+
+LONGEST = 4000  # characters of a label that are looked at: more than any row shows
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """uint8 `[3, H, W]` -> PIL."""
+    return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+
+
+def resized(images: Tensor, size: int, *, antialias: bool = True) -> Tensor:
+    """uint8 `[B, 3, H, W]` -> uint8 `[B, 3, size, size]`: antialiased bicubic as in Pillow, or plain bilinear."""
+    if images.shape[-2:] == (size, size):
+        return images
+    mode = "bicubic" if antialias else "bilinear"
+    x = F.interpolate(images.float(), (size, size), mode=mode, antialias=antialias, align_corners=False)
+    return x.round().clamp(0, 255).byte()
+
+
+def as_text(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The settings as a PNG's text chunks have them."""
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
+
+
+def save_png(image: Image.Image, path: Path, **settings: Any) -> None:
+    """Write a PNG, whole or not at all, with the prompt and settings in its text chunks.
+
+    `parameters` is the chunk that image viewers of the field read.
+    """
+    info = PngInfo()
+    for name, text in as_text(settings).items():
+        info.add_itxt(name, text)
+    if "prompt" in settings:
+        rest = ", ".join(f"{name}: {value}" for name, value in settings.items() if name != "prompt")
+        info.add_itxt("parameters", f"{settings['prompt']}\n{rest}")
+    with whole_file(path) as file:
+        image.save(file, "PNG", pnginfo=info)
+
+
+def grid(
+    rows: Sequence[Tensor],
+    row_labels: Sequence[str | Sequence[str]],
+    column_labels: Sequence[str] = (),
+    *,
+    cell: int = 128,
+    gap: int = 4,
+) -> Image.Image:
+    """A labelled grid: `rows[r]` is uint8 `[columns, 3, H, W]`; small ones are enlarged to a width of `cell`, unsmoothed.
+
+    A label is cut to the height of its row, and to the width of its column, which does not depend on any label. Several labels
+    of one row share its height.
+    """
+    width = max(cell, rows[0].shape[-1])
+    height = round(width * rows[0].shape[-2] / rows[0].shape[-1])
+    font = label_font(max(11, width // 9))
+    line_height = font.getbbox("A")[3] + 2  # as Pillow spaces lines
+    left = 2 * width + 3 * gap
+    heads = [[line for part in label.split("\n") for line in wrap(part, font, width, 3)] for label in column_labels]
+    top = int(line_height * max(map(len, heads), default=0)) + 2 * gap
+    columns = max(len(row) for row in rows)
+    canvas = Image.new("RGB", (left + columns * (width + gap), top + len(rows) * (height + gap)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for c, lines in enumerate(heads):
+        x = left + c * (width + gap) + width // 2
+        draw.multiline_text((x, gap), "\n".join(lines), fill="black", font=font, anchor="ma", align="center", spacing=2)
+    for r, (row, label) in enumerate(zip(rows, row_labels, strict=True)):
+        y = top + r * (height + gap)
+        texts = [label] if isinstance(label, str) else label
+        limit = max(1, int(height // line_height) // max(1, len(texts)))
+        lines = [line for text in texts for line in wrap(text, font, 2 * width, limit)]
+        draw.multiline_text((gap, y + height // 2), "\n".join(lines), fill="black", font=font, anchor="lm", spacing=2)
+        for c, image in enumerate(row):
+            picture = to_pil(image).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(picture, (left + c * (width + gap), y))
+    return canvas
+
+
+@cache
+def font_file() -> tuple[Path, frozenset[int]]:
+    """Return matplotlib's font, which has most alphabets where Pillow's own lacks an e with an accent, and its characters."""
+    import matplotlib
+    from matplotlib.ft2font import FT2Font
+
+    file = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
+    return file, frozenset(FT2Font(str(file)).get_charmap())
+
+
+@cache
+def label_font(height: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(font_file()[0], height)
+
+
+def drawable(text: str) -> str:
+    """Return the text with escapes, such as \\u732b, for characters that the font lacks."""
+    characters = font_file()[1]
+    return "".join(c if ord(c) in characters else c.encode("unicode_escape").decode() for c in text)
+
+
+def wrap(text: str, font: Any, width: float, limit: int | None = None) -> list[str]:
+    """Return lines of at most `width` pixels, broken between words and within wider ones, cut after `limit` lines."""
+    lines = [""]
+    for word in text[: LONGEST if limit else None].split():
+        alone = drawable(word)
+        rest = f"{lines[-1]} {alone}".strip()
+        if font.getlength(alone) <= width < font.getlength(rest):
+            lines.append("")
+            rest = alone
+        while font.getlength(rest) > width and len(rest) > 1:
+            count = max(1, bisect_right(range(1, len(rest)), width, key=lambda n: font.getlength(rest[:n])))
+            lines[-1:], rest = [rest[:count], ""], rest[count:]
+        lines[-1] = rest
+        if limit and len(lines) > limit:
+            break
+    if limit and len(lines) > limit:
+        last = lines[limit - 1]
+        while last and font.getlength(f"{last}...") > width:
+            last = last[:-1]
+        lines = [*lines[: limit - 1], f"{last}..."]
+    return lines
+
+
+def steps_label(steps: int) -> str:
+    return f"{steps} step" if steps == 1 else f"{steps} steps"
+
+
+def columns_to_rows(columns: Sequence[Tensor]) -> list[Tensor]:
+    """Column-wise batches `[rows, 3, H, W]`, one a column, -> the rows that `grid` takes."""
+    return list(torch.stack(list(columns), dim=1))

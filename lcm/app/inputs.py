@@ -1,0 +1,78 @@
+"""What programs are given besides a model: prompts, shards, a folder for what they write, a device."""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from lcm.core.errors import UserError
+from lcm.runtime.atomic_io import lines_of, writable
+
+FILE_NAME = re.compile(r"\S+\.(txt|text|csv|tsv|json|jsonl|ndjson|md|yaml|yml|parquet|xlsx|list|tar)", re.IGNORECASE)
+
+
+def read_prompts(prompts: Any, captions: Callable[[], list[str]]) -> list[str]:
+    """Return the prompts that are given: one, a list, a .txt file with one a line, or `val`, the validation captions."""
+    if prompts == "val":
+        return captions()
+    if isinstance(prompts, str) and prompts.lower().endswith(".txt"):
+        try:
+            lines = lines_of(Path(prompts).expanduser())
+        except FileNotFoundError:
+            raise UserError(f"there is no prompt file {prompts}") from None
+        except (OSError, UnicodeError) as error:
+            raise UserError(f"the prompt file {prompts} cannot be read ({error}): write one prompt a line, in UTF-8") from error
+        if not lines:
+            raise UserError(f"{prompts} has no prompts: write one a line")
+        return lines
+    listed = [prompts] if isinstance(prompts, str | int | float) else list(prompts or ())
+    if not listed or prompts == "":
+        raise UserError(f"prompts={prompts} has none: give one, a list, or a .txt file; prompts=[''] draws without a text")
+    for prompt in listed:
+        if not isinstance(prompt, str | int | float):
+            raise UserError(f"prompts={prompts} holds {prompt!r}, which is no text")
+        if is_file_name(str(prompt)):
+            raise UserError(
+                f"prompts={prompt} names a file: give one .txt file with a prompt a line, or write these words in one"
+            )
+    return [str(prompt) for prompt in listed]
+
+
+def is_file_name(prompt: str) -> bool:
+    """Whether a prompt is rather meant as a file: one word with a suffix of text files, or what is there."""
+    path = os.path.expanduser(prompt)
+    return bool(FILE_NAME.fullmatch(prompt)) or os.path.isfile(path) or (os.path.isdir(path) and os.sep in path)
+
+
+def output_folder(path: str, option: str = "output") -> Path:
+    return writable(Path(path), option)
+
+
+def one_of_each(cfg: DictConfig, *options: str) -> None:
+    """Raise UserError for an option that is a list, or nothing, in the place of one number."""
+    for option in options:
+        if not isinstance(cfg[option], int | float):
+            raise UserError(
+                f"{option}={cfg[option]}: images are drawn at one {option}=; lcm.evaluate compares several steps and w"
+            )
+
+
+def pick_device(device: str, local_rank: int = 0) -> str:
+    """`auto` is the GPU if there is one; of several processes on a machine each has its own as `cuda`."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device={device}, but torch sees no GPU: use device=cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device=mps, but torch sees no Apple GPU: use device=cpu")
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device={device} is none: use auto, cuda, cuda:1, cpu or mps") from None
+    if device == "cuda":
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    return device

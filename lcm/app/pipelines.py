@@ -1,0 +1,56 @@
+"""The pipeline that a name on the command line stands for."""
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from lcm.core.errors import UserError
+from lcm.models.pipeline import facts_in
+
+MODELS = ("pipeline", "model")  # keys that name one; it is a folder, a hub id, mini, last or last:<name>
+
+
+def resolve_models(node: Any, runs: str) -> None:
+    """Replace "last" and "last:<name>" in a configuration by the folder, so that a resumed run goes on with the same model."""
+    for key in list(node) if OmegaConf.is_dict(node) else range(len(node)):
+        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+            continue
+        if OmegaConf.is_config(node[key]):
+            resolve_models(node[key], runs)
+        elif key in MODELS and isinstance(node[key], str):
+            node[key] = chosen(node[key], runs, os.getcwd())
+
+
+@cache
+def chosen(pipeline: str, runs: str, working_directory: str) -> str:
+    """`find_pipeline`, the same for all jobs of a sweep, which save models themselves."""
+    return find_pipeline(pipeline, runs)
+
+
+def is_student(pipeline: Path) -> bool:
+    """Whether a saved model draws in a few steps: by consistency sampling, or after guided distillation."""
+    facts = facts_in(pipeline)
+    return facts["sampler"] != "ddim" or "students" in facts
+
+
+def find_pipeline(pipeline: str, runs: str) -> str:
+    """A pipeline folder, hub id or "mini" as given; for "last" the newest model that a run under `runs` saved, a student before
+    a teacher; for "last:<name>" the newest of the runs of that name."""
+    last, _, name = pipeline.partition(":")
+    files = sorted(Path(runs).glob("*/*/model/model_index.json"), key=lambda file: file.stat().st_mtime)
+    names = [file.parts[-4] for file in files]
+    if last != "last":
+        if pipeline in names and not Path(pipeline).is_dir():
+            raise UserError(f"there is no folder {pipeline!r}: the newest model of the run {pipeline} is last:{pipeline}")
+        return pipeline
+    models = [file.parent for file, run in zip(files, names, strict=True) if not name or run == name]
+    if not models:
+        known = [f"last:{run}" for run in dict.fromkeys(reversed(names))][:10]
+        cure = f"give {' or '.join(known)}" if known else "train one by `python train.py`"
+        run = f"no run called {name}" if name else "no run"
+        raise UserError(f"{run} under {runs}/ has saved a model: {cure}, or give a folder, a hub id (owner/name) or mini")
+    students = [] if name else [model for model in models if is_student(model)]
+    return str((students or models)[-1])

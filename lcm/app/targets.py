@@ -1,0 +1,79 @@
+"""Targets in a file that came from elsewhere: a `_target_` is code that runs, so only parts of a training are allowed.
+
+The command line and a user's own conf/ are trusted.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+from hydra.utils import get_object
+
+from lcm.core.errors import UserError
+
+PACKAGE = Path(__file__).parents[1]
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # of an installation; of a checkout
+OWN = tuple(filter(None, re.split(r"[\s,]+", os.environ.get("LCM_ALLOW_TARGETS", ""))))  # before a configuration can set it
+FUNCTIONS = ("lcm.core", *OWN)
+CLASSES = (
+    *FUNCTIONS,
+    *("lcm.callbacks", "lcm.evaluate", "lcm.modules", "lcm.runtime"),
+    *("torch.optim", "torch.nn", "torch.distributed.fsdp", "diffusers.models"),
+    *(f"lightning.pytorch.{part}" for part in ("callbacks", "loggers", "plugins", "profilers", "strategies")),
+    *("lightning.fabric.plugins", "lightning.fabric.strategies"),
+)
+
+
+def check_targets(node: Any, key: str = "") -> None:
+    """Raise UserError for what plain containers name that is not allowed."""
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            here = f"{key}.{name}" if key else str(name)
+            if name == "_target_":
+                check_target(value, here)
+            else:
+                check_targets(value, here)
+    elif isinstance(node, Sequence) and not isinstance(node, str | bytes):
+        for i, value in enumerate(node):
+            check_targets(value, f"{key}.{i}")
+
+
+def check_target(target: Any, key: str) -> None:
+    if target in shipped() or (isinstance(target, str) and is_allowed(target)):
+        return
+    raise UserError(
+        f"{key}={target} is not allowed: a run's config.yaml may name what conf/ does, and the optimizers, layers, callbacks, "
+        "loggers and models of lcm, torch, lightning and diffusers; for your own package set LCM_ALLOW_TARGETS=<package>"
+    )
+
+
+@cache
+def shipped() -> frozenset[str]:
+    """All that the yaml files here name."""
+    texts = [path.read_text() for path in CONF.rglob("*.yaml")]
+    return frozenset(name for text in texts for name in re.findall(r"^[\s-]*_target_:\s*([\w.]+)", text, re.MULTILINE))
+
+
+def is_allowed(target: str) -> bool:
+    """A class, of some packages a function, by where it is defined: `lcm.runtime.run_dir.os.system` is the operating system's, and a
+    method such as `from_pretrained` may run code that it downloads."""
+    packages = {name.partition(".")[0] for name in CLASSES} | {*OWN}
+    if not any(within(target, package) for package in packages):
+        return False  # without importing it
+    try:
+        found = get_object(target)
+    except Exception:  # it is not there, or Hydra's own list of what is dangerous has it
+        return False
+    home = getattr(found, "__module__", None) or ""
+    if isinstance(found, type):
+        return any(within(home, package) for package in CLASSES)
+    plain = isinstance(found, FunctionType) and "." not in found.__qualname__
+    return plain and any(within(home, package) for package in FUNCTIONS)
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")

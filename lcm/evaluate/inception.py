@@ -1,0 +1,46 @@
+"""InceptionV3 as torch-fidelity has it, the network of FID and KID at full size."""
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import NoTrainInceptionV3
+
+from lcm.core.errors import UserError
+from lcm.models.loading import check_finite
+
+FILE = "weights-inception-2015-12-05-6726825d.pth"
+
+
+class InceptionBackbone(nn.Module):
+    """uint8 images `[B, 3, H, W]` -> pool features `[B, 2048]` float32. antialias=False resizes as TensorFlow 1 did."""
+
+    num_features = 2048
+
+    def __init__(self, weights: str, *, antialias: bool = True) -> None:
+        super().__init__()
+        check(weights)
+        self.net = NoTrainInceptionV3("inception-v3-compat", [str(self.num_features)], weights, antialias)
+        self.name = f"InceptionV3 (299 px, {'antialiased' if antialias else 'plain TensorFlow 1'} bilinear resize)"
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images).float()
+
+
+def check(weights: str) -> None:
+    """Raises UserError unless torch-fidelity is there and the file holds tensors only (torch-fidelity would unpickle any)."""
+    try:
+        import torch_fidelity  # noqa: F401
+    except ImportError:
+        raise UserError("InceptionV3 needs torch-fidelity: pip install 'latent-consistency[fid]'") from None
+    if not Path(weights).is_file():
+        raise UserError(
+            f"there are no InceptionV3 weights at {weights}: get {FILE} from the releases of toshas/torch-fidelity on GitHub "
+            "(v0.2.0), put it there, or set fid_backbone.weights=<file>"
+        )
+    try:
+        content = torch.load(weights, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"{weights} is not a file of weights only: get {FILE} again") from error
+    check_finite(weights, content)

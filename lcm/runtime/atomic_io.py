@@ -1,0 +1,122 @@
+"""Files that are whole or absent, folders to write to, and text files of other programs."""
+
+import codecs
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from lcm.core.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_HANDLES = (errno.EMFILE, errno.ENFILE)  # too many files are open
+# What the system lacks for a moment: it says nothing of the file.
+TRANSIENT = (
+    *(*NO_HANDLES, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EBUSY),
+    *(errno.ESTALE, errno.ETIMEDOUT),
+)
+
+
+@contextmanager
+def whole_file(target: Path, writer: object = "", keep: Path | None = None) -> Iterator[BinaryIO]:
+    """Writes beside the target, syncs, renames: a kill at any moment leaves what was there before.
+
+    writer: names this process where several may write one target at a time. keep: the name that what was there before gets.
+    Raises UserError where the disk is full.
+    """
+    partial = target.with_name(f"{target.stem}{writer}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and target.exists():
+            target.replace(keep)
+        partial.replace(target)
+        sync_names(target.parent)
+    except Exception as error:
+        if full := os_error(error, FULL):
+            raise UserError(
+                f"{target} cannot be written whole ({full.strerror}): make room on its disk or write elsewhere, then run the "
+                "same command again"
+            ) from error
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def locked(file: Path) -> TextIO:
+    """The file, locked against other processes until it is closed, where the file system has locks.
+
+    Raises BlockingIOError while another has it. Processes forked meanwhile do not (flock's locks would live on in them).
+    """
+    opened = file.open("a")
+    try:
+        fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            opened.close()
+            raise BlockingIOError(error.errno, "another process has it", str(file)) from None
+    return opened
+
+
+def digest(facts: Any) -> str:
+    """16 hex digits, to name what depends on these plain containers."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def sync_names(folder: Path) -> None:
+    """So that the names in it, too, survive a power cut."""
+    opened = os.open(folder, os.O_RDONLY)
+    os.fsync(opened)
+    os.close(opened)
+
+
+def os_error(error: BaseException | None, numbers: Container[int | None]) -> OSError | None:
+    """Return the system's error of one of these numbers among an error's causes: `torch.save` raises RuntimeError from it."""
+    while error is not None and not (isinstance(error, OSError) and error.errno in numbers):
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return error
+
+
+def remove(path: Path) -> None:
+    """A file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def text_of(content: bytes) -> str:
+    """Return the text of another program's file: UTF-8, without byte order marks. UnicodeError says what it is instead."""
+    if b"\0" in content or content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UnicodeError("it looks like UTF-16 or UTF-32: save it as UTF-8")
+    try:
+        return content.decode().replace("\ufeff", "")  # files that were joined have a mark inside, too
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{content[error.start]:02x} at position {error.start}"
+        raise UnicodeError(f"{byte} is not UTF-8 (Latin-1, Windows-1252?): save it as UTF-8") from None
+
+
+def lines_of(file: str | Path) -> list[str]:
+    """Return the lines of another program's text file, stripped, without blank ones. Raises OSError or UnicodeError."""
+    text = io.StringIO(text_of(Path(file).read_bytes()), newline=None)  # str.splitlines would end lines at U+0085 or U+2028
+    return [line for line in map(str.strip, text) if line]
+
+
+def writable(folder: Path, option: str) -> Path:
+    """Make the folder that an option names, and return it. Raises UserError where nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink(missing_ok=True)  # another process of the same program may have been first
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): set {option} to a writable folder") from None
+    return folder

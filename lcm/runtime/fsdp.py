@@ -1,0 +1,94 @@
+"""Training with every network sharded over the processes: Lightning's strategy for FSDP2, our checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from lcm.core.errors import UserError
+from lcm.core.numbers import Count
+from lcm.runtime import sharded_checkpoint as sharded
+
+
+class FullySharded(ModelParallelStrategy):
+    """A module's `configure_model` shards its networks over `device_mesh`.
+
+    replicas: so many groups of processes hold the networks each (HSDP); 1 shards over all processes.
+    sharded_checkpoints: a checkpoint is a folder to which every process writes its shards; if not, it is one file, written by
+    process 0, the same as other strategies write. Both are loaded whatever this says, and by whatever number of processes.
+    """
+
+    def __init__(self, *, replicas: Count = 1, sharded_checkpoints: bool = False) -> None:
+        super().__init__(save_distributed_checkpoint=sharded_checkpoints)
+        self.replicas, self.sharded_checkpoints = replicas, sharded_checkpoints
+
+    def setup_environment(self) -> None:
+        world = self.num_nodes * self.num_processes
+        if self.replicas < 1 or world % self.replicas:
+            raise UserError(f"trainer.strategy.replicas={self.replicas} does not divide the {world} processes")
+        self._data_parallel_size, self._tensor_parallel_size = world, 1
+        super().setup_environment()
+        mesh = self.device_mesh["data_parallel"]
+        if self.replicas > 1:
+            shape = (self.replicas, world // self.replicas)
+            mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicas", "shards"))
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = mesh
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return optimizer.state_dict()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        path = Path(self.broadcast(filepath))
+        if self.sharded_checkpoints:
+            sharded.write(checkpoint, path)
+            return
+
+        def gathered(name: str, value: Any) -> Any:
+            if isinstance(value, DTensor):
+                value = value.full_tensor()  # by all processes
+                return value.cpu() if self.is_global_zero else None
+            return value
+
+        whole = sharded.mapped(checkpoint, gathered)
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(whole, path)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Restores networks and optimizers from a file or a folder; returns the rest."""
+        assert self.lightning_module is not None
+        path, own = Path(self.broadcast(checkpoint_path)), self.lightning_module.state_dict()
+        trained = [[p for group in of.param_groups for p in group["params"]] for of in self.optimizers]
+
+        def like(name: str) -> Tensor | None:
+            kind, *keys = name.split("/")
+            if kind == "state_dict":
+                return own.get(keys[0])
+            return trained[int(keys[0])][int(keys[2])].detach() if keys[1] == "state" and trained else None
+
+        def placed(name: str, value: Any) -> Any:
+            if not isinstance(value, Tensor) or not isinstance(of := like(name), DTensor) or of.shape != value.shape:
+                return value
+            return distribute_tensor(value, of.device_mesh, of.placements, src_data_rank=None)  # each takes its part
+
+        def room(name: str) -> Tensor | None:
+            of = like(name)
+            return of if of is None or name.startswith("state_dict") else torch.empty_like(of)
+
+        if path.is_dir():
+            checkpoint = sharded.read(path, room)
+        else:
+            checkpoint = sharded.mapped(self.checkpoint_io.load_checkpoint(path, weights_only=True), placed)
+        self.lightning_module.load_state_dict(checkpoint.pop("state_dict"), strict=self.lightning_module.strict_loading)
+        for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states"), strict=False):
+            optimizer.load_state_dict(state)
+        return checkpoint

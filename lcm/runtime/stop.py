@@ -1,0 +1,144 @@
+"""A run that is asked to stop, by Ctrl-C, by SLURM's preemption or time limit, is saved between two batches."""
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.loops.evaluation_loop import RestartStage as ValidationStage
+from lightning.pytorch.loops.training_epoch_loop import RestartStage as LoopStage
+from lightning.pytorch.plugins.environments import LightningEnvironment
+
+from lcm.core.numbers import Count
+from lcm.runtime import signals
+
+log = logging.getLogger(__name__)
+HEARD = (signals.SIGINT, signals.SIGUSR1, signals.SIGTERM)
+
+
+class StopOnSignal(Checkpoint):
+    """SIGINT (Ctrl-C), SIGTERM: save to `path`, exit with 130, 143. SIGUSR1: save, requeue the SLURM job if there is one, 138.
+    The last step of a training is saved, too.
+
+    A signal to any rank counts for all. Several ranks agree at the end of every `every_n_steps`-th optimizer step and of as
+    many validation batches, on the CPU: no device is waited for. A second Ctrl-C ends the process as it stands.
+
+    A Checkpoint only in Lightning's eyes, which calls those after all other callbacks: the step's measurements are then done.
+    """
+
+    def __init__(self, path: str, *, every_n_steps: Count) -> None:
+        self.path, self.every_n_steps = path, every_n_steps
+        self.group: Any = None
+        self.last = 0
+        self.before: dict[int, Any] = {}
+
+    def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
+        self.before = {signum: signal.getsignal(signum) for signum in HEARD}
+        signals.listen(*HEARD)
+        # Lightning's handlers save or broadcast inside the handler, in which ranks meet in different collectives and hang, its
+        # loop asks rank 0 for a SIGTERM every batch, which waits for the device, and then exits with 0.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        if trainer.world_size > 1:
+            self.group = dist.new_group(backend="gloo")
+
+    def teardown(self, trainer: L.Trainer, module: Any, stage: str) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        self.last = trainer.global_step
+        validate_again(trainer)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step != self.last and self.due(trainer.global_step):  # not while gradients add up
+            self.stop_if_asked(trainer)
+        self.last = trainer.global_step
+        if trainer.global_step == trainer.max_steps:
+            self.save_the_end(trainer)
+
+    def save_the_end(self, trainer: L.Trainer) -> None:
+        """A run that is to go on with more steps, or to be exported, has the last one, whatever the others' period."""
+        regular = [other for other in trainer.checkpoint_callbacks if isinstance(other, ModelCheckpoint)]
+        saved = [other.filename for other in regular if other._last_global_step_saved == trainer.global_step]
+        if Path(self.path).stem not in saved:
+            trainer.save_checkpoint(self.path)
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if trainer.state.fn == "fit" and self.due(batch_idx) and not trainer.fit_loop._should_accumulate():
+            self.stop_if_asked(trainer)
+
+    def due(self, count: int) -> bool:
+        return self.group is None or count % self.every_n_steps == 0
+
+    def stop_if_asked(self, trainer: L.Trainer) -> None:
+        signum = torch.tensor(signals.asked())
+        if self.group is not None:
+            dist.all_reduce(signum, dist.ReduceOp.MAX, group=self.group)
+        if not signum:
+            return
+        asked = signal.Signals(int(signum))
+        trainer.save_checkpoint(self.path)
+        trainer.strategy.checkpoint_io.teardown()  # waits for a writer in the background
+        if trainer.training:
+            trainer._logger_connector.update_train_step_metrics()  # Lightning logs a step after this hook
+        for logger in trainer.loggers if asked is signal.SIGUSR1 else ():
+            logger.finalize("requeued")  # before SLURM ends wandb's process
+        if trainer.is_global_zero:
+            goes_on = asked is signal.SIGUSR1 and requeue()
+            how = "the job is requeued" if goes_on else f"run the same command with {this_run()}ckpt_path=last to go on"
+            print(f"{asked.name}: stopped at step {trainer.global_step}: {how}", file=sys.stderr, flush=True)
+        if self.group is not None:
+            dist.barrier(group=self.group)  # a rank that ends first makes srun end the others
+        raise SystemExit(0 if started_by_lightning(trainer) else 128 + asked)
+
+
+def started_by_lightning(trainer: L.Trainer) -> bool:
+    """By this machine's first process, which Lightning kills, while it finishes its loggers, when one of these has another
+    code than 0."""
+    here = getattr(trainer.strategy, "cluster_environment", None)
+    return isinstance(here, LightningEnvironment) and here.local_rank() > 0
+
+
+def validate_again(trainer: L.Trainer) -> None:
+    """After a restart: a validation that was due at the checkpoint's step and had not ended is done from its start.
+
+    Lightning would leave it out. Called before the first step.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    train, validation = loop.batch_progress, loop.val_loop.batch_progress
+    every = trainer.val_check_batch if any(trainer.num_val_batches) else None
+    due = loop.restarting and every is not None and train.total.ready % every == 0
+    if due and any(progress.current.completed < progress.current.ready for progress in (train, validation)):
+        if train.current.completed < train.current.ready:
+            train.increment_completed()
+        validation.reset()
+        loop._restart_stage = LoopStage.RESTARTED_ON_LAST  # of the step's batch nothing is left to do, ...
+        loop.val_loop._restart_stage = ValidationStage.RESTARTED_MID_EVALUATION  # ... and of the validation everything
+
+
+def requeue() -> bool:
+    """Ask SLURM to run this job again; in a container there is no `scontrol`, and docker/train.sbatch does it outside."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or shutil.which("scontrol") is None:
+        return job is not None
+    with signals.held_back():  # scontrol, too, is sent the SIGTERM that it asks for
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    if done.returncode:
+        log.error("job %s cannot be requeued: %s", job, done.stderr.strip())
+    return done.returncode == 0
+
+
+def this_run() -> str:
+    """What names it to another job of SLURM's, whose runs have the job's number."""
+    return f"paths.run_id={os.environ['LCM_RUN_ID']} " if {"SLURM_JOB_ID", "LCM_RUN_ID"} <= set(os.environ) else ""

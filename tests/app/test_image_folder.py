@@ -1,0 +1,126 @@
+"""Pictures in a folder: none drawn twice, none of another call overwritten, each whole."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from lcm.app.image_folder import Pictures
+from lcm.app.images import save_png, to_pil
+from lcm.core.errors import UserError
+
+SETTINGS = {"steps": 4, "w": 2.0, "sampler": "auto", "size": [8, 8], "dtype": "float32", "pipeline": "mini", "model": "a" * 16}
+
+
+@pytest.fixture
+def pictures() -> Pictures:
+    return Pictures(["cat", "dog", "rocket"], 2, 5, SETTINGS)
+
+
+def picture(i: int) -> torch.Tensor:
+    return torch.full((3, 8, 8), i, dtype=torch.uint8)
+
+
+def draw(pictures: Pictures, folder: Path, numbers: list[int] | None = None) -> Path:
+    for i in pictures.missing(folder) if numbers is None else numbers:
+        pictures.save(folder, i, picture(i))
+    return folder
+
+
+def test_every_picture_says_how_it_was_made(pictures: Pictures, tmp_path: Path) -> None:
+    draw(pictures, tmp_path)
+    info = Image.open(tmp_path / "00003.png").info
+    assert (info["prompt"], info["seed"], info["steps"], info["size"], info["model"]) == ("dog", "8", "4", "[8, 8]", "a" * 16)
+
+
+def test_the_same_call_draws_what_is_missing(pictures: Pictures, tmp_path: Path) -> None:
+    draw(pictures, tmp_path, [0, 1, 4])
+    assert pictures.folder(str(tmp_path), "") == tmp_path
+    assert pictures.missing(tmp_path) == [2, 3, 5]
+    draw(pictures, tmp_path)
+    pictures.save_grid(tmp_path, 16)
+    more = replace(pictures, prompts=[*pictures.prompts, "apple"])
+    assert more.folder(str(tmp_path), "") == tmp_path
+    assert more.missing(tmp_path) == [6, 7]
+
+
+def test_another_name_of_the_same_model_is_the_same_call(pictures: Pictures, tmp_path: Path) -> None:
+    draw(pictures, tmp_path)
+    assert replace(pictures, settings={**SETTINGS, "pipeline": "./mini"}).folder(str(tmp_path), "") == tmp_path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            {"settings": {**SETTINGS, name: value}}
+            for name, value in (("steps", 2), ("w", 3.0), ("size", [8, 16]), ("model", "b"))
+        ),
+        {"prompts": ["cat", "mouse", "rocket"]},
+        {"repeats": 3},
+        {"seed": 6},
+    ],
+)
+def test_pictures_of_other_settings_are_not_touched(change: dict, pictures: Pictures, tmp_path: Path) -> None:
+    draw(pictures, tmp_path)
+    with pytest.raises(UserError, match=r"has pictures of other settings, such as 0000\d\.png .* there, .* here"):
+        replace(pictures, **change).folder(str(tmp_path), "")
+
+
+def test_fewer_prompts_of_other_settings_and_foreign_files_are_refused(pictures: Pictures, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir(), (tmp_path / "c").mkdir()
+    draw(replace(pictures, settings={**SETTINGS, "steps": 1}), tmp_path / "a", [5])
+    save_png(to_pil(picture(0)), tmp_path / "b/grid.png")
+    (tmp_path / "c/00000.png").write_bytes(b"no picture")
+    for folder in "abc":
+        with pytest.raises(UserError, match="has pictures of other settings"):
+            replace(pictures, prompts=["cat"]).folder(str(tmp_path / folder), "")
+
+
+def test_a_call_has_a_folder_of_its_own_and_finds_it_again(pictures: Pictures, tmp_path: Path) -> None:
+    parent = str(tmp_path / "sample")
+    first = draw(pictures, pictures.folder(None, parent), [0, 1])
+    other = replace(pictures, seed=9)
+    second = draw(other, other.folder(None, parent))
+    begun = replace(pictures, seed=20).folder(None, parent)  # without a picture yet
+    assert [folder.name for folder in (first, second, begun)] == ["0", "1", "2"]
+    assert pictures.folder(None, parent) == first
+    draw(pictures, first)
+    pictures.save_grid(first, 16)
+    for prompts in (["cat"], [*pictures.prompts, "apple"]):  # calls of their own, though their first pictures are alike
+        assert replace(pictures, prompts=prompts).folder(None, parent) not in (first, second)
+    assert pictures.folder(None, parent) == first
+    assert other.folder(None, parent) == second
+    assert replace(pictures, seed=30).folder(None, parent).name == "5"
+
+
+def test_two_calls_at_once_do_not_overwrite_each_other(pictures: Pictures, tmp_path: Path) -> None:
+    missing = pictures.missing(pictures.folder(str(tmp_path), ""))
+    draw(replace(pictures, seed=9), tmp_path)
+    before = (tmp_path / "00000.png").read_bytes()
+    with pytest.raises(UserError, match=r"another program has written .*00000\.png meanwhile"):
+        draw(pictures, tmp_path, missing)
+    assert (tmp_path / "00000.png").read_bytes() == before
+
+
+def test_the_grid_is_read_from_the_files(pictures: Pictures, tmp_path: Path) -> None:
+    draw(pictures, tmp_path)
+    pictures.save_grid(tmp_path, 2)
+    grid = Image.open(tmp_path / "grid.png")
+    assert 2 * 128 < grid.height < 3 * 128
+    assert grid.getpixel((grid.width - 10, grid.height - 10)) == (3, 3, 3)
+
+
+def test_a_write_that_is_cut_short_leaves_no_picture(
+    pictures: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(self, file, *args, **kwargs):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", cut)
+    with pytest.raises(KeyboardInterrupt):
+        draw(pictures, tmp_path, [0])
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,91 @@
+"""Grids are labelled pictures."""
+
+import pytest
+import torch
+from PIL import Image
+
+from lcm.app.images import drawable, grid, label_font, save_png, to_pil, wrap
+from lcm.callbacks.samples import ImageGrid
+from lcm.core.errors import UserError
+
+
+def test_grid_pastes_each_image_in_its_cell():
+    red, blue = torch.zeros(2, 3, 8, 8).byte().unbind()
+    red[0], blue[2] = 255, 255
+    picture = grid([torch.stack([red, blue])], ["a row"], ["1", "2"], cell=16)
+    bottom = picture.height - 8
+    assert picture.getpixel((picture.width - 10, bottom)) == (0, 0, 255)
+    assert picture.getpixel((picture.width - 30, bottom)) == (255, 0, 0)
+
+
+def test_a_grid_keeps_the_shape_of_its_images():
+    tall = torch.zeros(3, 16, 8).byte()
+    picture = grid([torch.stack([tall, tall])], ["a row"], cell=16)
+    assert picture.getpixel((picture.width - 10, picture.height - 30)) == (0, 0, 0)
+    assert picture.height < 16 * 2 + 20
+
+
+def test_png_carries_prompt_and_settings(tmp_path):
+    save_png(to_pil(torch.zeros(3, 8, 8).byte()), tmp_path / "a.png", prompt="a café", seed=3, w=1.5)
+    assert Image.open(tmp_path / "a.png").text == {
+        "prompt": "a café",
+        "seed": "3",
+        "w": "1.5",
+        "parameters": "a café\nseed: 3, w: 1.5",
+    }
+
+
+def test_wrap_keeps_every_word():
+    class Monospace:
+        def getlength(self, text):
+            return len(text)
+
+    lines = wrap("woman artist medium skin tone on a green background", Monospace(), 20)
+    assert " ".join(lines) == "woman artist medium skin tone on a green background"
+    assert all(len(line) <= 20 for line in lines)
+
+
+WORDS = " ".join(["a very detailed scene with several objects on a wooden table"] * 16)
+TAGS = ",".join(f"tag_{i}" for i in range(400))
+
+
+@pytest.mark.parametrize("label", ["a", "", WORDS, TAGS, "一只橙色的猫 🐱" * 40, WORDS.replace(" ", "\n"), "x" * 10**6])
+@pytest.mark.parametrize("side", [16, 256])
+def test_a_grid_is_as_large_whatever_its_labels_and_they_keep_to_their_rows(label, side):
+    rows, white = [torch.full((2, 3, side, side), 255).byte()] * 3, (255, 255, 255)
+    plain = grid(rows, ["a"] * 3, ["c", "d"])
+    for labels in ([label, "", ""], [[label] * 4, "", ""]):
+        picture = grid(rows, labels, ["c", "d"])
+        assert picture.size == plain.size
+        size = max(side, 128)
+        top = picture.height - 3 * (size + 4)
+        below, pictures = (0, top + size + 4, picture.width, picture.height), (2 * size + 12, top, *picture.size)
+        for box in (below, pictures):
+            assert picture.crop(box).getcolors() == [((box[2] - box[0]) * (box[3] - box[1]), white)]
+
+
+@pytest.mark.parametrize("text", [WORDS, TAGS, "x" * 999, "red apple"])
+def test_labels_are_broken_at_the_width_and_cut_to_a_few_lines(text):
+    font = label_font(14)
+    whole, cut = wrap(text, font, 200), wrap(text, font, 200, 3)
+    assert "".join("".join(whole).split()) == "".join(text.split())
+    assert all(font.getlength(line) <= 200 for line in whole + cut)
+    assert len(cut) <= 3
+    assert cut == whole if len(whole) <= 3 else cut[-1].endswith("...")
+
+
+def test_what_the_font_lacks_is_escaped():
+    assert drawable("café, кот, ﾈｺ, 猫, 🇯🇵") == "café, кот, \\uff88\\uff7a, \\u732b, \\U0001f1ef\\U0001f1f5"
+
+
+def test_long_names_of_columns_keep_to_their_columns():
+    rows = [torch.full((3, 3, 16, 16), 255).byte()]
+    for name in ("n" * 300, "a long name " * 30):
+        picture = grid(rows, [""], ["", f"{name}\n4 steps", ""])
+        for x in (0, 2 * 128 + 12, 2 * 128 + 12 + 2 * 132):
+            assert picture.crop((x, 0, x + 125, picture.height)).getcolors() == [(125 * picture.height, (255, 255, 255))]
+
+
+def test_a_text_is_not_taken_for_a_list_of_prompts():
+    with pytest.raises(UserError, match=r"^callbacks\.samples\.prompts=red apple: give a list"):
+        ImageGrid("samples", "red apple", steps=[1], w=1.0)

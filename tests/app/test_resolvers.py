@@ -1,0 +1,43 @@
+"""Which hardware computes in bfloat16."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lcm.app import resolvers
+from lcm.app.composition import compose
+
+
+@pytest.mark.parametrize(
+    ("cpu", "fast"),
+    [
+        ("vendor_id : GenuineIntel\nflags : avx512f avx512_bf16 amx_tile amx_bf16", True),
+        ("vendor_id : GenuineIntel\nflags : avx512f avx512_bf16", False),
+        ("vendor_id : AuthenticAMD\nflags : avx512f avx512_bf16", True),
+        ("vendor_id : AuthenticAMD\nflags : avx2", False),
+        (None, False),
+    ],
+)
+def test_a_cpu_with_fast_instructions_does(cpu: str | None, fast: bool, tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    if cpu is not None:
+        file.write_text(cpu)
+    assert resolvers.bfloat16_is_fast("cpu", str(file)) == fast
+
+
+def test_a_gpu_does_where_it_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for has in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert resolvers.fast_precision("gpu") == ("bf16-mixed" if has else "32-true")
+        assert resolvers.fast_dtype("auto") == ("bfloat16" if has else "float32")
+
+
+def test_training_and_evaluation_follow_and_obey(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fast, names in ((True, ("bf16-mixed", "bfloat16")), (False, ("32-true", "float32"))):
+        monkeypatch.setattr(resolvers, "bfloat16_is_fast", lambda device, fast=fast: fast)
+        cfg = compose("train", ["experiment=lcd_mini"])
+        assert (cfg.trainer.precision, cfg.data.codec.dtype) == names
+        assert compose("evaluate", []).dtype == names[1]
+        assert compose("train", ["trainer.precision=32-true"]).trainer.precision == "32-true"

@@ -1,0 +1,187 @@
+"""A configuration that came from elsewhere names parts of a training and nothing else; the user's own is trusted."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from lcm.app import targets
+from lcm.app.arguments import check_arguments
+from lcm.app.cli import build, refuse
+from lcm.app.composition import prepare
+from lcm.core.errors import UserError
+from lcm.export import trained
+from lcm.runtime.checkpoint_io import AtomicCheckpointIO
+
+REFUSED = [
+    "lcm.core.process.VP.at",
+    "lcm.models.text_to_image.TextToImage.load",
+    "os.system",
+    "builtins.eval",
+    "builtins.print",
+    "subprocess.Popen",
+    "torch.load",
+    "torch.hub.load",
+    "torch.os.system",
+    "torch.nn.modules.module.torch.load",
+    "torch.optim.optimizer.functools.partial",
+    "torch.optim.Optimizer.step",
+    "torch.utils.cpp_extension.load",
+    "lcm.runtime.run_dir.os.system",
+    "lcm.core.ema.torch.load",
+    "lcm.data.remote.run",
+    "lcm.models.saving.save_pipeline",
+    "lcm.models.saving.shutil.rmtree",
+    "lcm.app.sweep_table.hide_secrets",
+    "diffusers.DiffusionPipeline.from_pretrained",
+    "diffusers.UNet2DConditionModel.from_pretrained",
+    "diffusers.DiffusionPipeline",
+    "transformers.AutoModel.from_pretrained",
+    "lightning.pytorch.cli.LightningCLI",
+    "lightning.pytorch.Trainer",
+    "lightning.pytorch.callbacks.Checkpoint.__init__",
+    "hydra.utils.instantiate",
+    "hydra.utils.get_method",
+    "lightning",
+    "nowhere.at.all",
+    "lcm.core.nothing",
+    "lcm_core.x",
+    "",
+    None,
+    7,
+]
+ALLOWED = [
+    "torch.optim.SGD",
+    "torch.optim.lr_scheduler.CosineAnnealingLR",
+    "torch.nn.SiLU",
+    "lcm.core.losses.huber",
+    "lcm.callbacks.samples.ImageGrid",
+    "lightning.pytorch.callbacks.EarlyStopping",
+    "lightning.pytorch.strategies.DDPStrategy",
+    "lightning.pytorch.plugins.environments.SLURMEnvironment",
+    "lightning.pytorch.loggers.MLFlowLogger",
+    "diffusers.UNet2DModel",
+]
+
+
+@pytest.mark.parametrize("target", REFUSED)
+def test_what_could_run_anything_is_refused(target: Any) -> None:
+    with pytest.raises(UserError, match=r"is not allowed: .* set LCM_ALLOW_TARGETS=<package>$"):
+        targets.check_target(target, "model.solver._target_")
+
+
+@pytest.mark.parametrize("target", [*ALLOWED, *sorted(targets.shipped())])
+def test_what_a_training_is_made_of_is_allowed(target: str) -> None:
+    targets.check_target(target, "model.solver._target_")
+
+
+def test_a_refused_package_is_not_even_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hostile.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError):
+        targets.check_target("hostile.Callback", "callbacks.x._target_")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_package_of_ones_own_is_allowed_by_name_but_not_what_it_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text("import os\ndef solver(): return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setenv("LCM_ALLOW_TARGETS", "other, mine")
+        importlib.reload(targets)
+        assert build({"_target_": "mine.solver"}, foreign=True) == 1
+        for name in ("mine.os.system", "os.system"):
+            with pytest.raises(UserError, match="is not allowed"):
+                build({"_target_": name}, foreign=True)
+    importlib.reload(targets)
+    with pytest.raises(UserError, match=r"mine\.solver is not allowed"):
+        build({"_target_": "mine.solver"}, foreign=True)
+
+
+def test_a_configuration_cannot_allow_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LCM_ALLOW_TARGETS", "os")  # as hydra.job.env_set would, once Hydra runs
+    with pytest.raises(UserError, match="is not allowed"):
+        build({"_target_": "os.getcwd"}, foreign=True)
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"_target_": "os.getcwd"},
+        {"_target_": "os.getcwd", "_partial_": True},
+        {"_target_": "torch.nn.Sequential", "_args_": [{"_target_": "os.getcwd"}]},
+        {"_target_": "torch.nn.SiLU", "_recursive_": False, "inner": {"deep": [{"_target_": "os.getcwd"}]}},
+        [{"plugins": {"_target_": "os.getcwd"}}],
+        {"name": "os.getcwd", "_target_": "${.name}"},
+        {"_target_": "torch.nn.Sequential", "_args_": ["${oc.create:'{_target_: os.getcwd}'}"]},
+    ],
+    ids=["plain", "partial", "argument", "deep", "list", "interpolated", "made"],
+)
+@pytest.mark.parametrize("kind", ["plain", "config"])
+def test_nothing_is_built_around_or_inside(node: Any, kind: str) -> None:
+    with pytest.raises(UserError, match=r"os\.getcwd is not allowed"):
+        build(OmegaConf.create(node) if kind == "config" else node, foreign=True)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["hydra.output_subdir=.hydra"], "leave it null"),
+        (["--experimental-rerun", "x.pickle"], "unpickles a file"),
+        (["--config-path", "/tmp"], "replaces conf/"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_would_unpickle_or_keep_secrets_is_refused(args: list[str], says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        prepare("train", args, {})
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_the_user_types_and_has_in_a_folder_of_configs_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "theirs_part.py").write_text(
+        "import torch\n\n\ndef solver(denoise, z_t, t, s, *, schedule): ...\n\n\nclass AdamW8bit(torch.optim.AdamW): ...\n"
+    )
+    (tmp_path / "model/solver").mkdir(parents=True)
+    (tmp_path / "model/solver/mine.yaml").write_text("_target_: theirs_part.solver\n_partial_: true\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    prepare("train", ["model.optimizer._target_=theirs_part.AdamW8bit", "--config-dir", str(tmp_path), "model/solver=mine"], {})
+    assert build({"_target_": "theirs_part.AdamW8bit", "_partial_": True}).func.__name__ == "AdamW8bit"
+    for theirs in ("transformers.get_cosine_schedule_with_warmup", "transformers.T5EncoderModel", "functools.partial"):
+        check_arguments(OmegaConf.create({"part": {"_target_": theirs, "_partial_": True}}), {})
+
+
+def test_a_run_s_config_from_elsewhere_builds_nothing_that_is_not_allowed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "global_step": 0}, run / "checkpoints/last.ckpt")
+    trap = {
+        "_target_": "lcm.data.remote.run",
+        "command": f"touch {tmp_path / 'ran'}",
+        "file": str(tmp_path / "out"),
+        "timeout": 9,
+    }
+    for model in ({**trap}, {"_target_": "torch.nn.SiLU", "inner": trap}, {"_target_": "torch.nn.SiLU", "x": "${evil}"}):
+        OmegaConf.save({"model": model, "evil": trap, "trainer": {"max_steps": 1}}, run / "config.yaml")
+        with pytest.raises(UserError, match=r"lcm\.data\.remote\.run is not allowed"):
+            trained(run, "last")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("args", [["--cfg", "job"], ["--help"], ["--info", "all"], ["hydra.job_logging.root.level=DEBUG"]])
+def test_hydra_answers_as_before(args: list[str]) -> None:
+    assert prepare("train", args, {}) == (args, None)
+
+
+@pytest.mark.parametrize("override", ["data.shards={https://planted@host/?planted", "model.x='https://planted@host/?planted'"])
+def test_a_complaint_about_an_override_holds_no_secret(override: str) -> None:
+    with pytest.raises(UserError) as raised:
+        prepare("train", [override, "model.nothing=1"], {})
+    with pytest.raises(SystemExit) as caught:
+        refuse(raised.value)
+    assert "planted" not in str(caught.value)

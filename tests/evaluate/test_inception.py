@@ -1,0 +1,49 @@
+"""InceptionV3: that of torch-fidelity where it is installed; what a missing or poisoned file is answered with."""
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from lcm.core.errors import UserError
+from lcm.evaluate import inception
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    if "torch_fidelity" not in sys.modules:
+        monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))
+
+
+def test_without_the_package_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(UserError, match="pip install"):
+        inception.check("weights.pth")
+
+
+def test_a_missing_file_says_what_to_get_and_where_to_put_it(installed, tmp_path):
+    with pytest.raises(UserError, match=rf"{tmp_path}/w.pth: get {inception.FILE} .* put it there"):
+        inception.check(str(tmp_path / "w.pth"))
+
+
+def test_a_file_that_would_run_code_is_refused(installed, tmp_path):
+    torch.save({"code": UserError("x")}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="not a file of weights only"):
+        inception.check(str(tmp_path / "w.pth"))
+
+
+def test_features_are_those_of_torch_fidelity(tmp_path, monkeypatch):
+    fidelity, file = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3"), tmp_path / "w.pth"
+    torch.manual_seed(0)
+    torch.save({}, file)
+    with monkeypatch.context() as patch:  # random weights: the constructor insists on loading some
+        patch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        torch.save(fidelity.FeatureExtractorInceptionV3("random", ["2048"], str(file)).state_dict(), file)
+    theirs = fidelity.FeatureExtractorInceptionV3("random", ["2048"], str(file))
+    plain, smooth = (inception.InceptionBackbone(str(file), antialias=antialias) for antialias in (False, True))
+    small, large = (torch.randint(0, 256, (1, 3, size, size)).byte() for size in (64, 400))
+    torch.testing.assert_close(plain(small), theirs(small)[0])
+    torch.testing.assert_close(plain(large), theirs(large)[0])
+    assert smooth(large).shape == (1, smooth.num_features)
+    assert not torch.allclose(smooth(large), plain(large))

@@ -1,0 +1,365 @@
+"""Checkpoints are whole or absent, a damaged one is noticed and the one before it used."""
+
+import itertools
+import multiprocessing
+import os
+import random
+import re
+import resource
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch.distributed import TCPStore
+
+import lcm.runtime.checkpoint_io as module
+from lcm.core.errors import UserError
+from lcm.runtime import signals
+from lcm.runtime.atomic_io import locked
+from lcm.runtime.checkpoint_io import AtomicCheckpointIO
+from lcm.runtime.integrity import COMMENT, damage
+from lcm.runtime.resume import newest_whole, saved
+from lcm.runtime.run_dir import meeting_place, resume_path, start_run
+
+ROUNDS = int(os.environ.get("LCM_ROUNDS", "10"))
+
+
+def content(step, size=30):
+    return {"global_step": step, "state_dict": {"a": torch.full((size,), float(step)), "b": torch.ones(3)}, "plain": [1, "x"]}
+
+
+def equal(one, other):
+    tensors = one["state_dict"].keys() == other["state_dict"].keys() and all(
+        torch.equal(value, other["state_dict"][name]) for name, value in one["state_dict"].items()
+    )
+    return tensors and (one["global_step"], one["plain"]) == (other["global_step"], other["plain"])
+
+
+def step_of(path):
+    return AtomicCheckpointIO().load_checkpoint(path)["global_step"]
+
+
+def flip(path, at):
+    with path.open("r+b") as file:
+        file.seek(at)
+        [byte] = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte ^ 1 << at % 8]))
+
+
+@pytest.fixture
+def last(tmp_path):
+    """last.ckpt at step 2, previous.ckpt at step 1."""
+    path = tmp_path / "checkpoints/last.ckpt"
+    for step in (1, 2):
+        AtomicCheckpointIO().save_checkpoint(content(step), path)
+    return path
+
+
+def test_any_reader_of_checkpoints_reads_one(last):
+    assert damage(last) is None
+    for mmap in (False, True):
+        assert equal(torch.load(last, weights_only=True, mmap=mmap), content(2))
+
+
+def test_every_flipped_bit_and_every_cut_is_noticed_or_harmless(last):
+    """Harmless is a damaged checksum: such a file is judged as another program's."""
+    size = last.stat().st_size
+    body = size - COMMENT - 2  # the comment's length belongs to it
+    for at in range(0, size, 3):
+        flip(last, at)
+        if damage(last) is None:
+            assert at >= body
+            assert equal(torch.load(last, weights_only=True), content(2)), at
+        flip(last, at)
+    for length in range(size - 1, 0, -7):
+        os.truncate(last, length)
+        if damage(last) is None:
+            assert length >= body
+            assert equal(torch.load(last, weights_only=True), content(2)), length
+
+
+def test_a_checkpoint_of_another_program_has_the_checksums_of_its_tensors(tmp_path):
+    path = tmp_path / "other.ckpt"
+    torch.save(content(1, size=1000), path)
+    assert step_of(path) == 1
+    flip(path, path.stat().st_size // 2)
+    assert "checksum" in damage(path)
+    path.write_bytes(b"")
+    assert damage(path)
+    path.unlink()
+    path.mkdir()
+    assert damage(path)
+
+
+def test_a_resume_reads_a_checkpoint_once(last, tmp_path):
+    """As the kernel counts: to choose it, to verify it and to load it is one pass, in every rank."""
+    AtomicCheckpointIO().save_checkpoint(content(3, size=1 << 20), last)
+    before = bytes_read()
+    loaded = AtomicCheckpointIO().load_checkpoint(resume_path(config(tmp_path, "last")))
+    assert (bytes_read() - before) / last.stat().st_size < 1.1
+    assert equal(loaded, content(3, size=1 << 20))
+
+
+def bytes_read():
+    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+
+def test_a_pickled_object_is_refused(tmp_path):
+    torch.save({"code": AtomicCheckpointIO()}, tmp_path / "evil.ckpt")
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "evil.ckpt")
+
+
+def test_the_one_before_is_used_where_the_last_is_damaged_and_survives_the_next_save(last, capsys):
+    flip(last, 700)
+    assert newest_whole(last.parent) == str(last.with_name("previous.ckpt"))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"warning: {last} is damaged (its checksum does not match): it is left out, the one before it is used"]
+    with pytest.raises(UserError, match=r"last\.ckpt is damaged \(its checksum does not match\)"):
+        AtomicCheckpointIO().load_checkpoint(last)
+    io = AtomicCheckpointIO()
+    io.save_checkpoint(content(3), last)
+    assert [step_of(path) for path in saved(last.parent)] == [3, 1]
+    io.save_checkpoint(content(4), last)
+    assert [step_of(path) for path in saved(last.parent)] == [4, 3]
+
+
+def test_a_save_that_dies_between_its_two_renames_leaves_the_one_before(last):
+    last.replace(last.with_name("previous.ckpt"))
+    assert step_of(newest_whole(last.parent)) == 2
+
+
+def test_others_come_after_the_last_two_the_newest_first(last):
+    for number, name in enumerate(["step_100", "step_200", "best"]):
+        AtomicCheckpointIO().save_checkpoint(content(number), last.with_name(f"{name}.ckpt"))
+        os.utime(last.with_name(f"{name}.ckpt"), (2e9 + number, 2e9 + number))
+    names = ["last", "previous", "best", "step_200", "step_100"]
+    assert [path.stem for path in saved(last.parent)] == names
+
+
+def config(tmp_path, ckpt_path):
+    paths = {"runs": str(tmp_path / "runs"), "run_id": None, "run_dir": str(tmp_path)}
+    return OmegaConf.create({"name": "a", "ckpt_path": str(ckpt_path) if ckpt_path else None, "paths": paths})
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_refused_and_a_whole_one_named(last, tmp_path):
+    flip(last, 700)
+    with pytest.raises(UserError, match=r"last\.ckpt is damaged .*: give ckpt_path=.*previous\.ckpt, which is whole"):
+        resume_path(config(tmp_path, last))
+    flip(last.with_name("previous.ckpt"), 700)
+    with pytest.raises(UserError, match="no other checkpoint beside it is whole"):
+        resume_path(config(tmp_path, last))
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+        resume_path(config(tmp_path, "last"))
+
+
+def test_last_is_a_fresh_start_where_nothing_was_saved(tmp_path, capsys):
+    assert resume_path(config(tmp_path, "last")) is None
+    assert not capsys.readouterr().err  # as `make demo` starts
+
+
+@pytest.mark.parametrize("weights", [{"state_dict": {"a": torch.ones(3)}}, {"a": torch.ones(3)}, torch.ones(3)], ids=type)
+def test_a_file_of_weights_alone_is_no_checkpoint_to_go_on_from(weights, tmp_path):
+    torch.save(weights, tmp_path / "weights.ckpt")
+    AtomicCheckpointIO().save_checkpoint(weights, tmp_path / "sealed.ckpt")
+    for name in ("weights.ckpt", "sealed.ckpt"):
+        with pytest.raises(UserError, match=f"ckpt_path=.*{name} holds no training to go on with, only weights"):
+            resume_path(config(tmp_path, tmp_path / name))
+
+
+def test_last_of_a_name_without_checkpoints_warns_with_the_runs_that_have_some(tmp_path, capsys):
+    for run in ("lcd_mini/0", "lcd_mini/1", "teacher/0"):
+        AtomicCheckpointIO().save_checkpoint(content(1), tmp_path / "runs" / run / "checkpoints/last.ckpt")
+    mistyped = config(tmp_path, "last")
+    mistyped.name = "lcd_mni"
+    assert resume_path(mistyped) is None
+    error = capsys.readouterr().err
+    assert "warning: ckpt_path=last found no checkpoint of lcd_mni: training starts anew" in error
+    named = re.search(r"runs with checkpoints are (.*): stop", error)[1].split(", ")
+    assert sorted(named[:2]) == ["lcd_mini/0", "lcd_mini/1"]
+    assert named[2:] == ["teacher/0"]
+
+
+def test_a_start_removes_the_litter_of_a_killed_one(last, tmp_path, monkeypatch):
+    monkeypatch.delenv("LCM_RUN_ID", raising=False)
+    run = tmp_path / "runs/a/3"
+    last.parent.rename(run.mkdir(parents=True) or run / "checkpoints")
+    (run / "checkpoints/last.partial").write_bytes(b"half")
+    assert start_run(config(tmp_path, "last")) == run
+    assert not list(run.rglob("*.partial"))
+    assert len(list(run.rglob("*.ckpt"))) == 2
+
+
+def hold(file, here, ended):
+    kept = locked(file)
+    here.set()
+    ended.wait()
+    kept.close()
+
+
+def test_a_run_that_another_process_trains_is_left_alone(last, tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    run = tmp_path / "runs/a/3"
+    last.parent.rename(run.mkdir(parents=True) or run / "checkpoints")
+    (run / "checkpoints/last.partial").write_bytes(b"half")
+    here, ended = multiprocessing.Event(), multiprocessing.Event()
+    other = multiprocessing.Process(target=hold, args=(run / ".lock", here, ended))
+    other.start()
+    here.wait()
+    with pytest.raises(UserError, match=r"another process is training in .*runs/a/3: wait for its end"):
+        start_run(config(tmp_path, "last"))
+    assert (run / "checkpoints/last.partial").exists()
+    os.kill(other.pid, signal.SIGKILL)
+    other.join()
+    for _ in range(2):  # a sweep's jobs are one process
+        assert start_run(config(tmp_path, "last")) == run
+
+
+def test_the_processes_of_torchrun_have_one_run(tmp_path, monkeypatch):
+    """In one process, with the store that torchrun would have, and goes on to have when it starts them again."""
+    monkeypatch.delenv("LCM_RUN_ID", raising=False)
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for number in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", number)
+        for rank in ("0", "1"):
+            env = {**shared, "TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+            for name, value in env.items():
+                monkeypatch.setenv(name, value)
+            meeting_place.cache_clear()
+            assert start_run(config(tmp_path, None)) == tmp_path / "runs/a" / number
+    meeting_place.cache_clear()
+
+
+def test_a_full_disk_leaves_what_was_there(last, capfd):
+    """The limit on a file's size stands in for it: torch.save hides the same OSError in a RuntimeError."""
+    io, limits = AtomicCheckpointIO(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"checkpoints/last\.ckpt cannot be written whole \(File too large\): make room"):
+            io.save_checkpoint(content(3, size=100_000), last)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [step_of(path) for path in saved(last.parent)] == [2, 1]
+    assert not list(last.parent.glob("*.partial"))
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """An asynchronous writer whose writes wait until they are let go."""
+    io, go, begun = AtomicCheckpointIO(asynchronous=True), threading.Event(), []
+
+    def save(checkpoint, file, torch_save=torch.save):
+        begun.append(checkpoint["global_step"])
+        assert go.wait(60)
+        torch_save(checkpoint, file)
+
+    monkeypatch.setattr(module.torch, "save", save)
+    yield io, go, begun
+    go.set()
+    io.writer.shutdown()
+
+
+def test_an_asynchronous_write_holds_the_state_of_its_moment_and_the_end_waits_for_it(slow, tmp_path):
+    (io, go, _), state = slow, content(1)
+    io.save_checkpoint(state, tmp_path / "last.ckpt")
+    state["state_dict"]["a"].zero_()
+    assert not (tmp_path / "last.ckpt").exists()
+    go.set()
+    io.teardown()
+    assert equal(torch.load(tmp_path / "last.ckpt", weights_only=True), content(1))
+
+
+def test_one_asynchronous_write_is_in_flight_at_most(slow, tmp_path):
+    io, go, begun = slow
+    io.save_checkpoint(content(1), tmp_path / "last.ckpt")
+    second = threading.Thread(target=io.save_checkpoint, args=(content(2), tmp_path / "last.ckpt"))
+    second.start()
+    second.join(0.3)
+    assert second.is_alive()
+    assert begun in ([], [1])
+    go.set()
+    second.join(60)
+    io.teardown()
+    assert [step_of(path) for path in saved(tmp_path)] == [2, 1]
+
+
+@pytest.mark.parametrize("where", ["the next save", "the end"])
+def test_an_asynchronous_writes_error_is_raised_once(where, tmp_path, monkeypatch):
+    def full(checkpoint, file):
+        raise OSError(28, "No space left on device")
+
+    io = AtomicCheckpointIO(asynchronous=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.torch, "save", full)
+        io.save_checkpoint(content(1), tmp_path / "last.ckpt")
+        with pytest.raises(UserError, match="No space left on device"):
+            io.teardown() if where == "the end" else io.save_checkpoint(content(2), tmp_path / "last.ckpt")
+    io.save_checkpoint(content(3), tmp_path / "last.ckpt")
+    io.teardown()
+    assert [step_of(path) for path in saved(tmp_path)] == [3]
+
+
+def keep_saving(path, begin, asynchronous, done):
+    """What the killed process does; says each step whose file is there: an asynchronous save proves the one before it."""
+    io = AtomicCheckpointIO(asynchronous)
+    for step in itertools.count(begin):
+        io.save_checkpoint(content(step, size=1 << 20), path)
+        if step - asynchronous >= begin:
+            done.send(step - asynchronous)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_killed_at_random_it_leaves_a_whole_checkpoint_no_older_than_the_last_save(asynchronous, tmp_path, monkeypatch):
+    """LCM_ROUNDS=50 for the figure; $TMPDIR is another filesystem, from which a move is a copy."""
+    monkeypatch.setenv("TMPDIR", "/dev/shm")
+    path, step, inside = tmp_path / "last.ckpt", 0, 0
+    fork = multiprocessing.get_context("fork")
+    for _ in range(ROUNDS):
+        said, done = fork.Pipe(duplex=False)
+        process = fork.Process(target=keep_saving, args=(path, step + 1, asynchronous, done))
+        process.start()
+        done.close()
+        assert said.poll(120)
+        time.sleep(random.uniform(0, 0.1))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        while True:
+            try:
+                completed = said.recv()
+            except EOFError:
+                break
+        inside += (tmp_path / "last.partial").exists()
+        loaded = AtomicCheckpointIO().load_checkpoint(newest_whole(tmp_path))
+        step = loaded["global_step"]
+        assert step >= completed
+        assert equal(loaded, content(step, size=1 << 20))
+    print(f"{ROUNDS} kills, {inside} of them inside a write")
+    assert inside or ROUNDS < 10
+
+
+def wait_for_ctrl_c(said):
+    signals.listen(signal.SIGINT)
+    said.send("ready")
+    while not signals.asked():
+        time.sleep(0.01)
+    said.send("asked")
+    time.sleep(120)  # a step or a write that takes its time
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step():
+    fork = multiprocessing.get_context("fork")
+    said, saying = fork.Pipe(duplex=False)
+    process = fork.Process(target=wait_for_ctrl_c, args=(saying,))
+    process.start()
+    for word in ("ready", "asked"):
+        assert said.poll(60)
+        assert said.recv() == word
+        os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == -signal.SIGINT

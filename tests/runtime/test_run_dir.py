@@ -1,0 +1,216 @@
+"""Every training has a folder of its own, and processes that do not belong together are refused before they have one."""
+
+import os
+import subprocess
+
+import pytest
+from omegaconf import OmegaConf
+
+from lcm.app.composition import compose
+from lcm.core.errors import UserError
+from lcm.runtime import run_dir as runs
+from lcm.runtime.checkpoint_io import AtomicCheckpointIO
+from lcm.runtime.run_dir import check_processes, check_sweep, finish, resume_path, start_run, training
+
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LCM_RUN_ID", "LCM_RUN_PROCESS")
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """No launcher, and what a test sets is gone afterwards."""
+    for name in [*LAUNCHERS, *(name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI_")))]:
+        monkeypatch.delenv(name, raising=False)
+    yield
+    runs.release()
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """`start("model.w_max=4", SLURM_JOB_ID="4711")`: the folder of a training with this command, which saves a checkpoint."""
+
+    def start(command: str = "", ckpt_path: str | None = None, run_id: object = None, **env: str) -> str:
+        own = {"SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID"}
+        with monkeypatch.context() as patch:
+            for name in own - env.keys():
+                patch.delenv(name, raising=False)
+            for name, value in env.items():
+                patch.setenv(name, value)
+            patch.setattr(runs, "overrides", lambda: command.split())
+            paths = {"runs": str(tmp_path / "runs"), "run_id": run_id, "run_dir": None}
+            cfg = OmegaConf.create({"name": "a", "ckpt_path": ckpt_path, "paths": paths})
+            run_dir = start_run(cfg)
+            with training(run_dir):
+                start.resumes = resume_path(cfg)
+                (run_dir / "checkpoints").mkdir(exist_ok=True)
+                AtomicCheckpointIO().save_checkpoint(
+                    {"global_step": 1, "loops": {}, "optimizer_states": []}, run_dir / "checkpoints/last.ckpt"
+                )
+            return run_dir.name
+
+    return start
+
+
+def test_trainings_of_one_slurm_job_do_not_meet(start):
+    job = {"SLURM_JOB_ID": "4711"}
+    assert [start(f"model.w_max={w}", **job) for w in (4, 8, 8)] == ["4711", "4711-1", "4711-2"]
+    assert start("model.w_max=4", SLURM_JOB_ID="4712") == "4712"  # another one of the array
+    assert start("model.w_max=8", "last", **job) == "4711-2"
+    assert start() == "4713"
+
+
+def test_a_job_that_slurm_starts_again_goes_on_with_its_own_trainings_only(start):
+    job, again = {"SLURM_JOB_ID": "4711"}, {"SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": "1"}
+    for w in (4, 8):
+        start(f"model.w_max={w}", **job)
+    assert start("model.w_max=8", **again) == "4711-1"
+    assert start.resumes.endswith("4711-1/checkpoints/last.ckpt")
+    assert start("model.w_max=6", **again, SLURM_STEP_ID="1") == "4711-2"
+    assert start.resumes is None
+    assert start("model.w_max=4 trainer.devices=2", **again) == "4711"  # what is trained is the same
+    assert start.resumes.endswith("4711/checkpoints/last.ckpt")
+    assert start("model.w_max=4", **again) == "4711-3"  # the first has gone on already
+
+
+def test_a_run_that_is_named_is_not_begun_anew(start, tmp_path):
+    assert start(run_id=7) == "7"
+    with pytest.raises(
+        UserError, match=r"runs/a/7 holds a run: go on with it by ckpt_path=last, or choose another paths\.run_id"
+    ):
+        start(run_id=7)
+    assert start(run_id=7, ckpt_path="last") == "7"
+    assert start(run_id=7, ckpt_path=str(tmp_path / "runs/a/7/checkpoints/last.ckpt")) == "7"
+    with pytest.raises(UserError, match="holds a run"):
+        start(run_id=7, SLURM_JOB_ID="7")
+    assert start(run_id="mine", SLURM_JOB_ID="1") == start(run_id="mine", SLURM_JOB_ID="1", SLURM_RESTART_COUNT="1") == "mine"
+
+
+def test_slurm_s_trainings_are_locked_too_but_for_those_of_a_lost_node(start, tmp_path):
+    job = {"SLURM_JOB_ID": "4711"}
+    start(**job)
+    lock = tmp_path / "runs/a/4711/.lock"
+    code = (
+        f"import fcntl, sys; f = open({str(lock)!r}, 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(["python3", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(
+            UserError, match=r"another process is training in .*/4711: wait .*; if its machine is lost, remove .*lock"
+        ):
+            start(ckpt_path="last", **job)
+        assert start(**job, SLURM_RESTART_COUNT="1") == "4711"
+        other.stdin.close()
+
+
+def test_a_training_leaves_nothing_to_the_next_in_its_process(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "1")
+    before = dict(os.environ)
+    for number in range(2):
+        monkeypatch.setenv("LOCAL_RANK", "0")  # another program's
+        cfg = OmegaConf.create({"name": "a", "ckpt_path": None, "paths": {"runs": str(tmp_path), "run_id": None}})
+        run_dir = start_run(cfg)
+        assert run_dir.name == str(number)
+        assert "LOCAL_RANK" not in os.environ
+        with training(run_dir):
+            os.environ |= {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_PORT": "2"}
+        assert dict(os.environ) == before
+        assert not runs.held
+        assert finish(run_dir, None) is None
+
+
+def test_processes_that_a_training_starts_have_its_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LCM_RUN_ID", "5")
+    paths = {"runs": str(tmp_path), "run_id": None}
+    for parent, name in ((os.getppid(), "5"), (1, "6")):  # the second is left by a training that ended
+        monkeypatch.setenv("LCM_RUN_PROCESS", str(parent))
+        assert start_run(OmegaConf.create({"name": "a", "ckpt_path": None, "paths": paths})).name == name
+        runs.release()
+
+
+@pytest.mark.parametrize("obstacle", ["file", "dangling link", "name is a file"])
+def test_a_folder_that_cannot_be_made_is_named(obstacle, tmp_path):
+    at = tmp_path / "runs"
+    if obstacle == "dangling link":
+        at.symlink_to(tmp_path / "gone")
+        (tmp_path / "gone").symlink_to(tmp_path / "gone")
+    elif obstacle == "file":
+        at.write_text("")
+    else:
+        (at.mkdir() or at / "a").write_text("")
+    paths = {"runs": str(at), "run_id": None}
+    for run_id in (None, 5):
+        with pytest.raises(
+            UserError, match=r"cannot write the run directory under .*runs/a \(.*\): set paths\.runs to a writable"
+        ):
+            start_run(OmegaConf.create({"name": "a", "ckpt_path": None, "paths": {**paths, "run_id": run_id}}))
+    if obstacle != "name is a file":
+        with pytest.raises(UserError, match=r"cannot write .*sweeps/now \(.*\): set paths\.runs to a writable folder"):
+            check_sweep(at / "sweeps/now", one_process=True)
+
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+SRUN = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
+PER_NODE = {"SLURM_NTASKS_PER_NODE": "2"}
+DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
+
+
+@pytest.mark.parametrize(
+    ("env", "overrides", "says"),
+    [
+        (TORCHRUN, [], "torchrun started 2 processes, but trainer.devices=1 and trainer.num_nodes=1 make 1: use trainer=ddp "
+         "trainer.devices=2, or start one process"),
+        (TORCHRUN, [*DDP, "trainer.devices=4"], "trainer.num_nodes=1 make 4: use trainer=ddp trainer.devices=2"),
+        ({**TORCHRUN, "WORLD_SIZE": "4"}, [*DDP, "trainer.devices=2"], "use trainer=ddp trainer.devices=2 trainer.num_nodes=2"),
+        (SRUN, [], "srun started 2 processes, but trainer.devices=1 and trainer.num_nodes=1 make 1: use "
+         "srun --ntasks-per-node=2 and trainer=slurm, or start one process"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, [], "srun started 2 processes, but trainer.devices=1"),
+        ({**SRUN, **PER_NODE}, [], "make 1: use trainer=slurm, or start one process"),
+        (SRUN, [*DDP, "trainer.devices=2"], "srun --ntasks=2 leaves open who is where: use --ntasks-per-node"),
+        ({**SRUN, **PER_NODE, "SLURM_JOB_NAME": "bash"}, [*DDP, "trainer.devices=2"], "which only trainer=slurm joins"),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, [*DDP, "trainer.devices=2"], "SLURM has 1 task(s) and srun"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, [], "mpirun started 2 processes, which do not join in one "
+         "training: start them with torchrun or srun"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, [*DDP, "trainer.devices=2"], "mpirun started 2 processes"),
+        ({}, [*DDP, "trainer.devices=1", "trainer.num_nodes=2"], "trainer.num_nodes=2 needs a launcher on every node"),
+    ],
+)  # fmt: skip
+def test_processes_that_would_train_side_by_side_are_refused(env, overrides, says, monkeypatch):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as refusal:
+        check_processes(compose("train", overrides).trainer)
+    assert says in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("env", "overrides"),
+    [
+        ({}, []),
+        ({}, [*DDP, "trainer.devices=2"]),
+        (TORCHRUN, [*DDP, "trainer.devices=2"]),
+        (TORCHRUN, [*DDP, "trainer.devices=[0,1]"]),
+        ({**TORCHRUN, "OMPI_COMM_WORLD_SIZE": "2"}, [*DDP, "trainer.devices=1", "trainer.num_nodes=2"]),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, []),
+        ({**SRUN, **PER_NODE, "SLURM_NNODES": "1"}, ["trainer=slurm"]),
+        ({**SRUN, **PER_NODE, "SLURM_JOB_NAME": "bash", "SLURM_NNODES": "1"}, ["trainer=slurm"]),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}, []),  # a batch script's or salloc's shell
+        ({"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "bash", "SLURM_STEP_NUM_TASKS": "1"}, [*DDP, "trainer.devices=2"]),
+    ],
+)
+def test_processes_that_belong_together_and_single_ones_pass(env, overrides, monkeypatch):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    check_processes(compose("train", overrides).trainer)
+
+
+def test_a_sweep_is_started_by_one_process(tmp_path, monkeypatch):
+    check_sweep(tmp_path / "now", one_process=True)
+    assert not (tmp_path / "now").exists()
+    check_sweep(tmp_path, one_process=True)  # hydra.sweep.dir=<a folder that is there>
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    check_sweep(tmp_path / "now", one_process=False)  # of a program that starts no processes
+    with pytest.raises(
+        UserError, match="torchrun started 2 processes of a sweep, which starts those of its jobs itself: start one"
+    ):
+        check_sweep(tmp_path / "now", one_process=True)

@@ -1,0 +1,115 @@
+"""Stopping and watching, without a cluster: tests/slurm has the same on one."""
+
+import logging
+import os
+import time
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from omegaconf import OmegaConf
+
+from lcm.runtime import signals
+from lcm.runtime.checkpoint_io import AtomicCheckpointIO
+from lcm.runtime.run_dir import resume_path
+from lcm.runtime.stop import StopOnSignal, requeue, started_by_lightning
+from lcm.runtime.watchdog import Watchdog
+from tests.checkpoints.test_atomic import content
+
+
+def rank(number: int, folder: Path, asked: int) -> None:
+    """One of two: says at which step it saved, and with which code it left."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=2)
+    stop = StopOnSignal("unused", every_n_steps=2)
+    stop.group = dist.new_group(backend="gloo")
+    saved = folder / f"saved-{number}"
+    trainer = SimpleNamespace(
+        global_step=0,
+        max_steps=100,
+        training=False,
+        loggers=[],
+        is_global_zero=number == 0,
+        save_checkpoint=lambda path: saved.write_text(str(trainer.global_step)),
+        strategy=SimpleNamespace(checkpoint_io=SimpleNamespace(teardown=lambda: None)),
+    )
+    for step in range(1, 9):
+        trainer.global_step = step
+        if step == 3 and number == 1:
+            signals._asked = asked
+        stop.on_train_batch_end(trainer, None, None, None, step - 1)
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    spawn = get_context("spawn")
+    ranks = [spawn.Process(target=rank, args=(number, tmp_path, signals.SIGTERM)) for number in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(240)
+        if process.is_alive():
+            process.kill()
+    assert [process.exitcode for process in ranks] == [143, 143]
+    assert [(tmp_path / f"saved-{number}").read_text() for number in range(2)] == ["4", "4"]
+
+
+def test_a_job_is_requeued_by_its_number(tmp_path, monkeypatch):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert not requeue()
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert requeue()
+    assert (tmp_path / "asked").read_text() == "requeue 17\n"
+    scontrol.write_text("#!/bin/sh\nkill -TERM $$\n")  # it is of the job that it asks SLURM to end
+    assert requeue()
+    scontrol.write_text("#!/bin/sh\nexit 1\n")
+    assert not requeue()
+    monkeypatch.setenv("PATH", "/nowhere")  # a container: the batch script does it
+    assert requeue()
+
+
+@pytest.mark.parametrize(
+    ("environment", "local", "expected"),
+    [(LightningEnvironment, 0, False), (LightningEnvironment, 1, True), (TorchElasticEnvironment, 1, False), (None, 0, False)],
+)
+def test_only_processes_that_lightning_watches_leave_with_0(environment, local, expected, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    strategy = SimpleNamespace(cluster_environment=environment()) if environment else SimpleNamespace()
+    assert started_by_lightning(SimpleNamespace(strategy=strategy)) is expected
+
+
+def test_a_restarted_job_goes_on_with_its_own_checkpoint_whatever_it_began_from(tmp_path, monkeypatch):
+    cfg = OmegaConf.create({"ckpt_path": None, "paths": {"run_dir": str(tmp_path)}})
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert resume_path(cfg.copy()) is None
+    (tmp_path / "checkpoints").mkdir()
+    AtomicCheckpointIO().save_checkpoint(content(1), tmp_path / "checkpoints/last.ckpt")
+    assert resume_path(cfg.copy()) == f"{tmp_path}/checkpoints/last.ckpt"
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    assert resume_path(cfg.copy()) is None
+
+
+@pytest.mark.parametrize(
+    ("places", "silent", "speaker", "told"),
+    [
+        ([9, 8, 9], (), 0, "not arrived: rank 1 on n1"),
+        ([8, 9, 8], (), 1, "not arrived: rank 0 on n0, rank 2 on n2"),
+        ([9, 9, 9], (2,), 0, "not arrived: rank 2 on n2 (it does not answer)"),
+        ([9, 9, 9], (), 0, "all ranks are in it"),
+    ],
+)
+def test_the_watchdog_names_who_is_late_once(places, silent, speaker, told, caplog):
+    now = time.time()
+    beats = {number: (place, f"n{number}", now - 100 * (number in silent)) for number, place in enumerate(places)}
+    for number in range(3):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            Watchdog(timeout=10).tell(number, 3, beats)
+        assert (told in caplog.text) == (number == speaker)
+        assert bool(caplog.text) == (number == speaker)
