@@ -11,7 +11,10 @@ from lcm.app.cli import build, build_all, program
 from lcm.core.numbers import Seed
 from lcm.data.workers import workers_watched
 from lcm.modules.trainer import Trainer
-from lcm.runtime.run_dir import ConfigFile, check_processes, finish, resume_path, start_run, sweep_job, training
+from lcm.runtime.launch import check_processes
+from lcm.runtime.resume import resume_path
+from lcm.runtime.run_dir import ConfigFile, finish, start_run, training
+from lcm.runtime.sweep import sweep_job
 
 
 @program(

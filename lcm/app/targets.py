@@ -59,7 +59,7 @@ def shipped() -> frozenset[str]:
 
 
 def is_allowed(target: str) -> bool:
-    """A class, of some packages a function, by where it is defined: `lcm.runtime.run_dir.os.system` is the operating system's, and a
+    """A class, of some packages a function, by where it is defined: `lcm.runtime.run_dir.os.system` is os.system, and a
     method such as `from_pretrained` may run code that it downloads."""
     packages = {name.partition(".")[0] for name in CLASSES} | {*OWN}
     if not any(within(target, package) for package in packages):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from lcm.app.composition import compose
 from lcm.core.errors import UserError
-from lcm.evaluate import evaluate
+from lcm.evaluate.__main__ import evaluate
 from lcm.evaluate.features import scores
 from lcm.models import text_to_image as generate
 from lcm.models.pipeline import load_network

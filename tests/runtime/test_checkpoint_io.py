@@ -22,8 +22,9 @@ from lcm.runtime import signals
 from lcm.runtime.atomic_io import locked
 from lcm.runtime.checkpoint_io import AtomicCheckpointIO
 from lcm.runtime.integrity import COMMENT, damage
-from lcm.runtime.resume import newest_whole, saved
-from lcm.runtime.run_dir import meeting_place, resume_path, start_run
+from lcm.runtime.launch import meeting_place
+from lcm.runtime.resume import newest_whole, resume_path, saved
+from lcm.runtime.run_dir import start_run
 
 ROUNDS = int(os.environ.get("LCM_ROUNDS", "10"))
 

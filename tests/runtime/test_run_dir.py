@@ -10,7 +10,10 @@ from lcm.app.composition import compose
 from lcm.core.errors import UserError
 from lcm.runtime import run_dir as runs
 from lcm.runtime.checkpoint_io import AtomicCheckpointIO
-from lcm.runtime.run_dir import check_processes, check_sweep, finish, resume_path, start_run, training
+from lcm.runtime.launch import check_processes
+from lcm.runtime.resume import resume_path
+from lcm.runtime.run_dir import finish, start_run, training
+from lcm.runtime.sweep import check_sweep
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LCM_RUN_ID", "LCM_RUN_PROCESS")
 

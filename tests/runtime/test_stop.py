@@ -14,10 +14,10 @@ from omegaconf import OmegaConf
 
 from lcm.runtime import signals
 from lcm.runtime.checkpoint_io import AtomicCheckpointIO
-from lcm.runtime.run_dir import resume_path
+from lcm.runtime.resume import resume_path
 from lcm.runtime.stop import StopOnSignal, requeue, started_by_lightning
 from lcm.runtime.watchdog import Watchdog
-from tests.checkpoints.test_atomic import content
+from tests.runtime.test_checkpoint_io import content
 
 
 def rank(number: int, folder: Path, asked: int) -> None:

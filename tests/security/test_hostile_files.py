@@ -24,7 +24,7 @@ from lcm.data.datamodule import ShardDataModule
 from lcm.evaluate.inception import check
 from lcm.manifest import write
 from lcm.models.pipeline import load_codec, load_network
-from lcm.runtime.run_dir import resume_path
+from lcm.runtime.resume import resume_path
 from tests.data.conftest import keys, pairs, png, stream, take, write_shard
 
 
