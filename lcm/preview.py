@@ -15,7 +15,7 @@ from lcm.app.images import grid, save_png
 from lcm.app.inputs import output_folder
 from lcm.core.numbers import Count, Seed
 from lcm.data.datamodule import ShardDataModule
-from lcm.data.members import REASONS
+from lcm.data.sample_fields import REASONS
 from lcm.data.source import total_dropped
 from lcm.data.workers import workers_watched
 

@@ -1,111 +1,234 @@
-"""Which sample comes at which position: the endless order of a training, a pure function of (seed, position).
+"""Which sample comes at which position: the endless order of a training, a function of (shard names, seed, position).
 
-Nothing here reads a shard. Any position is found without walking the ones before it, so a run goes on from one integer, and any
-number of ranks and workers can share out the same order.
+The shards of a source are dealt to lanes by the seed. A lane walks its shards one after another, in a new order each epoch, and
+shuffles samples within blocks of a shard. Positions take turns over the lanes. How many samples a shard holds is learnt when a
+lane reaches it, so nothing is counted before the first batch.
 """
 
+import math
 import random
-from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from lcm.core.errors import UserError
+from lcm.data.buckets import Shape, nearest
 
-MIX = 1000  # positions over which several sources keep to their weights exactly
+MIX = 1000  # positions over which lanes of different weights keep to their shares
+FEW = 16  # shards of a lane, up to which their sizes matter
+NEARLY = 1.02  # weights that differ less are equal
+WHOLE = 2**62  # more samples than a shard holds
+WINDOW = 32  # global batches that are sorted by aspect ratio together
 
 
-class Place(NamedTuple):
-    """Sample number `sample` of shard number `shard` of source number `source`; `lane` is where in the order it lies.
+class SampleRef(NamedTuple):
+    """Sample number `sample` of shard number `shard` of source number `source`.
 
-    shape: (height, width) that its picture shall have, None for that of all.
+    lane: the lane that it lies in. shape: (height, width) of its picture after decoding, None for the shape of all.
     """
 
     source: int
     lane: int
     shard: int
     sample: int
-    shape: tuple[int, int] | None = None
+    shape: Shape | None = None
 
 
-class Places(Protocol):
-    """An order of any kind."""
+class Samples(Protocol):
+    """A source's samples: what an order has to know of them."""
 
-    def __getitem__(self, position: int) -> Place: ...
+    urls: list[str]
+
+    def usable(self, shard: int, count: int) -> tuple[int, bool]:
+        """Wait until the shard is known to hold `count` usable samples. Return how many are known, and whether that is all."""
+
+    def aspect(self, shard: int, sample: int) -> int: ...
+
+    def weight(self, shard: int) -> float:
+        """Return the shard's size if that is known without reading it, else 1."""
+
+    def prefetch(self, shard: int) -> None: ...
+
+    def nothing_usable(self) -> UserError:
+        """Return the error for a source whose shards hold no usable sample."""
+
+
+class Lane:
+    """Some shards of a source, one after another, without end. `lane[k]` is its sample number k.
+
+    Each sample comes once before any comes again. shuffle: samples of a block. spare: the shards of the source, which a lane
+    takes when all of its own are empty.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        shards: Sequence[int],
+        *,
+        spare: Sequence[int],
+        source: int,
+        number: int,
+        seed: int | str,
+        shuffle: int,
+    ) -> None:
+        self.samples, self.shards, self.source, self.number = samples, list(shards), source, number
+        self.seed, self.shuffle, self.spare = seed, shuffle, list(spare)
+        self.counts: dict[int, int] = {}  # of the shards that were passed
+        self.epoch, self.turn, self.first = 0, 0, 0  # the shard that was read last, and the number of its first sample
+
+    def __getitem__(self, k: int) -> SampleRef:
+        if k < self.first:
+            self.epoch = self.turn = self.first = 0
+        while True:
+            shard, number = self.order(self.epoch)[self.turn], k - self.first
+            block = number - number % self.shuffle
+            known = self.counts.get(shard, WHOLE)
+            if number < known:
+                known, _ = self.samples.usable(shard, block + self.shuffle)
+            if number < known:
+                size = min(self.shuffle, known - block)
+                shuffled = self.block(self.epoch, shard, block, size)
+                return SampleRef(self.source, self.number, shard, block + shuffled[number - block])
+            self.counts[shard] = known
+            self.advance(known)
+
+    def advance(self, count: int) -> None:
+        """Go to the next shard. Raises UserError if all shards of the source are empty."""
+        self.first, self.turn = self.first + count, self.turn + 1
+        if self.turn == len(self.shards):
+            if not any(self.counts.values()):
+                if self.shards == self.spare:
+                    raise self.samples.nothing_usable()
+                self.shards = self.spare
+                self.order.cache_clear()
+                self.turn = 0
+                return
+            self.epoch, self.turn = self.epoch + 1, 0
+        last = self.turn + 1 == len(self.shards)
+        self.samples.prefetch(self.order(self.epoch + 1)[0] if last else self.order(self.epoch)[self.turn + 1])
+
+    @lru_cache(4)  # noqa: B019 - a lane lives as long as its process
+    def order(self, epoch: int) -> list[int]:
+        shards = list(self.shards)
+        random.Random(f"{self.seed}/{epoch}/{self.number}").shuffle(shards)
+        return shards
+
+    @lru_cache(4)  # noqa: B019
+    def block(self, epoch: int, shard: int, first: int, size: int) -> list[int]:
+        numbers = list(range(size))
+        random.Random(f"{self.seed}/{epoch}/{self.number}/{shard}/{first}").shuffle(numbers)
+        return numbers
+
+
+class Turns:
+    """Positions take turns over lanes by weight. Nearly equal weights give lane `position mod lanes`."""
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        if max(weights) <= min(weights) * NEARLY:
+            weights = [1.0] * len(weights)
+        ends = [round(MIX * end / sum(weights)) for end in accumulate(weights)]
+        quota = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        if len(set(weights)) == 1:
+            quota = [1] * len(weights)
+        if min(quota) < 1:
+            raise UserError(f"a source's weight is below 1/{MIX} of the sum of data.sources")
+        divisor = math.gcd(*quota)
+        self.quota = [share // divisor for share in quota]
+        spread = [((turn + 0.5) / share, lane, turn) for lane, share in enumerate(self.quota) for turn in range(share)]
+        self.turns = [(lane, turn) for _, lane, turn in sorted(spread)]
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        """Return the lane at a position, and how many positions that lane had before."""
+        round_, place = divmod(position, len(self.turns))
+        lane, turn = self.turns[place]
+        return lane, round_ * self.quota[lane] + turn
 
 
 class Order:
-    """Positions of shards of `counts` samples: epoch e is positions `[e S, (e + 1) S)`, each of the S samples once.
-
-    An epoch permutes the shards, strings their samples together and cuts the string into `lanes` equal parts. Positions take
-    turns over the lanes, so that a batch mixes that many shards, and a rank that keeps to some lanes keeps to their shards.
-    Within a lane, samples are shuffled in blocks of `shuffle`; 0 is the shards as they are, for one ordered pass.
-    """
-
-    shape: tuple[int, int] | None = None  # of a bucket
-    cuts: Sequence[int] = ()  # positions at which a batch must end
+    """The endless order of a training: sources by weight, each dealt to at most `lanes` lanes."""
 
     def __init__(
-        self, counts: Sequence[int], *, seed: int | str = 0, shuffle: int = 0, lanes: int = 1, source: int = 0
+        self, sources: Sequence[Samples], weights: Sequence[float], *, seed: int | str = 0, shuffle: int = 512, lanes: int = 16
     ) -> None:
-        self.counts, self.seed, self.shuffle, self.source = list(counts), seed, shuffle, source
-        self.lanes, self.size = lanes if shuffle else 1, sum(counts)
+        if min(weights) <= 0:
+            raise UserError(f"a source's weight in data.sources is not above zero: {list(weights)}")
+        self.lanes: list[Lane] = []
+        shares: list[float] = []
+        for number, (samples, weight) in enumerate(zip(sources, weights, strict=True)):
+            shards = list(range(len(samples.urls)))
+            random.Random(f"{seed}/{number}").shuffle(shards)
+            few = len(shards) <= FEW * lanes  # many lanes of many shards are equally long
+            sizes = [samples.weight(shard) if few else 1.0 for shard in range(len(shards))]
+            for lane in range(min(lanes, len(shards))):
+                dealt = shards[lane::lanes]
+                options: dict[str, Any] = {"seed": f"{seed}/{number}", "shuffle": max(shuffle, 1), "spare": sorted(shards)}
+                self.lanes.append(Lane(samples, dealt, source=number, number=len(self.lanes), **options))
+                shares.append(weight / sum(weights) * sum(sizes[shard] for shard in dealt) / sum(sizes))
+        self.turns = Turns(shares)
 
-    def __getitem__(self, position: int) -> Place:
-        epoch, position = divmod(position, self.size)
-        k, lane = divmod(position, self.lanes)
-        each, more = divmod(self.size, self.lanes)  # the first `more` lanes have one sample more
-        start, length = lane * each + min(lane, more), each + (lane < more)
-        if self.shuffle:
-            first = k - k % self.shuffle
-            k = first + self._block(epoch, lane, first, min(self.shuffle, length - first))[k - first]
-        shards, ends = self._epoch(epoch)
-        which = bisect_right(ends, start + k)
-        return Place(self.source, lane, shards[which], start + k - (ends[which - 1] if which else 0))
-
-    @lru_cache(128)  # noqa: B019 - an order lives as long as its process; buckets have one each
-    def _epoch(self, epoch: int) -> tuple[list[int], list[int]]:
-        """The epoch's shards in their order, and where in the string of samples each ends."""
-        shards = list(range(len(self.counts)))
-        if self.shuffle:
-            random.Random(f"{self.seed}/{epoch}").shuffle(shards)
-        return shards, list(accumulate(self.counts[shard] for shard in shards))
-
-    @lru_cache(256)  # noqa: B019
-    def _block(self, epoch: int, lane: int, first: int, size: int) -> list[int]:
-        order = list(range(size))
-        random.Random(f"{self.seed}/{epoch}/{lane}/{first}").shuffle(order)
-        return order
+    def batch(self, positions: range, rank: int = 0, world_size: int = 1) -> list[tuple[int, SampleRef]]:
+        """Return a rank's part of a global batch: neighbours by lane, so that a rank reads the shards of few lanes."""
+        turns = sorted((*self.turns[position], position) for position in positions)
+        size = len(turns) // world_size
+        return [(position, self.lanes[lane][k]) for lane, k, position in turns[rank * size : (rank + 1) * size]]
 
 
-class Mixture:
-    """Orders taken by weight: of every `MIX` positions each source has its share, rounded, at shuffled places."""
+class BucketOrder:
+    """An order of which each global batch has one shape.
 
-    def __init__(self, orders: Sequence[Order], weights: Sequence[float], seed: int = 0) -> None:
-        self.orders, self.seed = list(orders), seed
-        ends = [round(MIX * end / sum(weights)) for end in accumulate(weights)]
-        self.quota = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        if min(self.quota) < 1:
-            raise UserError(f"a source's weight is below 1/{MIX} of the sum of data.sources: {list(weights)}")
+    The samples of `WINDOW` global batches are sorted by aspect ratio and cut into batches, which are shuffled. A batch has the
+    shape nearest to its middle sample. Every sample comes once. All ranks learn the aspect ratios of all lanes.
+    """
 
-    def __getitem__(self, position: int) -> Place:
-        block, k = divmod(position, MIX)
-        source, turn = self._turns(block)[k]
-        return self.orders[source][block * self.quota[source] + turn]
+    def __init__(self, order: Order, shapes: Sequence[Shape], *, batch_size: int, seed: int | str = 0) -> None:
+        self.order, self.shapes, self.size, self.seed = order, tuple(shapes), batch_size, seed
 
-    @lru_cache(16)  # noqa: B019
-    def _turns(self, block: int) -> list[tuple[int, int]]:
-        return shuffled_turns(self.quota, f"{self.seed}/{block}")
+    def batch(self, positions: range, rank: int = 0, world_size: int = 1) -> list[tuple[int, SampleRef]]:
+        window, number = divmod(positions.start // self.size, WINDOW)
+        batch = self._window(window)[number]
+        size = len(batch) // world_size
+        rank_slice = batch[rank * size : (rank + 1) * size]
+        return [(positions.start + rank * size + i, ref) for i, ref in enumerate(rank_slice)]
+
+    @lru_cache(2)  # noqa: B019
+    def _window(self, number: int) -> list[list[SampleRef]]:
+        first, size = number * WINDOW * self.size, self.size
+        refs = [ref for _, ref in self.order.batch(range(first, first + WINDOW * size))]
+        codes = [self.order.lanes[ref.lane].samples.aspect(ref.shard, ref.sample) for ref in refs]
+        by_aspect = sorted(range(len(refs)), key=lambda i: codes[i])
+        batches = []
+        for start in range(0, len(refs), size):
+            chosen = by_aspect[start : start + size]
+            shape = self.shapes[nearest(codes[chosen[size // 2]], self.shapes)]
+            batches.append([refs[i]._replace(shape=shape) for i in sorted(chosen)])  # neighbours by lane
+        random.Random(f"{self.seed}/{number}").shuffle(batches)
+        return batches
 
 
-def shuffled_turns(quota: Sequence[int], seed: str) -> list[tuple[int, int]]:
-    """Each number n `quota[n]` times, shuffled, with how many of n came before."""
-    numbers = [number for number, times in enumerate(quota) for _ in range(times)]
-    random.Random(seed).shuffle(numbers)
-    before = [0] * len(quota)
-    turns = []
-    for number in numbers:
-        turns.append((number, before[number]))
-        before[number] += 1
-    return turns
+def one_pass(
+    samples: Samples, batch_size: int, *, shapes: Sequence[Shape] = (), by_shard: bool = False
+) -> Iterator[list[SampleRef]]:
+    """Yield every sample once, in order, in batches of at most `batch_size` samples of one shape.
+
+    by_shard: no batch has samples of two shards.
+    """
+    batch: list[SampleRef] = []
+    for shard in range(len(samples.urls)):
+        if shard + 1 < len(samples.urls):
+            samples.prefetch(shard + 1)
+        count, _ = samples.usable(shard, WHOLE)
+        refs = [SampleRef(0, 0, shard, number) for number in range(count)]
+        if shapes:
+            refs = [ref._replace(shape=shapes[nearest(samples.aspect(shard, ref.sample), tuple(shapes))]) for ref in refs]
+            refs.sort(key=lambda ref: shapes.index(ref.shape))  # type: ignore[arg-type]
+        for ref in refs:
+            if len(batch) == batch_size or (batch and batch[-1].shape != ref.shape):
+                yield batch
+                batch = []
+            batch.append(ref)
+        if by_shard and batch:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

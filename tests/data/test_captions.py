@@ -15,7 +15,7 @@ from lcm.data.datamodule import ShardDataModule
 from lcm.data.encoding import Variants
 from lcm.data.filters import Filters
 from lcm.data.latents import DecodeLatents
-from lcm.data.members import CaptionChoice, Skip, caption_of, captions_of
+from lcm.data.sample_fields import CaptionChoice, Skip, caption_of, captions_of
 from lcm.data.shards import Shard, expand_urls
 from lcm.data.source import Source
 from lcm.data.transforms import Decode

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import lcm
-from lcm.data.members import REASONS
+from lcm.data.sample_fields import REASONS
 from lcm.data.transforms import Decode, collate
 from tests.data.conftest import keys, pairs, stream, take, write_shard
 

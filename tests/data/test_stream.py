@@ -16,7 +16,7 @@ import pytest
 from lcm.core.errors import UserError
 from lcm.data.buckets import aspect
 from lcm.data.epochs import training_order, validation_order
-from lcm.data.members import Skip
+from lcm.data.sample_fields import Skip
 from lcm.data.order import Mixture, Order
 from lcm.data.shards import Shard
 from lcm.data.source import Source

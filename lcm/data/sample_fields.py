@@ -1,4 +1,4 @@
-"""What the members of a shard's sample say beside its picture: metadata and captions."""
+"""Metadata and captions of a sample."""
 
 import json
 import math
@@ -66,13 +66,15 @@ def metadata(sample: Sample) -> dict[str, Any]:
     return dict(lowered(content))
 
 
-def captions_of(sample: Sample, captions: Mapping[str, float] | None = None) -> dict[str, list[str]]:
+def captions_of(
+    sample: Sample, captions: Mapping[str, float] | None = None, meta: Mapping[str, Any] | None = None
+) -> dict[str, list[str]]:
     """Return the texts of a sample by the member, else the .json field, that holds them.
 
-    captions: the names to read, all of them; None: the first of `CAPTIONS` that says something. Blank texts count only where
-    there is no other. Raises `Skip("no_caption")` or `Skip("caption_encoding")`.
+    captions: the names to read, all of them; None: the first of `CAPTIONS` with a text. meta: the sample's `metadata`, if it is
+    known. Blank texts count only where there is no other. Raises `Skip("no_caption")` or `Skip("caption_encoding")`.
     """
-    meta, texts = metadata(sample), dict[str, list[str]]()
+    meta, texts = metadata(sample) if meta is None else meta, dict[str, list[str]]()
     for name in captions or CAPTIONS:
         if found := texts_of(name, sample.get(name, meta.get(name))):
             texts[name] = found
