@@ -16,7 +16,6 @@ from lcm.app.inputs import output_folder
 from lcm.core.numbers import Count, Seed
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.sample_fields import REASONS
-from lcm.data.source import total_dropped
 from lcm.data.workers import workers_watched
 
 
@@ -28,24 +27,23 @@ def main(cfg: DictConfig) -> None:
     data: ShardDataModule = build(cfg.data)
     data.prepare_data()
     data.setup()
+    usable = 0
     for source in data.train_sources:
-        facts = source.facts()
-        dropped = total_dropped(facts)
-        used = sum(shard.samples for shard in facts)
-        print(f"shards:   {len(facts)} with {used + dropped.total()} samples, of which {used} are used")
-        for reason, count in dropped.most_common():
-            print(f"          {count} ({count / (used + dropped.total()):.1%}) left out: {described(reason)}")
+        notes = [source.notes(shard) for shard in tqdm(range(len(source.urls)), desc="scanning", unit="shard")]
+        used, left_out = sum(shard.samples for shard in notes), source.left_out()
+        usable += used
+        print(f"shards:   {len(notes)} with {used + left_out.total()} samples, {used} of them are used")
+        for reason, count in left_out.most_common():
+            print(f"          {count} ({count / (used + left_out.total()):.1%}) left out: {described(reason)}")
         for name in source.blind_filters():
             print(f"filter:   {name} leaves out nothing: no sample says what it reads")
         for name in source.absent_captions():
             print(f"captions: {name} is in no sample, neither a member nor a field of the .json")
-    for bucket in data.orders if data.buckets else ():
-        print(f"bucket:   {bucket.shape} with {bucket.size} samples")
-    count = min(cfg.samples, sum(data.sizes))
+    count = min(cfg.samples, usable)
     images: list[torch.Tensor] = []
     captions: list[str] = []
     sizes: list[list[int]] = []
-    skipped, first, started = Counter[str](), 0, 0.0
+    skipped, shapes, first, started = Counter[str](), Counter[tuple[int, ...]](), 0, 0.0
     with tqdm(total=count, unit="sample", desc="reading") as bar:
         for batch in islice(data.train_dataloader(), -(-count // data.batch_size)):
             if not captions:  # it waited for the workers to start: the rate counts from here
@@ -54,6 +52,7 @@ def main(cfg: DictConfig) -> None:
             captions += batch["captions"]
             sizes += batch["original_sizes"].tolist()
             skipped.update(batch["skipped"])
+            shapes[tuple(batch["x"].shape[-2:])] += len(batch["captions"])
             bar.update(min(len(batch["captions"]), count - bar.n))
     rate = (len(captions) - first) / (time.monotonic() - started) if len(captions) > first else float("nan")
     captions, sizes = captions[:count], sizes[:count]  # the last batch is filled up from the next epoch
@@ -62,6 +61,8 @@ def main(cfg: DictConfig) -> None:
         torch.tensor([len(c.split()) for c in captions]).float(),
     )
     print(f"reading:  {rate:.0f} samples/s with {data.num_workers} workers, at {data.resolution} px")
+    for shape, number in shapes.most_common() if data.buckets else ():
+        print(f"bucket:   {shape[0]} x {shape[1]} with {number} of {sum(shapes.values())} samples")
     print(f"sizes:    shorter side {quantiles(shorter)} px")
     print(f"captions: {quantiles(words)} words; {captions.count('')} of {len(captions)} empty")
     for reason, number in skipped.most_common():

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +20,6 @@ import fsspec
 
 from lcm.core.errors import UserError
 from lcm.core.numbers import Count, NonNegative, Positive
-from lcm.data.tar import LocalFile
 from lcm.data.urls import scheme_of
 from lcm.runtime.atomic_io import NO_HANDLES, TRANSIENT, locked, os_error
 from lcm.runtime.redaction import redacted
@@ -43,6 +42,10 @@ class TooLarge(OSError):
     """A file does not end where it should."""
 
 
+class Differs(OSError):
+    """A whole file differs from its manifest."""
+
+
 class GrowingFile:
     """A file of the cache, which another thread or process may still be writing."""
 
@@ -54,14 +57,13 @@ class GrowingFile:
     def _look(self) -> None:
         """Open the file, and learn how much of it has arrived."""
         whole = self.arrival.path.exists()
+        if self.file is not None and os.fstat(self.file.fileno()).st_nlink == 0:
+            self.close()  # it is fetched again
         if self.file is None:
             with suppress(FileNotFoundError):
                 self.file = open(self.arrival.path if whole else self.arrival.partial, "rb")  # noqa: SIM115
         if self.file is not None:
             self.arrived, self.whole = os.fstat(self.file.fileno()).st_size, whole
-            if whole and os.stat(self.arrival.path).st_ino != os.fstat(self.file.fileno()).st_ino:
-                self.close()  # it was fetched again
-                self._look()
 
     def _wait(self, size: int | None) -> None:
         """Wait until `size` bytes have arrived, or all (None). Raises OSError when the file cannot be fetched."""
@@ -90,8 +92,8 @@ class GrowingFile:
 class Arrival:
     """One remote shard on its way into the cache. One thread of one process of the node fetches it."""
 
-    def __init__(self, cache: "ShardCache", url: str) -> None:
-        self.cache, self.url = cache, url
+    def __init__(self, cache: "ShardCache", url: str, flaw: Callable[[str], str | None]) -> None:
+        self.cache, self.url, self.flaw = cache, url, flaw
         name = cache.folder / hashlib.sha256(url.encode()).hexdigest()[:32]
         self.path, self.partial = name.with_suffix(".tar"), name.with_suffix(".partial")
         self.lock, self.failed = name.with_suffix(".lock"), name.with_suffix(".failed")
@@ -140,17 +142,22 @@ class Arrival:
         """Write the file piece by piece. A failed piece is requested again, after a growing pause."""
         attempt = 1
         while True:
+            part: bytes | None = None
             try:
                 with self.partial.open("wb" if scheme_of(self.url) == "pipe" else "ab") as file:
                     for part in parts(self.url, file.tell(), self.cache.timeout):
                         check_size(file.tell() + len(part), self.cache.max_gb * 1e9)
                         file.write(part)
                         file.flush()
-                        attempt = 1
+                if wrong := self.flaw(str(self.partial)):
+                    self.partial.unlink()
+                    raise Differs(wrong)
                 break
             except Exception as error:  # a file system's client raises errors of many kinds
                 if failure := os_error(error, NO_HANDLES):
                     raise OSError(failure.errno, failure.strerror) from error
+                if part is not None and not isinstance(error, Differs):
+                    attempt = 1  # some of it came: attempts are counted in a row
                 message = f"{redacted(self.url)}: {type(error).__name__}: {str(error).replace(self.url, redacted(self.url))}"
                 if attempt == self.cache.attempts or isinstance(error, ImportError | TooLarge):
                     self.partial.unlink(missing_ok=True)
@@ -177,9 +184,12 @@ class ShardCache:
         self.started = time.time()
         self.arrivals: dict[str, Arrival] = {}
 
-    def open(self, url: str) -> GrowingFile:
-        """Return the file of `url`, which arrives from now on. Raises OSError and UserError as `Arrival.ensure` does."""
-        arrival = self.arrivals.setdefault(url, Arrival(self, url))
+    def open(self, url: str, flaw: Callable[[str], str | None] = lambda file: None) -> GrowingFile:
+        """Return the file of `url`, which arrives from now on. Raises OSError and UserError as `Arrival.ensure` does.
+
+        flaw: tells how a whole file differs from its manifest. Such a file is fetched again.
+        """
+        arrival = self.arrivals.setdefault(url, Arrival(self, url, flaw))
         arrival.ensure()
         with suppress(OSError):
             os.utime(arrival.path)  # used now: it makes room last
@@ -280,12 +290,3 @@ def output_of(command: str, timeout: float) -> Iterator[bytes]:
         for word in sorted(re.findall(r"[^\s'\"|;<>()]{4,}", command.removeprefix(words[0])), key=len, reverse=True):
             last = last.replace(word, "...")
         raise OSError(f"exit code {process.returncode}: {last}")
-
-
-def open_file(url: str, cache: ShardCache | None) -> LocalFile | GrowingFile:
-    """Open a shard, a remote one through the cache. Raises OSError for one that cannot be had."""
-    if scheme_of(url) in ("", "file"):
-        return LocalFile(url.removeprefix("file://"))
-    if cache is None:
-        raise OSError(f"{redacted(url)} needs a cache on this machine: choose data=shards, or +data/cache=default")
-    return cache.open(url)

@@ -288,8 +288,8 @@ class ShardDataModule(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict.get("data") != self.identity():
             log.warning(
-                "the training data changed since the checkpoint, or data.lanes, data.shuffle, data.seed or data.filters: the order "
-                "starts anew"
+                "the order of the training data starts anew: the shards, data.lanes, data.shuffle, data.seed or data.filters "
+                "changed since the checkpoint"
             )
             return
         self.position = state_dict["position"]

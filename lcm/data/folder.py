@@ -6,9 +6,9 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from lcm.core.errors import UserError
 from lcm.data.index import Notes, named
@@ -27,8 +27,8 @@ class FolderSource(Source):
     """Pictures in a folder and its subfolders. Parts of `FILES` pictures, by name, take the place of shards.
 
     The caption of `a/1.jpg` is in `a/1.txt`, `a/1.caption` or a field of `a/1.json`. Or it is the `text` of a row in a
-    `metadata.jsonl` or `metadata.csv`, whose `file_name` is relative to the table. Filters read the table's other columns. Raises
-    UserError for a folder that is not there or a table that cannot be read.
+    `metadata.jsonl` or `metadata.csv`, whose `file_name` is relative to the table. Filters read the table's other columns.
+    Raises UserError for a folder that is not there or a table that cannot be read.
     """
 
     def __init__(self, folder: str, **options: Any) -> None:
@@ -45,8 +45,8 @@ class FolderSource(Source):
         for path in paths:
             if os.path.basename(path) in TABLES:
                 self.rows |= read_table(self.root, path)
-        parts = range(-(-len(self.pictures) // FILES))
-        super().__init__([f"{self.root.name or 'pictures'}-{part:05d}.tar" for part in parts], **options)
+        self.parts = list(range(-(-len(self.pictures) // FILES)))
+        super().__init__([f"{self.root.name or 'pictures'}-{part:05d}.tar" for part in self.parts], **options)
         self.chosen: dict[int, list[str]] = {}
         self.reasons: dict[int, Counter[str]] = {}
 
@@ -56,22 +56,28 @@ class FolderSource(Source):
     def title(self, shard: int) -> str:
         return str(self.root)
 
-    def paths(self, part: int) -> list[str]:
-        return self.pictures[part * FILES : (part + 1) * FILES]
+    def subset(self, shards: Sequence[int]) -> Self:
+        part = super().subset(shards)
+        part.parts = [self.parts[shard] for shard in shards]
+        part.chosen, part.reasons = {}, {}
+        return part
+
+    def paths(self, shard: int) -> list[str]:
+        return self.pictures[self.parts[shard] * FILES : (self.parts[shard] + 1) * FILES]
 
     def usable(self, shard: int, count: int) -> tuple[int, bool]:
         return len(self._choose(shard)), True
 
-    def _choose(self, part: int) -> list[str]:
-        """Return the usable pictures of a part. Their captions and metadata are read, and kept out of memory."""
-        if part not in self.chosen:
-            self.chosen[part], self.reasons[part] = [], Counter()
-            for path in self.paths(part):
+    def _choose(self, shard: int) -> list[str]:
+        """Return the usable pictures of a part. Their captions and metadata are read, but not kept in memory."""
+        if shard not in self.chosen:
+            self.chosen[shard], self.reasons[shard] = [], Counter()
+            for path in self.paths(shard):
                 if reason := self._reason(path):
-                    self.reasons[part][reason] += 1
+                    self.reasons[shard][reason] += 1
                 else:
-                    self.chosen[part].append(path)
-        return self.chosen[part]
+                    self.chosen[shard].append(path)
+        return self.chosen[shard]
 
     def _reason(self, path: str) -> str | None:
         """Return why a picture is left out, else None."""

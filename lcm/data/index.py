@@ -20,6 +20,7 @@ import numpy as np
 
 from lcm.data import cache
 from lcm.data.cache import POLL
+from lcm.data.manifest import Expected
 from lcm.data.sample_fields import CAPTIONS, Skip, captions_of, metadata
 from lcm.data.tar import FOREIGN, MAX_BYTES, Bytes, Links, Member, Sample, advice, samples, why_empty
 from lcm.runtime.atomic_io import locked, whole_file
@@ -128,11 +129,20 @@ class Notes(NamedTuple):
 class ShardIndex:
     """The index of one shard as a sequence of records `(start, size, aspect, repeated)`, one for each usable sample."""
 
-    def __init__(self, folder: Path, key: str, title: str, opener: Callable[[], Any], rules: Rules) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        key: str,
+        title: str,
+        opener: Callable[[], Any],
+        *,
+        rules: Rules,
+        expected: Callable[[], Expected] = Expected,
+    ) -> None:
         base = folder / key
         self.path, self.part, self.lock = base.with_suffix(".index"), base.with_suffix(".part"), base.with_suffix(".lock")
         self.notes_file = base.with_suffix(".json")
-        self.title, self.opener, self.rules = title, opener, rules
+        self.title, self.opener, self.rules, self.expected = title, opener, rules, expected
         self.records: np.ndarray | None = None  # memory-mapped once it is whole
         self.file: Any = None
         self.arrived = 0
@@ -241,12 +251,18 @@ class ShardIndex:
                 for names in keys.values():
                     for key in names:
                         named.add(reason, key, self.title)
-            if not count and not left_out:
+            left_out = +left_out
+            scanned, (samples_there, size, _) = count + left_out.total(), self.expected()
+            if samples_there is not None and scanned < samples_there:
+                left_out["missing"] = samples_there - scanned
+                log.warning("%s holds %d of its %d samples: it is cut or damaged", self.title, scanned, samples_there)
+            elif not scanned:
                 left_out["shard"] = 1
                 log.warning("%s holds no samples, it is no webdataset shard: %s", self.title, why_empty(shard))
+            elif size not in (None, actual := shard.size()):
+                log.warning("%s has %d bytes, %d in its manifest: it is cut, damaged or another", self.title, actual, size)
         if repeated:
             log.warning("%s holds %d samples under names that other samples have: all are used", self.title, repeated)
-        left_out = +left_out
         with cache.starting:
             left_out_now.update(left_out)
         with whole_file(self.notes_file) as file:

@@ -1,6 +1,7 @@
 """The shards of one source: tars with pictures or latents, here or remote."""
 
 import contextlib
+import copy
 import hashlib
 import logging
 import os
@@ -11,14 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from omegaconf import DictConfig, OmegaConf
 
 from lcm.core.errors import UserError
-from lcm.data.cache import GrowingFile, ShardCache, open_file
+from lcm.data.cache import GrowingFile, ShardCache
 from lcm.data.filters import Filters
 from lcm.data.index import VERSION, Notes, Rules, ShardIndex
+from lcm.data.manifest import Manifests
 from lcm.data.sample_fields import Sample, Skip, caption_of, captions_of, metadata, skipping, weights_of
 from lcm.data.tar import Links, LocalFile, Memory, advice, samples, why_empty
 from lcm.data.urls import IMAGES, LATENTS, expand_urls, is_remote, local
@@ -56,7 +58,7 @@ class Source:
         self.urls, self.option, self.cache, self.filters = list(urls), option, cache, filters
         judge = filters if filters is not None and filters.limits else None
         self.rules = Rules(needs, None if captions is None else weights_of(captions), judge, aspect)
-        self.folder, self.index = index_folder(index), index
+        self.folder, self.manifests = index_folder(index), Manifests()
         self.indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self.files: OrderedDict[int, tuple[LocalFile | GrowingFile, Links]] = OrderedDict()
         self.empty: set[int] = set()  # shards that could not be had
@@ -69,6 +71,13 @@ class Source:
         """Return the shards that a program's option names, such as `val_shards` of sample.py."""
         captions: Any = OmegaConf.to_container(cfg.captions) if cfg.captions else None
         return cls(expand_urls(cfg[option], option), captions=captions, cache=cache, option=option)
+
+    def subset(self, shards: Sequence[int]) -> Self:
+        """Return these shards as a source of their own, which is read in the same way."""
+        part = copy.copy(self)
+        part.urls = [self.urls[shard] for shard in shards]
+        part.indexes, part.files, part.empty = OrderedDict(), OrderedDict(), set()
+        return part
 
     @property
     def captions(self) -> Mapping[str, float] | None:
@@ -83,8 +92,12 @@ class Source:
     def key(self, shard: int) -> str:
         return digest([stamp(self.urls[shard]), self.how])
 
+    def name(self, shard: int) -> str:
+        """Return the shard's file name, without secrets."""
+        return Path(redacted(self.urls[shard])).name
+
     def title(self, shard: int) -> str:
-        """Return the shard's name for messages, without secrets."""
+        """Return the shard's URL for messages, without secrets."""
         return redacted(self.urls[shard])
 
     # What an order asks for
@@ -117,7 +130,7 @@ class Source:
         """Begin to fetch and to scan a shard that will be needed soon."""
         with contextlib.suppress(OSError):
             if is_remote(self.urls[shard]) and self.cache is not None:
-                self.cache.open(self.urls[shard]).close()
+                self._open(shard).close()
             self._index(shard).ensure()
 
     def nothing_usable(self) -> UserError:
@@ -168,8 +181,9 @@ class Source:
         if shard not in self.indexes:
             while len(self.indexes) >= self.limit:
                 self.indexes.popitem(last=False)[1].close()
-            opener = partial(self.retried, shard, partial(open_file, self.urls[shard], self.cache))
-            self.indexes[shard] = ShardIndex(self.folder, self.key(shard), self.title(shard), opener, self.rules)
+            opener = partial(self.retried, shard, partial(self._open, shard))
+            options: dict[str, Any] = {"rules": self.rules, "expected": partial(self.manifests.__getitem__, self.urls[shard])}
+            self.indexes[shard] = ShardIndex(self.folder, self.key(shard), self.title(shard), opener, **options)
         self.indexes.move_to_end(shard)
         return self.indexes[shard]
 
@@ -177,10 +191,25 @@ class Source:
         if shard not in self.files:
             while len(self.files) >= self.limit:
                 self._close_oldest()
-            file = open_file(self.urls[shard], self.cache)
+            file = self._open(shard)
             self.files[shard] = file, Links(file)
         self.files.move_to_end(shard)
         return self.files[shard]
+
+    def whole(self, shard: int) -> str:
+        """Return the local path of a shard that has arrived. Raises OSError for one that cannot be had."""
+        with contextlib.closing(self._open(shard)) as file:
+            file.size()
+            return file.path
+
+    def _open(self, shard: int) -> LocalFile | GrowingFile:
+        """Open a shard, a remote one through the cache. Raises OSError for one that cannot be had."""
+        url = self.urls[shard]
+        if not is_remote(url):
+            return LocalFile(local(url))
+        if self.cache is None:
+            raise OSError(f"{self.title(shard)} needs a cache on this machine: choose data=shards, or +data/cache=default")
+        return self.cache.open(url, lambda file: self.manifests[url].flaw(file))
 
     def _close(self, shard: int) -> None:
         if shard in self.files:
@@ -226,9 +255,7 @@ class Source:
         for shard in range(min(TRIED, len(self.urls))):
             title = self.title(shard)
             try:
-                with contextlib.closing(
-                    self.retried(shard, lambda shard=shard: open_file(self.urls[shard], self.cache))
-                ) as file:
+                with contextlib.closing(self.retried(shard, partial(self._open, shard))) as file:
                     first = self._first(file)
                     extensions = {extension for sample in first for extension in sample if not extension.startswith("__")}
                     if not extensions:

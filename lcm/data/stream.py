@@ -126,7 +126,8 @@ class TrainStream(Stream):
 class PassStream(Stream):
     """One ordered, complete pass over a source. A batch has the samples of it that decode, and may be smaller.
 
-    by_shard: no batch crosses the end of a shard, and each holds "shard", its number.
+    by_shard: no batch crosses the end of a shard, and each holds "shard", its number. Random choices then depend on the shard's
+    name and the place in it, whatever the other shards are.
     """
 
     def __init__(self, source: Source, *, shapes: Sequence[Shape] = (), by_shard: bool = False, **options: Any) -> None:
@@ -136,9 +137,12 @@ class PassStream(Stream):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        position = 0
+        position, seed, last = 0, self.seed, -1
         size = self.batch_size * self.world_size
         for number, batch in enumerate(one_pass(self.sources[0], size, shapes=self.shapes, by_shard=self.by_shard)):
+            if self.by_shard and batch[0].shard != last:
+                last, position = batch[0].shard, 0
+                self.seed = f"{seed}/{self.sources[0].name(last)}"
             members = list(enumerate(batch, position))
             position += len(batch)
             if number % step != first:

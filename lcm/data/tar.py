@@ -224,8 +224,8 @@ class Sample(NamedTuple):
 def samples(file: Bytes, needs: Sequence[str], tells: Sequence[str], window: int = WINDOW) -> Iterator[Sample]:
     """Yield the samples of a tar. The members of one key follow each other.
 
-    A key may come again, from two tars that were joined: a repeated extension begins another sample. needs, tells: a sample must
-    have one extension of each, the picture's and one that may hold a caption.
+    A key may come again, from two tars that were joined: a repeated extension begins another sample. needs, tells: a sample
+    must have one extension of each, the picture's and one that may hold a caption.
     """
     for first, run in groupby(members(file, window), key=attrgetter("key")):
         found: list[Sample] = []

@@ -1,4 +1,4 @@
-"""What a dataset says of its own shards: `manifest.json` beside them, else img2dataset's `<shard>_stats.json`."""
+"""Checks against a dataset's own records: `manifest.json` beside the shards, else img2dataset's `<shard>_stats.json`."""
 
 import hashlib
 import json
@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from lcm.data.remote import connect
-from lcm.data.shards import is_remote, local, scheme_of
+from lcm.data.cache import connect
+from lcm.data.urls import is_remote, local, scheme_of
 from lcm.runtime.redaction import redacted
 
 log = logging.getLogger(__name__)
