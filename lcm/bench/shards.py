@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 import webdataset as wds
 from PIL import Image
-from tqdm import tqdm
 
 from lcm.core.random import generator
 from lcm.data.datamodule import ShardDataModule
-from lcm.data.encoding import Encoder, Variants
+from lcm.data.encoding import Encoder, Variants, gathered
 from lcm.data.latents import stamp
 from lcm.data.source import Source
+from lcm.data.stream import PassStream
 from lcm.data.transforms import Decode
-from lcm.encode import claim, encode_shard
+from lcm.encode import claim, encode_shards
 from lcm.models.codec import LatentCodec
 
 
@@ -56,5 +56,7 @@ def write_latents(shard: str, folder: Path, *, codec: LatentCodec, resolution: i
     target, data = folder / Path(shard).name, ShardDataModule(shard, resolution=resolution, num_workers=0)
     with torch.inference_mode():
         encoder, decode = Encoder(codec, data.seed, drawn=False, text=False), Variants(Decode(resolution), 1, False)
-        encode_shard(Source([shard]), encoder, decode, target, data, tqdm(disable=True))
+        source = Source([shard])
+        stream = PassStream(source, decode=decode, collate=gathered, batch_size=data.val_batch_size, by_shard=True)
+        encode_shards(source, [target], stream, encoder, data)
     return str(target)

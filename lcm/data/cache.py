@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import re
 import shlex
@@ -26,6 +27,7 @@ from lcm.runtime.redaction import redacted
 
 log = logging.getLogger(__name__)
 FIRST_PART, LARGEST_PART = 2**18, 2**23  # bytes of a request: the first samples arrive soon, later ones at full rate
+AHEAD = 2**24  # bytes of a file that arrive before they are asked for; then a part a second arrives
 POLL = 0.005  # seconds between two looks at a file that another thread or process writes
 starting = threading.Lock()  # held while a thread is started
 
@@ -75,11 +77,13 @@ class GrowingFile:
             time.sleep(POLL)
 
     def read(self, start: int, size: int) -> bytes:
+        self.arrival.asked = max(self.arrival.asked, start + size)
         self._wait(start + size)
         assert self.file is not None
         return os.pread(self.file.fileno(), size, start)
 
     def size(self) -> int:
+        self.arrival.asked = math.inf
         self._wait(None)
         return self.arrived
 
@@ -97,6 +101,7 @@ class Arrival:
         name = cache.folder / hashlib.sha256(url.encode()).hexdigest()[:32]
         self.path, self.partial = name.with_suffix(".tar"), name.with_suffix(".partial")
         self.lock, self.failed = name.with_suffix(".lock"), name.with_suffix(".failed")
+        self.asked: float = 0  # bytes that this process reads or waits for
         self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
 
@@ -149,6 +154,7 @@ class Arrival:
                         check_size(file.tell() + len(part), self.cache.max_gb * 1e9)
                         file.write(part)
                         file.flush()
+                        self._pause(file.tell())
                 if wrong := self.flaw(str(self.partial)):
                     self.partial.unlink()
                     raise Differs(wrong)
@@ -167,6 +173,12 @@ class Arrival:
                 attempt += 1
         self.cache.make_room(self.partial.stat().st_size)
         self.partial.rename(self.path)
+
+    def _pause(self, arrived: int) -> None:
+        """Leave the network to files that are waited for. Another process may wait for this one: pause no longer than 1 s."""
+        until = time.monotonic() + 1
+        while arrived > self.asked + AHEAD and time.monotonic() < until:
+            time.sleep(POLL)
 
 
 class ShardCache:

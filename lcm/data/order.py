@@ -19,6 +19,7 @@ MIX = 1000  # positions over which lanes of different weights keep to their shar
 FEW = 16  # shards of a lane, up to which their sizes matter
 NEARLY = 1.02  # weights that differ less are equal
 WHOLE = 2**62  # more samples than a shard holds
+FIRST_BLOCK = 64  # samples of a shard's first block; each next one is twice as large, up to `shuffle`
 WINDOW = 32  # global batches that are sorted by aspect ratio together
 
 
@@ -75,6 +76,7 @@ class Lane:
         self.samples, self.shards, self.source, self.number = samples, list(shards), source, number
         self.seed, self.shuffle, self.spare = seed, shuffle, list(spare)
         self.counts: dict[int, int] = {}  # of the shards that were passed
+        self.prefetched = False  # the next shard
         self.epoch, self.turn, self.first = 0, 0, 0  # the shard that was read last, and the number of its first sample
 
     def __getitem__(self, k: int) -> SampleRef:
@@ -82,13 +84,14 @@ class Lane:
             self.epoch = self.turn = self.first = 0
         while True:
             shard, number = self.order(self.epoch)[self.turn], k - self.first
-            block = number - number % self.shuffle
-            known = self.counts.get(shard, WHOLE)
+            known, whole = self.counts.get(shard, WHOLE), True
             if number < known:
-                known, _ = self.samples.usable(shard, block + self.shuffle)
+                block, size = self.block_of(number)
+                known, whole = self.samples.usable(shard, block + size)
+            if whole and not self.prefetched:
+                self.prefetch_next()
             if number < known:
-                size = min(self.shuffle, known - block)
-                shuffled = self.block(self.epoch, shard, block, size)
+                shuffled = self.block(self.epoch, shard, block, min(size, known - block))
                 return SampleRef(self.source, self.number, shard, block + shuffled[number - block])
             self.counts[shard] = known
             self.advance(known)
@@ -105,8 +108,19 @@ class Lane:
                 self.turn = 0
                 return
             self.epoch, self.turn = self.epoch + 1, 0
+        self.prefetched = False
+
+    def prefetch_next(self) -> None:
         last = self.turn + 1 == len(self.shards)
         self.samples.prefetch(self.order(self.epoch + 1)[0] if last else self.order(self.epoch)[self.turn + 1])
+        self.prefetched = True
+
+    def block_of(self, number: int) -> tuple[int, int]:
+        """Return first sample and size of the block of a sample. A shard's first blocks are small, so that it starts soon."""
+        first, size = 0, min(FIRST_BLOCK, self.shuffle)
+        while size < self.shuffle and number >= first + size:
+            first, size = first + size, min(2 * size, self.shuffle)
+        return number - (number - first) % size, size
 
     @lru_cache(4)  # noqa: B019 - a lane lives as long as its process
     def order(self, epoch: int) -> list[int]:
