@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 RECORD = np.dtype([("start", "<u8"), ("size", "<u4"), ("aspect", "u1"), ("repeated", "u1")])
 VERSION = 1  # raised when a scan chooses or describes samples in another way
 FLUSH = 64  # records that are written at once
+AHEAD, PAUSE = 512, 0.25  # records beyond those asked for; then so many seconds pass for each `FLUSH`
 NAMED = 10  # samples that are named in the log for each reason
 Judge = Callable[[str | None, Mapping[str, Any]], str | None]
 
@@ -145,7 +146,7 @@ class ShardIndex:
         self.title, self.opener, self.rules, self.expected = title, opener, rules, expected
         self.records: np.ndarray | None = None  # memory-mapped once it is whole
         self.file: Any = None
-        self.arrived = 0
+        self.arrived = self.asked = 0
         self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
 
@@ -165,6 +166,7 @@ class ShardIndex:
 
         Raises OSError for a shard that cannot be had, UserError where the system fails whatever the shard.
         """
+        self.asked = max(self.asked, count)
         while not self.whole and self.arrived < count:
             self._look()
             if self.arrived >= count or self.whole:
@@ -241,6 +243,8 @@ class ShardIndex:
                     part.write(np.array(pending, RECORD).tobytes())
                     part.flush()
                     pending = []
+                    if count > self.asked + AHEAD:  # leave the processor to shards that are waited for
+                        time.sleep(PAUSE)
             part.write(np.array(pending, RECORD).tobytes())
             for name in lacking["no_image"].keys() & lacking["no_caption"].keys():  # parts of one sample, far from each other
                 for reason in lacking:
