@@ -162,7 +162,7 @@ def verify(shards: Sequence[Shard]) -> list[str]:
     with closing(each(flaw, sizes, "verifying")) as results:
         flaws = [f"{source.title(shard)}: {flaw}" for (source, shard), flaw in results if flaw]
     for source in dict.fromkeys(source for source, _ in shards):
-        flaws += [f"{shard}: it is not there" for shard in source.manifests.gone(source.urls)]
+        flaws += [f"{shard}: it is not there" for shard in source.gone()]
     if not flaws:
         print(f"verified: {len(sizes)} shards are as {MANIFEST} says")
     return flaws

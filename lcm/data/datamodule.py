@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -70,7 +71,8 @@ class ShardDataModule(L.LightningDataModule):
     With a codec its batches are `LatentBatch`, without one `{"x": [-1, 1], "captions", ...}`.
 
     shards: paths or URLs of .tar files, globs, braces, @list files. folder: pictures with captions, see `FolderSource`.
-    sources: several, `[{"urls" or "folder", "weight"}, ...]`, taken by weight. One of the three is given.
+    source: a class of your own, see docs/extending.md. sources: several, `[{"urls", "folder" or "source", "weight"}, ...]`, taken by
+    weight. One of the four is given.
     allow_pipe: also `pipe:<command that prints a shard>`.
     val_shards: one ordered, complete pass; None disables validation. filters: rules for the samples of both.
     build: called once per node before anything else, e.g. to draw a dataset.
@@ -91,6 +93,7 @@ class ShardDataModule(L.LightningDataModule):
         shards: str | list[str] | None = None,
         *,
         folder: str | None = None,
+        source: Callable[..., Source] | None = None,
         sources: Sequence[dict[str, Any]] | None = None,
         val_shards: str | list[str] | None = None,
         build: Callable[[], None] | None = None,
@@ -116,14 +119,15 @@ class ShardDataModule(L.LightningDataModule):
         timeout: Positive = 600.0,
     ) -> None:
         super().__init__()
-        if sum(given is not None for given in (shards, folder, sources)) != 1:
+        if sum(given is not None for given in (shards, folder, source, sources)) != 1:
             raise UserError(
                 "give the training data, once: data.shards=<.tar files>, data=folder data.folder=<pictures>, or "
                 "data.sources=[{urls: ..., weight: ...}, ...]"
             )
         self.option = "data.sources" if sources is not None else "data.folder" if folder is not None else "data.shards"
         if sources is None:
-            sources = [{"weight": 1.0, **({"urls": shards} if folder is None else {"folder": folder})}]
+            given = {"urls": shards, "folder": folder, "source": source}
+            sources = [{"weight": 1.0, **{name: value for name, value in given.items() if value is not None}}]
         self.weighted = list(sources)
         self.val_shards, self.build, self.codec, self.filters, self.cache = val_shards, build, codec, filters, cache
         self.index, self.batch_size, self.val_batch_size = index, batch_size, val_batch_size
@@ -163,10 +167,7 @@ class ShardDataModule(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Check the first samples of each source. Nothing is counted."""
-        self.train_sources = [
-            self._checked(self.reader(source["urls"], self.option, **self.way) if "urls" in source else self._folder(source))
-            for source in self.weighted
-        ]
+        self.train_sources = [self._checked(self._source(source)) for source in self.weighted]
         self.val_sources = []
         if self.val_shards is not None:
             self.val_sources = [self._checked(self.reader(self.val_shards, "data.val_shards", **self.way))]
@@ -177,6 +178,9 @@ class ShardDataModule(L.LightningDataModule):
         if stage == "fit":
             self.check_validation()
             self.warn_of_blindness()
+            for source in self.train_sources:
+                if gone := source.gone():
+                    log.warning("%d shards are in their manifest, but not there, such as %s", len(gone), gone[0])
 
     def check_validation(self) -> None:
         """Raise UserError if no validation sample decodes: a pass over the data would be empty."""
@@ -208,8 +212,11 @@ class ShardDataModule(L.LightningDataModule):
         """Return how samples for training and validation are chosen and described."""
         return {"needs": self.decode.needs, "aspect": aspect if self.buckets else None}
 
-    def _folder(self, source: dict[str, Any]) -> FolderSource:
-        return FolderSource(source["folder"], captions=self.captions, filters=self.filters, option=self.option, **self.way)
+    def _source(self, source: dict[str, Any]) -> Source:
+        if "urls" in source:
+            return self.reader(source["urls"], self.option, **self.way)
+        kind = source["source"] if "source" in source else partial(FolderSource, source["folder"])
+        return kind(captions=self.captions, filters=self.filters, option=self.option, **self.way)
 
     def _checked(self, source: Source) -> Source:
         source.check()

@@ -133,6 +133,9 @@ class FolderSource(Source):
     def notes(self, shard: int) -> Notes:
         return Notes(len(self._choose(shard)), dict(self.reasons[shard]))
 
+    def gone(self) -> list[str]:
+        return []
+
     def check(self) -> None:
         """Refuse a folder whose first pictures have no captions. Raises UserError."""
         self.first_samples = []

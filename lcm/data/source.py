@@ -334,6 +334,10 @@ class Source:
                 names -= captions_of(sample, self.captions).keys()
         return sorted(names)
 
+    def gone(self) -> list[str]:
+        """Return local shards that a manifest lists but that are not there: a glob does not miss them."""
+        return self.manifests.gone(self.urls)
+
     def left_out(self) -> Counter[str]:
         """Return how many samples of all shards are left out, by reason. Wait for all shards."""
         total: Counter[str] = Counter()
