@@ -71,8 +71,8 @@ class ShardDataModule(L.LightningDataModule):
     With a codec its batches are `LatentBatch`, without one `{"x": [-1, 1], "captions", ...}`.
 
     shards: paths or URLs of .tar files, globs, braces, @list files. folder: pictures with captions, see `FolderSource`.
-    source: a class of your own, see docs/extending.md. sources: several, `[{"urls", "folder" or "source", "weight"}, ...]`, taken by
-    weight. One of the four is given.
+    source: a class of your own, see docs/extending.md. sources: several of them by weight, `[{"urls", "folder" or "source",
+    "weight"}, ...]`. One of the four is given.
     allow_pipe: also `pipe:<command that prints a shard>`.
     val_shards: one ordered, complete pass; None disables validation. filters: rules for the samples of both.
     build: called once per node before anything else, e.g. to draw a dataset.

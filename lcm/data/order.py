@@ -74,7 +74,7 @@ class Lane:
         shuffle: int,
     ) -> None:
         self.samples, self.shards, self.source, self.number = samples, list(shards), source, number
-        self.seed, self.shuffle, self.spare = seed, shuffle, list(spare)
+        self.seed, self.shuffle, self.spare = seed, shuffle, spare
         self.counts: dict[int, int] = {}  # of the shards that were passed
         self.prefetched = False  # the next shard
         self.epoch, self.turn, self.first = 0, 0, 0  # the shard that was read last, and the number of its first sample
@@ -171,12 +171,13 @@ class Order:
         shares: list[float] = []
         for number, (samples, weight) in enumerate(zip(sources, weights, strict=True)):
             shards = list(range(len(samples.urls)))
+            spare = list(shards)
             random.Random(f"{seed}/{number}").shuffle(shards)
             few = len(shards) <= FEW * lanes  # many lanes of many shards are equally long
             sizes = [samples.weight(shard) if few else 1.0 for shard in range(len(shards))]
             for lane in range(min(lanes, len(shards))):
                 dealt = shards[lane::lanes]
-                options: dict[str, Any] = {"seed": f"{seed}/{number}", "shuffle": max(shuffle, 1), "spare": sorted(shards)}
+                options: dict[str, Any] = {"seed": f"{seed}/{number}", "shuffle": max(shuffle, 1), "spare": spare}
                 self.lanes.append(Lane(samples, dealt, source=number, number=len(self.lanes), **options))
                 shares.append(weight / sum(weights) * sum(sizes[shard] for shard in dealt) / sum(sizes))
         self.turns = Turns(shares)

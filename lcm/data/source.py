@@ -208,7 +208,10 @@ class Source:
         if not is_remote(url):
             return LocalFile(local(url))
         if self.cache is None:
-            raise OSError(f"{self.title(shard)} needs a cache on this machine: choose data=shards, or +data/cache=default")
+            raise UserError(
+                f"{self.title(shard)} is remote and arrives in a cache: choose data=shards; to keep nothing on a disk, set "
+                "data.cache.folder=/dev/shm/shards data.cache.max_gb=<twice the size of data.lanes shards>"
+            )
         return self.cache.open(url, lambda file: self.manifests[url].flaw(file))
 
     def _close(self, shard: int) -> None:

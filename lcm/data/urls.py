@@ -45,7 +45,8 @@ def expand_braces(pattern: str, option: str) -> Iterator[str]:
     """Yield what the braces stand for, `{00000}` for one shard."""
     try:
         for url in braceexpand(pattern):
-            yield url if scheme_of(url) == "pipe" or os.path.exists(local(url)) else re.sub(r"\{(\d+)\}", r"\1", url)
+            single = "{" in url and scheme_of(url) != "pipe" and (is_remote(url) or not os.path.exists(url))
+            yield re.sub(r"\{(\d+)\}", r"\1", url) if single else url
     except ValueError:
         raise UserError(
             f"{option}: the braces of {pattern!r} do not close: write ranges as {{000..123}} and choices as {{a,b}}"
