@@ -196,6 +196,9 @@ class ShardCache:
         self.started = time.time()
         self.arrivals: dict[str, Arrival] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "arrivals": {}}  # a worker that is spawned, as on macOS, has its own threads
+
     def open(self, url: str, flaw: Callable[[str], str | None] = lambda file: None) -> GrowingFile:
         """Return the file of `url`, which arrives from now on. Raises OSError and UserError as `Arrival.ensure` does.
 

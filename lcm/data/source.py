@@ -66,6 +66,10 @@ class Source:
         handles = os.sysconf("SC_OPEN_MAX")
         self.limit = max(1, min(OPEN_SHARDS, handles // 4)) if handles > 0 else OPEN_SHARDS
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for a worker that is spawned, as on macOS: it opens its own files."""
+        return {**vars(self), "indexes": OrderedDict(), "files": OrderedDict()}
+
     @classmethod
     def of_option(cls, cfg: DictConfig, option: str, cache: ShardCache | None) -> "Source":
         """Return the shards that a program's option names, such as `val_shards` of sample.py."""
