@@ -158,7 +158,7 @@ def test_a_stuck_worker_ends_the_training_with_a_sentence(start, wait, tiny, tmp
 
 
 def test_without_wandb_training_goes_on(run, tiny, tmp_path):
-    options = ["logger=many", "logger.wandb.settings.init_timeout=3", "trainer.max_steps=3"]
+    options = ["logger=[csv,tensorboard,wandb]", "logger.wandb.settings.init_timeout=3", "trainer.max_steps=3"]
     nobody = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0123456789" * 4}
     done = run("train.py", *tiny, *options, **nobody)
     assert done.returncode == 0, done.stderr
