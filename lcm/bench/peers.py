@@ -20,7 +20,7 @@ READING = (tar_file_expander, group_by_keys)  # the stages of wds.tarfile_to_sam
 
 
 def as_tensor(image: Image.Image, size: int) -> Tensor:
-    """Resize the shorter side to `size`, bilinearly, and crop at random: `[3, size, size]` float32 in [-1, 1], as torchvision."""
+    """Resize the shorter side to `size`, bilinearly, and crop at random, as torchvision: `[3, size, size]` in [-1, 1]."""
     width, height = image.size
     short = min(width, height)
     image = image.resize((int(size * width / short), int(size * height / short)), Image.Resampling.BILINEAR)
@@ -59,8 +59,8 @@ def _loader(shard: str, stages: list[Any], batch_size: int, workers: int) -> Ite
 def distillation_step(module: ConsistencyModule, codec: LatentCodec, dtype: torch.dtype) -> Callable[..., float]:
     """Return `(pixels, captions) -> loss`, one update of the module's student with the loss of the module.
 
-    It works as the peers' script does. It encodes images and captions in each step and calls the float32 teacher twice, with and
-    without the caption. AdamW is not fused, the target is updated tensor by tensor, and the loss is read in each step.
+    It works as the peers' script does. It encodes images and captions in each step. It calls the float32 teacher twice, with
+    and without the caption. AdamW is not fused, the target is updated tensor by tensor, and the loss is read in each step.
     dtype: of autocast; float32 turns it off.
     """
     assert module.target_net is not None
