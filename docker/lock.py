@@ -6,7 +6,7 @@ import sys
 
 
 def locked(report: dict) -> list[str]:
-    """Return sorted lines `name==version --hash=sha256:...`, one for each archive. Folders such as this project are left out."""
+    """Return sorted lines `name==version --hash=sha256:...`, one for each archive. Leave out folders."""
     lines = []
     for item in report["install"]:
         if "archive_info" in item["download_info"]:
