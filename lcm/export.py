@@ -26,29 +26,30 @@ WEIGHTS = {"trained": "net", "average": "ema_net", "target": "target_net"}  # of
 
 
 def trained(run: Path, checkpoint: str) -> LatentModule:
-    """The module of a run as it was when the checkpoint was written."""
-    file = run / "config.yaml"
-    if not file.is_file():
+    """Build the module of a run and load a checkpoint into it.
+
+    checkpoint: "last" or a path. Raises UserError if `run` is not a run folder, has no checkpoint or trained no latent module.
+    """
+    config_file = run / "config.yaml"
+    if not config_file.is_file():
         raise UserError(f"{run} is not the folder of a run: it has no config.yaml")
-    found = checkpoint_path(run, checkpoint)
-    if found is None:
+    path = checkpoint_path(run, checkpoint)
+    if path is None:
         raise UserError(f"{run} has no checkpoint: give one with checkpoint=<path>")
-    config: Any = OmegaConf.load(file)
+    config: Any = OmegaConf.load(config_file)
     for part, target in (("optimizer", "torch.optim.AdamW"), ("lr_schedule", "lcm.modules.lr_schedules.constant")):
-        config.model[part] = {"_target_": target, "_partial_": True}  # nothing is trained, whatever the run's was
+        config.model[part] = {"_target_": target, "_partial_": True}  # unused here, so those of the run need not be installed
     module: Any = build(config.model, foreign=True)
     if not isinstance(module, LatentModule):
         raise UserError(
             f"{run} trained a {type(module).__name__}, which has nothing to export: train.py saved it in {run}/model"
         )
-    content = AtomicCheckpointIO().load_checkpoint(found, map_location="cpu", weights_only=True)
+    content = AtomicCheckpointIO().load_checkpoint(path, map_location="cpu", weights_only=True)
     silent: dict[str, Any] = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
-    steps = config.trainer.max_steps
-    trainer = L.Trainer(accelerator="cpu", devices=1, max_steps=steps, default_root_dir=run, **silent)
-    trainer.fit_loop.load_state_dict(content["loops"]["fit_loop"])  # so that the module knows its step
-    module.trainer = trainer
+    module.trainer = L.Trainer(accelerator="cpu", devices=1, max_steps=config.trainer.max_steps, default_root_dir=run, **silent)
+    module.trainer.fit_loop.load_state_dict(content["loops"]["fit_loop"])  # sets module.global_step
     module.on_load_checkpoint(content)
     module.load_state_dict(content["state_dict"])
     if (resolution := config.data.get("resolution")) is not None:
@@ -57,12 +58,12 @@ def trained(run: Path, checkpoint: str) -> LatentModule:
     return module
 
 
-def chosen(module: LatentModule, weights: str) -> Any:
+def choose_net(module: LatentModule, weights: str) -> Any:
     if weights == "best":
         return module.best_net
     net = getattr(module, WEIGHTS[weights], None)
     if net is None:
-        raise UserError(f"weights={weights}: this run kept no such weights; weights=best are those that train.py saves")
+        raise UserError(f"weights={weights}: this run has no such weights; weights=best are those that train.py saves")
     return net
 
 
@@ -76,10 +77,10 @@ def chosen(module: LatentModule, weights: str) -> Any:
     output=str,
 )
 def main(cfg: DictConfig) -> None:
-    """Read, choose, write."""
-    run, output, dtype = Path(cfg.run), Path(cfg.output), getattr(torch, cfg.dtype)
-    module = trained(run, cfg.checkpoint)
-    net = chosen(module, cfg.weights)
+    """Load a checkpoint, choose its weights and write them."""
+    output, dtype = Path(cfg.output), getattr(torch, cfg.dtype)
+    module = trained(Path(cfg.run), cfg.checkpoint)
+    net = choose_net(module, cfg.weights)
     output_folder(str(output.parent))
     if cfg.format == "pipeline":
         module.save_model(str(output), net, dtype=dtype)

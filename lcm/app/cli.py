@@ -32,7 +32,7 @@ from lcm.runtime.sweep import check_sweep
 
 @dataclass
 class Paths:
-    """conf/paths."""
+    """The key `paths` of conf/_program.yaml."""
 
     runs: str
     data: str

@@ -122,7 +122,7 @@ def test_with_m_a_comma_is_a_sweep_of_texts() -> None:
 REFUSED = [
     ("train", ["model.solver=heun"], "model.solver is a part, and a slash swaps it: model/solver=heun"),
     ("train", ["model.loss=l2"], "model/loss=l2"),
-    ("train", ["data.filters=aesthetics_6"], "+data/filters=aesthetics_6"),
+    ("train", ["data.filters=aesthetics"], "+data/filters=aesthetics"),
     ("train", ["trainer.strategy=fsdp"], "+trainer/strategy=fsdp"),
     ("train", ["callbacks=evaluation", "callbacks.evaluation.backbone=clip"], "backbone@callbacks.evaluation.backbone=clip"),
     ("train", ["model.solver=ddmi"], "by one of ddim, dpm_solver_1"),

@@ -201,7 +201,7 @@ def test_who_trains_on_shards_of_their_own_gets_no_openmoji(experiment, shards, 
         assert "validation" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("data", ["openmoji", "openmoji_dark", "openmoji_line", "openmoji_pixels", "openmoji_styles"])
+@pytest.mark.parametrize("data", ["openmoji", "openmoji_dark", "openmoji_line", "openmoji_styles"])
 def test_the_default_data_are_drawn_and_validated_on(data):
     cfg = compose("train", [f"data={data}", "paths.data=mine"]).data
     style = {"openmoji_dark": "dark-", "openmoji_line": "line-"}.get(data, "")
