@@ -1,5 +1,12 @@
 """Samples, bytes and sha256 of each shard: `python -m lcm.manifest data=shards data.shards='mine/*.tar'`."""
 
+from lcm.app.cli import Program, build
+from lcm.core.numbers import Seed
+
+program = Program("manifest", verify=bool, seed=Seed)
+if __name__ == "__main__":
+    program.read_command_line()  # before imports that take seconds: --help and misspelt keys are answered at once
+
 import json
 import os
 import time
@@ -13,9 +20,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from lcm.app.cli import build, program
 from lcm.core.errors import UserError
-from lcm.core.numbers import Seed
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.expected import MANIFEST, Expected, Manifests, read_json, sha256_of
 from lcm.data.shards import Shard, expand_urls, is_remote, local
@@ -28,7 +33,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-@program("manifest", verify=bool, seed=Seed)
+@program
 def main(cfg: DictConfig) -> None:
     """Write `manifest.json` beside the shards; stopped at any moment, the same command goes on. Or verify what it says."""
     data: ShardDataModule = build(cfg.data)
