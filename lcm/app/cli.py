@@ -67,6 +67,8 @@ class Program:
         warnings.filterwarnings("ignore", r"\s*'hydra/launcher/.* ConfigStore")  # conf/ fills in a plugin's own schema
         try:
             self.command = prepare(self.config_name, sys.argv[1:], self.hints)
+            for cfg in () if self.command.printed else self.command.runs:
+                check_missing(own_keys(cfg))
         except UserError as error:
             refuse(error)
         sys.argv[1:] = self.command.args
@@ -89,7 +91,7 @@ class Program:
 
             try:
                 for cfg in self.command.runs:
-                    check_arguments(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), self.hints)
+                    check_arguments(own_keys(cfg), self.hints)
                 if self.command.sweep_dir is not None:
                     check_sweep(self.command.sweep_dir, one_process=self.process_per_job)
             except UserError as error:
@@ -110,7 +112,6 @@ class Program:
         quiet()
         expand_home(cfg)
         try:
-            check_missing(cfg)
             resolve_models(cfg, cfg.paths.runs)
             if not (self.process_per_job and sweeps_here()):
                 return main(cfg)
@@ -171,6 +172,11 @@ def settings(node: Any) -> Iterator[tuple[Any, Any]]:
             yield from settings(child)
         else:
             yield node, key
+
+
+def own_keys(cfg: DictConfig) -> DictConfig:
+    """The configuration without Hydra's own."""
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
 
 def check_missing(cfg: DictConfig) -> None:

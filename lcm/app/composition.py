@@ -205,8 +205,7 @@ def check_part(before: DictConfig, key: str, text: str | None, value: Any, group
     options = groups.options(group)
     if text in options:
         raise UserError(f"{key} is a part, and a slash swaps it: {'' if key in chosen else '+'}{group}={text}")
-    is_part = OmegaConf.is_dict(value) or (options and not lookup(before, key)[1])
-    if not is_part or text == "null" or str(text).lstrip().startswith("{"):
+    if not OmegaConf.is_dict(value) or text == "null" or str(text).lstrip().startswith("{"):
         return
     if options:
         raise UserError(
@@ -220,18 +219,22 @@ def unknown_key(before: DictConfig, key: str, text: str | None, groups: Groups, 
     """The sentence for a key that the configuration lacks."""
     if part := unbuilt_part(before, key):
         return not_chosen(key, part, groups)
-    top, parent = key.partition(".")[0], key.rpartition(".")[0]
+    parent = key.rpartition(".")[0]
     node = lookup(before, parent)[0] if parent else None
     if not OmegaConf.is_dict(node) or ("_target_" not in node and parent not in hints):
         return f"there is no config key '{key}'{did_you_mean(nearest(key, [*groups.names, *keys_of(before)]))}"
     if key in groups.default_keys:
-        return f"{key} is no key of {top}={before.hydra.runtime.choices.get(top)}: leave it out, or choose another {top}"
+        names = ["/".join(key.split(".")[:depth]) for depth in range(key.count("."), 0, -1)]
+        group = next(name for name in names if name in before.hydra.runtime.choices)
+        choice = before.hydra.runtime.choices[group]
+        return f"{key} is no key of {group}={choice}: leave it out, or choose another {group}"
     below = [name.removeprefix(f"{parent}.") for name in keys_of(before) if name.startswith(f"{parent}.")]
     if near := nearest(key.removeprefix(f"{parent}."), below):
         return f"there is no config key '{key}', did you mean '{parent}.{near}'?"
-    return (
-        f"{key} has no value yet: if {node.get('_target_', parent)} takes it, add it with a plus, {for_shell(f'+{key}={text}')}"
-    )
+    options = groups.options(key.replace(".", "/"))
+    swap = f"; a slash adds a part, +{key.replace('.', '/')}=<name>, one of {', '.join(options)}" if options else ""
+    receiver, example = node.get("_target_", parent), for_shell(f"+{key}={text}")
+    return f"{key} has no value yet: if {receiver} takes it, add it with a plus, {example}{swap}"
 
 
 def unbuilt_part(cfg: DictConfig, key: str) -> str | None:

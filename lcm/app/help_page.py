@@ -21,7 +21,8 @@ def page(program: str, cfg: DictConfig) -> str:
     head = head_of(program)
     names = [line.removeprefix(KEYS_OF_PARTS).split() for line in head if line.startswith(KEYS_OF_PARTS)]
     purpose = [line for line in head if line and not line.startswith((" ", KEYS_OF_PARTS))]
-    keys = {**comments_in(CONF / f"{program}.yaml"), **{name: comment_of(name) for part in names for name in part}}
+    keys = {name: text for name, text in comments_in(CONF / f"{program}.yaml").items() if "." not in name}
+    keys |= {name: comment_of(name, program) for part in names for name in part}
     return "\n".join(
         [
             *purpose,
@@ -47,15 +48,25 @@ def examples(program: str) -> list[str]:
 
 
 def comments_in(file: Path) -> dict[str, str]:
-    """The comments of a yaml file's top-level keys."""
-    return dict(re.findall(r"^(\w+):[^#\n]*(?<=\s)# (.*)$", file.read_text(), re.MULTILINE))
+    """The comments of a yaml file's keys, by dotted key."""
+    comments, path = {}, []
+    for line in file.read_text().splitlines():
+        if match := re.match(r"((?:  )*)(\w+):(?:[^#]|\S#)*(?:\s# (.*))?$", line):
+            path = [*path[: len(match[1]) // 2], match[2]]
+            comments[".".join(path)] = match[3]
+    return {key: comment for key, comment in comments.items() if comment}
 
 
-def comment_of(key: str) -> str:
-    """The comment of a part's key, in the first file of its group that has one."""
-    group, _, name = key.replace(".", "/").rpartition("/")
-    found = (comments_in(file).get(name) for file in sorted((CONF / group).glob("*.yaml")))
-    return next((text for text in found if text), "")
+def comment_of(key: str, program: str) -> str:
+    """The comment of a part's key in the program's file, else in the first file of its group that has one."""
+    if comment := comments_in(CONF / f"{program}.yaml").get(key):
+        return comment
+    names = key.split(".")
+    for depth in range(len(names) - 1, 0, -1):
+        for file in sorted((CONF / "/".join(names[:depth])).glob("*.yaml")):
+            if comment := comments_in(file).get(".".join(names[depth:])):
+                return comment
+    return ""
 
 
 def choices(program: str, cfg: DictConfig) -> dict[str, list[str]]:
