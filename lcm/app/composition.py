@@ -220,12 +220,12 @@ def unknown_key(before: DictConfig, key: str, text: str | None, groups: Groups, 
     if part := unbuilt_part(before, key):
         return not_chosen(key, part, groups)
     parent = key.rpartition(".")[0]
-    node = lookup(before, parent)[0] if parent else None
+    node: Any = lookup(before, parent)[0] if parent else None
     if not OmegaConf.is_dict(node) or ("_target_" not in node and parent not in hints):
         return f"there is no config key '{key}'{did_you_mean(nearest(key, [*groups.names, *keys_of(before)]))}"
-    if key in groups.default_keys:
-        names = ["/".join(key.split(".")[:depth]) for depth in range(key.count("."), 0, -1)]
-        group = next(name for name in names if name in before.hydra.runtime.choices)
+    above = ["/".join(key.split(".")[:depth]) for depth in range(key.count("."), 0, -1)]
+    group = next((name for name in above if name in before.hydra.runtime.choices), None)
+    if group and key in groups.default_keys:
         choice = before.hydra.runtime.choices[group]
         return f"{key} is no key of {group}={choice}: leave it out, or choose another {group}"
     below = [name.removeprefix(f"{parent}.") for name in keys_of(before) if name.startswith(f"{parent}.")]

@@ -65,7 +65,7 @@ class Groups:
 
     def option_that_builds(self, group: str, part: str) -> str | None:
         """The first option of a group whose `part` has a `_target_`."""
-        nodes = ((file.stem, OmegaConf.load(file).get(part)) for file in self.files(group))
+        nodes = ((file.stem, OmegaConf.select(OmegaConf.load(file), part)) for file in self.files(group))
         return next((name for name, node in nodes if OmegaConf.is_dict(node) and "_target_" in node), None)
 
 

@@ -49,7 +49,8 @@ def examples(program: str) -> list[str]:
 
 def comments_in(file: Path) -> dict[str, str]:
     """The comments of a yaml file's keys, by dotted key."""
-    comments, path = {}, []
+    comments: dict[str, str] = {}
+    path: list[str] = []
     for line in file.read_text().splitlines():
         if match := re.match(r"((?:  )*)(\w+):(?:[^#]|\S#)*(?:\s# (.*))?$", line):
             path = [*path[: len(match[1]) // 2], match[2]]

@@ -211,10 +211,10 @@ def test_params_of_sweeper_are_checked(tmp_path: Path) -> None:
     (tmp_path / "search").mkdir()
     args = ["--config-dir", str(tmp_path), "-m", "+search=w"]
     for values in ("6,9", "6,x"):
-        text = f"# @package _global_\nhydra: {{sweeper: {{params: {{model.w_max: '{values}'}}}}}}\n"
+        text = f"# @package _global_\nhydra: {{sweeper: {{params: {{model.w_max: '{values}', model/solver: 'ddim,heun'}}}}}}\n"
         (tmp_path / "search/w.yaml").write_text(text)
         if "x" not in values:
-            assert [cfg.model.w_max for cfg in command("train", *args).runs] == [6, 9]
+            assert [cfg.model.w_max for cfg in command("train", *args).runs] == [6, 9, 6]
             continue
         with pytest.raises(UserError, match=r"model\.w_max=x: expected a number"):
             command("train", *args)
