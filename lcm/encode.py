@@ -1,5 +1,12 @@
 """Images encoded once: `python -m lcm.encode data=shards data.shards='a/*.tar' data.codec.pipeline=<folder> out=latents`."""
 
+from lcm.app.cli import Program, build
+from lcm.core.numbers import Count, Seed
+
+program = Program("encode", out=str, crops=Count, flip=bool, sample=bool, text=bool, seed=Seed)
+if __name__ == "__main__":
+    program.read_command_line()  # before imports that take seconds: --help and misspelt keys are answered at once
+
 import json
 import time
 from collections import Counter
@@ -13,10 +20,8 @@ import webdataset as wds
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from lcm.app.cli import build, program
 from lcm.app.inputs import output_folder, pick_device
 from lcm.core.errors import UserError
-from lcm.core.numbers import Count, Seed
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.encoding import Encoder, Variants, gathered
 from lcm.data.latents import STAMP, stamp
@@ -66,7 +71,7 @@ def claim(folder: Path, made_with: dict[str, Any], rank: int) -> None:
         stream.write(json.dumps(made_with, indent=2).encode())
 
 
-@program("encode", out=str, crops=Count, flip=bool, sample=bool, text=bool, seed=Seed)
+@program
 @torch.inference_mode()
 @workers_watched()
 def main(cfg: DictConfig) -> None:

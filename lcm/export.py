@@ -1,17 +1,34 @@
 """A model from a checkpoint: `python -m lcm.export run=runs/lcd_sd15/0 weights=target dtype=bfloat16 output=model`."""
 
+from typing import Literal
+
+from lcm.app.cli import Program, build
+from lcm.core.numbers import Dtype
+
+FORMATS = ("pipeline", "unet")
+WEIGHTS = {"trained": "net", "average": "ema_net", "target": "target_net"}  # of a module
+program = Program(
+    "export",
+    run=str,
+    checkpoint=str,
+    weights=Literal["best", *WEIGHTS],
+    dtype=Dtype,
+    format=Literal[*FORMATS],
+    output=str,
+)
+if __name__ == "__main__":
+    program.read_command_line()  # before imports that take seconds: --help and misspelt keys are answered at once
+
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save
 
-from lcm.app.cli import build, program
 from lcm.app.inputs import output_folder
 from lcm.core.errors import UserError
-from lcm.core.numbers import Dtype
 from lcm.models.codec import vae_factor
 from lcm.models.loading import read_json, rounded
 from lcm.models.lora import is_adapted, merged
@@ -20,9 +37,6 @@ from lcm.modules.latent import LatentModule
 from lcm.runtime.atomic_io import whole_file
 from lcm.runtime.checkpoint_io import AtomicCheckpointIO
 from lcm.runtime.resume import checkpoint_path
-
-FORMATS = ("pipeline", "unet")
-WEIGHTS = {"trained": "net", "average": "ema_net", "target": "target_net"}  # of a module
 
 
 def trained(run: Path, checkpoint: str) -> LatentModule:
@@ -67,15 +81,7 @@ def choose_net(module: LatentModule, weights: str) -> Any:
     return net
 
 
-@program(
-    "export",
-    run=str,
-    checkpoint=str,
-    weights=Literal["best", *WEIGHTS],
-    dtype=Dtype,
-    format=Literal[*FORMATS],
-    output=str,
-)
+@program
 def main(cfg: DictConfig) -> None:
     """Load a checkpoint, choose its weights and write them."""
     output, dtype = Path(cfg.output), getattr(torch, cfg.dtype)

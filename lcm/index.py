@@ -1,5 +1,12 @@
 """Indexes of shards ahead of a training: `python -m lcm.index data=shards data.shards='mine/*.tar'`."""
 
+from lcm.app.cli import Program, build
+from lcm.core.numbers import Count, Seed
+
+program = Program("index", checksums=bool, verify=bool, jobs=Count | None, seed=Seed)
+if __name__ == "__main__":
+    program.read_command_line()  # before imports that take seconds: --help and misspelt keys are answered at once
+
 import json
 import os
 from collections import Counter
@@ -14,9 +21,7 @@ from typing import Any
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from lcm.app.cli import build, program
 from lcm.core.errors import UserError
-from lcm.core.numbers import Count, Seed
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.index import Notes
 from lcm.data.manifest import MANIFEST, Expected, Manifests, read_json, sha256_of
@@ -26,7 +31,7 @@ from lcm.data.urls import is_remote, local
 from lcm.runtime.atomic_io import whole_file
 
 
-@program("index", checksums=bool, verify=bool, jobs=Count | None, seed=Seed)
+@program
 def main(cfg: DictConfig) -> None:
     """Scan shards into data.index. Write or verify checksums. Stopped at any moment, the same command continues."""
     data: ShardDataModule = build(cfg.data)

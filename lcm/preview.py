@@ -1,5 +1,12 @@
 """A look at training data before any training: `python -m lcm.preview data=shards data.shards='mine/*.tar'`."""
 
+from lcm.app.cli import Program, build
+from lcm.core.numbers import Count, Seed
+
+program = Program("preview", samples=Count, shown=Count, output=str, seed=Seed)
+if __name__ == "__main__":
+    program.read_command_line()  # before imports that take seconds: --help and misspelt keys are answered at once
+
 import time
 from collections import Counter
 from itertools import islice
@@ -10,16 +17,14 @@ from omegaconf import DictConfig
 from torch.nn.functional import pad
 from tqdm import tqdm
 
-from lcm.app.cli import build, program
 from lcm.app.images import grid, save_png
 from lcm.app.inputs import output_folder
-from lcm.core.numbers import Count, Seed
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.sample_fields import REASONS
 from lcm.data.workers import workers_watched
 
 
-@program("preview", samples=Count, shown=Count, output=str, seed=Seed)
+@program
 @workers_watched()
 def main(cfg: DictConfig) -> None:
     """Print the counts of filters and buckets, sizes, captions and the reading rate. Write a grid of decoded pictures."""

@@ -1,5 +1,12 @@
 """Benchmarks of this machine, one table for each part: `python -m lcm.bench 'parts=[data,step,sampling]'`."""
 
+from lcm.app.cli import Program, build
+from lcm.core.numbers import Count
+
+program = Program("bench", parts=str | list[str], output=str, pipeline=str, resolution=Count)
+if __name__ == "__main__":
+    program.read_command_line()  # before imports that take seconds: --help and misspelt keys are answered at once
+
 import json
 import shlex
 import sys
@@ -9,15 +16,13 @@ from dataclasses import asdict
 import lightning  # noqa: F401  before `program` sets its log level, which this import resets
 from omegaconf import DictConfig
 
-from lcm.app.cli import build, program
 from lcm.app.inputs import output_folder
 from lcm.bench.measure import machine
 from lcm.core.errors import UserError
-from lcm.core.numbers import Count
 from lcm.runtime.redaction import redacted
 
 
-@program("bench", parts=str | list[str], output=str, pipeline=str, resolution=Count)
+@program
 def main(cfg: DictConfig) -> None:
     """Run the parts one after the other. Each prints its table and writes <part>.md and <part>.json."""
     if isinstance(cfg.parts, str):
