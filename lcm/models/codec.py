@@ -12,7 +12,7 @@ from lcm.core.batch import LatentBatch
 from lcm.core.denoiser import Condition
 from lcm.core.errors import NonFiniteError
 from lcm.core.process import per_sample
-from lcm.core.random import RankRows, normal
+from lcm.core.random import RankSlice, normal
 from lcm.models.families import on_device
 from lcm.models.text import TextEncoder
 
@@ -69,7 +69,7 @@ class LatentCodec:
             part.to(memory_format=torch.channels_last if pays else torch.contiguous_format)
 
     @torch.no_grad()
-    def encode(self, batch: dict[str, Any], rng: RankRows | torch.Generator | None = None) -> LatentBatch:
+    def encode(self, batch: dict[str, Any], rng: RankSlice | torch.Generator | None = None) -> LatentBatch:
         """batch: `{"x": uint8 or [-1, 1] float [B, 3, H, W], "captions", "keys"}`, or "moments" `[B, 2C, h, w]` in place of x,
         and optionally the captions' embeddings by the family's names, and "original_sizes", "crops" `[B, 2]`.
 

@@ -125,7 +125,7 @@ REFUSED = [
     ("train", ["data.filters=aesthetics_6"], "+data/filters=aesthetics_6"),
     ("train", ["trainer.strategy=fsdp"], "+trainer/strategy=fsdp"),
     ("train", ["callbacks=evaluation", "callbacks.evaluation.backbone=clip"], "backbone@callbacks.evaluation.backbone=clip"),
-    ("train", ["model.solver=ddmi"], "by one of ddim, dpm_solver_1"),
+    ("train", ["model.solver=ddmi"], "by one of ddim, dpm_solver_2"),
     ("train", ["model.optimizer=adam"], "model/optimizer=<name>"),
     ("train", ["model/w_max=8"], "did you mean 'model.w_max'?"),
     ("train", ["model=heun"], "did you mean model/solver=heun?"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lcm.core import solvers
-from lcm.core.denoiser import PREDICTION_TYPES, Denoiser, seen_from
+from lcm.core.denoiser import PREDICTION_TYPES, Denoiser, convert_process
 from lcm.core.errors import UserError
 from lcm.core.process import VP, Flow
 from tests.core.gaussian import exact
@@ -148,28 +148,28 @@ def test_a_point_s_x0_and_eps_do_not_depend_on_the_process(inner, outer):
     """A perfect denoiser of `inner` seen from `outer` is the perfect denoiser of `outer`."""
     inner, outer = PROCESSES[inner], PROCESSES[outer]
     z = outer.jump(X0, EPS, COMMON)
-    x0, eps = seen_from(exact(inner, "v_prediction").bound({}), inner, outer)(z, COMMON)
+    x0, eps = convert_process(exact(inner, "v_prediction").bound({}), inner, outer)(z, COMMON)
     expected = exact(outer, "v_prediction").bound({})(z, COMMON)
     torch.testing.assert_close(x0, expected.x0, rtol=0, atol=1e-4)
     torch.testing.assert_close(eps, expected.eps, rtol=0, atol=1e-4)
     torch.testing.assert_close(outer.jump(x0, eps, COMMON), z, rtol=0, atol=1e-4)
 
 
-def test_a_vp_teacher_s_step_seen_from_a_flow_is_the_mapped_step():
+def test_a_vp_teacher_s_step_convert_process_a_flow_is_the_mapped_step():
     """`y = x / (alpha + sigma)`, `q = sigma / (alpha + sigma)`: DDIM from any network, right or wrong."""
     vp, flow = VP(), Flow(num_train_timesteps=100_000)  # fine enough for the VP's noise to be on the grid
     t, s = torch.tensor([499, 759, 259]), torch.tensor([479, 499, 0])
     x, denoise = X0[:3], Denoiser(lambda z, time, cond, w: (z + time.view(-1, 1, 1, 1) / 1000).tanh(), vp).bound({})
     total = {name: sum(vp.at(time, 4)) for name, time in (("t", t), ("s", s))}
     flow_t, flow_s = (flow.timestep_at(vp.half_log_snr(time)) for time in (t, s))
-    y_s = solvers.ddim(seen_from(denoise, vp, flow), x / total["t"], flow_t, flow_s, process=flow)
+    y_s = solvers.ddim(convert_process(denoise, vp, flow), x / total["t"], flow_t, flow_s, process=flow)
     torch.testing.assert_close(y_s, solvers.ddim(denoise, x, t, s, process=vp) / total["s"], rtol=0, atol=2e-5)
 
 
-def test_a_denoiser_seen_from_its_own_process_is_itself():
+def test_a_denoiser_convert_process_its_own_process_is_itself():
     denoise = exact(VP()).bound({})
-    assert seen_from(denoise, VP(), VP()) is denoise
-    assert seen_from(denoise, VP(), VP(beta_end=0.02)) is not denoise
+    assert convert_process(denoise, VP(), VP()) is denoise
+    assert convert_process(denoise, VP(), VP(beta_end=0.02)) is not denoise
 
 
 @pytest.mark.parametrize(("t", "inner_t"), [(999, 999), (-1, 0)])
@@ -177,7 +177,7 @@ def test_a_teacher_is_asked_within_its_own_noise_levels(t, inner_t):
     """Stable Diffusion's noise ends at q = 0.936: pure noise, as it is, is given to its last timestep."""
     asked = []
     teacher = Denoiser(lambda z, time, cond, w: asked.append((z, time)) or z, VP())
-    seen_from(teacher.bound({}), VP(), Flow())(EPS[:1], torch.tensor([t]))
+    convert_process(teacher.bound({}), VP(), Flow())(EPS[:1], torch.tensor([t]))
     [(z, time)] = asked
     assert time.item() == inner_t
     torch.testing.assert_close(z, EPS[:1])

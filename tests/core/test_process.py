@@ -207,7 +207,7 @@ def test_a_dpm_solver_with_flow_sigmas_is_a_flow():
         ({"_class_name": "FlowMapEulerDiscreteScheduler"}, "FlowMapEulerDiscreteScheduler is not supported"),
         (
             {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
-            "FlowMatchEulerDiscreteScheduler shifts its times by the image size",
+            "FlowMatchEulerDiscreteScheduler shifts its timesteps by the image size",
         ),
         ({**BETAS, "trained_betas": [0.1] * 1000}, "trained_betas are not supported"),
         ({"_class_name": "DDIMScheduler"}, "lacks beta_schedule, beta_start, beta_end: add"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lcm.core.random import ImageNoise, RankRows, generator, normal
+from lcm.core.random import ImageNoise, RankSlice, generator, normal
 
 
 def numbers(*keys):
@@ -50,7 +50,7 @@ def test_image_noise_is_standard_normal():
 
 
 def rows(rank, world_size, count):
-    return normal(torch.Size((count, 3)), RankRows("cpu", 0, "train", 5, rank=rank, world_size=world_size), torch.device("cpu"))
+    return normal(torch.Size((count, 3)), RankSlice("cpu", 0, "train", 5, rank=rank, world_size=world_size), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("total", "worlds"), [(48, (2, 3, 16)), (64, (4,)), (96, (2, 3, 8)), (144, (2, 16)), (1024, (4, 256))])
@@ -70,5 +70,5 @@ def test_a_batch_of_one_block_is_drawn_as_recorded_runs_drew_it():
 def test_a_rank_draws_a_small_share_of_a_global_batch(world_size, count):
     """Not those of all ranks: a batch of 2,304 at 512 px is 151 MB."""
     for rank in (0, world_size // 2, world_size - 1):
-        blocks = list(RankRows("cpu", 0, rank=rank, world_size=world_size).blocks(count))
+        blocks = list(RankSlice("cpu", 0, rank=rank, world_size=world_size).blocks(count))
         assert sum(size for size, _, _ in blocks) < count + 2 * 64
