@@ -43,7 +43,7 @@ from lcm.core.process import VP
 from lcm.data.openmoji import build
 from lcm.models.families import family_of
 from lcm.models.saving import save_pipeline
-from lcm.models.tokenizer import train_tokenizer
+from lcm.models.text import train_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +149,7 @@ def as_trained(base: Path, folder: Path, net: Any, scheduler: DDIMScheduler) -> 
     """Write the folder that a training of `net`, started from `base`, saves."""
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     options = {"family": family_of(base), "base": base, "scheduler": ("DDIMScheduler", config)}
-    save_pipeline(folder, net, **options, facts={"sampler": "ddim"}, dtype=torch.float32)
+    save_pipeline(folder, net, **options, metadata={"sampler": "ddim"}, dtype=torch.float32)
     return folder
 
 

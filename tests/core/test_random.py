@@ -50,7 +50,9 @@ def test_image_noise_is_standard_normal():
 
 
 def rows(rank, world_size, count):
-    return normal(torch.Size((count, 3)), RankSlice("cpu", 0, "train", 5, rank=rank, world_size=world_size), torch.device("cpu"))
+    return normal(
+        torch.Size((count, 3)), RankSlice("cpu", 0, "train", 5, rank=rank, world_size=world_size), torch.device("cpu")
+    )
 
 
 @pytest.mark.parametrize(("total", "worlds"), [(48, (2, 3, 16)), (64, (4,)), (96, (2, 3, 8)), (144, (2, 16)), (1024, (4, 256))])

@@ -19,11 +19,11 @@ def save_teacher(
     process: Process | None = None,
     *,
     dtype: torch.dtype = torch.float32,
-    **facts: Any,
+    **metadata: Any,
 ) -> str:
     scheduler = ddim_scheduler(process or VP(), prediction_type)
     options = {"family": load_family(str(base)), "base": find(str(base)), "scheduler": scheduler}
-    save_pipeline(folder, net, **options, facts={"sampler": "ddim", **facts}, dtype=dtype)
+    save_pipeline(folder, net, **options, metadata={"sampler": "ddim", **metadata}, dtype=dtype)
     return str(folder)
 
 
@@ -37,7 +37,7 @@ def save_student(
     points: int = 50,
     zero_init: bool = False,
     dtype: torch.dtype = torch.float32,
-    **facts: Any,
+    **metadata: Any,
 ) -> str:
     """Save a student, by default of random weights for w, as latent consistency distillation saves it."""
     family = load_family(str(base))
@@ -46,5 +46,5 @@ def save_student(
     config = {"prediction_type": prediction_type, "original_inference_steps": points}
     scheduler = "LCMScheduler", {**(process or VP()).config, **config}
     options = {"family": family, "base": find(str(base)), "scheduler": scheduler}
-    save_pipeline(folder, net, **options, facts={"sampler": "consistency", "points": points, **facts}, dtype=dtype)
+    save_pipeline(folder, net, **options, metadata={"sampler": "consistency", "points": points, **metadata}, dtype=dtype)
     return str(folder)

@@ -104,7 +104,7 @@ def test_a_teacher_refuses_steps_off_the_schedule(teacher: TextToImage, steps: i
 def test_a_sampler_that_is_none_is_a_user_error(teacher: TextToImage) -> None:
     """The name comes from a file of whoever made the folder."""
     with pytest.raises(UserError, match=r"lcm\.json names the sampler 'torch': use one of ddim, consistency, tcd"):
-        replace(teacher, facts={"sampler": "torch"}).latents(["rocket"], [0], steps=1, w=0.0)
+        replace(teacher, metadata={"sampler": "torch"}).latents(["rocket"], [0], steps=1, w=0.0)
 
 
 def test_prompts_need_as_many_seeds(teacher: TextToImage) -> None:
@@ -125,12 +125,12 @@ def test_a_w_outside_the_range_is_warned_of_for_guided_distillations_students(
     student: TextToImage, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        replace(student, facts={**student.facts, "sampler": "ddim"}).check_w(100.0)
+        replace(student, metadata={**student.metadata, "sampler": "ddim"}).check_w(100.0)
     assert "outside the range [2, 14]" in caplog.text
 
 
 def test_a_w_that_a_model_has_no_input_for_is_refused(teacher: TextToImage) -> None:
-    model = replace(teacher, facts={"sampler": "consistency"})
+    model = replace(teacher, metadata={"sampler": "consistency"})
     with pytest.raises(
         UserError, match=r"entries\.LCM\.w=4: this consistency model has no input for w.* set entries\.LCM\.w=0"
     ):

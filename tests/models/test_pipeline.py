@@ -22,10 +22,10 @@ from lcm.models.pipeline import (
     find,
     load_codec,
     load_family,
+    load_metadata,
     load_network,
     load_prediction_type,
     load_process,
-    training_facts,
 )
 from lcm.models.saving import save_pipeline
 from lcm.models.text_to_image import TextToImage
@@ -133,8 +133,8 @@ def test_broken_json_is_a_user_error_that_names_it(tiny_pipeline: Path, tmp_path
     [
         ({"in_channels": 9}, "takes 9 channels and gives 4, its latents have 4: give a text-to-image pipeline"),
         ({"in_channels": 16, "out_channels": 16}, "takes 16 channels and gives 16, its latents have 4"),
-        ({"num_class_embeds": 10}, "takes a class beside the text"),
-        ({"class_embed_type": "timestep"}, "takes a class beside the text"),
+        ({"num_class_embeds": 10}, "takes a class besides the text"),
+        ({"class_embed_type": "timestep"}, "takes a class besides the text"),
     ],
 )
 def test_a_unet_that_does_not_fit_its_pipeline_is_a_user_error(
@@ -149,7 +149,7 @@ def test_a_unet_that_does_not_fit_its_pipeline_is_a_user_error(
 def test_text_encoders_that_do_not_fit_their_network_are_a_user_error(tiny_pipeline: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_pipeline, tmp_path / "odd")
     tiny_unet(cross_attention_dim=24).save_pretrained(folder / "unet")
-    with pytest.raises(UserError, match="its UNet reads texts of width 24, its text encoders write 16: give it the text"):
+    with pytest.raises(UserError, match="text embeddings of width 24, but its text encoders give 16: use the text encoders"):
         load_network(str(folder))
 
 
@@ -189,13 +189,13 @@ def test_a_round_trip_keeps_weights_and_schedule(tiny_pipeline: Path, tmp_path: 
     assert torch.equal(load_process(folder).alphas, process.alphas)
     assert load_prediction_type(folder) == "v_prediction"
     facts = {"sampler": "consistency", "points": 50} if consistency else {"sampler": "ddim"}
-    assert training_facts(folder) == {**facts, "w_max": 3.0}
+    assert load_metadata(folder) == {**facts, "w_max": 3.0}
     assert TextToImage.load(folder).consistency == consistency
 
 
 def test_saving_leaves_the_network_as_it_was(tiny_pipeline: Path, tmp_path: Path) -> None:
     unet = load_network(str(tiny_pipeline))
-    options = {"family": load_family(str(tiny_pipeline)), "base": tiny_pipeline, "facts": {"sampler": "ddim"}}
+    options = {"family": load_family(str(tiny_pipeline)), "base": tiny_pipeline, "metadata": {"sampler": "ddim"}}
     save_pipeline(tmp_path / "half", unet, **options, scheduler=ddim_scheduler(VP(), "epsilon"), dtype=torch.float16)
     assert unet.dtype == torch.float32
     saved = load_file(tmp_path / "half" / "unet" / "diffusion_pytorch_model.safetensors")
