@@ -17,7 +17,6 @@ from tests.core.test_objectives import Recorder, Scale, a_batch, denoisers, some
 PROCESS = VP()
 GRID = karras(PROCESS, points=18)[1:]
 every_process = pytest.mark.parametrize("process", [VP(), Flow()], ids=["vp", "flow"])
-every_type = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 
 
 def distil(nets, draws, process=PROCESS, solver=solvers.heun, points=18):
