@@ -1,4 +1,4 @@
-"""Pipelines of the tiny teacher's weights, saved as trainings save them."""
+"""Functions that save pipelines like a training."""
 
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ def save_teacher(
     dtype: torch.dtype = torch.float32,
     **metadata: Any,
 ) -> str:
+    """Save a teacher, and return its folder."""
     scheduler = ddim_scheduler(process or VP(), prediction_type)
     options = {"family": load_family(str(base)), "base": find(str(base)), "scheduler": scheduler}
     save_pipeline(folder, net, **options, metadata={"sampler": "ddim", **metadata}, dtype=dtype)
@@ -39,7 +40,7 @@ def save_student(
     dtype: torch.dtype = torch.float32,
     **metadata: Any,
 ) -> str:
-    """Save a student, by default of random weights for w, as latent consistency distillation saves it."""
+    """Save a student of latent consistency distillation, by default with random weights for w, and return its folder."""
     family = load_family(str(base))
     torch.manual_seed(0)
     net = family.with_w(load_network(str(base)), zero_init=zero_init) if net is None else net
