@@ -75,18 +75,15 @@ def test_every_part_of_a_condition_is_doubled(rows):
         assert torch.equal(seen[0][name], torch.cat([part, torch.ones_like(part)]))
 
 
-@pytest.mark.parametrize(
-    ("w", "golden"),
-    [
-        (6.5, (-0.044785, 0.762962, 0.605186, -0.998997, 0.796084)),
-        (7.0, (0.506885, 0.804387, 0.644218, 0.862013, 0.764842)),
-        (7.5, (-0.851236, 0.842228, 0.681639, -0.524783, 0.731689)),
-        (14.0, (0.873884, 0.955782, 0.985450, 0.486134, 0.169967)),
-    ],
-)
-def test_golden_embedding(w, golden):
-    e = embed_w(torch.tensor([w]))[0]
-    assert e[[0, 1, 127, 128, 255]].tolist() == pytest.approx(golden, abs=2e-3)
+def test_golden_embedding():
+    golden = {
+        6.5: (-0.044785, 0.762962, 0.605186, -0.998997, 0.796084),
+        7.0: (0.506885, 0.804387, 0.644218, 0.862013, 0.764842),
+        7.5: (-0.851236, 0.842228, 0.681639, -0.524783, 0.731689),
+        14.0: (0.873884, 0.955782, 0.985450, 0.486134, 0.169967),
+    }
+    for w, values in golden.items():
+        assert embed_w(torch.tensor([w]))[0, [0, 1, 127, 128, 255]].tolist() == pytest.approx(values, abs=2e-3)
 
 
 def test_embedding_of_zero():

@@ -81,11 +81,11 @@ def test_flow_rejects_shift(shift):
         Flow(shift=shift)
 
 
-@pytest.mark.parametrize("process", [*(make(*schedule) for schedule in EVERY_SCHEDULE), Flow(), Flow(shift=3.0)], ids=str)
-def test_half_log_snr_is_finite_and_decreases(process):
-    log_snr = process.half_log_snr(torch.arange(process.t_min, 1000))
-    assert log_snr.isfinite().all()
-    assert (log_snr.diff() < 0).all()
+def test_half_log_snr_is_finite_and_decreases():
+    for process in (*(make(*schedule) for schedule in EVERY_SCHEDULE), Flow(), Flow(shift=3.0)):
+        log_snr = process.half_log_snr(torch.arange(process.t_min, 1000))
+        assert log_snr.isfinite().all()
+        assert (log_snr.diff() < 0).all()
 
 
 def test_half_log_snr_is_log_alpha_over_sigma():

@@ -132,12 +132,12 @@ def test_ddim_is_the_ode_of_its_solver():
 
 
 @every_ode
-@pytest.mark.parametrize("process", [VP().double(), Flow(shift=3.0)], ids=["vp", "flow_3"])
-def test_odes_reach_gaussian_solution(name, process):
-    data, z = Gaussian(process), torch.linspace(-2, 2, 9).double().view(9, 1, 1, 1)
-    z0 = ODES[name](data.denoise, z, trailing_steps(200), process=process, noise=no_noise)
-    start, end = torch.full((9,), 999), torch.full((9,), process.t_min)
-    torch.testing.assert_close(z0, data.flow(z, start, end), rtol=0, atol=0.025)
+def test_odes_reach_gaussian_solution(name):
+    for process in (VP().double(), Flow(), Flow(shift=3.0)):
+        data, z = Gaussian(process), torch.linspace(-2, 2, 9).double().view(9, 1, 1, 1)
+        z0 = ODES[name](data.denoise, z, trailing_steps(200), process=process, noise=no_noise)
+        start, end = torch.full((9,), 999), torch.full((9,), process.t_min)
+        torch.testing.assert_close(z0, data.flow(z, start, end), rtol=0, atol=0.025)
 
 
 @pytest.mark.parametrize("process", [VP(), Flow()], ids=["vp", "flow"])
