@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
@@ -24,11 +23,11 @@ CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "PreTrainedTokenizerFas
 
 @contextmanager
 def as_user_error(name: object) -> Iterator[None]:
-    """Turn a library's error about the files of a part into a UserError."""
+    """Turn a library's error about the files of a part into a UserError. The tokenizers library raises plain Exceptions."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, UnpicklingError, SafetensorError) as error:
-        raise UserError(f"cannot load {name}: {' '.join(str(error).split())}") from error
+    except Exception as error:
+        raise UserError(f"cannot load {name}: {' '.join(str(error).split())}: copy it anew from the model's source") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -168,10 +167,9 @@ def load_tokenizer(tokenizer_class: Any, folder: Path, text_config: PretrainedCo
     splits words into letters if the merges are missing.
     """
     if tokenizer_class is CLIPTokenizer:
-        tokenizer = load_clip_tokenizer(folder)
-    else:
-        with as_user_error(folder):
-            tokenizer = tokenizer_class.from_pretrained(folder)
+        check_clip_tokenizer(folder)
+    with as_user_error(folder):
+        tokenizer = tokenizer_class.from_pretrained(folder)
     if not 0.9 * text_config.vocab_size <= len(tokenizer) <= text_config.vocab_size:  # encoders may pad their vocabulary
         raise UserError(
             f"{folder} has {len(tokenizer)} tokens, but its text encoder has {text_config.vocab_size}: use the tokenizer that "
@@ -183,8 +181,8 @@ def load_tokenizer(tokenizer_class: Any, folder: Path, text_config: PretrainedCo
     return tokenizer
 
 
-def load_clip_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Load a CLIP tokenizer. Raises UserError for another class, and for missing or damaged files."""
+def check_clip_tokenizer(folder: Path) -> None:
+    """Raise UserError if a folder holds a tokenizer of another class, or if files of its vocabulary are missing or damaged."""
     name = read_json(folder / "tokenizer_config.json").get("tokenizer_class") or "CLIPTokenizer"
     if name not in CLIP_TOKENIZERS:
         raise UserError(f"{folder} holds a {name}: only CLIP's tokenizers are supported: give a pipeline that has one")
@@ -200,13 +198,6 @@ def load_clip_tokenizer(folder: Path) -> CLIPTokenizer:
         if reason := damage(file):
             raise UserError(f"cannot load {file}: it {reason}: copy it anew from the pipeline's source")
     read_json(files[0])
-    try:
-        return CLIPTokenizer.from_pretrained(folder)
-    except Exception as error:  # the tokenizers library raises no narrower class
-        raise UserError(
-            f"cannot load {folder}: it is not a CLIP tokenizer ({type(error).__name__}: {' '.join(str(error).split())}): "
-            "copy it anew from the pipeline's source"
-        ) from error
 
 
 def check_merges(folder: Path, tokenizer: CLIPTokenizer) -> None:

@@ -52,8 +52,8 @@ def why_no_pipeline(path: Path) -> str:
     patterns = ("model", "*", "*/model", "*/*/model", "snapshots/*", "models--*/snapshots/*")
     inside = [file.parent for pattern in patterns for file in path.glob(f"{pattern}/model_index.json")]
     above = [folder for folder in path.absolute().parents if (folder / "model_index.json").is_file()]
-    newest = sorted(inside, key=lambda folder: folder.stat().st_mtime)[-1:]
-    for nearest in [*newest, *above][:1]:
+    inside.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
+    if nearest := next(iter([*inside, *above]), None):
         hub_ids = [
             part.split("--", 1)[1].replace("--", "/") for part in nearest.absolute().parts if part.startswith("models--")
         ]
@@ -136,22 +136,23 @@ def check_fit(network: Any, folder: Path, family: Family) -> None:
 
 def load_process(pipeline: str | Path) -> Process:
     """Load the noise process of `scheduler/scheduler_config.json`."""
-    config, metadata = scheduler_config(pipeline), load_metadata(pipeline)
+    folder = find(pipeline)
+    config, metadata = scheduler_config(folder), read_lcm_json(folder)
     return process_of({**config, "shift": metadata["shift"]} if "shift" in metadata else config)
 
 
 def load_prediction_type(pipeline: str | Path) -> str:
     """Return the output type of a pipeline's network by its scheduler; "flow_prediction" for flow matching."""
-    config = scheduler_config(pipeline)
+    config = scheduler_config(find(pipeline))
     flow = str(config.get("_class_name")).startswith("FlowMatch")
     return "flow_prediction" if flow else config.get("prediction_type", "epsilon")
 
 
-def scheduler_config(pipeline: str | Path) -> dict[str, Any]:
+def scheduler_config(folder: Path) -> dict[str, Any]:
     """Return the content of `scheduler/scheduler_config.json`. Raises UserError if it is missing."""
-    file = find(pipeline) / "scheduler" / "scheduler_config.json"
+    file = folder / "scheduler" / "scheduler_config.json"
     if not file.is_file():
-        raise UserError(f"{pipeline} has no scheduler/scheduler_config.json: copy it from the pipeline's source")
+        raise UserError(f"{folder} has no scheduler/scheduler_config.json: copy it from the pipeline's source")
     return read_json(file)
 
 
@@ -190,12 +191,8 @@ def load_codec(
     return codec
 
 
-def load_metadata(pipeline: str | Path) -> dict[str, Any]:
-    """Return the content of a pipeline's `lcm.json`, see `read_lcm_json`."""
-    return read_lcm_json(find(pipeline))
-
-
-def read_lcm_json(folder: Path) -> dict[str, Any]:
-    """Return the training's settings that `save_pipeline` wrote to `lcm.json`. The default sampler is the scheduler's."""
+def read_lcm_json(folder: str | Path) -> dict[str, Any]:
+    """Return the settings of a training that `save_pipeline` wrote to `lcm.json`. The default sampler is the scheduler's."""
+    folder = Path(folder)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name")
     return {"sampler": SAMPLERS.get(str(scheduler), "ddim"), **read_json(folder / "lcm.json")}

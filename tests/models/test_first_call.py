@@ -23,7 +23,7 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, 
 from lcm.core import sampling
 from lcm.core.random import ImageNoise
 from lcm.models.lora import with_adapters
-from lcm.models.pipeline import ASSETS, load_codec, load_family, load_metadata, load_network
+from lcm.models.pipeline import ASSETS, load_codec, load_family, load_network, read_lcm_json
 from lcm.models.saving import save_clip
 from lcm.models.text_to_image import TextToImage
 from tests.models.conftest import save_student, save_teacher
@@ -120,7 +120,7 @@ def test_first_call_agrees_with_ours(
     pipe = pipeline_class.from_pretrained(folder, **({} if dtype is None else {"torch_dtype": dtype}))
     same_noise()
     image = pipe(PROMPT).images[0]
-    sampler = None if load_metadata(folder)["sampler"] == "consistency" else sampling.ddim
+    sampler = None if read_lcm_json(folder)["sampler"] == "consistency" else sampling.ddim
     assert difference(image, folder, steps=steps, w=w, sampler=sampler) <= tolerance
 
 

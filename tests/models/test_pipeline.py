@@ -22,10 +22,10 @@ from lcm.models.pipeline import (
     find,
     load_codec,
     load_family,
-    load_metadata,
     load_network,
     load_prediction_type,
     load_process,
+    read_lcm_json,
 )
 from lcm.models.saving import save_pipeline
 from lcm.models.text_to_image import TextToImage
@@ -175,7 +175,7 @@ def test_round_trip_keeps_weights_and_schedule(tiny_pipeline: Path, tmp_path: Pa
     assert torch.equal(load_process(folder).alphas, process.alphas)
     assert load_prediction_type(folder) == "v_prediction"
     metadata = {"sampler": "consistency", "points": 50} if consistency else {"sampler": "ddim"}
-    assert load_metadata(folder) == {**metadata, "w_max": 3.0}
+    assert read_lcm_json(folder) == {**metadata, "w_max": 3.0}
     assert TextToImage.load(folder).consistency == consistency
 
 

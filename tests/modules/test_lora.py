@@ -13,7 +13,7 @@ from torch import Tensor
 from lcm.core.batch import LatentBatch
 from lcm.core.errors import UserError
 from lcm.models.lora import is_adapter_parameter
-from lcm.models.pipeline import load_family, load_metadata, load_network
+from lcm.models.pipeline import load_family, load_network, read_lcm_json
 from lcm.models.student import as_network
 from lcm.models.text_to_image import TextToImage
 from lcm.modules.base import TrainedModule
@@ -157,7 +157,7 @@ def test_the_merged_folder_is_sampled_in_one_pass_a_step(
     fit(module, data(), 2)
     module.save_model(folder := str(tmp_path / "model"))
     facts = {"method": "LatentConsistencyDistillation of adapters", "steps": 2, "rank": 4, "alpha": 4, "teacher_w": [1.0, 5.0]}
-    assert load_metadata(folder).items() >= facts.items()
+    assert read_lcm_json(folder).items() >= facts.items()
     model, batches = TextToImage.load(folder), []
     assert model.consistency
     model.net.register_forward_pre_hook(lambda unet, args: batches.append(len(args[0])))

@@ -19,7 +19,7 @@ from lcm.data.source import Source
 from lcm.data.transforms import Decode
 from lcm.encode import claim, encode_shard
 from lcm.models.codec import LatentCodec
-from lcm.models.pipeline import load_codec, load_family, load_metadata, load_network
+from lcm.models.pipeline import load_codec, load_family, load_network, read_lcm_json
 from lcm.models.student import as_network
 from lcm.models.text_to_image import TextToImage
 from tests.data.conftest import png, write_shard
@@ -139,7 +139,7 @@ def test_a_student_is_distilled_saved_and_sampled_by_diffusers_alike(
     names = [name for (name, p), old in zip(module.net.named_parameters(), before, strict=True) if not torch.equal(p, old)]
     assert {"add_embedding.linear_1.weight", "time_embedding.cond_proj.weight"} <= set(names)
     module.save_model(str(tmp_path / "model"), dtype=torch.float32)
-    assert load_metadata(str(tmp_path / "model"))["w_max"] == 14
+    assert read_lcm_json(str(tmp_path / "model"))["w_max"] == 14
     pipe = opened(tmp_path / "model")
     assert isinstance(pipe.scheduler, LCMScheduler)
     options = {"guidance_scale": 8.0, "num_inference_steps": steps, "generator": ImageNoise(SEEDS, (4, 8, 8)).generators}
