@@ -30,7 +30,7 @@ from safetensors.torch import save
 from lcm.app.inputs import output_folder
 from lcm.core.errors import UserError
 from lcm.models.codec import vae_factor
-from lcm.models.loading import read_json, rounded
+from lcm.models.loading import cast_copy, read_json
 from lcm.models.lora import is_adapted, merged
 from lcm.models.pipeline import find, load_network
 from lcm.modules.latent import LatentModule
@@ -94,7 +94,7 @@ def main(cfg: DictConfig) -> None:
         output = output.with_suffix(".safetensors")
         net = merged(net, load_network(module.pipeline)) if is_adapted(net) else net
         with whole_file(output) as file:
-            state = {name: value.contiguous() for name, value in rounded(net, dtype).state_dict().items()}
+            state = {name: value.contiguous() for name, value in cast_copy(net, dtype).state_dict().items()}
             file.write(save(state, metadata={"format": "pt"}))
     print(f"model:   {output}   ({cfg.weights} weights of step {module.global_step}, {cfg.dtype})")
 

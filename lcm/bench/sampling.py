@@ -26,7 +26,7 @@ def save_student(pipeline: str, folder: Path) -> str:
     student = family.with_w(load_network(pipeline), zero_init=False)
     scheduler = "LCMScheduler", {**process.config, "prediction_type": load_prediction_type(pipeline)}
     facts = {"sampler": "consistency"}
-    save_pipeline(folder, student, family=family, base=find(pipeline), scheduler=scheduler, facts=facts, dtype=torch.float32)
+    save_pipeline(folder, student, family=family, base=find(pipeline), scheduler=scheduler, metadata=facts, dtype=torch.float32)
     return str(folder)
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from lcm.core.batch import LatentBatch
 from lcm.core.errors import UserError
 from lcm.core.numbers import Count, Positive, Seed, Share, Whole
-from lcm.core.random import RankRows
+from lcm.core.random import RankSlice
 from lcm.data.buckets import aspect, shapes_of
 from lcm.data.cache import ShardCache
 from lcm.data.filters import Filters
@@ -277,7 +277,7 @@ class ShardDataModule(L.LightningDataModule):
             self.codec.to(device)
         rank, world_size = self.world
         keys = (self.seed, training, batch["position"])
-        return self.codec.encode(batch, RankRows(self.codec.device, *keys, rank=rank, world_size=world_size))
+        return self.codec.encode(batch, RankSlice(self.codec.device, *keys, rank=rank, world_size=world_size))
 
     def teardown(self, stage: str) -> None:
         if stage == "fit" and self.skips.by_reason:

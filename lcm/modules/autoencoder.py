@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lcm.core.random import normal
-from lcm.models.loading import rounded
+from lcm.models.loading import cast_copy
 from lcm.modules.base import TrainedModule
 
 
@@ -52,7 +52,7 @@ class Autoencoder(TrainedModule):
     def save_model(self, folder: str) -> None:
         """Write `folder/vae`, its scaling factor making the latents unit-variance, as Stable Diffusion's does."""
         self.vae.register_to_config(scaling_factor=round(1 / float(self.latent_std), 5))
-        rounded(self.vae, torch.float16).save_pretrained(f"{folder}/vae")
+        cast_copy(self.vae, torch.float16).save_pretrained(f"{folder}/vae")
 
 
 def psnr(error: Tensor) -> Tensor:

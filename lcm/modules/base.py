@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from lcm.core.errors import UserError
 from lcm.core.numbers import Positive, Seed, Whole
-from lcm.core.random import RankRows
+from lcm.core.random import RankSlice
 
 Optimizer = Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer]
 LRSchedule = Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler]
@@ -193,7 +193,7 @@ class TrainedModule(L.LightningModule):
                 switch()
 
     def draws(self, draw: Callable[..., Draws], z0: Tensor, batch_idx: int, stage: str = "train", **options: Any) -> Draws:
-        """This rank's rows of `draw(z0 of all ranks, generator, **options)`; see `RankRows`."""
+        """This rank's rows of `draw(z0 of all ranks, generator, **options)`; see `RankSlice`."""
         parts = []
         for size, rng, rows in self.rows(batch_idx, stage).blocks(len(z0)):
             drawn = draw(z0[:1].expand(size, *z0.shape[1:]), rng, **options)
@@ -204,9 +204,9 @@ class TrainedModule(L.LightningModule):
     def world_size(self) -> int:
         return 1 if self._trainer is None else self._trainer.world_size
 
-    def rows(self, batch_idx: int, stage: str = "train") -> RankRows:
+    def rows(self, batch_idx: int, stage: str = "train") -> RankSlice:
         keys = (self.seed, stage, batch_idx)
-        return RankRows(self.device, *keys, rank=self.global_rank, world_size=self.world_size)
+        return RankSlice(self.device, *keys, rank=self.global_rank, world_size=self.world_size)
 
     def log_train(self, loss: Tensor, logs: Mapping[str, Tensor], batch_size: int) -> None:
         if self.world_size > 1 and (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]

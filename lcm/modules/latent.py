@@ -20,7 +20,7 @@ from lcm.models.attention import allow_graphs, check_compiler, fast_attention, r
 from lcm.models.codec import LatentCodec
 from lcm.models.pipeline import find, load_family, load_prediction_type
 from lcm.models.saving import save_pipeline
-from lcm.models.sharding import is_sharded, shard, whole
+from lcm.models.sharding import gather, is_sharded, shard
 from lcm.models.student import as_network, frozen_copy
 from lcm.models.text_to_image import TextToImage
 from lcm.modules.base import TrainedModule
@@ -190,7 +190,7 @@ class LatentModule(TrainedModule):
 
     def save_model(self, folder: str, net: Any = None, *, dtype: torch.dtype = torch.float16) -> None:
         """Write a pipeline folder with `net`, by default the best one. Every process calls this, the first one writes."""
-        net = whole(net or self.best_net)
+        net = gather(net or self.best_net)
         if net is not None and self.global_rank == 0:
             save_pipeline(
                 folder,
@@ -198,9 +198,9 @@ class LatentModule(TrainedModule):
                 family=self.family,
                 base=find(self.pipeline),
                 scheduler=self.objective.scheduler(self.prediction_type),
-                facts=self.facts(),
+                metadata=self.facts(),
                 dtype=dtype,
-                more=self.more_networks(),
+                extra_networks=self.more_networks(),
             )
 
     def more_networks(self) -> dict[str, Path]:

@@ -117,7 +117,7 @@ REFUSED = [
     ("train", ["data.filters=aesthetics"], "data.filters is a part, and a slash swaps it: +data/filters=aesthetics"),
     ("train", ["data.filters=none"], "a slash adds a part, +data/filters=<name>, one of aesthetics"),
     ("train", ["callbacks=evaluation", "callbacks.evaluation.backbone=clip"], "backbone@callbacks.evaluation.backbone=clip"),
-    ("train", ["model.solver=ddmi"], "by one of ddim, dpm_solver_1"),
+    ("train", ["model.solver=ddmi"], "by one of ddim, dpm_solver_2"),
     ("train", ["model=1"], "there is no config 'model/1'; model has: "),
     ("train", ["model/w_max=8"], "there is no group 'model/w_max', set the key with a dot: model.w_max=8"),
     ("train", ["model/solvr=ddim"], "there is no group 'model/solvr', did you mean 'model/solver'?"),

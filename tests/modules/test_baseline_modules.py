@@ -212,7 +212,7 @@ def test_a_consistency_model_is_sampled_as_it_was_trained(
     torch.testing.assert_close(drawn, f)
     assert torch.equal(model.latents(["rocket"], [0], steps=1, w=0.0), drawn)
     run, place = model.sampler(None)
-    assert place(2) == [999, model.facts["timesteps"][-1 - len(model.facts["timesteps"]) // 2]]
+    assert place(2) == [999, model.metadata["timesteps"][-1 - len(model.metadata["timesteps"]) // 2]]
     assert getattr(run, "func", run) is sampling.consistency
 
 
@@ -262,7 +262,7 @@ def test_a_checkpoint_of_consistency_training_is_of_the_grid_at_its_step(
     fit(first, data(), 4, callbacks=[StopAt(2)]).save_checkpoint(path := tmp_path / "cut.ckpt")
     assert len(first.objective.timesteps) < len(second.objective.timesteps)
     fit(second, data(), 4, ckpt_path=str(path), callbacks=[(start := AtStart())])
-    assert start.facts["timesteps"] == first.facts()["timesteps"]
+    assert start.metadata["timesteps"] == first.facts()["timesteps"]
     assert start.decay == first.objective.target_decay(first.ema_decay)
 
 
