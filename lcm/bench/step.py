@@ -70,7 +70,8 @@ class Training:
     def prefill(self) -> None:
         self.data.setup()
         assert self.data.codec is not None
-        for batch in islice(self.data.train_dataloader(), -(-sum(self.data.sizes) // self.data.batch_size)):
+        samples = sum(source.notes(shard).samples for source in self.data.train_sources for shard in range(len(source.urls)))
+        for batch in islice(self.data.train_dataloader(), -(-samples // self.data.batch_size)):
             self.data.codec.posterior(batch["x"], batch["keys"])
 
     def __call__(self) -> Steps:

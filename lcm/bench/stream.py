@@ -139,7 +139,7 @@ def start(*, folder: str, samples: int, size: int, resolution: int, counts: list
             print(row, flush=True)
     peer = peer_first_batch(str(shard), workers=workers, resolution=resolution)
     note = (
-        f"Shards of {samples} JPEGs of {size} px ({shard.stat().st_size / 1e6:.0f} MB each) decoded to {resolution} px in batches "
+        f"Shards of {samples} JPEGs of {size} px ({shard.stat().st_size / 1e6:.0f} MB) decoded to {resolution} px in batches "
         f"of 64, {workers} workers, default filters, no index before. HTTP is a local server, {latency * 1000:.0f} ms late. "
         f"webdataset's first batch of one local shard takes {peer:.1f} s."
     )
@@ -177,8 +177,8 @@ def rate(*, folder: str, samples: int, size: int, resolution: int, workers: list
             rows.append(row)
             print(row, flush=True)
     note = (
-        f"{shards} shards of {samples} JPEGs of {size} px to {resolution} px, batches of 64, default filters. The rate counts from "
-        f"the first batch, over {seconds:g} s. CPU ms: CPU time of all processes for each sample, start-up included."
+        f"{shards} shards of {samples} JPEGs of {size} px to {resolution} px in batches of 64, default filters. The rate is "
+        f"that after the first batch, over {seconds:g} s. CPU ms: CPU time of all processes for each sample, start-up included."
     )
     return Table("Rate of the stream", rows, note)
 

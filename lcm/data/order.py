@@ -103,7 +103,7 @@ class Lane:
             if not any(self.counts.values()):
                 if self.shards == self.spare:
                     raise self.samples.nothing_usable()
-                self.shards = self.spare
+                self.shards = list(self.spare)
                 self.order.cache_clear()
                 self.turn = 0
                 return
