@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -147,7 +148,6 @@ class ShardIndex:
         self.records: np.ndarray | None = None  # memory-mapped once it is whole
         self.file: Any = None
         self.arrived = 0
-        self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
 
     @property
@@ -202,15 +202,16 @@ class ShardIndex:
         with cache.starting:
             if self.failure is not None:
                 raise self.failure
-            if self.path.exists() or (self.thread is not None and self.thread.is_alive()):
+            writer = writers.get(self.path)  # another source of this process may have the shard, too
+            if self.path.exists() or (writer is not None and writer.is_alive()):
                 return
             self.lock.parent.mkdir(parents=True, exist_ok=True)
             try:
                 lock = locked(self.lock)
             except BlockingIOError:
                 return
-            self.thread = threading.Thread(target=self._scan, args=(lock,), daemon=True, name="index")
-            self.thread.start()
+            writers[self.path] = thread = threading.Thread(target=self._scan, args=(lock,), daemon=True, name="index")
+            thread.start()
 
     def _scan(self, lock: Any) -> None:
         with lock:
@@ -298,6 +299,7 @@ class Named:
 
 
 named = Named()
+writers: WeakValueDictionary[Path, threading.Thread] = WeakValueDictionary()  # of this process: its lock does not part threads
 left_out_now: Counter[str] = Counter()  # samples left out of the shards that this process scanned, until a batch reports them
 
 
