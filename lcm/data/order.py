@@ -73,66 +73,75 @@ class Lane:
         seed: int | str,
         shuffle: int,
     ) -> None:
-        self.samples, self.shards, self.source, self.number = samples, list(shards), source, number
+        self.samples, self.shards, self.source, self.number = samples, shards, source, number
         self.seed, self.shuffle, self.spare = seed, shuffle, spare
         self.counts: dict[int, int] = {}  # of the shards that were passed
-        self.prefetched = False  # the next shard
         self.epoch, self.turn, self.first = 0, 0, 0  # the shard that was read last, and the number of its first sample
+        self.order: tuple[int, list[int]] = (-1, [])  # the last epoch, and its shards
+        self.block: tuple[tuple[int, int], list[int]] = ((-1, -1), [])  # (first sample's k, size), and its samples
+        self.prefetched = (-1, -1)
 
     def __getitem__(self, k: int) -> SampleRef:
         if k < self.first:
             self.epoch = self.turn = self.first = 0
         while True:
-            shard, number = self.order(self.epoch)[self.turn], k - self.first
+            shard, number = self._shards(self.epoch)[self.turn], k - self.first
             known, whole = self.counts.get(shard, WHOLE), True
             if number < known:
-                block, size = self.block_of(number)
+                block, size = self._block_of(number)
                 known, whole = self.samples.usable(shard, block + size)
-            if whole and not self.prefetched:
-                self.prefetch_next()
             if number < known:
-                shuffled = self.block(self.epoch, shard, block, min(size, known - block))
-                return SampleRef(self.source, self.number, shard, block + shuffled[number - block])
+                size = min(size, known - block)
+                if whole and number >= size // 2:  # not before: the first batch shall not wait for it
+                    self._prefetch_next()
+                return SampleRef(self.source, self.number, shard, self._shuffled_block(shard, block, size)[number - block])
             self.counts[shard] = known
-            self.advance(known)
+            self._advance(known)
 
-    def advance(self, count: int) -> None:
+    def _advance(self, count: int) -> None:
         """Go to the next shard. Raises UserError if all shards of the source are empty."""
         self.first, self.turn = self.first + count, self.turn + 1
-        if self.turn == len(self.shards):
-            if not any(self.counts.values()):
-                if self.shards == self.spare:
-                    raise self.samples.nothing_usable()
-                self.shards = self.spare
-                self.order.cache_clear()
-                self.turn = 0
-                return
-            self.epoch, self.turn = self.epoch + 1, 0
-        self.prefetched = False
+        if self.turn < len(self.shards):
+            return
+        if not any(self.counts.values()):
+            if len(self.shards) == len(self.spare):
+                raise self.samples.nothing_usable()
+            self.shards, self.turn, self.order = self.spare, 0, (-1, [])
+            return
+        self.epoch, self.turn = self.epoch + 1, 0
 
-    def prefetch_next(self) -> None:
+    def _prefetch_next(self) -> None:
+        if self.prefetched == (self.epoch, self.turn):
+            return
+        self.prefetched = self.epoch, self.turn
         last = self.turn + 1 == len(self.shards)
-        self.samples.prefetch(self.order(self.epoch + 1)[0] if last else self.order(self.epoch)[self.turn + 1])
-        self.prefetched = True
+        self.samples.prefetch(self._shuffled(self.epoch + 1)[0] if last else self._shards(self.epoch)[self.turn + 1])
 
-    def block_of(self, number: int) -> tuple[int, int]:
+    def _shards(self, epoch: int) -> list[int]:
+        if self.order[0] != epoch:
+            self.order = epoch, self._shuffled(epoch)
+        return self.order[1]
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        shards = list(self.shards)
+        random.Random(f"{self.seed}/{epoch}/{self.number}").shuffle(shards)
+        return shards
+
+    def _block_of(self, number: int) -> tuple[int, int]:
         """Return first sample and size of the block of a sample. A shard's first blocks are small, so that it starts soon."""
         first, size = 0, min(FIRST_BLOCK, self.shuffle)
         while size < self.shuffle and number >= first + size:
             first, size = first + size, min(2 * size, self.shuffle)
         return number - (number - first) % size, size
 
-    @lru_cache(4)  # noqa: B019 - a lane lives as long as its process
-    def order(self, epoch: int) -> list[int]:
-        shards = list(self.shards)
-        random.Random(f"{self.seed}/{epoch}/{self.number}").shuffle(shards)
-        return shards
-
-    @lru_cache(4)  # noqa: B019
-    def block(self, epoch: int, shard: int, first: int, size: int) -> list[int]:
-        numbers = list(range(size))
-        random.Random(f"{self.seed}/{epoch}/{self.number}/{shard}/{first}").shuffle(numbers)
-        return numbers
+    def _shuffled_block(self, shard: int, first: int, size: int) -> list[int]:
+        """Return the shuffled samples of a block, of which the first in the shard is number `first`."""
+        place = self.first + first, size
+        if self.block[0] != place:
+            numbers = list(range(first, first + size))
+            random.Random(f"{self.seed}/{self.epoch}/{self.number}/{shard}/{first}").shuffle(numbers)
+            self.block = place, numbers
+        return self.block[1]
 
 
 class Turns:
@@ -171,13 +180,12 @@ class Order:
         shares: list[float] = []
         for number, (samples, weight) in enumerate(zip(sources, weights, strict=True)):
             shards = list(range(len(samples.urls)))
-            spare = list(shards)
             random.Random(f"{seed}/{number}").shuffle(shards)
             few = len(shards) <= FEW * lanes  # many lanes of many shards are equally long
             sizes = [samples.weight(shard) if few else 1.0 for shard in range(len(shards))]
             for lane in range(min(lanes, len(shards))):
                 dealt = shards[lane::lanes]
-                options: dict[str, Any] = {"seed": f"{seed}/{number}", "shuffle": max(shuffle, 1), "spare": spare}
+                options: dict[str, Any] = {"seed": f"{seed}/{number}", "shuffle": max(shuffle, 1), "spare": range(len(shards))}
                 self.lanes.append(Lane(samples, dealt, source=number, number=len(self.lanes), **options))
                 shares.append(weight / sum(weights) * sum(sizes[shard] for shard in dealt) / sum(sizes))
         self.turns = Turns(shares)
@@ -211,13 +219,16 @@ class BucketOrder:
         first, size = number * WINDOW * self.size, self.size
         refs = [ref for _, ref in self.order.batch(range(first, first + WINDOW * size))]
         codes = [self.order.lanes[ref.lane].samples.aspect(ref.shard, ref.sample) for ref in refs]
-        by_aspect = sorted(range(len(refs)), key=lambda i: codes[i])
+        rng = random.Random(f"{self.seed}/{number}")
+        numbers = list(range(len(refs)))
+        rng.shuffle(numbers)  # so that pictures of one ratio come from all lanes
+        by_aspect = sorted(numbers, key=lambda i: codes[i])
         batches = []
         for start in range(0, len(refs), size):
             chosen = by_aspect[start : start + size]
             shape = self.shapes[nearest(codes[chosen[size // 2]], self.shapes)]
             batches.append([refs[i]._replace(shape=shape) for i in sorted(chosen)])  # neighbours by lane
-        random.Random(f"{self.seed}/{number}").shuffle(batches)
+        rng.shuffle(batches)
         return batches
 
 
