@@ -183,11 +183,12 @@ class Order:
             random.Random(f"{seed}/{number}").shuffle(shards)
             few = len(shards) <= FEW * lanes  # many lanes of many shards are equally long
             sizes = [samples.weight(shard) if few else 1.0 for shard in range(len(shards))]
+            total = sum(sizes)
             for lane in range(min(lanes, len(shards))):
                 dealt = shards[lane::lanes]
                 options: dict[str, Any] = {"seed": f"{seed}/{number}", "shuffle": max(shuffle, 1), "spare": range(len(shards))}
                 self.lanes.append(Lane(samples, dealt, source=number, number=len(self.lanes), **options))
-                shares.append(weight / sum(weights) * sum(sizes[shard] for shard in dealt) / sum(sizes))
+                shares.append(weight / sum(weights) * sum(sizes[shard] for shard in dealt) / total)
         self.turns = Turns(shares)
 
     def batch(self, positions: range, rank: int = 0, world_size: int = 1) -> list[tuple[int, SampleRef]]:
