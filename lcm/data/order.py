@@ -5,6 +5,7 @@ shuffles samples within blocks of a shard. Positions take turns over the lanes. 
 lane reaches it, so nothing is counted before the first batch.
 """
 
+import heapq
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,9 @@ from typing import Any, NamedTuple, Protocol
 from lcm.core.errors import UserError
 from lcm.data.buckets import Shape, nearest
 
-MIX = 1000  # positions over which lanes of different weights keep to their shares
+MIX = 1000  # turns over which parts of different weights keep to their shares
 FEW = 16  # shards of a lane, up to which their sizes matter
+SMALL = 50  # a shard that many times smaller than the mean has no lane of its own
 NEARLY = 1.02  # weights that differ less are equal
 WHOLE = 2**62  # more samples than a shard holds
 FIRST_BLOCK = 64  # samples of a shard's first block; each next one is twice as large, up to `shuffle`
@@ -145,27 +147,36 @@ class Lane:
 
 
 class Turns:
-    """Positions take turns over lanes by weight. Nearly equal weights give lane `position mod lanes`."""
+    """Numbers take turns over parts by weight. Nearly equal weights give part `number mod parts`."""
 
     def __init__(self, weights: Sequence[float]) -> None:
         if max(weights) <= min(weights) * NEARLY:
-            weights = [1.0] * len(weights)
-        ends = [round(MIX * end / sum(weights)) for end in accumulate(weights)]
-        quota = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        if len(set(weights)) == 1:
-            quota = [1] * len(weights)
-        if min(quota) < 1:
-            raise UserError(f"a source's weight is below 1/{MIX} of the sum of data.sources")
-        divisor = math.gcd(*quota)
-        self.quota = [share // divisor for share in quota]
-        spread = [((turn + 0.5) / share, lane, turn) for lane, share in enumerate(self.quota) for turn in range(share)]
-        self.turns = [(lane, turn) for _, lane, turn in sorted(spread)]
+            self.quota = [1] * len(weights)
+        else:
+            ends = [round(MIX * end / sum(weights)) for end in accumulate(weights)]
+            quota = [max(end - start, 1) for start, end in zip([0, *ends], ends, strict=False)]
+            divisor = math.gcd(*quota)
+            self.quota = [share // divisor for share in quota]
+        spread = [((turn + 0.5) / share, part, turn) for part, share in enumerate(self.quota) for turn in range(share)]
+        self.turns = [(part, turn) for _, part, turn in sorted(spread)]
 
-    def __getitem__(self, position: int) -> tuple[int, int]:
-        """Return the lane at a position, and how many positions that lane had before."""
-        round_, place = divmod(position, len(self.turns))
-        lane, turn = self.turns[place]
-        return lane, round_ * self.quota[lane] + turn
+    def __getitem__(self, number: int) -> tuple[int, int]:
+        """Return the part that has a number, and how many numbers that part had before."""
+        round_, place = divmod(number, len(self.turns))
+        part, turn = self.turns[place]
+        return part, round_ * self.quota[part] + turn
+
+
+def dealt(shards: Sequence[int], sizes: Sequence[float], lanes: int) -> list[list[int]]:
+    """Deal shards to at most `lanes` lanes of about equal size. A shard far below the mean has no lane of its own."""
+    mean = sum(sizes) / len(sizes)
+    loads = [(0.0, lane) for lane in range(min(lanes, sum(size * SMALL >= mean for size in sizes)))]
+    hands: list[list[int]] = [[] for _ in loads]
+    for shard in shards:
+        load, lane = loads[0]
+        hands[lane].append(shard)
+        heapq.heapreplace(loads, (load + sizes[shard], lane))
+    return [hand for hand in hands if hand]
 
 
 class Order:
@@ -174,26 +185,37 @@ class Order:
     def __init__(
         self, sources: Sequence[Samples], weights: Sequence[float], *, seed: int | str = 0, shuffle: int = 512, lanes: int = 16
     ) -> None:
-        if min(weights) <= 0:
-            raise UserError(f"a source's weight in data.sources is not above zero: {list(weights)}")
+        if min(weights) * MIX < sum(weights):
+            raise UserError(f"data.sources: every weight must be above 1/{MIX} of their sum, but they are {list(weights)}")
         self.lanes: list[Lane] = []
-        shares: list[float] = []
-        for number, (samples, weight) in enumerate(zip(sources, weights, strict=True)):
+        self.sources = Turns(weights)
+        self.turns: list[tuple[int, Turns]] = []  # of each source: the number of its first lane, and the turns over its lanes
+        for number, samples in enumerate(sources):
             shards = list(range(len(samples.urls)))
             random.Random(f"{seed}/{number}").shuffle(shards)
             few = len(shards) <= FEW * lanes  # many lanes of many shards are equally long
             sizes = [samples.weight(shard) if few else 1.0 for shard in range(len(shards))]
-            total = sum(sizes)
-            for lane in range(min(lanes, len(shards))):
-                dealt = shards[lane::lanes]
-                options: dict[str, Any] = {"seed": f"{seed}/{number}", "shuffle": max(shuffle, 1), "spare": range(len(shards))}
-                self.lanes.append(Lane(samples, dealt, source=number, number=len(self.lanes), **options))
-                shares.append(weight / sum(weights) * sum(sizes[shard] for shard in dealt) / total)
-        self.turns = Turns(shares)
+            hands = dealt(shards, sizes, lanes)
+            self.turns.append((len(self.lanes), Turns([sum(sizes[shard] for shard in hand) for hand in hands])))
+            options: dict[str, Any] = {"seed": f"{seed}/{number}", "shuffle": max(shuffle, 1), "spare": range(len(shards))}
+            for hand in hands:
+                self.lanes.append(Lane(samples, hand, source=number, number=len(self.lanes), **options))
+
+    @property
+    def quotas(self) -> list[list[int]]:
+        """Return how many samples each lane of each source gives in a round."""
+        return [turns.quota for _, turns in self.turns]
+
+    def turn(self, position: int) -> tuple[int, int]:
+        """Return the lane at a position, and how many positions that lane had before."""
+        source, number = self.sources[position]
+        first, turns = self.turns[source]
+        lane, k = turns[number]
+        return first + lane, k
 
     def batch(self, positions: range, rank: int = 0, world_size: int = 1) -> list[tuple[int, SampleRef]]:
         """Return a rank's part of a global batch: neighbours by lane, so that a rank reads the shards of few lanes."""
-        turns = sorted((*self.turns[position], position) for position in positions)
+        turns = sorted((*self.turn(position), position) for position in positions)
         size = len(turns) // world_size
         return [(position, self.lanes[lane][k]) for lane, k, position in turns[rank * size : (rank + 1) * size]]
 

@@ -11,7 +11,7 @@ import pytest
 
 from lcm.core.errors import UserError
 from lcm.data.buckets import SQUARE, nearest
-from lcm.data.order import MIX, WINDOW, BucketOrder, Order, SampleRef, Turns, one_pass
+from lcm.data.order import FIRST_BLOCK, MIX, WINDOW, BucketOrder, Order, SampleRef, Turns, one_pass
 
 COUNTS = (11, 0, 12, 13, 1, 9)
 SIZE = sum(COUNTS)
@@ -20,17 +20,20 @@ SHAPES = [(64, 64), (48, 80), (80, 48), (32, 128)]
 
 
 class Counts:
-    """A source of shards that hold so many samples. asked, prefetched: the shards that an order needed, in turn."""
+    """A source of shards that hold so many samples. scanned: they are known; else they arrive.
 
-    def __init__(self, counts: Sequence[int]) -> None:
-        self.counts = counts
+    asked, prefetched: the shards that an order needed.
+    """
+
+    def __init__(self, counts: Sequence[int], scanned: bool = True) -> None:
+        self.counts, self.scanned = counts, scanned
         self.urls = [f"{shard:06d}.tar" for shard in range(len(counts))]
         self.asked: dict[int, int] = {}
         self.prefetched: list[int] = []
 
     def usable(self, shard: int, count: int) -> tuple[int, bool]:
         self.asked[shard] = max(count, self.asked.get(shard, 0))
-        return min(count, self.counts[shard]), count > self.counts[shard]
+        return (self.counts[shard], True) if self.scanned else (min(count, self.counts[shard]), count > self.counts[shard])
 
     def aspect(self, shard: int, sample: int) -> int:
         """All ratios of sides, squares most often."""
@@ -86,6 +89,16 @@ def test_lanes_of_unequal_length_end_their_epochs_together() -> None:
     assert sum(len(set(lane)) for lane in samples.values()) > 0.98 * sum(counts)
 
 
+@pytest.mark.parametrize("small", [1, 60])
+def test_small_last_shard_does_not_come_too_often(small: int) -> None:
+    """img2dataset's last shard holds what is left."""
+    counts = [1000, 1000, 1000, small]
+    seen = Counter((ref.shard, ref.sample) for ref in refs(order(counts, lanes=16), range(10 * sum(counts))))
+    assert len(seen) == sum(counts)
+    assert max(seen.values()) <= 12
+    assert min(seen.values()) >= 8
+
+
 def test_epochs_and_seeds_differ() -> None:
     first, other = (refs(order(seed=seed, shuffle=16, lanes=2), range(2 * SIZE)) for seed in (3, 4))
     assert first[:SIZE] != first[SIZE:]
@@ -93,12 +106,20 @@ def test_epochs_and_seeds_differ() -> None:
     assert first == refs(order(seed=3, shuffle=16, lanes=2), range(2 * SIZE))
 
 
-@pytest.mark.parametrize("shuffle", [0, 10])
-def test_lane_is_shuffled_in_blocks(shuffle: int) -> None:
+@pytest.mark.parametrize(
+    ("shuffle", "ends"),
+    [
+        (0, range(1, 1001)),
+        (10, range(10, 1001, 10)),
+        (150, [64, 192, *range(342, 1000, 150), 1000]),
+        (512, [64, 192, 448, 960, 1000]),
+    ],
+)
+def test_lane_is_shuffled_in_blocks(shuffle: int, ends: Sequence[int]) -> None:
+    """The first blocks are small, so that a shard starts soon."""
     samples = [ref.sample for ref in refs(order([1000], shuffle=shuffle), range(1000))]
-    size = max(shuffle, 1)
-    for start in range(0, 1000, size):
-        assert sorted(samples[start : start + size]) == list(range(start, start + size))
+    for start, end in pairwise([0, *ends]):
+        assert sorted(samples[start:end]) == list(range(start, end))
     assert shuffle == 0 or sum(b == a + 1 for a, b in pairwise(samples)) < 300
 
 
@@ -128,27 +149,31 @@ def test_orders_travel_to_spawned_workers() -> None:
 # Counts are learnt on the way
 
 
-def test_first_batch_asks_for_the_first_blocks_of_the_lanes_only() -> None:
-    source = Counts([5000] * 1000)
+@pytest.mark.parametrize("scanned", [False, True])
+def test_first_batch_asks_for_the_first_blocks_of_the_lanes_only(scanned: bool) -> None:
+    source = Counts([5000] * 1000, scanned)
     whole = Order([source], [1.0], shuffle=512, lanes=16)
     assert len(refs(whole, range(64), 64)) == 64
     assert len(source.asked) == 16
-    assert set(source.asked.values()) == {512}
+    assert set(source.asked.values()) == {FIRST_BLOCK}
     assert source.prefetched == []
 
 
-def test_next_shard_is_prefetched_once_and_none_that_is_passed() -> None:
-    source = Counts([100] * 12)
-    whole = Order([source], [1.0], shuffle=16, lanes=2)
-    walked = refs(whole, range(12 * 100 + 20))
+@pytest.mark.parametrize(("scanned", "prefetched"), [(False, 12), (True, 14)])
+def test_next_shard_is_prefetched_once(scanned: bool, prefetched: int) -> None:
+    """Late in a shard that still arrives, so that its own bytes come first; else soon."""
+    source = Counts([100] * 12, scanned)
+    walked = refs(Order([source], [1.0], shuffle=16, lanes=2), range(12 * 100 + 20))
     for lane in (0, 1):
-        shards = list(dict.fromkeys(ref.shard for ref in walked if ref.lane == lane))
-        assert len(shards) == 6
-    assert len(source.prefetched) == 14  # 6 a lane, and one of the second epoch
-    resumed = Counts([100] * 12)
-    [ref] = refs(Order([resumed], [1.0], shuffle=16, lanes=2), range(1060, 1061))
-    assert len(resumed.prefetched) == 1
-    assert ref.shard not in resumed.prefetched
+        assert len(set(ref.shard for ref in walked if ref.lane == lane)) == 6
+    assert len(source.prefetched) == prefetched  # 6 a lane, and one of the second epoch
+
+
+def test_shard_that_a_resume_passes_is_not_prefetched() -> None:
+    source = Counts([100] * 12)
+    [ref] = refs(Order([source], [1.0], shuffle=16, lanes=2), range(1060, 1061))
+    assert len(source.prefetched) == 1
+    assert ref.shard not in source.prefetched
 
 
 def test_empty_lane_takes_the_shards_of_its_source() -> None:
@@ -176,9 +201,11 @@ def test_sources_are_taken_by_weight_exactly() -> None:
 
 
 def test_weights_hold_whatever_the_shards() -> None:
-    whole = Order([Counts([30] * 3), Counts([7, 99, 40, 12]), Counts([1])], [2, 5, 3], lanes=16)
-    shares = Counter(ref.source for ref in refs(whole, range(MIX)))
-    assert shares == {0: 200, 1: 500, 2: 300}
+    """Also where a source has fewer turns than lanes."""
+    sources = [Counts([30] * 3), Counts([7, 99, 40, 12]), Counts([1] * 60)]
+    whole = Order(sources, [200, 797, 3], lanes=16)
+    assert Counter(ref.source for ref in refs(whole, range(MIX))) == {0: 200, 1: 797, 2: 3}
+    assert len({ref.lane for ref in refs(whole, range(6 * MIX)) if ref.source == 2}) == 16
 
 
 def test_every_source_goes_through_its_own_epochs() -> None:
