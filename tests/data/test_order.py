@@ -247,7 +247,7 @@ def test_rank_reads_only_the_shards_of_its_lanes() -> None:
 def test_64_ranks_share_out_100_000_shards() -> None:
     """Each sample once in an epoch of its lane, and a resume at three points with other ranks is the same order."""
     rng = random.Random(0)
-    counts, lanes, batch = [rng.choice((0, 0, 1, 2)) for _ in range(100_000)], 128, 2
+    counts, lanes, batch = [rng.choice((0, 0, 0, 0, 1, 2)) for _ in range(100_000)], 128, 2
     source = Counts(counts)
     size, epoch = 64 * batch, max(by_lane_sizes(counts, lanes))
     ranks = [Order([source], [1.0], lanes=lanes, shuffle=2) for _ in range(64)]
