@@ -30,14 +30,42 @@ FIRST_PART, LARGEST_PART = 2**18, 2**22  # bytes of a request: the first samples
 AHEAD = 2**22  # bytes of a file that arrive before they are asked for; then a part a second arrives
 POLL = 0.005  # seconds between two looks at a file that another thread or process writes
 starting = threading.Lock()  # held while a thread is started
+writing: set[Path] = set()  # lock files that threads of this process hold: a POSIX lock does not exclude its own process
 
 
 def reset() -> None:
     global starting
     starting = threading.Lock()
+    writing.clear()
 
 
-os.register_at_fork(after_in_child=reset)  # another thread of the parent may have held it
+os.register_at_fork(after_in_child=reset)  # another thread of the parent may have held the lock; none lives on in the child
+
+
+def start_writer(lock: Path, write: Callable[[], None]) -> threading.Thread | None:
+    """Run `write` in a thread that holds a lock file. Return None while another thread or process holds it.
+
+    Called with `starting` held. Raises OSError where the lock file cannot be written.
+    """
+    if lock in writing:
+        return None
+    try:
+        file = locked(lock)
+    except BlockingIOError:
+        return None
+    writing.add(lock)
+
+    def run() -> None:
+        try:
+            write()
+        finally:
+            with starting:
+                file.close()
+                writing.discard(lock)
+
+    thread = threading.Thread(target=run, daemon=True, name=f"writes {lock.stem}")
+    thread.start()
+    return thread
 
 
 class TooLarge(OSError):
@@ -120,9 +148,7 @@ class Arrival:
                 raise OSError(self.failed.read_text())
         try:
             self.cache.folder.mkdir(parents=True, exist_ok=True)
-            lock = locked(self.lock)
-        except BlockingIOError:
-            return
+            self.thread = start_writer(self.lock, self._fetch)
         except OSError as error:
             if error.errno in TRANSIENT:
                 raise
@@ -130,18 +156,15 @@ class Arrival:
                 f"cannot write to {self.cache.folder} ({error.strerror}): set data.cache.folder or paths.data to a writable "
                 "folder"
             ) from None
-        self.thread = threading.Thread(target=self._fetch, args=(lock,), daemon=True, name="fetch")
-        self.thread.start()
 
-    def _fetch(self, lock: Any) -> None:
-        with lock:
-            try:
-                if not self.path.exists():
-                    self._download()
-            except Exception as error:
-                self.failure = error
-                with suppress(OSError):
-                    self.failed.write_text(str(error))
+    def _fetch(self) -> None:
+        try:
+            if not self.path.exists():
+                self._download()
+        except Exception as error:
+            self.failure = error
+            with suppress(OSError):
+                self.failed.write_text(str(error))
 
     def _download(self) -> None:
         """Write the file piece by piece. A failed piece is requested again, after a growing pause."""

@@ -175,6 +175,7 @@ class ShardDataModule(L.LightningDataModule):
         order = Order(self.train_sources, weights, seed=self.seed, shuffle=self.shuffle, lanes=self.lanes)
         options = {"batch_size": self.batch_size * self.world[1], "seed": self.seed}
         self.order = BucketOrder(order, self.buckets, **options) if self.buckets else order
+        self.quotas = order.quotas
         if stage == "fit":
             self.check_validation()
             self.warn_of_blindness()
@@ -287,7 +288,9 @@ class ShardDataModule(L.LightningDataModule):
         """Return a digest of all that the order of the training depends on but the samples of a shard."""
         names = [[name.rpartition("/")[2] for name in source.urls] for source in self.train_sources]
         weights = [source.get("weight", 1.0) for source in self.weighted]
-        return digest([names, weights, self.lanes, self.shuffle, self.seed, self.buckets, self.train_sources[0].how])
+        return digest(
+            [names, weights, self.lanes, self.shuffle, self.seed, self.buckets, self.train_sources[0].how, self.quotas]
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position, "data": self.identity(), "skips": self.skips.state_dict()}

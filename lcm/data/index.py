@@ -9,13 +9,11 @@ import contextlib
 import json
 import logging
 import os
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -25,7 +23,7 @@ from lcm.data.cache import POLL
 from lcm.data.manifest import Expected
 from lcm.data.sample_fields import CAPTIONS, Skip, captions_of, metadata
 from lcm.data.tar import FOREIGN, MAX_BYTES, Bytes, Links, Member, Sample, advice, samples, why_empty
-from lcm.runtime.atomic_io import FULL, locked, os_error, whole_file
+from lcm.runtime.atomic_io import FULL, os_error, whole_file
 
 log = logging.getLogger(__name__)
 RECORD = np.dtype([("start", "<u8"), ("size", "<u4"), ("aspect", "u1"), ("repeated", "u1")])
@@ -204,28 +202,21 @@ class ShardIndex:
         with cache.starting:
             if self.failure is not None:
                 raise self.failure
-            writer = writers.get(self.path)  # another source of this process may have the shard, too
-            if self.path.exists() or (writer is not None and writer.is_alive()):
+            if self.path.exists():
                 return
             self.lock.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                lock = locked(self.lock)
-            except BlockingIOError:
-                return
-            writers[self.path] = thread = threading.Thread(target=self._scan, args=(lock,), daemon=True, name="index")
-            thread.start()
+            cache.start_writer(self.lock, self._scan)
 
-    def _scan(self, lock: Any) -> None:
-        with lock:
-            try:
-                if not self.path.exists():
-                    self._write()
-            except Exception as error:
-                self.failure = error
-                if full := os_error(error, FULL):
-                    self.failure = UserError(
-                        f"{self.part.parent} cannot hold the shards' indexes ({full.strerror}): make room, or set data.index"
-                    )
+    def _scan(self) -> None:
+        try:
+            if not self.path.exists():
+                self._write()
+        except Exception as error:
+            self.failure = error
+            if full := os_error(error, FULL):
+                self.failure = UserError(
+                    f"{self.part.parent} cannot hold the shards' indexes ({full.strerror}): make room, or set data.index"
+                )
 
     def _write(self) -> None:
         self.part.unlink(missing_ok=True)
@@ -303,7 +294,6 @@ class Named:
 
 
 named = Named()
-writers: WeakValueDictionary[Path, threading.Thread] = WeakValueDictionary()  # of this process: its lock does not part threads
 left_out_now: Counter[str] = Counter()  # samples left out of the shards that this process scanned, until a batch reports them
 
 

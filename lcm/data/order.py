@@ -5,6 +5,7 @@ shuffles samples within blocks of a shard. Positions take turns over the lanes. 
 lane reaches it, so nothing is counted before the first batch.
 """
 
+import heapq
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,9 @@ from typing import Any, NamedTuple, Protocol
 from lcm.core.errors import UserError
 from lcm.data.buckets import Shape, nearest
 
-MIX = 1000  # positions over which lanes of different weights keep to their shares
+MIX = 1000  # turns over which parts of different weights keep to their shares
 FEW = 16  # shards of a lane, up to which their sizes matter
+SMALL = 50  # a shard that many times smaller than the mean has no lane of its own
 NEARLY = 1.02  # weights that differ less are equal
 WHOLE = 2**62  # more samples than a shard holds
 FIRST_BLOCK = 64  # samples of a shard's first block; each next one is twice as large, up to `shuffle`
@@ -73,90 +75,108 @@ class Lane:
         seed: int | str,
         shuffle: int,
     ) -> None:
-        self.samples, self.shards, self.source, self.number = samples, list(shards), source, number
+        self.samples, self.shards, self.source, self.number = samples, shards, source, number
         self.seed, self.shuffle, self.spare = seed, shuffle, spare
         self.counts: dict[int, int] = {}  # of the shards that were passed
-        self.prefetched = False  # the next shard
         self.epoch, self.turn, self.first = 0, 0, 0  # the shard that was read last, and the number of its first sample
+        self.order: tuple[int, list[int]] = (-1, [])  # the last epoch, and its shards
+        self.block: tuple[tuple[int, int], list[int]] = ((-1, -1), [])  # (first sample's k, size), and its samples
+        self.prefetched = (-1, -1)
 
     def __getitem__(self, k: int) -> SampleRef:
         if k < self.first:
             self.epoch = self.turn = self.first = 0
         while True:
-            shard, number = self.order(self.epoch)[self.turn], k - self.first
+            shard, number = self._shards(self.epoch)[self.turn], k - self.first
             known, whole = self.counts.get(shard, WHOLE), True
             if number < known:
-                block, size = self.block_of(number)
+                block, size = self._block_of(number)
                 known, whole = self.samples.usable(shard, block + size)
-            if whole and not self.prefetched:
-                self.prefetch_next()
             if number < known:
-                shuffled = self.block(self.epoch, shard, block, min(size, known - block))
-                return SampleRef(self.source, self.number, shard, block + shuffled[number - block])
+                size = min(size, known - block)
+                if whole and number >= size // 2:  # not before: the first batch shall not wait for it
+                    self._prefetch_next()
+                return SampleRef(self.source, self.number, shard, self._shuffled_block(shard, block, size)[number - block])
             self.counts[shard] = known
-            self.advance(known)
+            self._advance(known)
 
-    def advance(self, count: int) -> None:
+    def _advance(self, count: int) -> None:
         """Go to the next shard. Raises UserError if all shards of the source are empty."""
         self.first, self.turn = self.first + count, self.turn + 1
-        if self.turn == len(self.shards):
-            if not any(self.counts.values()):
-                if self.shards == self.spare:
-                    raise self.samples.nothing_usable()
-                self.shards = list(self.spare)
-                self.order.cache_clear()
-                self.turn = 0
-                return
-            self.epoch, self.turn = self.epoch + 1, 0
-        self.prefetched = False
+        if self.turn < len(self.shards):
+            return
+        if not any(self.counts.values()):
+            if len(self.shards) == len(self.spare):
+                raise self.samples.nothing_usable()
+            self.shards, self.turn, self.order = list(self.spare), 0, (-1, [])
+            return
+        self.epoch, self.turn = self.epoch + 1, 0
 
-    def prefetch_next(self) -> None:
+    def _prefetch_next(self) -> None:
+        if self.prefetched == (self.epoch, self.turn):
+            return
+        self.prefetched = self.epoch, self.turn
         last = self.turn + 1 == len(self.shards)
-        self.samples.prefetch(self.order(self.epoch + 1)[0] if last else self.order(self.epoch)[self.turn + 1])
-        self.prefetched = True
+        self.samples.prefetch(self._shuffled(self.epoch + 1)[0] if last else self._shards(self.epoch)[self.turn + 1])
 
-    def block_of(self, number: int) -> tuple[int, int]:
+    def _shards(self, epoch: int) -> list[int]:
+        if self.order[0] != epoch:
+            self.order = epoch, self._shuffled(epoch)
+        return self.order[1]
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        shards = list(self.shards)
+        random.Random(f"{self.seed}/{epoch}/{self.number}").shuffle(shards)
+        return shards
+
+    def _block_of(self, number: int) -> tuple[int, int]:
         """Return first sample and size of the block of a sample. A shard's first blocks are small, so that it starts soon."""
         first, size = 0, min(FIRST_BLOCK, self.shuffle)
         while size < self.shuffle and number >= first + size:
             first, size = first + size, min(2 * size, self.shuffle)
         return number - (number - first) % size, size
 
-    @lru_cache(4)  # noqa: B019 - a lane lives as long as its process
-    def order(self, epoch: int) -> list[int]:
-        shards = list(self.shards)
-        random.Random(f"{self.seed}/{epoch}/{self.number}").shuffle(shards)
-        return shards
-
-    @lru_cache(4)  # noqa: B019
-    def block(self, epoch: int, shard: int, first: int, size: int) -> list[int]:
-        numbers = list(range(size))
-        random.Random(f"{self.seed}/{epoch}/{self.number}/{shard}/{first}").shuffle(numbers)
-        return numbers
+    def _shuffled_block(self, shard: int, first: int, size: int) -> list[int]:
+        """Return the shuffled samples of a block, of which the first in the shard is number `first`."""
+        place = self.first + first, size
+        if self.block[0] != place:
+            numbers = list(range(first, first + size))
+            random.Random(f"{self.seed}/{self.epoch}/{self.number}/{shard}/{first}").shuffle(numbers)
+            self.block = place, numbers
+        return self.block[1]
 
 
 class Turns:
-    """Positions take turns over lanes by weight. Nearly equal weights give lane `position mod lanes`."""
+    """Numbers take turns over parts by weight. Nearly equal weights give part `number mod parts`."""
 
     def __init__(self, weights: Sequence[float]) -> None:
         if max(weights) <= min(weights) * NEARLY:
-            weights = [1.0] * len(weights)
-        ends = [round(MIX * end / sum(weights)) for end in accumulate(weights)]
-        quota = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        if len(set(weights)) == 1:
-            quota = [1] * len(weights)
-        if min(quota) < 1:
-            raise UserError(f"a source's weight is below 1/{MIX} of the sum of data.sources")
-        divisor = math.gcd(*quota)
-        self.quota = [share // divisor for share in quota]
-        spread = [((turn + 0.5) / share, lane, turn) for lane, share in enumerate(self.quota) for turn in range(share)]
-        self.turns = [(lane, turn) for _, lane, turn in sorted(spread)]
+            self.quota = [1] * len(weights)
+        else:
+            ends = [round(MIX * end / sum(weights)) for end in accumulate(weights)]
+            quota = [max(end - start, 1) for start, end in zip([0, *ends], ends, strict=False)]
+            divisor = math.gcd(*quota)
+            self.quota = [share // divisor for share in quota]
+        spread = [((turn + 0.5) / share, part, turn) for part, share in enumerate(self.quota) for turn in range(share)]
+        self.turns = [(part, turn) for _, part, turn in sorted(spread)]
 
-    def __getitem__(self, position: int) -> tuple[int, int]:
-        """Return the lane at a position, and how many positions that lane had before."""
-        round_, place = divmod(position, len(self.turns))
-        lane, turn = self.turns[place]
-        return lane, round_ * self.quota[lane] + turn
+    def __getitem__(self, number: int) -> tuple[int, int]:
+        """Return the part that has a number, and how many numbers that part had before."""
+        round_, place = divmod(number, len(self.turns))
+        part, turn = self.turns[place]
+        return part, round_ * self.quota[part] + turn
+
+
+def dealt(shards: Sequence[int], sizes: Sequence[float], lanes: int) -> list[list[int]]:
+    """Deal shards to at most `lanes` lanes of about equal size. A shard far below the mean has no lane of its own."""
+    mean = sum(sizes) / len(sizes)
+    loads = [(0.0, lane) for lane in range(min(lanes, sum(size * SMALL >= mean for size in sizes)))]
+    hands: list[list[int]] = [[] for _ in loads]
+    for shard in shards:
+        load, lane = loads[0]
+        hands[lane].append(shard)
+        heapq.heapreplace(loads, (load + sizes[shard], lane))
+    return [hand for hand in hands if hand]
 
 
 class Order:
@@ -165,26 +185,37 @@ class Order:
     def __init__(
         self, sources: Sequence[Samples], weights: Sequence[float], *, seed: int | str = 0, shuffle: int = 512, lanes: int = 16
     ) -> None:
-        if min(weights) <= 0:
-            raise UserError(f"a source's weight in data.sources is not above zero: {list(weights)}")
+        if min(weights) * MIX < sum(weights):
+            raise UserError(f"data.sources: every weight must be above 1/{MIX} of their sum, but they are {list(weights)}")
         self.lanes: list[Lane] = []
-        shares: list[float] = []
-        for number, (samples, weight) in enumerate(zip(sources, weights, strict=True)):
+        self.sources = Turns(weights)
+        self.turns: list[tuple[int, Turns]] = []  # of each source: the number of its first lane, and the turns over its lanes
+        for number, samples in enumerate(sources):
             shards = list(range(len(samples.urls)))
-            spare = list(shards)
             random.Random(f"{seed}/{number}").shuffle(shards)
             few = len(shards) <= FEW * lanes  # many lanes of many shards are equally long
             sizes = [samples.weight(shard) if few else 1.0 for shard in range(len(shards))]
-            for lane in range(min(lanes, len(shards))):
-                dealt = shards[lane::lanes]
-                options: dict[str, Any] = {"seed": f"{seed}/{number}", "shuffle": max(shuffle, 1), "spare": spare}
-                self.lanes.append(Lane(samples, dealt, source=number, number=len(self.lanes), **options))
-                shares.append(weight / sum(weights) * sum(sizes[shard] for shard in dealt) / sum(sizes))
-        self.turns = Turns(shares)
+            hands = dealt(shards, sizes, lanes)
+            self.turns.append((len(self.lanes), Turns([sum(sizes[shard] for shard in hand) for hand in hands])))
+            options: dict[str, Any] = {"seed": f"{seed}/{number}", "shuffle": max(shuffle, 1), "spare": range(len(shards))}
+            for hand in hands:
+                self.lanes.append(Lane(samples, hand, source=number, number=len(self.lanes), **options))
+
+    @property
+    def quotas(self) -> list[list[int]]:
+        """Return how many samples each lane of each source gives in a round."""
+        return [turns.quota for _, turns in self.turns]
+
+    def turn(self, position: int) -> tuple[int, int]:
+        """Return the lane at a position, and how many positions that lane had before."""
+        source, number = self.sources[position]
+        first, turns = self.turns[source]
+        lane, k = turns[number]
+        return first + lane, k
 
     def batch(self, positions: range, rank: int = 0, world_size: int = 1) -> list[tuple[int, SampleRef]]:
         """Return a rank's part of a global batch: neighbours by lane, so that a rank reads the shards of few lanes."""
-        turns = sorted((*self.turns[position], position) for position in positions)
+        turns = sorted((*self.turn(position), position) for position in positions)
         size = len(turns) // world_size
         return [(position, self.lanes[lane][k]) for lane, k, position in turns[rank * size : (rank + 1) * size]]
 
@@ -211,13 +242,16 @@ class BucketOrder:
         first, size = number * WINDOW * self.size, self.size
         refs = [ref for _, ref in self.order.batch(range(first, first + WINDOW * size))]
         codes = [self.order.lanes[ref.lane].samples.aspect(ref.shard, ref.sample) for ref in refs]
-        by_aspect = sorted(range(len(refs)), key=lambda i: codes[i])
+        rng = random.Random(f"{self.seed}/{number}")
+        numbers = list(range(len(refs)))
+        rng.shuffle(numbers)  # so that pictures of one ratio come from all lanes
+        by_aspect = sorted(numbers, key=lambda i: codes[i])
         batches = []
         for start in range(0, len(refs), size):
             chosen = by_aspect[start : start + size]
             shape = self.shapes[nearest(codes[chosen[size // 2]], self.shapes)]
             batches.append([refs[i]._replace(shape=shape) for i in sorted(chosen)])  # neighbours by lane
-        random.Random(f"{self.seed}/{number}").shuffle(batches)
+        rng.shuffle(batches)
         return batches
 
 

@@ -58,8 +58,14 @@ class Stream(IterableDataset):
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.named: Counter[str] = Counter()
 
-    def decoded(self, members: Sequence[tuple[int, SampleRef]], skipped: Counter[str]) -> list[Sample]:
-        """Return the samples that decode. Count the others by reason, and name the first of each."""
+    def decoded(
+        self, members: Sequence[tuple[int, SampleRef]], skipped: Counter[str], seed: int | str | None = None
+    ) -> list[Sample]:
+        """Return the samples that decode. Count the others by reason, and name the first of each.
+
+        seed: of random choices, in place of the stream's.
+        """
+        seed = self.seed if seed is None else seed
         good: list[Sample] = []
         for position, ref in members:
             sample: Sample = {}
@@ -67,7 +73,7 @@ class Stream(IterableDataset):
                 sample = self.sources[ref.source].read(ref.shard, ref.sample)
                 if ref.shape is not None:
                     sample["__shape__"] = ref.shape
-                good.append(self.decode(sample, rng_of(self.seed, position)))
+                good.append(self.decode(sample, rng_of(seed, position)))
             except Skip as skip:
                 skipped[skip.reason] += 1
                 self.named[skip.reason] += 1
@@ -142,13 +148,13 @@ class PassStream(Stream):
         for number, batch in enumerate(one_pass(self.sources[0], size, shapes=self.shapes, by_shard=self.by_shard)):
             if self.by_shard and batch[0].shard != last:
                 last, position = batch[0].shard, 0
-                self.seed = f"{seed}/{self.sources[0].name(last)}"
+                seed = f"{self.seed}/{self.sources[0].name(last)}"
             members = list(enumerate(batch, position))
             position += len(batch)
             if number % step != first:
                 continue
             skipped: Counter[str] = Counter()
-            good = self.decoded(self._rank_slice(members), skipped) or self._stand_in(members)
+            good = self.decoded(self._rank_slice(members), skipped, seed) or self._stand_in(members)
             if good or self.by_shard:
                 packed = self.packed(good, position, skipped) if good else {"skipped": dict(skipped), "left_out": {}}
                 yield {**packed, "shard": batch[0].shard} if self.by_shard else packed
