@@ -96,40 +96,43 @@ class Program:
                     check_sweep(self.command.sweep_dir, one_process=self.process_per_job)
             except UserError as error:
                 refuse(error)
-            self.hydra_main(lambda cfg: self.run_job(main, cfg))
+            process_per_job = self.process_per_job  # without `self`: submitit pickles this function
+            self.hydra_main(lambda cfg: run_job(main, cfg, process_per_job))
             if failures:
                 sys.exit(1)
 
         return run
 
-    def run_job(self, main: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
-        import torch
-        from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-        from lcm.app.pipelines import resolve_models
-        from lcm.runtime.sweep import sweep_job
+def run_job(main: Callable[[DictConfig], Any], cfg: DictConfig, process_per_job: bool) -> Any:
+    """Run `main`, for a sweep's job in a process of its own if wanted. An expected error becomes one sentence."""
+    import torch
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-        quiet()
-        expand_home(cfg)
-        try:
-            resolve_models(cfg, cfg.paths.runs)
-            if not (self.process_per_job and sweeps_here()):
-                return main(cfg)
-            code, result = sweep_job(cfg)
-            if code:
-                failures.append(HydraConfig.get().job.num)
-            return result
-        except UserError as error:
-            return fail(error)
-        except MisconfigurationException as error:  # Lightning's own sentences
-            return fail(" ".join(str(error).split()))
-        except torch.OutOfMemoryError:
-            return fail(
-                "the GPU's memory is full: lower data.batch_size, if need be with trainer.accumulate_grad_batches, or see "
-                "docs/larger-models.md"
-            )
-        except UnpicklingError:
-            return fail("a file to be loaded holds code, not only tensors, and is refused: give one that this program wrote")
+    from lcm.app.pipelines import resolve_models
+    from lcm.runtime.sweep import sweep_job
+
+    quiet()
+    expand_home(cfg)
+    try:
+        resolve_models(cfg, cfg.paths.runs)
+        if not (process_per_job and sweeps_here()):
+            return main(cfg)
+        code, result = sweep_job(cfg)
+        if code:
+            failures.append(HydraConfig.get().job.num)
+        return result
+    except UserError as error:
+        return fail(error)
+    except MisconfigurationException as error:  # Lightning's own sentences
+        return fail(" ".join(str(error).split()))
+    except torch.OutOfMemoryError:
+        return fail(
+            "the GPU's memory is full: lower data.batch_size, if need be with trainer.accumulate_grad_batches, or see "
+            "docs/larger-models.md"
+        )
+    except UnpicklingError:
+        return fail("a file to be loaded holds code, not only tensors, and is refused: give one that this program wrote")
 
 
 def refuse(reason: object) -> NoReturn:

@@ -89,7 +89,7 @@ def test_sample_refuses(run, tiny_pipeline, args, says, tmp_path):
         ("evaluate", ["samples=1"], "samples=1: expected a whole number from 2"),
         ("encode", [], "out has no default"),
         ("export", ["run=nowhere"], "nowhere is not the folder of a run"),
-        ("manifest", ["data.shards=nowhere.tar"], "no shards match 'nowhere.tar'"),
+        ("index", ["data.shards=nowhere.tar"], "no shards match 'nowhere.tar'"),
         ("preview", ["data.shards=nowhere.tar"], "no shards match 'nowhere.tar'"),
         ("bench", ["parts=speed"], "parts=speed is not a list"),
     ],
