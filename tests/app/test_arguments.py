@@ -54,7 +54,7 @@ def test_train_refuses_value(override: str, says: str) -> None:
         ("evaluate", "entries.LCM.steps=0", "entries.LCM.steps=0: expected a whole number from 1"),
         ("encode", "crops=0", "crops=0: expected a whole number from 1"),
         ("preview", "samples=x", "samples=x: expected a whole number from 1"),
-        ("manifest", "verify=maybe", "verify=maybe: expected true or false"),
+        ("index", "verify=maybe", "verify=maybe: expected true or false"),
     ],
 )
 def test_program_refuses_value(program: str, override: str, says: str) -> None:
