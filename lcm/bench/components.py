@@ -38,7 +38,7 @@ def measure(*, experiment: list[str], resolution: int, caption: str, repeats: in
     dtype = torch.bfloat16 if cfg.trainer.precision.startswith("bf16") else torch.float32
     teacher, net = module.frozen["teacher"].to(device, dtype), module.net
     target = net if module.target_net is None else module.target_net  # mu = 0: the student itself
-    optimizer = module.make_optimizer(module.parameter_groups())
+    optimizer = module.optimization.make_optimizer(module.parameter_groups())
     autocast = partial(torch.autocast, device, dtype, enabled=dtype != torch.float32)
 
     pixels = torch.zeros(batch_size, 3, resolution, resolution, dtype=torch.uint8, device=device)
@@ -75,7 +75,7 @@ def measure(*, experiment: list[str], resolution: int, caption: str, repeats: in
         optimizer.zero_grad(set_to_none=True)
 
     def clip() -> None:
-        nn.utils.clip_grad_norm_(net.parameters(), module.clip_norm)
+        nn.utils.clip_grad_norm_(net.parameters(), module.optimization.clip_norm)
 
     one, encoding = (batch.z0, t, batch.cond), "before the step: "
     found = {

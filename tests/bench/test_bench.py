@@ -53,7 +53,7 @@ def test_the_slope_is_that_of_the_memory_after_the_warm_up():
 
 @pytest.mark.slow
 def test_steps_are_measured(tiny_pipeline: Path, shards: Path):
-    batch = ["data.batch_size=4", "trainer.precision=32-true", "data.num_workers=0", "model.w_lr_scale=1"]
+    batch = ["data.batch_size=4", "trainer.precision=32-true", "data.num_workers=0", "model.guidance_lr_multiplier=1"]
     lcd = ["experiment=lcd_mini", f"model.pipeline={tiny_pipeline}", *batch]
     net = [f"model.pipeline={tiny_pipeline}", "model/net=pipeline"]
     teacher = ["experiment=teacher_mini", *net, *batch[:-1]]

@@ -56,7 +56,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(run, tiny, tmp_path):
     assert interrupt(command("train.py", *tiny, *STEPS, "name=cut"), tmp_path, last) == 130
     assert not (run_dir / "model").exists(), "it finished before the signal: raise max_steps"
     step, log = torch.load(last, weights_only=True)["global_step"], (tmp_path / "log").read_text()
-    assert f"stopped at step {step}: run the same command with ckpt_path=last to go on" in log
+    assert f"stopped at step {step}: run the same command with ckpt_path=last to resume" in log
     assert "Traceback" not in log
 
     resumed = run("train.py", *tiny, *STEPS, "name=cut", "ckpt_path=last")
@@ -101,7 +101,7 @@ def test_a_resumed_run_goes_by_its_command_line_and_a_refused_one_leaves_config_
     assert "error: model.zero_init was True when this training began and cannot change to False" in refused.stderr
     assert (run_dir / "config.yaml").read_text() == config
 
-    resumed = run("train.py", *options, "ckpt_path=last", "model.optimizer.lr=1e-6", "model.w_lr_scale=3")
+    resumed = run("train.py", *options, "ckpt_path=last", "model.optimizer.lr=1e-6", "model.guidance_lr_multiplier=3")
     assert resumed.returncode == 0, resumed.stderr
     rows = [row for row in csv.DictReader((run_dir / "metrics.csv").open()) if row["lr-AdamW/pg1"]]
     rates = [(float(row["lr-AdamW/pg1"]), float(row["lr-AdamW/pg2"])) for row in rows]

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lcm.core.batch import LatentBatch
 from lcm.core.errors import UserError
 from lcm.core.random import generator
-from lcm.modules.base import TrainedModule
+from lcm.modules.latent import LatentModule
 from lcm.runtime.checkpoint_io import AtomicCheckpointIO
 from lcm.runtime.fsdp import FullySharded
 from tests.modules.conftest import new_module
@@ -128,7 +128,7 @@ def train(
     return {**result, "sizes": sizes(module)}
 
 
-def sizes(module: TrainedModule) -> dict[str, int]:
+def sizes(module: LatentModule) -> dict[str, int]:
     """Bytes of each network that this process holds."""
     networks = {**dict(module.named_children()), **module.frozen}
     local = {name: [getattr(p, "_local_tensor", p) for p in network.parameters()] for name, network in networks.items()}

@@ -22,6 +22,7 @@ from lcm.models.pipeline import load_codec, load_network, load_process, training
 from lcm.models.student import as_network
 from lcm.models.text_to_image import TextToImage
 from lcm.modules.consistency import ConsistencyModule
+from lcm.modules.lr_schedules import constant
 from tests.modules.conftest import new_module
 
 Make = Callable[..., Any]
@@ -178,7 +179,7 @@ def test_a_student_is_sampled_at_timesteps_that_it_was_trained_at(
 
 def test_trained_timesteps_are_of_the_models_schedule(training: Make, tiny_pipeline: Path) -> None:
     of, short, base = training("finetuning"), VP(num_train_timesteps=500), str(tiny_pipeline)
-    options = {"optimizer": of.make_optimizer, "lr_schedule": of.make_lr_schedule, "loss": of.objective.distance}
+    options = {"optimizer": torch.optim.AdamW, "lr_schedule": constant, "loss": of.objective.distance}
     for timesteps, first in ((grid, 9), (full, 20)):
         tuned = ConsistencyModule(
             load_network(base),
@@ -195,7 +196,7 @@ def test_trained_timesteps_are_of_the_models_schedule(training: Make, tiny_pipel
 
 def test_the_projection_of_w_learns_faster_by_its_scale(training: Make, data: Make, fit: Make) -> None:
     """AdamW's first step from zero is the learning rate itself, wherever there is a gradient."""
-    plain, fast = training("distillation"), training("distillation", w_lr_scale=10.0)
+    plain, fast = training("distillation"), training("distillation", guidance_lr_multiplier=10.0)
     for module in (plain, fast):
         fit(module, data(), 1)
     moved, further = (module.net.time_embedding.cond_proj.weight.detach() for module in (plain, fast))

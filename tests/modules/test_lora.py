@@ -16,14 +16,14 @@ from lcm.models.lora import is_of_adapter
 from lcm.models.pipeline import load_family, load_network, training_facts
 from lcm.models.student import as_network
 from lcm.models.text_to_image import TextToImage
-from lcm.modules.base import TrainedModule
+from lcm.modules.latent import LatentModule
 
 Make = Callable[..., Any]
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 T = torch.tensor([19, 339, 659, 999])
 
 
-def adapters(module: TrainedModule) -> dict[str, Tensor]:
+def adapters(module: LatentModule) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 

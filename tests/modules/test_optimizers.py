@@ -4,13 +4,14 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
 from lcm.core.errors import UserError
-from lcm.modules.base import TrainedModule, scheduled
 from lcm.modules.lr_schedules import constant
+from lcm.modules.optimization import Optimization, scheduled
 
 
 class WithModes(torch.optim.SGD):
@@ -26,14 +27,14 @@ class WithModes(torch.optim.SGD):
 
 
 def test_an_optimizer_with_modes_is_told_when_weights_are_trained_and_when_they_are_used(monkeypatch: Any) -> None:
-    module = TrainedModule(optimizer=WithModes, lr_schedule=constant)
+    optimization, module = Optimization(WithModes, constant, None, 0), L.LightningModule()
     optimizers = [WithModes([torch.nn.Parameter(torch.zeros(1))]), torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])]
-    monkeypatch.setattr(TrainedModule, "trainer", SimpleNamespace(optimizers=optimizers, global_step=0, world_size=1))
+    trainer = SimpleNamespace(optimizers=optimizers, global_step=0)
     monkeypatch.setattr(module, "lr_schedulers", lambda: None)  # no update was made yet
     monkeypatch.setattr(module, "all_gather", lambda value: value[None])
     modes = []
     for hook in ("on_train_start", "on_validation_start", "on_validation_end", "on_train_end"):
-        getattr(module, hook)()
+        getattr(optimization, hook)(trainer, module)
         modes.append(optimizers[0].mode)
     assert modes == ["train", "eval", "train", "eval"]
 

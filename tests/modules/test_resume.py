@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam, AdamW, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from lcm.core.errors import UserError
-from lcm.modules.base import TrainedModule
+from lcm.modules.latent import LatentModule
 from lcm.modules.lr_schedules import constant, cosine
 from tests.conftest import tiny_unet
 
@@ -37,7 +37,7 @@ class Groups(L.Callback):
 def resume(training: Make, data: Make, fit: Make, tmp_path: Path) -> Make:
     """`resume(kind, before, after)`: the module and trainer of two steps that follow a checkpoint of three."""
 
-    def run(kind: str, before: dict[str, Any], after: dict[str, Any], **trainer: Any) -> tuple[TrainedModule, L.Trainer]:
+    def run(kind: str, before: dict[str, Any], after: dict[str, Any], **trainer: Any) -> tuple[LatentModule, L.Trainer]:
         fit(training(kind, **before), data(), 3).save_checkpoint(tmp_path / "3.ckpt")
         module = training(kind, **after)
         return module, fit(module, data(), 5, ckpt_path=tmp_path / "3.ckpt", **trainer)
@@ -56,7 +56,7 @@ OTHERS = {
     "schedule": {"lr_schedule": partial(cosine, warmup=2)},
     "torch's schedule": {"lr_schedule": CosineAnnealingLR},
     "a schedule that moves betas": {"lr_schedule": lambda optimizer, steps: OneCycleLR(optimizer, 0.1, total_steps=steps + 1)},
-    "w_lr_scale": {"w_lr_scale": 10.0},
+    "guidance_lr_multiplier": {"guidance_lr_multiplier": 10.0},
     "optimizer without moments": {"optimizer": partial(SGD, lr=1e-3)},
     "optimizer of the same moments": {"optimizer": partial(Adam, lr=1e-3, weight_decay=0.1)},
     "optimizer of other moments": {"optimizer": partial(RMSprop, lr=1e-3, momentum=0.9)},
@@ -115,7 +115,7 @@ def test_an_average_is_switched_on_and_off_on_resume(
     tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     started = f"the average of model.{option} starts from the trained network: the checkpoint has none"
-    dropped = f"the checkpoint's average of model.{option} is left out: this run keeps none"
+    dropped = f"the checkpoint's average of model.{option} is dropped: this run keeps none"
     options = {"steps": [2]} if kind == "guided" else {}
     module, _ = resume(kind, {option: on, **options}, {option: off, **options})
     assert getattr(module, network) is None

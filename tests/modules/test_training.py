@@ -17,9 +17,11 @@ from lcm.core.random import generator
 from lcm.models import attention as kernels
 from lcm.models.pipeline import load_codec
 from lcm.modules import latent
-from lcm.modules.base import TrainedModule, lay_out_as_parameters
+from lcm.modules.latent import LatentModule
+from lcm.modules.optimization import match_parameter_layout
 from lcm.runtime import signals
 from lcm.runtime.checkpoint_io import AtomicCheckpointIO
+from lcm.runtime.fsdp import FullySharded
 from lcm.runtime.stop import StopOnSignal
 
 Make = Callable[..., Any]
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 KINDS = ["diffusion", "distillation", "finetuning"]
 
 
-def weights(module: TrainedModule) -> dict[str, Tensor]:
+def weights(module: LatentModule) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
@@ -142,7 +144,7 @@ def test_a_validation_cut_short_or_yet_to_come_is_done_again(
 ) -> None:
     monkeypatch.setattr(signals, "_asked", 0)
 
-    def run(module: TrainedModule, watch: Validations, ckpt_path: Path | None = None) -> list[tuple[int, float]]:
+    def run(module: LatentModule, watch: Validations, ckpt_path: Path | None = None) -> list[tuple[int, float]]:
         held_out = data(val_shards=f"{shards}/train-*.tar")
         options = {
             "val_check_interval": every,
@@ -285,7 +287,7 @@ def test_the_optimizer_is_given_the_trained_parameters_only(training: Make, data
     assert sorted(trained) == sorted(id(p) for p in module.net.parameters())
 
 
-def fixed_loss(module: TrainedModule, batch: LatentBatch) -> float:
+def fixed_loss(module: LatentModule, batch: LatentBatch) -> float:
     """The training loss over the draws of four steps; the module must not have met a trainer."""
     with torch.no_grad():
         return sum(float(module.training_step(batch, index)) for index in range(4))
@@ -360,12 +362,9 @@ def test_the_evaluation_ema_is_what_is_saved(training: Make, data: Make, fit: Ma
     assert training("diffusion", eval_ema=None).ema_net is None
 
 
-def test_a_module_that_cannot_be_sharded_says_so() -> None:
-    module = TrainedModule(optimizer=torch.optim.AdamW, lr_schedule=lambda *_: None)
-    module.configure_model()
-    module._device_mesh = object()
-    with pytest.raises(UserError, match="TrainedModule cannot be sharded: train it with trainer=ddp"):
-        module.configure_model()
+def test_unsharded_module_refuses_fsdp(fit: Make, data: Make) -> None:
+    with pytest.raises(UserError, match="LightningModule cannot be sharded: train it with trainer=ddp"):
+        fit(L.LightningModule(), data(), 1, strategy=FullySharded(), plugins=[AtomicCheckpointIO()])
 
 
 def test_moments_of_a_checkpoint_take_their_parameter_s_layout():
@@ -375,7 +374,7 @@ def test_moments_of_a_checkpoint_take_their_parameter_s_layout():
     optimizers = [torch.optim.AdamW(module.parameters()) for module in (written, read)]
     written(torch.randn(1, 4, 5, 5)).sum().backward()
     optimizers[0].step()
-    optimizers[1].register_load_state_dict_post_hook(lay_out_as_parameters)
+    optimizers[1].register_load_state_dict_post_hook(match_parameter_layout)
     optimizers[1].load_state_dict(optimizers[0].state_dict())
     for before, after in zip(written.parameters(), read.parameters(), strict=True):
         for name in ("exp_avg", "exp_avg_sq"):

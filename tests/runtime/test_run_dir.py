@@ -77,7 +77,7 @@ def test_a_job_that_slurm_starts_again_goes_on_with_its_own_trainings_only(start
 def test_a_run_that_is_named_is_not_begun_anew(start, tmp_path):
     assert start(run_id=7) == "7"
     with pytest.raises(
-        UserError, match=r"runs/a/7 holds a run: go on with it by ckpt_path=last, or choose another paths\.run_id"
+        UserError, match=r"runs/a/7 holds a run: resume it with ckpt_path=last, or choose another paths\.run_id"
     ):
         start(run_id=7)
     assert start(run_id=7, ckpt_path="last") == "7"
@@ -116,7 +116,7 @@ def test_a_training_leaves_nothing_to_the_next_in_its_process(start, tmp_path, m
         with training(run_dir):
             os.environ |= {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_PORT": "2"}
         assert dict(os.environ) == before
-        assert not runs.held
+        assert not runs.locks
         assert finish(run_dir, None) is None
 
 
@@ -168,7 +168,7 @@ DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
          "srun --ntasks-per-node=2 and trainer=slurm, or start one process"),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, [], "srun started 2 processes, but trainer.devices=1"),
         ({**SRUN, **PER_NODE}, [], "make 1: use trainer=slurm, or start one process"),
-        (SRUN, [*DDP, "trainer.devices=2"], "srun --ntasks=2 leaves open who is where: use --ntasks-per-node"),
+        (SRUN, [*DDP, "trainer.devices=2"], "srun --ntasks=2 does not say how many run on each node: use --ntasks-per-node"),
         ({**SRUN, **PER_NODE, "SLURM_JOB_NAME": "bash"}, [*DDP, "trainer.devices=2"], "which only trainer=slurm joins"),
         ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, [*DDP, "trainer.devices=2"], "SLURM has 1 task(s) and srun"),
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, [], "mpirun started 2 processes, which do not join in one "

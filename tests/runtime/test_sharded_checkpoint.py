@@ -122,7 +122,7 @@ def test_a_damaged_folder_is_not_taken(name: str, damage: Any, mesh: DeviceMesh,
     target = tmp_path / "last.ckpt"
     sharded.write(checkpoint(mesh, 1), target)
     damage(target / name)
-    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
         newest_whole(tmp_path)
     with pytest.raises(UserError, match=r"last.ckpt is damaged \(.*(missing or not as written|no readable files.json)"):
         AtomicCheckpointIO().load_checkpoint(target)

@@ -1,8 +1,6 @@
-"""Stopping and watching, without a cluster: tests/slurm has the same on one."""
+"""Stopping, without a cluster. tests/slurm has the same on a cluster."""
 
-import logging
 import os
-import time
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +14,6 @@ from lcm.runtime import signals
 from lcm.runtime.checkpoint_io import AtomicCheckpointIO
 from lcm.runtime.resume import resume_path
 from lcm.runtime.stop import StopOnSignal, requeue, started_by_lightning
-from lcm.runtime.watchdog import Watchdog
 from tests.runtime.test_checkpoint_io import content
 
 
@@ -93,23 +90,3 @@ def test_a_restarted_job_goes_on_with_its_own_checkpoint_whatever_it_began_from(
     assert resume_path(cfg.copy()) == f"{tmp_path}/checkpoints/last.ckpt"
     monkeypatch.delenv("SLURM_RESTART_COUNT")
     assert resume_path(cfg.copy()) is None
-
-
-@pytest.mark.parametrize(
-    ("places", "silent", "speaker", "told"),
-    [
-        ([9, 8, 9], (), 0, "not arrived: rank 1 on n1"),
-        ([8, 9, 8], (), 1, "not arrived: rank 0 on n0, rank 2 on n2"),
-        ([9, 9, 9], (2,), 0, "not arrived: rank 2 on n2 (it does not answer)"),
-        ([9, 9, 9], (), 0, "all ranks are in it"),
-    ],
-)
-def test_the_watchdog_names_who_is_late_once(places, silent, speaker, told, caplog):
-    now = time.time()
-    beats = {number: (place, f"n{number}", now - 100 * (number in silent)) for number, place in enumerate(places)}
-    for number in range(3):
-        caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            Watchdog(timeout=10).tell(number, 3, beats)
-        assert (told in caplog.text) == (number == speaker)
-        assert bool(caplog.text) == (number == speaker)

@@ -83,7 +83,7 @@ class Family:
         return network_like(net)
 
     def w_projection(self, net: nn.Module) -> nn.Parameter | None:
-        """Return the weight that w enters through, which `model.w_lr_scale` speeds up."""
+        """Return the weight that w enters through, which `model.guidance_lr_multiplier` speeds up."""
         return None
 
     def student_pipeline(self, takes_w: bool, scheduler: str) -> str:
