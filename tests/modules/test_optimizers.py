@@ -26,7 +26,7 @@ class WithModes(torch.optim.SGD):
         self.mode = "eval"
 
 
-def test_an_optimizer_with_modes_is_told_when_weights_are_trained_and_when_they_are_used(monkeypatch: Any) -> None:
+def test_optimizer_modes_follow_the_training(monkeypatch: Any) -> None:
     optimization, module = Optimization(WithModes, constant, None, 0), L.LightningModule()
     optimizers = [WithModes([torch.nn.Parameter(torch.zeros(1))]), torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])]
     trainer = SimpleNamespace(optimizers=optimizers, global_step=0)
@@ -49,7 +49,7 @@ def test_an_optimizer_with_modes_is_told_when_weights_are_trained_and_when_they_
     ],
     ids=["steps_missing", "steps_given", "class", "no_steps_needed"],
 )
-def test_a_schedule_of_any_library_is_given_the_number_of_steps(make: Any) -> None:
+def test_schedules_of_other_libraries_get_max_steps(make: Any) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = scheduled(make, optimizer, 10)
     for _ in range(10):
@@ -58,7 +58,7 @@ def test_a_schedule_of_any_library_is_given_the_number_of_steps(make: Any) -> No
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
 
 
-def test_a_schedule_that_needs_more_says_what() -> None:
+def test_schedule_with_more_arguments_is_refused() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(UserError, match="num_warmup_steps and num_training_steps"):
         scheduled(get_cosine_schedule_with_warmup, optimizer, 10)

@@ -39,7 +39,7 @@ def rank(number: int, folder: Path, asked: int) -> None:
         stop.on_train_batch_end(trainer, None, None, None, step - 1)
 
 
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, monkeypatch):
+def test_signal_to_one_rank_stops_all(tmp_path, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     spawn = get_context("spawn")
     ranks = [spawn.Process(target=rank, args=(number, tmp_path, signals.SIGTERM)) for number in range(2)]
@@ -53,7 +53,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, monkeypatch):
     assert [(tmp_path / f"saved-{number}").read_text() for number in range(2)] == ["4", "4"]
 
 
-def test_a_job_is_requeued_by_its_number(tmp_path, monkeypatch):
+def test_job_is_requeued_by_number(tmp_path, monkeypatch):
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
     scontrol.chmod(0o755)
@@ -75,13 +75,13 @@ def test_a_job_is_requeued_by_its_number(tmp_path, monkeypatch):
     ("environment", "local", "expected"),
     [(LightningEnvironment, 0, False), (LightningEnvironment, 1, True), (TorchElasticEnvironment, 1, False), (None, 0, False)],
 )
-def test_only_processes_that_lightning_watches_leave_with_0(environment, local, expected, monkeypatch):
+def test_lightning_children_exit_with_0(environment, local, expected, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", str(local))
     strategy = SimpleNamespace(cluster_environment=environment()) if environment else SimpleNamespace()
     assert started_by_lightning(SimpleNamespace(strategy=strategy)) is expected
 
 
-def test_a_restarted_job_goes_on_with_its_own_checkpoint_whatever_it_began_from(tmp_path, monkeypatch):
+def test_requeued_job_resumes_its_checkpoint(tmp_path, monkeypatch):
     cfg = OmegaConf.create({"ckpt_path": None, "paths": {"run_dir": str(tmp_path)}})
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert resume_path(cfg.copy()) is None
