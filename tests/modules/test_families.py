@@ -114,7 +114,7 @@ def test_method_trains_family(name: str, kind: str, trained: Any) -> None:
         with pytest.raises(UserError, match=r"diffusers has no adapters for PixArtAlphaPipeline: set model.adapters=null"):
             trained(name, kind, 1)
         return
-    module = trained(name, kind, 4 if kind == "guided" else 1)
+    module = trained(name, kind, 6 if kind == "guided" else 1)
     start = new_module(Path(module.pipeline), kind)
     changed = [
         key for key, p in module.net.named_parameters() if p.requires_grad and not torch.equal(p, start.net.get_parameter(key))
