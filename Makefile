@@ -1,10 +1,10 @@
-# Each target does its own set-up in .venv: `make demo` and `make test` work on a fresh machine.
+# `make demo` and `make test` set up .venv first, so they work on a fresh machine.
 PYTHON ?= python3
-# A pair that is known to work together; any torch>=2.11 does: `make demo TORCH="torch torchvision"`.
+# Tested versions. Any torch>=2.11 works: `make demo TORCH="torch torchvision"`.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean lock container
+.PHONY: demo test lint format clean lock
 
 demo: .venv/installed
 	$(BIN)/python -u train.py ckpt_path=last
@@ -18,7 +18,7 @@ demo: .venv/installed
 	  "         $(BIN)/python train.py experiment=lcf_mini model.pipeline=$$model   (another style, no teacher)"
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal   # most tests, and the programs they start, keep to one thread
+	$(BIN)/python -m pytest -n 2 --dist worksteal   # most tests and the programs that they start use one thread
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -35,8 +35,8 @@ format: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $@
 
-# The container's packages, with the hashes of their files for this machine's Python; VARIANT=cpu where pip knows an index of
-# torch's CPU builds.
+# Pin the container's packages to versions and hashes, for this machine's Python. VARIANT=cpu needs a pip index with torch's CPU
+# builds.
 VARIANT ?= cuda
 LOCKED = $(if $(filter cpu,$(VARIANT)),$(TORCH:%=%+cpu),$(TORCH))
 lock:
@@ -46,10 +46,6 @@ lock:
 	  $(LOCKED) setuptools wheel ".[wandb,tensorboard,fid]"
 	outputs/lock/bin/python docker/lock.py outputs/lock/report.json > docker/requirements.$(VARIANT).txt
 	rm -rf outputs/lock
-
-# Without a Docker engine; needs root, buildah and debootstrap. BUILD_OPTIONS are buildah's.
-container:
-	docker/build.sh
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

@@ -4,31 +4,35 @@ from lcm.runtime import signals
 
 signals.listen(signals.SIGUSR1)  # before imports that take seconds; a SIGTERM ends the program until there is something to save
 
-import lightning as L
-from omegaconf import DictConfig
-
-from lcm.app.cli import build, build_all, program
+from lcm.app.cli import Program, build, build_all
 from lcm.core.numbers import Seed
-from lcm.data.workers import workers_watched
-from lcm.modules.trainer import Trainer
-from lcm.runtime.launch import check_processes
-from lcm.runtime.resume import resume_path
-from lcm.runtime.run_dir import ConfigFile, finish, start_run, training
-from lcm.runtime.sweep import sweep_job
 
-
-@program(
+program = Program(
     "train",
-    sweep_job,
+    process_per_job=True,
     name=str,
     seed=Seed,
     ckpt_path=str | None,
     async_checkpoints=bool,
     optimized_metric=str | None,
-    trainer=Trainer,
+    trainer="lcm.modules.trainer.Trainer",
 )
+if __name__ == "__main__":
+    program.read_command_line()  # before imports that take seconds: --help and misspelt keys are answered at once
+
+import lightning as L
+from omegaconf import DictConfig
+
+from lcm.data.workers import workers_watched
+from lcm.modules.trainer import Trainer
+from lcm.runtime.launch import check_processes
+from lcm.runtime.resume import resume_path
+from lcm.runtime.run_dir import ConfigFile, finish, start_run, training
+
+
+@program
 def main(cfg: DictConfig) -> float | None:
-    """Compose, seed, build, fit; returns the metric named by `optimized_metric`, for sweeps."""
+    """Seed, build and train. Return the metric named by `optimized_metric`, for sweeps."""
     check_processes(cfg.trainer)
     run_dir = start_run(cfg)
     with training(run_dir):

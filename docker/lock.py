@@ -1,4 +1,4 @@
-"""A lock file out of what pip would install: `pip install --dry-run --ignore-installed --report report.json ...`."""
+"""Print a lock file from the report of `pip install --dry-run --ignore-installed --report report.json ...`."""
 
 import json
 import re
@@ -6,7 +6,7 @@ import sys
 
 
 def locked(report: dict) -> list[str]:
-    """`name==version --hash=sha256:...` of each archive, in order; a folder, such as the project's own, is none."""
+    """Return sorted lines `name==version --hash=sha256:...`, one for each archive. Leave out folders."""
     lines = []
     for item in report["install"]:
         if "archive_info" in item["download_info"]:

@@ -1,7 +1,17 @@
 """Images encoded once: `python -m lcm.encode data=shards data.shards='a/*.tar' data.codec.pipeline=<folder> out=latents`."""
 
+from lcm.app.cli import Program, build
+from lcm.core.numbers import Count, Seed
+
+program = Program("encode", out=str, crops=Count, flip=bool, sample=bool, text=bool, seed=Seed)
+if __name__ == "__main__":
+    program.read_command_line()  # before imports that take seconds: --help and misspelt keys are answered at once
+
 import json
+import time
 from collections import Counter
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -10,37 +20,42 @@ import webdataset as wds
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from lcm.app.cli import build, program
 from lcm.app.inputs import output_folder, pick_device
 from lcm.core.errors import UserError
-from lcm.core.numbers import Count, Seed
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.encoding import Encoder, Variants, gathered
 from lcm.data.latents import STAMP, stamp
-from lcm.data.order import Order
 from lcm.data.source import Source
-from lcm.data.stream import ShardStream
+from lcm.data.stream import PassStream
 from lcm.data.transforms import Decode
 from lcm.data.workers import Loader, workers_watched
 from lcm.runtime.atomic_io import whole_file
-from lcm.runtime.redaction import redacted
 
 
-def encode_shard(source: Source, encoder: Encoder, decode: Variants, target: Path, data: ShardDataModule, bar: tqdm) -> None:
-    """One shard of images -> one of latents, which appears whole; `<stem>_stats.json` beside it then says it is done."""
-    [facts], skipped, written = source.facts(), Counter[str](), 0
-    order, seed, size = Order([facts.samples]), f"{data.seed}/{target.name}", data.val_batch_size
-    stream = ShardStream([source], order, decode=decode, collate=gathered, batch_size=size, seed=seed, stop=order.size)
-    with whole_file(target) as file, wds.TarWriter(file, mtime=0) as writer:
-        for batch in Loader(stream, num_workers=data.num_workers, patience=data.timeout):
-            for sample in encoder(batch, target.name):
-                writer.write(sample)
-            skipped.update(batch["skipped"])
-            written += len(batch["members"])
-            bar.update(len(batch["members"]))
-    facts_of = {"successes": written, "skipped": dict(skipped), "left_out": facts.dropped, "source": redacted(source.urls[0])}
-    with whole_file(done_file(target)) as file:
-        file.write(json.dumps(facts_of, indent=2).encode())
+def encode_shards(source: Source, targets: list[Path], stream: PassStream, encoder: Encoder, data: ShardDataModule) -> None:
+    """Encode the shards of a source one after another, from one stream of their images.
+
+    A shard of latents appears whole. `<stem>_stats.json` beside it then says that it is done.
+    """
+    batches = iter(Loader(stream, num_workers=data.num_workers, patience=data.timeout))
+    batch = next(batches, None)
+    with tqdm(total=len(targets), desc="encoding", unit="shard") as bar:
+        images, started = 0, time.monotonic()
+        for shard, target in enumerate(targets):
+            skipped, written = Counter[str](), 0
+            with whole_file(target) as file, wds.TarWriter(file, mtime=0) as writer:
+                while batch is not None and batch["shard"] == shard:
+                    for sample in encoder(batch, target.name) if "members" in batch else ():
+                        writer.write(sample)
+                        written += 1
+                    skipped.update(batch["skipped"])
+                    bar.set_postfix_str(f"{(images + written) / (time.monotonic() - started):.1f} images/s")
+                    batch = next(batches, None)
+            record = {"successes": written, "skipped": dict(skipped), "left_out": source.notes(shard).left_out}
+            with whole_file(done_file(target)) as file:
+                file.write(json.dumps({**record, "source": source.title(shard)}, indent=2).encode())
+            images += written
+            bar.update()
 
 
 def done_file(target: Path) -> Path:
@@ -56,7 +71,7 @@ def claim(folder: Path, made_with: dict[str, Any], rank: int) -> None:
         stream.write(json.dumps(made_with, indent=2).encode())
 
 
-@program("encode", out=str, crops=Count, flip=bool, sample=bool, text=bool, seed=Seed)
+@program
 @torch.inference_mode()
 @workers_watched()
 def main(cfg: DictConfig) -> None:
@@ -73,19 +88,21 @@ def main(cfg: DictConfig) -> None:
     captions = data.captions if cfg.text else None  # without states the training chooses
     claim(folder, {**made_with, "crops": cfg.crops, "flip": cfg.flip, "captions": captions}, cfg.rank)
     data.warn_of_blindness()
-    sources = [(url, source) for source in (*data.train_sources, *data.val_sources) for url in source.urls]
-    targets = [folder / Path(redacted(url)).name for url, _ in sources]
-    if twice := [target.name for target, count in Counter(targets).items() if count > 1]:
+    sources = (*data.train_sources, *data.val_sources)
+    shards = [(folder / source.name(shard), source, shard) for source in sources for shard in range(len(source.urls))]
+    if twice := [target.name for target, count in Counter(target for target, _, _ in shards).items() if count > 1]:
         raise UserError(f"several shards are called {twice[0]}: encode them into different folders")
     decode = Variants(Decode(data.resolution, captions=data.captions, random_crop=cfg.crops > 1), cfg.crops, cfg.flip)
     encoder = Encoder(codec, data.seed, cfg.sample, cfg.text)
-    mine = list(zip(targets, sources, strict=True))[cfg.rank :: cfg.world_size]
-    left = [(target, url, source) for target, (url, source) in mine if not (target.is_file() and done_file(target).is_file())]
-    with tqdm(desc="encoding", unit="image", disable=not left) as bar:
-        for number, (target, url, source) in enumerate(left):
-            bar.set_postfix_str(f"shard {number + 1} of {len(left)}")
-            encode_shard(source.part(url), encoder, decode, target, data, bar)
-    print(f"latents: {folder}   ({len(targets)} shards, {len(left)} of them new)")
+    mine = shards[cfg.rank :: cfg.world_size]
+    left = [(target, source, shard) for target, source, shard in mine if not (target.is_file() and done_file(target).is_file())]
+    for source, group in groupby(left, key=itemgetter(1)):
+        numbers = [(target, shard) for target, _, shard in group]
+        part = source.subset([shard for _, shard in numbers])
+        options: dict[str, Any] = {"batch_size": data.val_batch_size, "seed": data.seed, "by_shard": True}
+        stream = PassStream(part, decode=decode, collate=gathered, **options)
+        encode_shards(part, [target for target, _ in numbers], stream, encoder, data)
+    print(f"latents: {folder}   ({len(shards)} shards, {len(left)} of them new)")
     print(f"next:    python train.py data=latents data.resolution={data.resolution} data.shards='{folder}/<shards>.tar'")
 
 

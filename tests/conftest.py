@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny pipeline folder of random weights and a handful of OpenMoji shards, made once a session."""
+"""Shared fixtures, built once per session: tiny pipeline folders with random weights, and a few OpenMoji shards."""
 
 import json
 import os
@@ -43,12 +43,15 @@ from lcm.core.process import VP
 from lcm.data.openmoji import build
 from lcm.models.families import family_of
 from lcm.models.saving import save_pipeline
-from lcm.models.tokenizer import train_tokenizer
+from lcm.models.text import train_tokenizer
 
 
 @pytest.fixture(autouse=True)
 def environment_as_before() -> Iterator[None]:
-    """Lightning's launcher leaves MASTER_PORT behind, start_run LCM_RUN_ID: not for the programs that later tests start."""
+    """Remove variables that a test added, so that programs started by later tests do not inherit them.
+
+    Lightning's launcher sets MASTER_PORT, and start_run sets LCM_RUN_ID.
+    """
     before = set(os.environ)
     yield
     for name in set(os.environ) - before:
@@ -59,12 +62,12 @@ CAPTIONS = ["red apple on a white background", "dog face on a pink background", 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow tests first, so that no worker is left with one when the others are done."""
+    """Run slow tests first, so that parallel workers finish at about the same time."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def tiny_unet(**changes: object) -> UNet2DConditionModel:
-    """30 k parameters of Stable Diffusion's UNet class, for 4 x 8 x 8 latents and 16-wide text states."""
+    """Return a UNet of Stable Diffusion's class, with 30,000 parameters, 4 x 8 x 8 latents and text embeddings of width 16."""
     torch.manual_seed(0)
     config = {
         "sample_size": 8,
@@ -125,7 +128,7 @@ def tiny_t5() -> tuple[T5Tokenizer, T5EncoderModel]:
 
 
 def write_tiny_pipeline(folder: Path, prediction_type: str = "epsilon", **process: object) -> Path:
-    """Write a complete teacher folder: 32 px images, factor 4, with a CLIP beside it."""
+    """Write a teacher's pipeline for 32 px images, with a VAE of factor 4, and a CLIP model."""
     tokenizer = train_tokenizer(CAPTIONS, merges=50, max_length=16)
     clip = tiny_clip(tokenizer)
     pipeline = StableDiffusionPipeline(
@@ -146,22 +149,22 @@ def write_tiny_pipeline(folder: Path, prediction_type: str = "epsilon", **proces
 
 
 def as_trained(base: Path, folder: Path, net: Any, scheduler: DDIMScheduler) -> Path:
-    """Write the folder that a training of `net`, started from `base`, saves."""
+    """Write the pipeline that a training of `net` from `base` saves."""
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     options = {"family": family_of(base), "base": base, "scheduler": ("DDIMScheduler", config)}
-    save_pipeline(folder, net, **options, facts={"sampler": "ddim"}, dtype=torch.float32)
+    save_pipeline(folder, net, **options, metadata={"sampler": "ddim"}, dtype=torch.float32)
     return folder
 
 
 def ddim(prediction_type: str = "epsilon", **process: object) -> DDIMScheduler:
-    """Return the scheduler that a trained teacher is saved with."""
+    """Return the scheduler of a saved teacher."""
     name, config = ddim_scheduler(VP(**process), prediction_type)
     assert name == "DDIMScheduler"
     return DDIMScheduler(**config)
 
 
 def write_tiny_xl_pipeline(folder: Path, tiny: Path) -> Path:
-    """Write the tiny teacher as Stable Diffusion XL: a second text encoder, pooled text of 8 and sizes for the UNet."""
+    """Write a Stable Diffusion XL teacher: two text encoders, pooled embeddings of width 8, and sizes."""
     first = StableDiffusionPipeline.from_pretrained(tiny)
     embedding = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 8 + 6 * 8}
     pipeline = StableDiffusionXLPipeline(
@@ -181,7 +184,7 @@ def write_tiny_xl_pipeline(folder: Path, tiny: Path) -> Path:
 
 
 def write_tiny_pixart(folder: Path) -> Path:
-    """Write a PixArt-alpha teacher of 256 px, factor 8: the smallest size that its pipeline of diffusers accepts."""
+    """Write a PixArt-alpha teacher for 256 px, the smallest size that diffusers' pipeline accepts. The VAE's factor is 8."""
     tokenizer, t5 = tiny_t5()
     torch.manual_seed(0)
     shape = {"sample_size": 32, "in_channels": 4, "out_channels": 8, "num_layers": 1, "patch_size": 2}
@@ -193,7 +196,7 @@ def write_tiny_pixart(folder: Path) -> Path:
 
 
 def write_tiny_sd3(folder: Path) -> Path:
-    """Write a Stable Diffusion 3 teacher of 32 px, factor 8: 16-channel latents with a shift, three text encoders, flow."""
+    """Write a Stable Diffusion 3 teacher for 32 px: flow, three text encoders, shifted 16-channel latents, factor 8."""
     tokenizer, (t5_tokenizer, t5) = train_tokenizer(CAPTIONS, merges=50, max_length=77), tiny_t5()
     torch.manual_seed(0)
     shape = {"sample_size": 4, "in_channels": 16, "out_channels": 16, "num_layers": 1, "patch_size": 2, "pos_embed_max_size": 8}
@@ -238,7 +241,7 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """32 px OpenMoji: about 150 training samples in shards of 32, and a few held out."""
+    """OpenMoji at 32 px: about 150 training samples in shards of 32, and a few validation samples."""
     root = tmp_path_factory.mktemp("data") / "openmoji-32"
     build(str(root), resolution=32, limit=40, samples_per_shard=32)
     return root

@@ -1,19 +1,19 @@
-"""Arguments of constructors and programs: what an annotation asks for, compared with a configuration before anything is built.
+"""Compare a configuration with the annotations of constructors and programs, before anything is built.
 
-A constructor says `batch_size: Count`; a program says `@program("sample", batch_size=Count)`. A third party's constructor
-checks its own arguments; only an argument that it does not take is found here.
+A constructor says `batch_size: Count`. A program says `Program("sample", batch_size=Count)`. A constructor of another
+library checks its own values. Only its argument names and its numbers are compared here.
 """
 
 import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-import torch
 from hydra._internal.utils import _locate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,26 +21,36 @@ from omegaconf.errors import OmegaConfBaseException
 from lcm.core.errors import UserError
 from lcm.core.numbers import Limit
 
-Hint = Any
+Hint = Any  # an annotation, or the dotted name of a class that is imported when it is needed
 PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
-class Wrong(NamedTuple):
-    """interpolated: the value was typed for another key."""
+class Parameters(NamedTuple):
+    """hints: annotations by name. takes_any: whether other names are passed on to code that is not inspected."""
+
+    hints: dict[str, Hint]
+    takes_any: bool
+
+
+ANYTHING = Parameters({}, True)
+
+
+class Complaint(NamedTuple):
+    """interpolated: the value comes from another key, whose own complaint is the better one."""
 
     interpolated: bool
     message: str
 
 
 def fits(value: Any, hint: Hint) -> bool:
-    """Whether a plain value may be an argument of that annotation; a node with a `_target_` becomes whatever it builds."""
+    """Whether a plain value may be an argument of that annotation. A node with a `_target_` always may."""
     origin, inner = get_origin(hint), get_args(hint)
     if isinstance(value, Mapping) and "_target_" in value:
         return True
     if origin is Annotated:
         return fits(value, inner[0]) and all(limit.holds(value) for limit in inner[1:] if isinstance(limit, Limit))
     if origin in (Union, UnionType):
-        return any(fits(value, option) for option in inner)
+        return any(fits(value, member) for member in inner)
     if origin is Literal:
         return value in inner
     if hint in (None, NoneType):
@@ -64,7 +74,7 @@ def expected(hint: Hint) -> str:
     if origin is Annotated:
         return expected(inner[0]) + "".join(str(limit) for limit in inner[1:] if isinstance(limit, Limit))
     if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(expected(option) for option in inner))
+        return " or ".join(dict.fromkeys(expected(member) for member in inner))
     if origin is Literal:
         return f"one of {', '.join(map(str, inner))}"
     if origin in (list, tuple, Sequence):
@@ -74,45 +84,32 @@ def expected(hint: Hint) -> str:
     return PLAIN.get(hint, "a mapping" if origin in (dict, Mapping) else "a part, chosen by a slash")
 
 
-def spelt(value: Any) -> str:
+def as_yaml(value: Any) -> str:
     return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
-
-
-def asked_for(hint: Hint) -> str:
-    if get_origin(hint) is Literal:
-        return f"choose among {', '.join(map(str, get_args(hint)))}"
-    return f"expected {expected(hint)}"
-
-
-class Parameters(NamedTuple):
-    """hints: by name; takes_any: whether other names are passed on to code that is not looked at."""
-
-    hints: dict[str, Hint]
-    takes_any: bool
 
 
 @cache
 def parameters(target: Callable[..., Any]) -> Parameters:
-    """Names and annotations of a function's parameters or of a constructor's, `**kwargs` followed to the base classes."""
+    """The parameters of a function or of a constructor, `**kwargs` followed to the base classes."""
     if not isinstance(target, type):
-        return signature_of(target, 0) or Parameters({}, True)
+        return signature_of(target, 0) or ANYTHING
     hints: dict[str, Hint] = {}
     for cls in target.__mro__:
         if "__init__" not in vars(cls):
             continue
-        found = signature_of(vars(cls)["__init__"], 1)
-        if cls is object or found is None:
+        signature = signature_of(vars(cls)["__init__"], 1)
+        if cls is object or signature is None:
             break
-        hints = {**found.hints, **hints}
-        if not found.takes_any or not is_own(cls):
-            return Parameters(hints, found.takes_any)
+        hints = {**signature.hints, **hints}
+        if not signature.takes_any or not is_own(cls):
+            return Parameters(hints, signature.takes_any)
     return Parameters(hints, True)
 
 
 def signature_of(function: Callable[..., Any], skipped: int) -> Parameters | None:
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # of C
+    except (TypeError, ValueError):  # a function written in C
         return None
     try:
         hints = get_type_hints(function, include_extras=True)
@@ -128,8 +125,29 @@ def is_own(target: Any) -> bool:
     return str(getattr(target, "__module__", "")).partition(".")[0] == "lcm"
 
 
+def parameters_of(node: DictConfig, hint: Hint, path: str) -> tuple[Parameters, str, Callable[..., Any] | None]:
+    """The parameters that receive a node's keys, the receiver's name for a message, and the node's target."""
+    if OmegaConf.is_dict(node) and "_target_" in node:
+        target = located(node["_target_"], f"{path}._target_")
+        accepted = parameters(target)
+        if not is_own(target):  # it checks its own values, but text for a number would be a TypeError
+            accepted = accepted._replace(hints={name: as_number(annotation) for name, annotation in accepted.hints.items()})
+        return accepted, node["_target_"], target
+    hint = _locate(hint) if isinstance(hint, str) else hint
+    return parameters(hint) if isinstance(hint, type) and is_own(hint) else ANYTHING, path, None
+
+
+def as_number(hint: Hint) -> Hint:
+    """The same annotation if it is one of numbers (or tensors), else Any."""
+    members = set(get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,))
+    members = {member for member in members if getattr(member, "__name__", "") != "Tensor"}
+    if not {int, float} & members or members - {int, float, bool, NoneType}:
+        return Any
+    return Union[tuple(members)]  # noqa: UP007
+
+
 def located(target: Any, key: str) -> Callable[..., Any]:
-    """The class or function of a `_target_`. Raises UserError if it is not there."""
+    """Import the class or function of a `_target_`. Raises UserError if it does not exist."""
     if not isinstance(target, str):
         raise UserError(f"{key}={target}: expected the dotted name of a class or function")
     try:
@@ -156,76 +174,58 @@ def names_beside(target: str) -> list[str]:
 
 def check_arguments(cfg: DictConfig, hints: Mapping[str, Hint]) -> None:
     """Raise UserError for an argument of any node, or of the program (`hints`), that no run could use."""
-    wrong = sorted(complaints(cfg, "", Parameters(dict(hints), True)), key=lambda found: found.interpolated)
-    if wrong:
-        raise UserError(wrong[0].message)
+    complaints = list(check_node(cfg, "", Parameters(dict(hints), True), "the program"))
+    if complaints:
+        raise UserError(min(complaints, key=lambda complaint: complaint.interpolated).message)
 
 
-def complaints(node: DictConfig, path: str, known: Parameters, name: str = "the program") -> Iterator[Wrong]:
+def check_node(node: DictConfig, path: str, accepted: Parameters, receiver: str) -> Iterator[Complaint]:
     """A key's complaints come before those of the nodes below it."""
     below: list[tuple[str, Any, Hint]] = []
-    for name_or_number in node:
-        key, child = str(name_or_number), node._get_node(name_or_number)
+    for name in node:
+        key, child = str(name), node._get_node(name)
         where, interpolated = f"{path}{key}", child is not None and child._is_interpolation()  # type: ignore[union-attr]
         try:
-            value = node[name_or_number]
-        except OmegaConfBaseException:  # a value that is set at the start, such as the run's folder
+            value = node[name]
+        except OmegaConfBaseException:  # a value that is set at the start, such as the run folder
             continue
         if key.startswith("_") or (interpolated and value is None):
             continue
-        hint = known.hints.get(key, Any)
-        if key not in known.hints and not known.takes_any:
-            yield Wrong(False, f"{where}: {name} takes no {key}: leave it out ('~{where}' removes it)")
+        hint = accepted.hints.get(key, Any)
+        if key not in accepted.hints and not accepted.takes_any:
+            yield Complaint(False, f"{where}: {receiver} takes no {key}: leave it out ('~{where}' removes it)")
             continue
         if OmegaConf.is_config(value):
             below.append((where, value, hint))
-        try:
+        with suppress(OmegaConfBaseException):
             plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        except OmegaConfBaseException:
-            continue
-        if not fits(plain, hint):
-            yield Wrong(interpolated, f"{where}={spelt(plain)}: {asked_for(hint)}")
+            if not fits(plain, hint):
+                yield Complaint(interpolated, f"{where}={as_yaml(plain)}: expected {expected(hint)}")
     for where, value, hint in below:
-        yield from complaints_of_value(where, value, hint)
+        yield from check_value(where, value, hint)
 
 
-def complaints_of_value(path: str, value: Any, hint: Hint) -> Iterator[Wrong]:
-    if get_origin(hint) in (dict, Mapping) and OmegaConf.is_dict(value):
-        for key in value:
-            if OmegaConf.is_config(item := value.get(key)):
-                yield from complaints_of_value(f"{path}.{key!s}", item, get_args(hint)[1])
-    elif OmegaConf.is_list(value):
-        for index, item in enumerate(value):
-            if OmegaConf.is_config(item):
-                yield from complaints_of_value(f"{path}.{index}", item, Any)
-    elif "_target_" in value:
-        target = located(value["_target_"], f"{path}._target_")
-        known, name = parameters(target), value["_target_"]
-        yield from complaints(value, f"{path}.", own_or_names_only(target, known), name)
-        yield from optimizer_complaints(path, value, target)
+def check_value(path: str, value: Any, hint: Hint) -> Iterator[Complaint]:
+    if OmegaConf.is_list(value):
+        children = ((str(index), item, Any) for index, item in enumerate(value))
+    elif get_origin(hint) in (dict, Mapping) and "_target_" not in value:
+        children = ((str(key), value.get(key), get_args(hint)[1]) for key in value)
     else:
-        known = parameters(hint) if isinstance(hint, type) and is_own(hint) else Parameters({}, True)
-        yield from complaints(value, f"{path}.", known, path)
-
-
-def own_or_names_only(target: Callable[..., Any], known: Parameters) -> Parameters:
-    """Third parties check values themselves; text for a number would be a TypeError of theirs."""
-    if is_own(target):
-        return known
-    return Parameters({name: as_number(hint) for name, hint in known.hints.items()}, known.takes_any)
-
-
-def as_number(hint: Hint) -> Hint:
-    options = set(get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,))
-    if not {int, float} & options or options - {int, float, bool, NoneType, torch.Tensor}:
-        return Any
-    return Union[tuple(options - {torch.Tensor} | ({float} if float in options else set()))]  # noqa: UP007
-
-
-def optimizer_complaints(path: str, node: DictConfig, target: Callable[..., Any]) -> Iterator[Wrong]:
-    """Try the optimizer's constructor on one parameter, before the networks are loaded. Yield its error."""
-    if not (isinstance(target, type) and issubclass(target, torch.optim.Optimizer) and node.get("_partial_")):
+        accepted, receiver, target = parameters_of(value, hint, path)
+        yield from check_node(value, f"{path}.", accepted, receiver)
+        yield from check_optimizer(path, value, target)
         return
+    for name, item, inner in children:
+        if OmegaConf.is_config(item):
+            yield from check_value(f"{path}.{name}", item, inner)
+
+
+def check_optimizer(path: str, node: DictConfig, target: Any) -> Iterator[Complaint]:
+    """Try an optimizer's constructor on one parameter: the real one is built after the networks are loaded."""
+    if not (isinstance(target, type) and node.get("_partial_") and "Optimizer" in {cls.__name__ for cls in target.__mro__}):
+        return
+    import torch
+
     options = {str(key): value for key, value in OmegaConf.to_container(node, resolve=True).items()}  # type: ignore[union-attr]
     options = {key: value for key, value in options.items() if not key.startswith("_")}
     if not all(isinstance(value, bool | int | float | str | list | None) for value in options.values()):
@@ -233,4 +233,4 @@ def optimizer_complaints(path: str, node: DictConfig, target: Callable[..., Any]
     try:
         target([{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}], **options)
     except Exception as error:
-        yield Wrong(False, f"{path}: {target.__name__} refuses its arguments: {' '.join(str(error).split())}")
+        yield Complaint(False, f"{path}: {target.__name__} refuses its arguments: {' '.join(str(error).split())}")

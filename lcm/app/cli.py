@@ -1,4 +1,4 @@
-"""From the command line to a program's objects, and what a user sees when that fails."""
+"""A program: its command line, its configuration, and the sentence a user sees when either is wrong."""
 
 import logging
 import os
@@ -12,27 +12,24 @@ from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from lcm.app.arguments import Hint
-from lcm.app.composition import plain, prepare
-from lcm.app.pipelines import resolve_models
+from lcm.app.arguments import Hint, check_arguments
+from lcm.app.composition import Command, plain, prepare
+from lcm.app.help_page import page
 from lcm.app.targets import CONF, check_targets
 from lcm.core.errors import UserError
 from lcm.runtime.redaction import hide_in_logs, redacted
-from lcm.runtime.sweep import check_sweep
 
 
 @dataclass
 class Paths:
-    """conf/paths."""
+    """The key `paths` of conf/_program.yaml."""
 
     runs: str
     data: str
@@ -44,61 +41,95 @@ class Paths:
 failures: list[int] = []  # the numbers of a sweep's jobs that ended in an error
 
 
-def program(
-    config_name: str, sweep_job: Callable[[DictConfig], tuple[int, Any]] | None = None, **hints: Hint
-) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
-    """Make `main(cfg)` a Hydra program whose wrong input ends in one sentence and exit code 1.
+class Program:
+    """A configuration of conf/ and the function that receives it. Wrong input ends in one sentence and exit code 1.
 
-    sweep_job: runs `main` for one of a sweep's jobs in another process; returns its exit code and result.
-    hints: annotations of the keys at the configuration's top, which are compared with it before anything is loaded.
+        program = Program("preview", samples=Count)
+        if __name__ == "__main__":
+            program.read_command_line()  # before imports that take seconds
+
+        import torch
+
+        @program
+        def main(cfg): ...
+
+    process_per_job: each job of a sweep is a process of its own. hints: annotations of keys at the configuration's top.
     """
 
-    def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
-        def checked(cfg: DictConfig) -> Any:
-            quiet()
-            expand_home(cfg)
-            try:
-                check_missing(cfg)
-                resolve_models(cfg, cfg.paths.runs)
-                if sweep_job is None or not sweeps_here():
-                    return main(cfg)
-                code, result = sweep_job(cfg)
-                if code:
-                    failures.append(HydraConfig.get().job.num)
-                return result
-            except UserError as error:
-                return fail(error)
-            except MisconfigurationException as error:  # Lightning's own sentences
-                return fail(" ".join(str(error).split()))
-            except torch.OutOfMemoryError:
-                return fail(
-                    "the GPU's memory is full: lower data.batch_size, if need be with trainer.accumulate_grad_batches, or see "
-                    "docs/larger-models.md"
-                )
-            except UnpicklingError:
-                return fail(
-                    "a file to be loaded holds code, not tensors alone, and is refused: give one that this program wrote"
-                )
+    def __init__(self, config_name: str, /, *, process_per_job: bool = False, **hints: Hint) -> None:
+        self.config_name, self.process_per_job = config_name, process_per_job
+        self.hints: dict[str, Hint] = {"paths": Paths, **hints}
+        self.command: Command | None = None
 
-        known = {"paths": Paths, **hints}
+    def read_command_line(self) -> None:
+        """Compose the configuration and check its keys. Answer --help and --cfg, and end the program."""
+        hide_in_logs()  # Hydra's launchers log a sweep's overrides
+        warnings.filterwarnings("ignore", r"\s*'hydra/launcher/.* ConfigStore")  # conf/ fills in a plugin's own schema
+        try:
+            self.command = prepare(self.config_name, sys.argv[1:], self.hints)
+            for cfg in () if self.command.printed else self.command.runs:
+                check_missing(own_keys(cfg))
+        except UserError as error:
+            refuse(error)
+        sys.argv[1:] = self.command.args
+        if self.command.printed:
+            if {"--help", "-h"} & {*sys.argv}:
+                print(page(self.config_name, self.command.runs[0]))
+            else:
+                self.hydra_main(lambda cfg: None)
+            sys.exit()
 
+    def hydra_main(self, function: Callable[[DictConfig], Any]) -> None:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=self.config_name)(function)()
+
+    def __call__(self, main: Callable[[DictConfig], Any]) -> Callable[[], None]:
         def run() -> None:
-            hide_in_logs()  # Hydra's launchers log a sweep's overrides
-            warnings.filterwarnings("ignore", r"\s*'hydra/launcher/.* ConfigStore")  # conf/ fills in a plugin's own schema
+            if self.command is None:
+                self.read_command_line()
+            assert self.command is not None
+            from lcm.runtime.sweep import check_sweep
+
             try:
-                sys.argv[1:], sweep_dir = prepare(config_name, sys.argv[1:], known)
-                if sweep_dir is not None:
-                    check_sweep(sweep_dir, one_process=sweep_job is not None)
+                for cfg in self.command.runs:
+                    check_arguments(own_keys(cfg), self.hints)
+                if self.command.sweep_dir is not None:
+                    check_sweep(self.command.sweep_dir, one_process=self.process_per_job)
             except UserError as error:
                 refuse(error)
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(checked)()
+            self.hydra_main(lambda cfg: self.run_job(main, cfg))
             if failures:
                 sys.exit(1)
 
-        run.hints = known  # type: ignore[attr-defined]
         return run
 
-    return decorate
+    def run_job(self, main: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
+        import torch
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+        from lcm.app.pipelines import resolve_models
+        from lcm.runtime.sweep import sweep_job
+
+        quiet()
+        expand_home(cfg)
+        try:
+            resolve_models(cfg, cfg.paths.runs)
+            if not (self.process_per_job and sweeps_here()):
+                return main(cfg)
+            code, result = sweep_job(cfg)
+            if code:
+                failures.append(HydraConfig.get().job.num)
+            return result
+        except UserError as error:
+            return fail(error)
+        except MisconfigurationException as error:  # Lightning's own sentences
+            return fail(" ".join(str(error).split()))
+        except torch.OutOfMemoryError:
+            return fail(
+                "the GPU's memory is full: lower data.batch_size, if need be with trainer.accumulate_grad_batches, or see "
+                "docs/larger-models.md"
+            )
+        except UnpicklingError:
+            return fail("a file to be loaded holds code, not only tensors, and is refused: give one that this program wrote")
 
 
 def refuse(reason: object) -> NoReturn:
@@ -106,7 +137,7 @@ def refuse(reason: object) -> NoReturn:
 
 
 def fail(reason: object) -> None:
-    """End, but for a sweep in this process: it goes on with its other jobs, and ends with exit code 1."""
+    """End the program. A sweep in this process runs its other jobs first, and ends with exit code 1."""
     if not sweeps_here():
         refuse(reason)
     print(f"error: {redacted(str(reason))}", file=sys.stderr, flush=True)
@@ -114,14 +145,14 @@ def fail(reason: object) -> None:
 
 
 def sweeps_here() -> bool:
-    """Whether this process runs all jobs of a sweep; submitit's jobs are processes of their own."""
+    """Whether this process runs all jobs of a sweep. A job of submitit is a process of its own."""
     hydra_cfg = HydraConfig.get()
     return hydra_cfg.mode is RunMode.MULTIRUN and hydra_cfg.launcher["_target_"].endswith(".BasicLauncher")
 
 
 def expand_home(cfg: DictConfig) -> None:
-    """Replace the `~` that begins a path anywhere in a configuration: a shell leaves it within quotes and behind `=`."""
-    for from_environment in (False, True):  # first what other keys take their value from
+    """Replace the `~` that begins a path anywhere in a configuration. A shell leaves it within quotes and behind `=`."""
+    for from_environment in (False, True):  # first the keys that others take their value from
         for node, key in settings(cfg):
             interpolated = OmegaConf.is_interpolation(node, key)
             if interpolated != from_environment or (interpolated and "oc.env" not in str(node._get_node(key))):
@@ -132,7 +163,7 @@ def expand_home(cfg: DictConfig) -> None:
 
 
 def settings(node: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield `(container, key)` of each value of a configuration but prompts, which are texts unless they are in a file."""
+    """Yield `(container, key)` of each value, except prompts that are not a file."""
     for key in list(node) if OmegaConf.is_dict(node) else range(len(node)):
         child = node._get_node(key)
         if key == "prompts" and not str(child).endswith(".txt"):
@@ -141,6 +172,11 @@ def settings(node: Any) -> Iterator[tuple[Any, Any]]:
             yield from settings(child)
         else:
             yield node, key
+
+
+def own_keys(cfg: DictConfig) -> DictConfig:
+    """The configuration without Hydra's own."""
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
 
 def check_missing(cfg: DictConfig) -> None:
@@ -153,7 +189,7 @@ def check_missing(cfg: DictConfig) -> None:
 
 
 def quiet() -> None:
-    """Keep the libraries' advertisements and per-file bars off the screen."""
+    """Silence the libraries' advice and their progress bars for single files."""
     import diffusers
     import transformers
 
@@ -167,7 +203,7 @@ def quiet() -> None:
         "Found .* eval mode",
         "isinstance.treespec",
         "The '.*' does not have many workers",
-        "The `srun` command is available",  # it goes on with the command line, secrets included
+        "The `srun` command is available",  # it prints the command line, secrets included
         "torch.distributed is disabled",
         "This DataLoader will create",
         "Total length of `list` across ranks is zero",
@@ -177,9 +213,9 @@ def quiet() -> None:
 
 
 def build(node: Any, *, foreign: bool = False) -> Any:
-    """`instantiate` with plain containers; None of nothing. A constructor's complaint is a UserError.
+    """`instantiate` with plain containers. None for an empty node. A constructor's error becomes a UserError.
 
-    foreign: the node is of a file that came from elsewhere, and may name only what `lcm.app.targets` allows.
+    foreign: the node comes from a file of someone else, and may name only targets that `lcm.app.targets` allows.
     """
     if not node:
         return None
@@ -199,6 +235,5 @@ def build(node: Any, *, foreign: bool = False) -> Any:
 
 
 def build_all(nodes: Any) -> list[Any]:
-    """What a group of named parts describes; numbers that an experiment sets for a part not chosen (callbacks=default) describe
-    nothing."""
+    """Build the nodes of a group that have a `_target_`. Others are settings of a part that is not chosen."""
     return [build(node) for node in (nodes or {}).values() if node and "_target_" in node]

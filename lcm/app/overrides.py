@@ -1,8 +1,7 @@
-"""Overrides as a user types them, and as Hydra's grammar needs them: text stays the text that was typed.
+"""Overrides as a user types them, quoted for Hydra's grammar where it would read something else.
 
-Hydra reads `name=2024` as a number, `prompts=a cat, a dog` as two values and `prompts=café` not at all. A key that holds
-text is known by its value in the configuration or by the annotation of its constructor: its override is
-quoted before Hydra sees it.
+Hydra reads `name=2024` as a number, `prompts=a cat, a dog` as two values and `prompts=café` not at all. A key holds text
+if its constructor's annotation or its value in the configuration says so. Its override is quoted before Hydra sees it.
 """
 
 import re
@@ -19,29 +18,29 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.grammar_parser import parse
 
-from lcm.app.arguments import Hint, Parameters, is_own, located, parameters
+from lcm.app.arguments import ANYTHING, Hint, Parameters, parameters_of
 from lcm.core.errors import UserError
 
-SYNTAX = re.compile(r"(\+{0,2})([^=~+][^=]*)=(.*)", re.DOTALL)
+SYNTAX = re.compile(r"(\+{0,2}|~)([^=~+][^=]*)(?:=(.*))?", re.DOTALL)
 FUNCTION = re.compile(r"(?:choice|range|interval|glob|shuffle|sort|tag|str|json_str|int|float|bool)\(.*\)", re.DOTALL)
 CLOSING = {"[": "]", "{": "}", "(": ")"}
 
 
 class Typed(NamedTuple):
-    """An override `prefix key = value`."""
+    """An override `prefix key=value`. value: None if there is no equals sign."""
 
     prefix: str
     key: str
-    value: str
+    value: str | None
 
 
-def typed(override: str) -> Typed | None:
-    """None for a deletion, or text without an equals sign."""
+def typed(override: str) -> Typed:
     match = SYNTAX.fullmatch(override)
-    return Typed(*match.groups()) if match else None
+    return Typed(*match.groups()) if match else Typed("", override, None)
 
 
 def parsed(override: str) -> Override | None:
+    """Hydra's reading of an override, None if it cannot read it."""
     try:
         return OverridesParser.create().parse_override(override)
     except HydraException:
@@ -49,18 +48,19 @@ def parsed(override: str) -> Override | None:
 
 
 class Kind(NamedTuple):
-    """Whether a key holds text, whether it may hold a list of texts, and whether `null` means nothing there."""
+    """Whether a key holds text, whether it may hold a list of texts, and whether it may be null."""
 
     text: bool = False
     texts: bool = False
     nullable: bool = False
 
 
-def options_of(hint: Hint) -> Sequence[Hint]:
+def alternatives(hint: Hint) -> Sequence[Hint]:
+    """The members of a union."""
     if get_origin(hint) is Annotated:
-        return options_of(get_args(hint)[0])
+        return alternatives(get_args(hint)[0])
     if get_origin(hint) in (Union, UnionType):
-        return [option for part in get_args(hint) for option in options_of(part)]
+        return [member for part in get_args(hint) for member in alternatives(part)]
     return [hint]
 
 
@@ -69,30 +69,29 @@ def is_text(hint: Hint) -> bool:
 
 
 def kind_of(cfg: DictConfig, key: str, hints: Mapping[str, Hint]) -> Kind:
-    """By the annotation if there is one, else by the value that the key has before the command line sets it."""
+    """Decide by the annotation, else by the value before the command line sets it. A number needs no annotation."""
+    value, _ = lookup(cfg, key)
+    if key not in hints and isinstance(value, bool | int | float):
+        return Kind()
     hint = hint_of(cfg, key, hints)
     if hint is not Any:
-        found = options_of(hint)
-        lists = [option for option in found if get_origin(option) in (list, tuple, Sequence) or option is list]
-        texts = any(is_text(option) for of in lists for item in get_args(of) for option in options_of(item))
-        reads_numbers = bool({bool, int, float} & set(found))
-        return Kind((any(map(is_text, found)) or texts) and not reads_numbers, texts, NoneType in found)
-    value, _ = present(cfg, key)
+        members = alternatives(hint)
+        lists = [member for member in members if get_origin(member) in (list, tuple, Sequence) or member is list]
+        texts = any(is_text(item) for member in lists for part in get_args(member) for item in alternatives(part))
+        reads_numbers = bool({bool, int, float} & set(members))
+        return Kind((any(map(is_text, members)) or texts) and not reads_numbers, texts, NoneType in members)
     if isinstance(value, str):
         return Kind(True, True)
-    if OmegaConf.is_list(value):
-        texts = len(value) > 0 and all(isinstance(item, str) for item in value)
-        return Kind(texts, texts)
-    return Kind()
+    texts = OmegaConf.is_list(value) and len(value) > 0 and all(isinstance(item, str) for item in value)
+    return Kind(texts, texts)
 
 
-def present(cfg: Any, key: str) -> tuple[Any, bool]:
-    """A key's value, None if it is missing or cannot be resolved yet; and whether there is such a key."""
+def lookup(cfg: Any, key: str) -> tuple[Any, bool]:
+    """A key's value, None if it is missing or cannot be resolved yet; and whether the key exists."""
     parent, _, name = key.rpartition(".")
     try:
         node = OmegaConf.select(cfg, parent) if parent else cfg
-        exists = OmegaConf.is_dict(node) and name in node
-        exists = exists or (OmegaConf.is_dict(node) and OmegaConf.is_missing(node, name))
+        exists = OmegaConf.is_dict(node) and (name in node or OmegaConf.is_missing(node, name))
     except OmegaConfBaseException:
         return None, False
     try:
@@ -102,82 +101,74 @@ def present(cfg: Any, key: str) -> tuple[Any, bool]:
 
 
 def hint_of(cfg: DictConfig, key: str, hints: Mapping[str, Hint]) -> Hint:
-    """The annotation of the parameter that a key is given to, Any without one."""
+    """The annotation of the parameter that a key is given to, Any without one. It imports the constructors on the way."""
     node: Any = cfg
-    known, hint = Parameters(dict(hints), True), Any
+    accepted, hint = Parameters(dict(hints), True), Any
     for name in key.split("."):
-        hint = known.hints.get(name, Any)
-        node = present(node, name)[0] if OmegaConf.is_dict(node) else None
+        hint = accepted.hints.get(name, Any)
+        node = lookup(node, name)[0] if OmegaConf.is_dict(node) else None
         if get_origin(hint) in (dict, Mapping):
-            known = Parameters(dict.fromkeys(key.split("."), get_args(hint)[1]), True)
-        elif isinstance(hint, type) and is_own(hint):
-            known = parameters(hint)
-        elif OmegaConf.is_dict(node) and (target := present(node, "_target_")[0]):
-            try:
-                known = parameters(located(target, f"{name}._target_"))
-            except UserError:
-                known = Parameters({}, True)
-        else:
-            known = Parameters({}, True)
+            accepted = Parameters(dict.fromkeys(key.split("."), get_args(hint)[1]), True)
+            continue
+        try:
+            accepted = parameters_of(node, hint, name)[0] if OmegaConf.is_dict(node) or hint is not Any else ANYTHING
+        except UserError:
+            accepted = ANYTHING
     return hint
 
 
 def as_hydra_reads(override: str, kind_of: Callable[[str], Kind], multirun: bool) -> str:
-    """The same override for Hydra's grammar: the text that was typed, quoted where Hydra would read something else.
-
-    With multirun a comma outside of brackets and quotes separates the values of a sweep.
-    """
-    found = typed(override)
-    if found is None:
-        return override
-    kind = kind_of(found.key)
+    """Return the override with its texts quoted. With multirun a comma outside of brackets and quotes separates values."""
+    prefix, key, text = typed(override)
+    reading = parsed(override)
+    if text is None or (reading is not None and isinstance(reading._value, str)):
+        return override  # a word: text for Hydra, too
+    kind = kind_of(key)
     if not kind.text:
-        return f"{found.prefix}{found.key}={mapping(found.key, found.value, kind_of)}"
-    head, value = f"{found.prefix}{found.key}=", found.value.strip()
-    if FUNCTION.fullmatch(value) and parsed(f"key={value}"):
+        return f"{prefix}{key}={quoted_mapping(key, text, kind_of)}"
+    text = text.strip()
+    if FUNCTION.fullmatch(text) and parsed(f"key={text}"):
         return override
-    values = separated(value) if multirun else [value]
-    return head + ",".join(written(part, kind) for part in values)
+    values = split(text) if multirun else [text]
+    return f"{prefix}{key}=" + ",".join(quoted_value(value, kind) for value in values)
 
 
-def mapping(key: str, value: str, kind_of: Callable[[str], Kind]) -> str:
-    """`{name: value, ...}` with the texts in it quoted; any other value as it is."""
-    pairs = [part.partition(":") for part in separated(value.strip()[1:-1])]
-    if not re.fullmatch(r"\s*\{.*\}\s*", value, re.DOTALL) or not all(colon for _, colon, _ in pairs):
-        return value
+def quoted_mapping(key: str, text: str, kind_of: Callable[[str], Kind]) -> str:
+    """`{name: value, ...}` with the texts in it quoted. Any other value stays."""
+    pairs = [part.partition(":") for part in split(text.strip()[1:-1])]
+    if not re.fullmatch(r"\s*\{.*\}\s*", text, re.DOTALL) or not all(colon for _, colon, _ in pairs):
+        return text
 
-    def inner(name: str, text: str) -> str:
+    def inner(name: str, value: str) -> str:
         kind = kind_of(f"{key}.{name}")
-        return written(text, kind) if kind.text else mapping(f"{key}.{name}", text, kind_of)
+        return quoted_value(value, kind) if kind.text else quoted_mapping(f"{key}.{name}", value, kind_of)
 
-    return "{" + ", ".join(f"{name.strip()}: {inner(name.strip(), text.strip())}" for name, _, text in pairs) + "}"
-
-
-def written(value: str, kind: Kind) -> str:
-    reading = parsed(f"key={value}")
-    element = None if reading is None else reading._value
-    if value == "" or isinstance(element, QuotedString) or (isinstance(element, dict) and "_target_" in element):
-        return value
-    if value.startswith("[") and value.endswith("]"):
-        if not kind.texts:
-            return value
-        return "[" + ",".join(written(item, Kind(True)) for item in separated(value[1:-1])) + "]"
-    if reading is not None and (isinstance(element, str) or (element is None and kind.nullable)):
-        return value
-    return quoted(value)
+    return "{" + ", ".join(f"{name.strip()}: {inner(name.strip(), value.strip())}" for name, _, value in pairs) + "}"
 
 
-def quoted(value: str) -> str:
-    if "${" in value:
+def quoted_value(text: str, kind: Kind) -> str:
+    reading = parsed(f"key={text}")
+    value = None if reading is None else reading._value
+    if text == "" or isinstance(value, QuotedString) or (isinstance(value, dict) and "_target_" in value):
+        return text
+    if text.startswith("[") and text.endswith("]"):
+        return "[" + ",".join(quoted_value(item, Kind(True)) for item in split(text[1:-1])) + "]" if kind.texts else text
+    if reading is not None and (isinstance(value, str) or (value is None and kind.nullable)):
+        return text
+    return quoted(text)
+
+
+def quoted(text: str) -> str:
+    if "${" in text:
         try:
-            parse(value)
+            parse(text)
         except OmegaConfBaseException:
-            value = value.replace("${", r"\${")  # the characters, no interpolation
-    return QuotedString(value, Quote.single).with_quotes()
+            text = text.replace("${", r"\${")  # no interpolation, so these characters are meant
+    return QuotedString(text, Quote.single).with_quotes()
 
 
-def separated(text: str) -> list[str]:
-    """The parts between commas that no quotes or brackets enclose; a quote encloses a whole part."""
+def split(text: str) -> list[str]:
+    """The parts between commas outside of quotes and brackets. A quote encloses a whole part."""
     parts, depth, start, i = [], 0, 0, 0
     while i < len(text):
         letter = text[i]
@@ -191,7 +182,7 @@ def separated(text: str) -> list[str]:
             parts.append(text[start:i].strip())
             start = i + 1
         i += 1
-    if depth:  # a bracket that closes nowhere encloses nothing
+    if depth:  # a bracket is not closed, so brackets mean nothing here
         return [part.strip() for part in text.split(",")]
     last = text[start:].strip()
     return [*parts, last] if last or parts else []
@@ -203,16 +194,15 @@ def closing_quote(text: str, start: int) -> int | None:
 
 
 def shown(override: str) -> tuple[str, str]:
-    """Key and value of an override, the value without the quotes that Hydra needs."""
-    found, reading = typed(override), parsed(override)
-    if found is None or reading is None:
+    """Key and value of an override, the value without Hydra's quotes."""
+    (_, key, text), reading = typed(override), parsed(override)
+    if reading is None:
         return override, ""
-    element = reading._value
-    return found.key, element.text if isinstance(element, QuotedString) else found.value
+    return key, reading._value.text if isinstance(reading._value, QuotedString) else text or ""
 
 
 def for_shell(override: str) -> str:
-    """As it is typed in bash and zsh."""
+    """Quote an override for bash and zsh."""
     if re.fullmatch(r"[\w./:=@%+,-]+", override, re.ASCII):
         return override
     return shlex.quote(override) if re.search(r"[\"$`\\!]", override) else f'"{override}"'

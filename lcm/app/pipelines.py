@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lcm.core.errors import UserError
-from lcm.models.pipeline import facts_in
+from lcm.models.pipeline import read_lcm_json
 
 MODELS = ("pipeline", "model")  # keys that name one; it is a folder, a hub id, mini, last or last:<name>
 
@@ -32,8 +32,8 @@ def chosen(pipeline: str, runs: str, working_directory: str) -> str:
 
 def is_student(pipeline: Path) -> bool:
     """Whether a saved model draws in a few steps: by consistency sampling, or after guided distillation."""
-    facts = facts_in(pipeline)
-    return facts["sampler"] != "ddim" or "students" in facts
+    metadata = read_lcm_json(pipeline)
+    return metadata["sampler"] != "ddim" or "students" in metadata
 
 
 def find_pipeline(pipeline: str, runs: str) -> str:

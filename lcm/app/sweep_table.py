@@ -1,4 +1,4 @@
-"""What a sweep found: one table and one plot of all its runs (`python train.py -m hparams_search=mu`)."""
+"""What a sweep found: one table and one plot of all its runs (`python train.py -m model.ema_decay=0,0.95`)."""
 
 import csv
 import json
@@ -82,7 +82,7 @@ def lack(runs: Sequence[str]) -> str:
     if not runs:
         return "no job has trained, their errors are above"
     if not any(Path(run, "metrics.csv").is_file() for run in runs):
-        return "it is made of metrics.csv, add logger=csv (or logger=many)"
+        return "it is made of metrics.csv, add logger=csv"
     return (
         "no run has measured a metric named val/, add callbacks=evaluation for FID and CLIP score, or for val/loss give "
         "data.val_shards and a trainer.val_check_interval of at most trainer.max_steps"

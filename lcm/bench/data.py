@@ -1,62 +1,34 @@
-"""How fast images and latents are read: ours, the peers' way, and a bare decode, all in one run."""
+"""Rates of reading images and latents, beside the peers' loader."""
 
-import io
-import itertools
-import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from PIL import Image
-
 from lcm.bench import peers
-from lcm.bench.measure import Rate, Table, in_turn, one_thread, reading_rate
+from lcm.bench.measure import Table, in_turn, one_thread, reading_rate
 from lcm.bench.shards import write_latents, write_photos
 from lcm.data.datamodule import ShardDataModule
-from lcm.data.latents import POSTERIOR
-from lcm.data.shards import IMAGES, Shard, expand_urls, first_of
-from lcm.models.codec import LatentCodec
+from lcm.data.shards import expand_urls
 from lcm.models.pipeline import load_codec
 
-Loader = Callable[[int], Iterator[int]]  # workers -> sizes of batches, endless
+Loader = Callable[[int], Iterator[int]]  # number of workers -> batch sizes, endless
 
 
-def ours(shard: str, *, resolution: int, batch_size: int, codec: LatentCodec | None = None, floats: bool = False) -> Loader:
-    """What training reads. codec: the shard holds its latents. floats: convert the pixels here, which a GPU does otherwise."""
+def ours(shard: str, **options: Any) -> Loader:
+    """Return the loader that training uses. options: arguments of ShardDataModule."""
 
-    def batches(workers: int) -> Iterator[int]:
-        options: dict[str, Any] = {"latents": codec is not None, "num_workers": workers}
-        data = ShardDataModule(shard, codec=codec, resolution=resolution, batch_size=batch_size, **options)
+    def batch_sizes(workers: int) -> Iterator[int]:
+        data = ShardDataModule(shard, num_workers=workers, **options)
         data.setup()
-        for batch in data.train_dataloader():
-            if floats:
-                data.on_after_batch_transfer(batch, 0)
-            yield len(batch["captions"])
+        return (len(batch["captions"]) for batch in data.train_dataloader())
 
-    return batches
+    return batch_sizes
 
 
-def theirs(loader: Callable[..., Iterator[Any]]) -> Loader:
-    return lambda workers: (len(captions) for _, captions in loader(workers=workers))
-
-
-def bare_decode(shard: str) -> Loader:
-    """PIL at full size, from memory: no pipeline that decodes all pixels is faster."""
-
-    def images(workers: int) -> Iterator[int]:
-        contents = [sample[name] for sample in itertools.islice(Shard(shard), 32) if (name := first_of(sample, IMAGES))]
-        for content in itertools.cycle(contents):
-            Image.open(io.BytesIO(content)).load()
-            yield 1
-
-    return images
-
-
-def sample_kb(shard: str) -> float:
-    samples = itertools.islice(Shard(shard, needs=(*IMAGES, POSTERIOR)), 100)
-    return statistics.mean(sum(len(v) for v in sample.values() if isinstance(v, bytes)) for sample in samples) / 1e3
+def theirs(loader: Callable[..., Iterator[Any]], shard: str, **options: Any) -> Loader:
+    return lambda workers: (len(captions) for _, captions in loader(shard, workers=workers, **options))
 
 
 def measure(
@@ -72,61 +44,58 @@ def measure(
     seconds: float,
     repeats: int,
 ) -> Table:
-    """shards: small images, read at `resolution`; photos: so many JPEGs of `photo_size`, read at `photo_resolution`.
+    """Read small images (`shards`, at `resolution` px) and `photos` JPEGs of `photo_size` px (at `photo_resolution` px).
 
-    Latents are encoded with `pipeline`: of the small images, and of the photos at half of `photo_resolution`, which for the
-    mini VAE (factor 4) are as large as Stable Diffusion's (factor 8) at the whole.
+    `pipeline` encodes latents of both. Photos are encoded at half of `photo_resolution`: the mini VAE with factor 4 then gives
+    latents as large as those of Stable Diffusion's VAE with factor 8.
     """
     with TemporaryDirectory() as folder, one_thread():
-        codec, small = load_codec(pipeline), expand_urls(shards)[0]
+        codec, small, half = load_codec(pipeline), expand_urls(shards)[0], photo_resolution // 2
         photo = write_photos(Path(folder, "photos.tar"), count=photos, size=photo_size)
-        sizes = {"small": resolution, "photo": photo_resolution // 2}
-        small_latents, photo_latents = (
-            write_latents(shard, Path(folder, name), codec=codec, resolution=sizes[name])
-            for name, shard in (("small", small), ("photo", photo))
-        )
-        plain = partial(peers.image_loader, batch_size=batch_size)
-        latents = partial(peers.latent_loader, batch_size=batch_size)
-        lanczos = Image.Resampling.LANCZOS
-        contenders: dict[tuple[str, str, str], Loader] = {
-            (photo, f"{photo_size} px JPEG to {photo_resolution} px", "bare decode"): bare_decode(photo),
-            (photo, "", "peers, Lanczos"): theirs(partial(plain, photo, size=photo_resolution, resample=lanczos)),
-            (photo, "", "peers, bilinear"): theirs(partial(plain, photo, size=photo_resolution)),
-            (photo, "", "ours"): ours(photo, resolution=photo_resolution, batch_size=batch_size),
-            (photo, "", "ours, to float32"): ours(photo, resolution=photo_resolution, batch_size=batch_size, floats=True),
-            (small, f"small images to {resolution} px", "bare decode"): bare_decode(small),
-            (small, "", "peers, bilinear"): theirs(partial(plain, small, size=resolution)),
-            (small, "", "ours"): ours(small, resolution=resolution, batch_size=batch_size),
-            (small, "", "ours, to float32"): ours(small, resolution=resolution, batch_size=batch_size, floats=True),
-            (photo_latents, f"latents of {photo_resolution} px (SD)", "webdataset"): theirs(partial(latents, photo_latents)),
-            (photo_latents, "", "ours"): ours(photo_latents, resolution=sizes["photo"], batch_size=batch_size, codec=codec),
-            (small_latents, f"latents of {resolution} px (mini)", "webdataset"): theirs(partial(latents, small_latents)),
-            (small_latents, "", "ours"): ours(small_latents, resolution=resolution, batch_size=batch_size, codec=codec),
+        small_latents = write_latents(small, Path(folder, "small"), codec=codec, resolution=resolution)
+        photo_latents = write_latents(photo, Path(folder, "photo"), codec=codec, resolution=half)
+        batch = {"batch_size": batch_size}
+        latents = {"codec": codec, "latents": True, **batch}
+        contenders: dict[str, tuple[Loader, Loader]] = {
+            f"{photo_size} px JPEG to {photo_resolution} px": (
+                ours(photo, resolution=photo_resolution, **batch),
+                theirs(peers.image_loader, photo, size=photo_resolution, **batch),
+            ),
+            f"small images to {resolution} px": (
+                ours(small, resolution=resolution, **batch),
+                theirs(peers.image_loader, small, size=resolution, **batch),
+            ),
+            f"latents of {photo_resolution} px (SD)": (
+                ours(photo_latents, resolution=half, **latents),
+                theirs(peers.latent_loader, photo_latents, **batch),
+            ),
+            f"latents of {resolution} px (mini)": (
+                ours(small_latents, resolution=resolution, **latents),
+                theirs(peers.latent_loader, small_latents, **batch),
+            ),
         }
-        ways = {
-            f"{count}/{key[2]}/{key[0]}": partial(rate, loader, count, seconds)
-            for key, loader in contenders.items()
-            for count in (0, workers)
-            if not (count and key[2] == "bare decode")
-        }
-        found = in_turn(ways, repeats)
-        rows = []
-        for key in contenders:
-            alone, many = (found.get(f"{count}/{key[2]}/{key[0]}") for count in (0, workers))
-            rows.append({
-                "data": key[1], "pipeline": key[2], "kB a sample": sample_kb(key[0]),
-                "images/s a core (CPU time)": max(r.cpu for r in alone or []),
-                "images/s, no workers": max(r.wall for r in alone or []),
-                f"images/s, {workers} workers": max(r.wall for r in many) if many else None,
-            })  # fmt: skip
+
+        def rate(loader: Loader, count: int) -> Any:
+            return reading_rate(loader(count), seconds=seconds, warm_up=3 * count + 1)
+
+        runs = {}
+        for name, (our_loader, peer_loader) in contenders.items():
+            runs[f"{name}, ours"] = partial(rate, our_loader, 0)
+            runs[f"{name}, peers"] = partial(rate, peer_loader, 0)
+            runs[f"{name}, ours, {workers} workers"] = partial(rate, our_loader, workers)
+        rates = in_turn(runs, repeats, lambda result: f"{result.wall:.0f} samples/s")
+    rows = []
+    for name in contenders:
+        our_rate, peer_rate = (max(result.cpu for result in rates[f"{name}, {who}"]) for who in ("ours", "peers"))
+        rows.append({
+            "data": name,
+            "images/s a core": our_rate,
+            "of the peers' rate": our_rate / peer_rate,
+            f"images/s, {workers} workers": max(result.wall for result in rates[f"{name}, ours, {workers} workers"]),
+        })  # fmt: skip
     note = (
-        f"Best of {repeats} x {seconds} s, taken in turn, {batch_size} samples a batch, one thread a process, from a local "
-        "disk in the page cache. CPU time is what the process spent without workers; the clock's rates suffer from whatever "
-        "else runs. Ours are uint8, converted on the device; the peers' (webdataset, PIL's full decode, resize, crop, "
-        "to_tensor, normalise) are float32."
+        f"Best of {repeats} x {seconds} s, taken in turn. Batches have {batch_size} samples; a process has one thread; the "
+        "shards are on a local disk. The rate a core counts CPU time without workers. Peers read images with webdataset and "
+        "PIL, bilinearly resized, as float32; they read latents with webdataset."
     )
     return Table("Reading data", rows, note)
-
-
-def rate(loader: Loader, workers: int, seconds: float) -> Rate:
-    return reading_rate(loader(workers), seconds=seconds, warm_up=3 * workers + 1)

@@ -1,6 +1,5 @@
-"""How everything here is measured, and the tables that hold it."""
+"""Timers and tables of the benchmarks."""
 
-import multiprocessing
 import os
 import platform
 import sys
@@ -13,24 +12,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
-
 
 @dataclass
 class Table:
-    """rows: one dict a row, with the same keys; numbers are shown with three digits, None as an empty cell."""
+    """rows: one dict for each row, all with the same keys. Numbers are shown with three digits, None as an empty cell."""
 
     title: str
     rows: list[dict[str, Any]]
     note: str
 
     def markdown(self) -> str:
-        head = list(self.rows[0])
-        lines = [head, ["---"] * len(head), *([shown(row[name]) for name in head] for row in self.rows)]
+        columns = list(self.rows[0])
+        lines = [columns, ["---"] * len(columns), *([cell(row[name]) for name in columns] for row in self.rows)]
         return "\n".join([f"## {self.title}", "", *(f"| {' | '.join(line)} |" for line in lines), "", self.note, ""])
 
 
-def shown(value: Any) -> str:
+def cell(value: Any) -> str:
     if value is None:
         return ""
     if not isinstance(value, float):
@@ -39,86 +36,67 @@ def shown(value: Any) -> str:
 
 
 def machine() -> dict[str, str]:
-    """What the figures hold for."""
+    """Return the names of the CPU and the GPU, the number of cores and the version of torch."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    facts = {"cpu": names[0] if names else platform.machine(), "cores": str(os.cpu_count()), "torch": torch.__version__}
-    return {**facts, "gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else facts
-
-
-DATA_SHEET = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}  # dense bfloat16 TFLOP/s, SXM where there is
-
-
-def data_sheet_tflops() -> float | None:
-    """What the GPU's vendor says of dense bfloat16 matmuls, if it is a known one."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((float(tflops) for known, tflops in DATA_SHEET.items() if known in name), None)
+    names = [*names, platform.machine()]
+    record = {"cpu": names[0], "cores": str(os.cpu_count()), "torch": torch.__version__}
+    return {**record, "gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else record
 
 
 def in_turn(
-    contenders: Mapping[str, Callable[[], Any]], repeats: int, say: Callable[[Any], str] = lambda result: ""
+    contenders: Mapping[str, Callable[[], Any]], repeats: int, describe: Callable[[Any], str] = lambda result: ""
 ) -> dict[str, list[Any]]:
-    """Each contender's results; they take turns, so that what disturbs the machine for a while disturbs them all.
+    """Return the results of each contender. Contenders take turns, so a disturbance of the machine hits all of them.
 
-    say: of a result, for the line that tells how far the measurement is: what is measured is not lost with what comes after.
+    describe: text for the progress line of a result.
     """
     results: dict[str, list[Any]] = {name: [] for name in contenders}
     for turn in range(repeats):
         for name, run in contenders.items():
             started = time.monotonic()
             results[name].append(result := run())
-            took = f"{time.monotonic() - started:.0f} s"
-            print(f"{turn + 1}/{repeats} {name}: {say(result)} ({took})", file=sys.stderr, flush=True)
+            seconds = time.monotonic() - started
+            print(f"{turn + 1}/{repeats} {name}: {describe(result)} ({seconds:.0f} s)", file=sys.stderr, flush=True)
     return results
 
 
-def now() -> tuple[float, float]:
-    """The clock's seconds, and this process's, when the device has done its work."""
+def now() -> float:
+    """Return the time in seconds, after the GPU has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter(), time.process_time()
+    return time.perf_counter()
 
 
 def peak_memory() -> int | None:
+    """Return the peak of GPU memory in bytes; None without a GPU."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
-def released() -> None:
-    """Let the next contender have the GPU's memory, and its own peak."""
+def reset_memory() -> None:
+    """Free cached GPU memory and start a new peak."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
-def elapsed(start: tuple[float, float], end: tuple[float, float], steps: int) -> tuple[float, float]:
-    return (end[0] - start[0]) / steps, (end[1] - start[1]) / steps
-
-
 class Rate(NamedTuple):
-    """Samples a second by the clock, and a second of this process's processor time."""
+    """Samples per second of wall-clock time, and per second of this process's CPU time."""
 
     wall: float
     cpu: float
 
 
-def reading_rate(batches: Iterator[int], *, seconds: float, warm_up: int) -> Rate:
-    """Of an iterator over batch sizes, without its first `warm_up` batches."""
+def reading_rate(batch_sizes: Iterator[int], *, seconds: float, warm_up: int) -> Rate:
+    """Measure an endless iterator over batch sizes for `seconds`, after its first `warm_up` batches."""
     for _ in range(warm_up):
-        next(batches)
+        next(batch_sizes)
     started, cpu = time.perf_counter(), time.process_time()
-    count = next(batches)
+    count = next(batch_sizes)
     while time.perf_counter() - started < seconds:
-        count += next(batches)
+        count += next(batch_sizes)
     return Rate(count / (time.perf_counter() - started), count / (time.process_time() - cpu))
-
-
-def children() -> list[int]:
-    return [child.pid for child in multiprocessing.active_children() if child.pid is not None]
-
-
-def resident_mb(process: int) -> float:
-    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * PAGE / 1e6
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Bytes a GPU needs to distil a UNet: counted on shapes, without weights and without a GPU."""
+"""An estimate of the GPU memory that distilling a UNet takes, from shapes: without weights and without a GPU."""
 
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ FLOAT32, BFLOAT16 = 4, 2  # bytes
 
 
 class NormsInFloat32(TorchFunctionMode):
-    """CUDA's autocast computes norms in float32 and hands on their float32 result, the CPU's does not."""
+    """Compute norms in float32 and return float32, as autocast does on CUDA but not on a CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (F.group_norm, F.layer_norm):
@@ -31,7 +31,7 @@ class NormsInFloat32(TorchFunctionMode):
 
 def in_bfloat16(config: dict[str, Any]) -> UNet2DConditionModel:
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)  # a fake network cannot be converted
+    torch.set_default_dtype(torch.bfloat16)  # a network of fake tensors cannot be converted later
     try:
         return UNet2DConditionModel(**config, time_cond_proj_dim=W_DIM).train()
     finally:
@@ -39,9 +39,9 @@ def in_bfloat16(config: dict[str, Any]) -> UNet2DConditionModel:
 
 
 def activations(config: dict[str, Any], batch: int, *, checkpointing: bool) -> int:
-    """Bytes that autograd keeps between a student's forward and backward pass, its parameters left out.
+    """Return the bytes that autograd keeps between a student's forward and backward pass, without its parameters.
 
-    Tensors are fake: they have shapes and storages, but no memory. Weights and matmuls in bfloat16, norms in float32.
+    Tensors are fake: they have shapes and storages, but no memory. Weights and matmuls are in bfloat16, norms in float32.
     """
     with FakeTensorMode(), torch.device("cpu"):
         unet = in_bfloat16(config)
@@ -53,7 +53,7 @@ def activations(config: dict[str, Any], batch: int, *, checkpointing: bool) -> i
         def keep(value: Tensor) -> Tensor:
             storage = value.untyped_storage()
             if storage._cdata not in weights:
-                kept[storage._cdata] = storage  # held, so that its address stays its own
+                kept[storage._cdata] = storage  # a held storage keeps its address
             return value
 
         size, empty = config["sample_size"], partial(torch.empty, dtype=torch.bfloat16)
@@ -66,14 +66,17 @@ def activations(config: dict[str, Any], batch: int, *, checkpointing: bool) -> i
 
 
 def shares(student: UNet2DConditionModel, gpus: int) -> tuple[int, int]:
-    """Parameters of the first of `gpus` shards, and of the whole."""
+    """Return the number of parameters in the first of `gpus` shards, and in the whole network."""
     shapes = [p.shape for p in student.parameters()]
     return sum(-(-shape[0] // gpus) * shape[1:].numel() for shape in shapes), sum(shape.numel() for shape in shapes)
 
 
 def gathered(student: UNet2DConditionModel) -> int:
-    """Bytes of blocks in one piece under FSDP2: the root's and two others (the next one is fetched while one runs) in bfloat16;
-    the gradients of one, in bfloat16 and, to be reduced, in float32."""
+    """Return the bytes of whole blocks under FSDP2.
+
+    The root and two blocks (one runs, the next is fetched) are in bfloat16. The gradients of one block are in bfloat16 and,
+    for their reduction, in float32.
+    """
     blocks = [
         sum(p.numel() for p in block.parameters()) for block in student.modules() if isinstance(block, StableDiffusion.blocks)
     ]
@@ -81,39 +84,40 @@ def gathered(student: UNet2DConditionModel) -> int:
     return BFLOAT16 * (root + 2 * max(blocks)) + (BFLOAT16 + FLOAT32) * max(blocks)
 
 
-def rows(name: str, config: dict[str, Any], batch: int, gpus: int) -> list[dict[str, Any]]:
+def states(config: dict[str, Any], strategy: str, gpus: int) -> dict[str, int]:
+    """Return the bytes of each state on one of `gpus` GPUs. strategy: "ddp" or "fsdp"."""
     with torch.device("meta"):
         student = StableDiffusion({}, config).with_w(UNet2DConditionModel(**config))
-    part, every = shares(student, gpus)
-    kept = {checkpointing: activations(config, batch, checkpointing=checkpointing) for checkpointing in (False, True)}
-    found = []
-    for strategy, count in (("ddp", every), ("fsdp", part)):
-        for target in (True, False):
-            states = {
-                "student": FLOAT32 * count, "gradients": FLOAT32 * count, "AdamW": 2 * FLOAT32 * count,
-                "target": FLOAT32 * count * target, "teacher": BFLOAT16 * count,
-                # DDP's buckets of gradients and autocast's copies of the weights, or what FSDP2 gathers
-                "buckets, copies, blocks": (FLOAT32 + BFLOAT16) * every if strategy == "ddp" else gathered(student),
-            }  # fmt: skip
-            total = sum(states.values())
-            found.append({
-                "UNet": name, "strategy": f"trainer={strategy}", "target net": "average" if target else "itself (mu = 0)",
-                **{key: value / GIB for key, value in states.items()},
-                "states": total / GIB, "images": batch, "activations": kept[False] / GIB, "recomputed": kept[True] / GIB,
-                "all": (total + kept[False]) / GIB, "all, recomputed": (total + kept[True]) / GIB,
-            })  # fmt: skip
-    return found
+    shard, whole = shares(student, gpus)
+    count = whole if strategy == "ddp" else shard
+    return {
+        "student": FLOAT32 * count, "gradients": FLOAT32 * count, "AdamW": 2 * FLOAT32 * count, "target": FLOAT32 * count,
+        "teacher": BFLOAT16 * count,
+        # the gradient buckets of DDP and autocast's copies of the weights, or the blocks that FSDP2 gathers
+        "buffers": (FLOAT32 + BFLOAT16) * whole if strategy == "ddp" else gathered(student),
+    }  # fmt: skip
 
 
 def measure(*, networks: dict[str, dict[str, Any]], batch_sizes: dict[str, int], gpus: int) -> Table:
-    """networks: configurations of diffusers' UNet2DConditionModel by name, each at its own `sample_size`; batch_sizes: images a
-    GPU, by the same names."""
-    configs = {name: {k: v for k, v in config.items() if k != "_target_"} for name, config in networks.items()}
-    found = [row for name, config in configs.items() for row in rows(name, config, batch_sizes[name], gpus)]
+    """networks: arguments of UNet2DConditionModel by name. batch_sizes: images per GPU by the same names."""
+    rows = []
+    for name, network in networks.items():
+        config, images = {key: value for key, value in network.items() if key != "_target_"}, batch_sizes[name]
+        plain, recomputed = (activations(config, images, checkpointing=option) for option in (False, True))
+        for strategy in ("ddp", "fsdp"):
+            total = sum(states(config, strategy, gpus).values())
+            rows.append({
+                "UNet": name,
+                "images a GPU": images,
+                "trainer": f"trainer={strategy}",
+                "states": total / GIB,
+                "all": (total + plain) / GIB,
+                "all, with model.gradient_checkpointing=true": (total + recomputed) / GIB,
+            })  # fmt: skip
     note = (
-        f"GiB a GPU, of {gpus} that share everything under fsdp; precision bf16-mixed; images of the UNet's own size. An "
-        "estimate from shapes, not measured on a GPU. Activations are what autograd keeps of the student's forward pass "
-        "(recomputed: with model.gradient_checkpointing=true). On top come the block that is recomputed, the passes without "
-        "gradients, the kernels' workspace, the allocator's gaps, the VAE and the text encoder."
+        f"GiB on one of {gpus} GPUs with bf16-mixed, an estimate from shapes. States are the student, its gradients, the AdamW "
+        "moments, the target, the teacher and the buffers of the strategy. The rest of `all` is what autograd keeps of the "
+        "student's forward pass. Add the recomputed block, the passes without gradients, the kernels' workspace, the "
+        "allocator's gaps, the VAE and the text encoder."
     )
-    return Table("Memory of training", found, note)
+    return Table("Memory of training", rows, note)

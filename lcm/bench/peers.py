@@ -1,4 +1,4 @@
-"""What a user would run instead: data and training step as in diffusers' scripts for latent consistency distillation."""
+"""The peers: the data loader and the training step of diffusers' scripts for latent consistency distillation."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,14 +16,14 @@ from lcm.models.codec import LatentCodec
 from lcm.models.student import as_network
 from lcm.modules.consistency import ConsistencyModule
 
-READING = (tar_file_expander, group_by_keys)  # what wds.tarfile_to_samples does with an opened shard
+READING = (tar_file_expander, group_by_keys)  # the stages of wds.tarfile_to_samples after opening
 
 
-def as_tensor(image: Image.Image, size: int, resample: Image.Resampling) -> Tensor:
-    """Decoded in full, the shorter side resized to `size`, a random crop, float32 in [-1, 1]: torchvision's calls on PIL."""
+def as_tensor(image: Image.Image, size: int) -> Tensor:
+    """Resize the shorter side to `size`, bilinearly, and crop at random, as torchvision: `[3, size, size]` in [-1, 1]."""
     width, height = image.size
     short = min(width, height)
-    image = image.resize((int(size * width / short), int(size * height / short)), resample)
+    image = image.resize((int(size * width / short), int(size * height / short)), Image.Resampling.BILINEAR)
     left = int(torch.randint(image.width - size + 1, ()))
     top = int(torch.randint(image.height - size + 1, ()))
     image = image.crop((left, top, left + size, top + size))
@@ -31,22 +31,20 @@ def as_tensor(image: Image.Image, size: int, resample: Image.Resampling) -> Tens
     return (x - 0.5) / 0.5
 
 
-def image_loader(
-    shard: str, *, size: int, batch_size: int, workers: int, resample: Image.Resampling = Image.Resampling.BILINEAR
-) -> Iterator[Any]:
-    """Batches of (pixels `[B, 3, size, size]` float32, captions), shards drawn with replacement, endless."""
+def image_loader(shard: str, *, size: int, batch_size: int, workers: int) -> Iterator[Any]:
+    """Return endless batches of (pixels `[B, 3, size, size]` float32, captions)."""
     stages = [wds.decode("pilrgb"), wds.rename(image="jpg;png;webp", text="txt"), wds.to_tuple("image", "text")]
-    return _loader(shard, [*stages, wds.map_tuple(lambda image: as_tensor(image, size, resample))], batch_size, workers)
+    return _loader(shard, [*stages, wds.map_tuple(lambda image: as_tensor(image, size))], batch_size, workers)
 
 
 def latent_loader(shard: str, *, batch_size: int, workers: int) -> Iterator[Any]:
-    """Batches of (moments, captions) by webdataset's own decoder of .npy."""
+    """Return endless batches of (moments, captions), decoded by webdataset."""
     stages = [wds.decode(), wds.to_tuple("latent.npy", "txt"), wds.map_tuple(torch.from_numpy)]
     return _loader(shard, stages, batch_size, workers)
 
 
 def opened(shards: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """webdataset's own opener takes no path in its secure mode, which this program sets."""
+    """Open local files: in the secure mode that this program sets, webdataset's opener takes no path."""
     for shard in shards:
         with open(shard["url"], "rb") as stream:
             yield {**shard, "stream": stream}
@@ -59,10 +57,11 @@ def _loader(shard: str, stages: list[Any], batch_size: int, workers: int) -> Ite
 
 
 def distillation_step(module: ConsistencyModule, codec: LatentCodec, dtype: torch.dtype) -> Callable[..., float]:
-    """`(pixels, captions) -> loss`: one update of the module's student, by our mathematics in their order of work.
+    """Return `(pixels, captions) -> loss`, one update of the module's student with the loss of the module.
 
-    Images and captions are encoded each time, the float32 teacher is called for the condition and once more without, AdamW is
-    not fused, the target moves tensor by tensor, the loss is read each step. dtype: of autocast; float32 is none.
+    It works as the peers' script does. It encodes images and captions in each step. It calls the float32 teacher twice, with
+    and without the caption. AdamW is not fused, the target is updated tensor by tensor, and the loss is read in each step.
+    dtype: of autocast; float32 turns it off.
     """
     assert module.target_net is not None
     net, target, rng = module.net, module.target_net, generator(module.device, "peers")
@@ -87,7 +86,7 @@ def distillation_step(module: ConsistencyModule, codec: LatentCodec, dtype: torc
 
 
 def twice(teacher: Network) -> Network:
-    """A pass of a doubled batch as two passes."""
+    """Split a doubled batch into two passes."""
 
     def net(z: Tensor, t: Tensor, cond: Condition, w: Tensor | None = None) -> Tensor:
         halves = ((z.chunk(2)[i], t.chunk(2)[i], {name: part.chunk(2)[i] for name, part in cond.items()}) for i in (0, 1))

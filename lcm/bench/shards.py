@@ -1,4 +1,4 @@
-"""Shards to read: photographs that are made up on the spot, and latents as `lcm.encode` makes them."""
+"""Shards for the benchmarks: synthetic photos, and latents as `lcm.encode` writes them."""
 
 import io
 from pathlib import Path
@@ -7,20 +7,20 @@ import torch
 import torch.nn.functional as F
 import webdataset as wds
 from PIL import Image
-from tqdm import tqdm
 
 from lcm.core.random import generator
 from lcm.data.datamodule import ShardDataModule
-from lcm.data.encoding import Encoder, Variants
+from lcm.data.encoding import Encoder, Variants, gathered
 from lcm.data.latents import stamp
 from lcm.data.source import Source
+from lcm.data.stream import PassStream
 from lcm.data.transforms import Decode
-from lcm.encode import claim, encode_shard
+from lcm.encode import claim, encode_shards
 from lcm.models.codec import LatentCodec
 
 
 def photo(size: int, rng: torch.Generator) -> bytes:
-    """A square JPEG of quality 90 with a photograph's spectrum, a little smoothed: noise in every octave, mostly grey."""
+    """Return a square JPEG of quality 90: noise in every octave, mostly grey, with the spectrum of a smoothed photo."""
     picture, cells = torch.zeros(1, 3, size, size), 2
     while cells <= size:
         noise = torch.randn(1, 1, cells, cells, generator=rng) + 0.3 * torch.randn(1, 3, cells, cells, generator=rng)
@@ -33,28 +33,30 @@ def photo(size: int, rng: torch.Generator) -> bytes:
 
 
 def write_photos(path: Path, *, count: int, size: int) -> str:
-    """One shard of `count` photos in img2dataset's layout."""
+    """Write one shard of `count` photos in the layout of img2dataset. Return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = generator("cpu", "photos", size)
     with path.open("wb") as file, wds.TarWriter(file, mtime=0) as writer:
         for number in range(count):
-            writer.write({"__key__": f"{number:09d}", "jpg": photo(size, rng), "txt": f"a made-up photo, number {number}"})
+            writer.write({"__key__": f"{number:09d}", "jpg": photo(size, rng), "txt": f"a synthetic photo, number {number}"})
     return str(path)
 
 
 def photo_shard(path: str, *, count: int, size: int) -> None:
-    """`write_photos`, unless the shard is there."""
+    """Call `write_photos` unless the shard exists."""
     if not Path(path).is_file():
-        print(f"writing {path}: {count} made-up photos of {size} px", flush=True)
+        print(f"writing {path}: {count} synthetic photos of {size} px", flush=True)
         write_photos(Path(path), count=count, size=size)
 
 
 def write_latents(shard: str, folder: Path, *, codec: LatentCodec, resolution: int) -> str:
-    """The latent shard of one shard of images: what `python -m lcm.encode` does of it."""
+    """Write the latent shard of a shard of images, as `python -m lcm.encode` does. Return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     claim(folder, stamp(codec, resolution), rank=0)
     target, data = folder / Path(shard).name, ShardDataModule(shard, resolution=resolution, num_workers=0)
     with torch.inference_mode():
         encoder, decode = Encoder(codec, data.seed, drawn=False, text=False), Variants(Decode(resolution), 1, False)
-        encode_shard(Source([shard]), encoder, decode, target, data, tqdm(disable=True))
+        source = Source([shard])
+        stream = PassStream(source, decode=decode, collate=gathered, batch_size=data.val_batch_size, by_shard=True)
+        encode_shards(source, [target], stream, encoder, data)
     return str(target)

@@ -1,7 +1,6 @@
-"""Training steps as `train.py` runs them, beside the peers' step, all in one run."""
+"""Training steps as `train.py` runs them, beside the peers' step."""
 
 from collections.abc import Callable
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +14,7 @@ from lcm.app.cli import build
 from lcm.app.composition import compose
 from lcm.app.inputs import pick_device
 from lcm.bench import peers
-from lcm.bench.measure import Table, data_sheet_tflops, elapsed, in_turn, now, peak_memory, released
+from lcm.bench.measure import Table, in_turn, now, peak_memory, reset_memory
 from lcm.bench.shards import write_latents
 from lcm.callbacks.throughput import Throughput
 from lcm.data.datamodule import ShardDataModule
@@ -23,40 +22,42 @@ from lcm.data.shards import expand_urls
 from lcm.models.flops import matmul_tflops
 
 WARM_UP = 2  # steps that are not timed
+FETCH = "[_TrainingEpochLoop].train_dataloader_next"  # Lightning's name of waiting for a batch
 
 
 class Steps(NamedTuple):
-    """Of one step: seconds, seconds of processor time, those in which it waits for the loader, those in the encoders; FLOP.
+    """Averages over the timed steps.
 
-    peak_memory: bytes on a GPU.
+    seconds: of a step. waiting: seconds of a step that wait for data. flop: of a step. peak_memory: bytes on a GPU.
     """
 
     seconds: float
-    cpu: float
     waiting: float | None = None
-    encoding: float | None = None
     flop: float | None = None
     peak_memory: int | None = None
 
 
 class Clock(L.Callback):
-    """Times the steps after the first `WARM_UP`."""
+    """Record the end of every step."""
 
     def __init__(self) -> None:
-        self.ends: list[tuple[float, float]] = []
+        self.ends: list[float] = []
 
     def on_train_batch_end(self, *args: Any) -> None:
         self.ends.append(now())
 
 
 class Profiler(SimpleProfiler):
-    """Lightning's, without the page that it prints at the end."""
+    """Lightning's profiler without its report."""
 
     def describe(self) -> None: ...
 
 
 class Training:
-    """An experiment on given data; each call trains it a few steps more."""
+    """An experiment. Each call trains it for `steps` more steps.
+
+    prefill: encode one epoch first, so that the codec's cache holds every sample.
+    """
 
     def __init__(self, overrides: list[str], *, steps: int, prefill: bool = False) -> None:
         self.cfg, self.steps = compose("train", overrides), steps
@@ -67,55 +68,53 @@ class Training:
 
     @torch.no_grad()
     def prefill(self) -> None:
-        """An epoch of encoding, so that the codec's cache has every sample."""
         self.data.setup()
         assert self.data.codec is not None
-        for batch in islice(self.data.train_dataloader(), -(-sum(self.data.sizes) // self.data.batch_size)):
+        samples = sum(source.notes(shard).samples for source in self.data.train_sources for shard in range(len(source.urls)))
+        for batch in islice(self.data.train_dataloader(), -(-samples // self.data.batch_size)):
             self.data.codec.posterior(batch["x"], batch["keys"])
 
     def __call__(self) -> Steps:
-        released()
-        clock, arithmetic, profiler = Clock(), Throughput(peak_tflops=1.0), Profiler()
+        reset_memory()
+        clock, throughput, profiler = Clock(), Throughput(peak_tflops=1.0), Profiler()
         silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
         options = {**build(self.cfg.trainer), **silent, "max_steps": WARM_UP + self.steps}
-        L.Trainer(**options, callbacks=[arithmetic, clock], profiler=profiler).fit(self.module, self.data)
+        L.Trainer(**options, callbacks=[throughput, clock], profiler=profiler).fit(self.module, self.data)
         for network in self.module.frozen.values():
-            network.cpu()  # as Lightning does with the module itself
-        assert arithmetic.flop_per_image is not None
-        spent = {name: sum(times[WARM_UP:]) / self.steps for name, times in profiler.recorded_durations.items()}
+            network.cpu()  # Lightning moves the module's own networks
+        assert throughput.flop_per_image is not None
         return Steps(
-            *elapsed(clock.ends[WARM_UP - 1], clock.ends[-1], self.steps),
-            spent["[_TrainingEpochLoop].train_dataloader_next"],
-            spent["[LightningDataModule]ShardDataModule.on_after_batch_transfer"],
-            arithmetic.flop_per_image * self.data.batch_size,
+            (clock.ends[-1] - clock.ends[WARM_UP - 1]) / self.steps,
+            sum(profiler.recorded_durations[FETCH][WARM_UP:]) / self.steps,
+            throughput.flop_per_image * self.data.batch_size,
             peak_memory(),
         )
 
 
 def peer_training(overrides: list[str], *, shard: str, dtype: torch.dtype, steps: int) -> Callable[[], Steps]:
-    """The same networks, batch size and images as a `Training` of distillation, trained as the peers' script does it."""
+    """Train the networks, batch size and images of a distillation as the peers' script does."""
     cfg = compose("train", overrides)
     data, module, device = build(cfg.data), build(cfg.model), pick_device("auto")
     data.codec.vae.to(dtype=dtype, memory_format=torch.contiguous_format)
     for tower in data.codec.text.encoders:
         tower.to(dtype)
     batches = peers.image_loader(shard, size=data.resolution, batch_size=data.batch_size, workers=data.num_workers)
-    parts = (module, module.frozen["teacher"], data.codec.vae, data.codec.text)
+    networks = (module, module.frozen["teacher"], data.codec.vae, data.codec.text)
 
     def run() -> Steps:
-        released()
-        for part in parts:
-            part.to(device)
+        reset_memory()
+        for network in networks:
+            network.to(device)
         step = peers.distillation_step(module, data.codec, dtype)
         for batch in islice(batches, WARM_UP):
             step(*batch)
         started = now()
         for batch in islice(batches, steps):
             step(*batch)
-        taken = elapsed(started, now(), steps)
-        for part in parts:
-            part.to("cpu")
-        return Steps(*taken, peak_memory=peak_memory())
+        seconds = (now() - started) / steps
+        for network in networks:
+            network.to("cpu")
+        return Steps(seconds, peak_memory=peak_memory())
 
     return run
 
@@ -132,64 +131,59 @@ def measure(
     repeats: int,
     matmul_size: int,
 ) -> Table:
-    """experiments: names with the overrides of `train.py`; ways: names with the data that each is trained from ("images",
-    "cached", "latents") and more overrides; peers_of: the distillation that the peers' step trains, too, in each of
-    `peer_precisions`."""
+    """Train each experiment in each way, and `peers_of` also in the peers' way.
+
+    experiments: overrides of `train.py` by name. ways: `data` ("images", "cached", "latents") and `overrides` by name.
+    peer_precisions: dtypes of the peers' autocast.
+    """
     shard, device = expand_urls(shards)[0], pick_device("auto")
-    common = [f"data.resolution={resolution}", *(f"++data.{k}=null" for k in ("val_shards", "build", "index"))]
+    common = [f"data.resolution={resolution}", *(f"++data.{key}=null" for key in ("val_shards", "build", "index"))]
+    contenders: dict[str, Callable[[], Steps]] = {}
+    batch_sizes: dict[str, int] = {}
     with TemporaryDirectory() as folder:
-        contenders: dict[str, Callable[[], Steps]] = {}
         for name, overrides in experiments.items():
-            of = [*overrides, *common]
-            images = [*of, f"data.shards={shard}", "data.codec.cache=false"]
+            images = [*overrides, *common, f"data.shards={shard}", "data.codec.cache=false"]
             codec = build(compose("train", images).data.codec).to(device)
             latents = write_latents(shard, Path(folder, name), codec=codec, resolution=resolution)
             sources = {
                 "images": images,
-                "cached": [*of, f"data.shards={shard}", "data.codec.cache=true"],
-                "latents": [*of, f"data.shards={latents}", "+data.latents=true"],
+                "cached": [*overrides, *common, f"data.shards={shard}", "data.codec.cache=true"],
+                "latents": [*overrides, *common, f"data.shards={latents}", "+data.latents=true"],
             }
             for precision in peer_precisions if name == peers_of else ():
                 contenders[f"{name}|peers, {precision}"] = peer_training(
                     images, shard=shard, dtype=getattr(torch, precision), steps=steps
                 )
             for way, options in ways.items():
-                training = [*sources[options["data"]], *options.get("overrides", [])]
-                contenders[f"{name}|ours, {way}"] = Training(training, steps=steps, prefill=options["data"] == "cached")
-        batch_sizes = {key.partition("|")[0]: c.data.batch_size for key, c in contenders.items() if isinstance(c, Training)}
-        taken = in_turn(contenders, repeats, lambda of: f"{1e3 * of.seconds:.0f} ms a step")
-        best = {key: min(found, key=lambda of: of.seconds) for key, found in taken.items()}
+                training = Training(
+                    [*sources[options["data"]], *options.get("overrides", [])],
+                    steps=steps,
+                    prefill=options["data"] == "cached",
+                )
+                contenders[f"{name}|ours, {way}"], batch_sizes[name] = training, training.data.batch_size
+        results = in_turn(contenders, repeats, lambda result: f"{1e3 * result.seconds:.0f} ms a step")
+    best = {key: min(found, key=lambda result: result.seconds) for key, found in results.items()}
     ceiling = max(matmul_tflops(device, dtype, matmul_size) for dtype in (torch.bfloat16, torch.float32))
-    peer = min((found.seconds for key, found in best.items() if "|peers" in key), default=None)
-    rows = [row(key, batch_sizes[key.partition("|")[0]], of, ceiling, peer, peers_of) for key, of in best.items()]
+    peer = min((result.seconds for key, result in best.items() if "|peers" in key), default=None)
+    rows = []
+    for key, result in best.items():
+        name, _, way = key.partition("|")
+        tflops = None if result.flop is None else result.flop / result.seconds / 1e12
+        rows.append({
+            "training": name,
+            "step": way.replace("_", " "),
+            "ms a step": 1e3 * result.seconds,
+            "images/s": batch_sizes[name] / result.seconds,
+            "of the peers' rate": peer / result.seconds if peer is not None and name == peers_of else None,
+            "TFLOP/s": tflops,
+            "% of a matmul": None if tflops is None else round(100 * tflops / ceiling, 1),
+            "peak GiB": None if result.peak_memory is None else round(result.peak_memory / 2**30, 1),
+            "% waiting for data": None if result.waiting is None else round(100 * result.waiting / result.seconds, 1),
+        })  # fmt: skip
     note = (
-        f"Best of {repeats} x {steps} steps, taken in turn, after {WARM_UP} that do not count, with {torch.get_num_threads()} "
-        f"threads; ours under Lightning's Trainer as `train.py` has it, batches of {batch_sizes}. FLOP are counted in a step "
-        f"of the model, without the encoders; the ceiling is a matmul of {matmul_size} in the same run, in the faster of "
-        f"bfloat16 and float32: {ceiling:.3g} TFLOP/s. "
-        "Peers: the way of diffusers' LCM distillation script (images encoded each time, the teacher called twice, "
-        "eager, unfused AdamW, the average tensor by tensor); the ratio is to the fastest of its precisions."
+        f"Best of {repeats} x {steps} steps, taken in turn, after {WARM_UP} that are not timed, with "
+        f"{torch.get_num_threads()} threads. Batches: {batch_sizes}. FLOPs are those of the networks in a step, without the "
+        f"encoders. The matmul of {matmul_size} ran in the faster of bfloat16 and float32: {ceiling:.3g} TFLOP/s. Peers run "
+        "the step of diffusers' LCM distillation script. The ratio is to the faster of their precisions."
     )
     return Table("Training steps", rows, note)
-
-
-def row(key: str, batch_size: int, of: Steps, ceiling: float, peer: float | None, peers_of: str) -> dict[str, Any]:
-    share = partial(round, ndigits=1)
-    experiment, _, way = key.partition("|")
-    tflops = None if of.flop is None else of.flop / of.seconds / 1e12
-    sheet = data_sheet_tflops()
-    on_gpu = {
-        "% of the data sheet": share(100 * tflops / sheet) if tflops and sheet else None,
-        "peak GiB": share(of.peak_memory / 2**30) if of.peak_memory else None,
-    }
-    return {
-        "training": experiment, "step": way.replace("_", " "), "ms a step": 1e3 * of.seconds,
-        "images/s": batch_size / of.seconds,
-        "images per CPU second": batch_size / of.cpu,
-        "of the peers' rate": peer / of.seconds if peer is not None and experiment == peers_of else None,
-        "GFLOP an image": None if of.flop is None else of.flop / batch_size / 1e9, "TFLOP/s": tflops,
-        "% of a matmul": None if tflops is None else share(100 * tflops / ceiling),
-        **(on_gpu if of.peak_memory else {}),
-        "% waiting for data": None if of.waiting is None else share(100 * of.waiting / of.seconds),
-        "% encoding": None if of.encoding is None else share(100 * of.encoding / of.seconds),
-    }  # fmt: skip

@@ -1,4 +1,4 @@
-"""A pipeline folder of full size with random weights, for speed and memory where no trained one is at hand."""
+"""A full-size pipeline folder with random weights, to measure speed and memory without a download."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from lcm.app.targets import CONF
 from lcm.core.process import VP
 from lcm.models.pipeline import find
 
-VAE: dict[str, Any] = {  # of all Stable Diffusion models up to 2.1
+VAE: dict[str, Any] = {  # Stable Diffusion up to 2.1
     "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32,
     "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "scaling_factor": 0.18215,
 }  # fmt: skip
@@ -34,7 +34,7 @@ TEXT: dict[int, dict[str, Any]] = {  # by width: CLIP ViT-L/14, OpenCLIP ViT-H/1
 
 
 def untrained_pipeline(net: str, folder: str) -> None:
-    """Write the folder, unless it is there: the UNet of `conf/model/net/<net>.yaml` in float16, its VAE and text encoders."""
+    """Write the UNet of `conf/model/net/<net>.yaml`, its VAE and text encoders in float16, unless the folder exists."""
     target = Path(folder)
     if target.is_dir():
         return
@@ -60,7 +60,7 @@ def untrained_pipeline(net: str, folder: str) -> None:
 
 
 def full_size(tokenizer: CLIPTokenizer) -> CLIPTokenizer:
-    """A tokenizer of Stable Diffusion's size and length, with pairs of symbols for the tokens that the given one lacks."""
+    """Return a tokenizer with Stable Diffusion's vocabulary size and length. Pairs of symbols fill the vocabulary."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     vocab, merges = model["vocab"], [tuple(merge) for merge in model["merges"]]
     symbols = [token for token in vocab if len(token) == 1]

@@ -1,4 +1,4 @@
-"""Metrics as one CSV file a run that restarts append to (Lightning's CSVLogger deletes what an earlier start wrote)."""
+"""Metrics in one CSV file. A restart appends to it; Lightning's CSVLogger deletes the file of an earlier start."""
 
 import csv
 from pathlib import Path
@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 
 class CSVLogger(Logger):
-    """Writes `folder/metrics.csv`, a row a logged step; a column appears with the first metric of its name."""
+    """Write `folder/metrics.csv`, one row for each logged step. A metric adds its column when it is first logged."""
 
     def __init__(self, folder: str) -> None:
         super().__init__()
@@ -24,25 +24,25 @@ class CSVLogger(Logger):
         return ""
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The configuration is beside the metrics already, as config.yaml."""
+        """Do nothing: config.yaml in the run folder has the configuration."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         row = {"step": step, **{name: value for name, value in metrics.items() if name != "epoch"}}
-        columns = self._columns()
+        columns = self._header()
         if new := [name for name in row if name not in columns]:
-            columns = self._widen(columns + new)
+            columns = self._add_columns(columns + new)
         with self.file.open("a", newline="") as file:
             csv.DictWriter(file, columns).writerow(row)
 
-    def _columns(self) -> list[str]:
+    def _header(self) -> list[str]:
         if not self.file.is_file():
             return []
         with self.file.open(newline="") as file:
             return next(csv.reader(file), [])
 
-    def _widen(self, columns: list[str]) -> list[str]:
-        """Rewrite the file under a longer header."""
+    def _add_columns(self, columns: list[str]) -> list[str]:
+        """Rewrite the file with these columns."""
         rows = list(csv.DictReader(self.file.open(newline=""))) if self.file.is_file() else []
         partial = self.file.with_suffix(".partial")
         with partial.open("w", newline="") as file:

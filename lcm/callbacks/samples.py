@@ -18,11 +18,11 @@ log = logging.getLogger(__name__)
 
 
 class ImageGrid(L.Callback):
-    """Every `every_n_steps` optimizer steps, and at the start and end, draws `prompts` at each of `steps`.
+    """Draw `prompts` at each of `steps` every `every_n_steps` optimizer steps, at the start and at the end.
 
-    The grid goes to `folder/step-000100.png` and to every logger that takes images; at the end `folder/history.png` puts the
-    largest step count of every grid side by side. w: guidance weight. The pictures have the size of the training. A warning
-    stands in the place of a grid whose pictures are not finite.
+    Write each grid to `folder/step-000100.png` and to every logger that takes images. At the end `folder/history.png` shows the
+    largest step count of all grids side by side. Pictures have the size of the training. If a picture is not finite, the grid
+    is skipped with a warning. w: guidance weight.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ImageGrid(L.Callback):
     def draw(self, trainer: L.Trainer, module: Any) -> None:
         step = trainer.global_step
         if step == self.last or not (trainer.is_global_zero or module.device_mesh is not None):
-            return  # a sharded network is run by all ranks together
+            return  # all ranks run a sharded network together
         self.last = step
         model = module.text_to_image(trainer.datamodule.codec)  # type: ignore[attr-defined]
         options: dict[str, Any] = {"w": self.w, "batch_size": len(self.prompts)}

@@ -1,4 +1,4 @@
-"""How fast a training is: `perf/images_per_sec`, `perf/tflops`, `perf/mfu`, `perf/data_wait`."""
+"""Rates of a training: `perf/images_per_sec`, `perf/tflops`, `perf/mfu` and `perf/data_wait`."""
 
 import time
 from typing import Any
@@ -11,13 +11,16 @@ from lcm.models.flops import call_flop, matmul_tflops
 
 
 class Throughput(L.Callback):
-    """Logs, whenever the trainer logs, the rates since it logged last; validation is left out.
+    """Log the rates since the last log whenever the trainer logs. Validation does not count.
 
-    `perf/images_per_sec` of all devices together; `perf/tflops` of one, those of the networks' matmuls, convolutions and
-    attention as the algorithm needs them (nothing is counted for recomputed activations); `perf/mfu`, their share of
-    `peak_tflops` or, without one, of a matmul of `matmul_size` in the training's precision, measured here at the start;
-    `perf/data_wait`, the share of the time that passes between two steps: reading and, on a CPU, encoding.
-    Nothing here waits for the device in the course of training. matmul_size: by default 2048 on a CPU, 8192 on a GPU.
+    - `perf/images_per_sec`: images per second of all devices together.
+    - `perf/tflops`: TFLOP/s of one device. It counts the matmuls, convolutions and attention of the algorithm, but not
+      recomputed activations.
+    - `perf/mfu`: `perf/tflops` as a share of `peak_tflops`. If that is None, a matmul of `matmul_size` in the precision of the
+      training is measured at the start. matmul_size: by default 2048 on a CPU, 8192 on a GPU.
+    - `perf/data_wait`: the share of the time between two steps, for reading and, on a CPU, encoding.
+
+    No measurement synchronises the device during training.
     """
 
     def __init__(self, peak_tflops: Positive | None = None, matmul_size: Count | None = None) -> None:
@@ -29,7 +32,7 @@ class Throughput(L.Callback):
             size = self.matmul_size or (2048 if module.device.type == "cpu" else 8192)
             dtype = torch.bfloat16 if trainer.precision.startswith("bf16") else torch.float32
             self.peak = matmul_tflops(module.device, dtype, size)
-        module.calls = []  # the first batch's are noted
+        module.calls = []  # the calls of the first batch are recorded
         self.step = trainer.global_step
         self.restart()
 
@@ -42,7 +45,7 @@ class Throughput(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         size = len(batch["x"] if isinstance(batch, dict) else batch)
-        if self.flop_per_image is None:  # the first batch warms up, and is not timed
+        if self.flop_per_image is None:  # the first batch warms up and is not timed
             self.flop_per_image = sum(call_flop(module.family, *call) for call in module.calls) / size
             module.calls = None
             return self.restart()

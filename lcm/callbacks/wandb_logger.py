@@ -1,4 +1,4 @@
-"""Weights & Biases, without which training goes on."""
+"""Weights & Biases. A failure of the service does not stop a training."""
 
 import logging
 import sys
@@ -16,22 +16,22 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def left_out() -> Iterator[None]:
-    """Whether or not this process has heard of the signal yet that has ended wandb's."""
+def ignore_errors() -> Iterator[None]:
+    """Warn of an error. After a stop signal ignore it: the signal also ends the process of wandb."""
     try:
         yield
     except Exception as error:
         if not signals.asked():
-            log.warning("wandb has ended, nothing more is logged there (%s)", error)
+            log.warning("wandb has stopped, so it logs nothing more (%s)", error)
 
 
 class WandbLogger(LightningWandbLogger):
-    """Lightning's; where the service does not answer within `settings.init_timeout` seconds the run is kept on disk.
+    """Lightning's logger, which also works without the service: it then logs to disk.
 
-    settings: wandb's, such as `finish_timeout`, how many seconds the end waits for the service.
+    It goes offline if the service does not answer within `settings.init_timeout` seconds. A SIGTERM from SLURM also ends the
+    process of wandb. Later metrics are not logged there, while the training finishes its step and saves.
 
-    A SIGTERM from SLURM goes to wandb's own process, too, which then ends: what comes after is not logged, and training goes on
-    to the end of the step and saves.
+    settings: of wandb, such as `finish_timeout`: seconds to wait for the service at the end.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class WandbLogger(LightningWandbLogger):
         super().__init__(**{name: value for name, value in texts.items() if value is not None}, **kwargs)
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        with left_out():
+        with ignore_errors():
             super().log_metrics(metrics, step)
 
     def finalize(self, status: str) -> None:
@@ -57,7 +57,7 @@ class WandbLogger(LightningWandbLogger):
             import wandb
 
             for close in (self._experiment.finish, wandb.teardown):
-                with left_out():
+                with ignore_errors():
                     close()
 
     @property
@@ -72,15 +72,15 @@ class WandbLogger(LightningWandbLogger):
             return super().experiment
         except (AuthenticationError, UsageError) as error:
             raise UserError(
-                f"wandb refuses ({' '.join(str(error).split())}): set WANDB_API_KEY or keep the run on disk with "
+                f"wandb refuses ({' '.join(str(error).split())}): set WANDB_API_KEY, or log to disk with "
                 "logger.wandb.offline=true"
             ) from error
         except CommError:
-            wandb.teardown()  # the attempt holds the run's id
+            wandb.teardown()  # the failed attempt holds the run's id
             self._wandb_init["mode"] = "offline"
             run = super().experiment
             print(
-                "warning: wandb does not answer: the run is kept on disk, send it later with "
+                "warning: wandb does not answer, so it logs to disk: send the run later with "
                 f"`wandb sync {run.settings.sync_dir}`",
                 file=sys.stderr,
                 flush=True,

@@ -1,4 +1,4 @@
-"""The batch that every latent module trains on."""
+"""The batch on which every latent module trains."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ from lcm.core.denoiser import Condition
 class LatentBatch:
     """Algorithm 1's `(z, c) ~ D_z`.
 
-    z0: `[B, C, H/f, W/f]` float32, scaled to unit variance. cond: the conditions of the B captions. uncond: that of the empty
-    caption, one row. captions: the B texts. keys: the B sample names.
+    z0: `[B, C, H/f, W/f]` float32, scaled to unit variance. cond: the condition of each of the B captions. uncond: the
+    condition of the empty caption, one row. captions: the B texts. keys: the B sample names.
     """
 
     z0: Tensor

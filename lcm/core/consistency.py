@@ -11,9 +11,9 @@ ConsistencyFn = Callable[..., Tensor]  # (denoise, z_t [B, C, H, W], t [B], *, p
 
 
 def boundary_scalings(t: Tensor, *, sigma_data: float = 0.5, timestep_scaling: float = 10.0) -> tuple[Tensor, Tensor]:
-    """Return c_skip, c_out `[B]` float32 at timesteps t `[B]`, in the form every released LCM was trained with.
+    """Return c_skip, c_out `[B]` float32 at timesteps t `[B]`, as used by every released LCM.
 
-    `c_skip = sd^2 / ((a t)^2 + sd^2)`, `c_out = a t / sqrt((a t)^2 + sd^2)`: without the extra factor sd of Consistency Models.
+    `c_skip = sd^2 / ((a t)^2 + sd^2)`, `c_out = a t / sqrt((a t)^2 + sd^2)`. Consistency Models multiply c_out by sd.
     """
     scaled = timestep_scaling * t.float()
     square = scaled**2 + sigma_data**2
@@ -21,9 +21,10 @@ def boundary_scalings(t: Tensor, *, sigma_data: float = 0.5, timestep_scaling: f
 
 
 def consistency_fn(denoise: Denoise, z_t: Tensor, t: Tensor, *, process: Process) -> Tensor:
-    """LCM's `f(z_t, t) = c_skip z_t + c_out x0(z_t, t)`, `[B, C, H, W]` float32; the condition and w are bound in `denoise`.
+    """Return LCM's `f(z_t, t) = c_skip z_t + c_out x0(z_t, t)`, `[B, C, H, W]` float32 (LCM, eq. 9).
 
-    The scalings repair that VP's clean end has noise. A flow ends at sigma = 0, where x0(z, t) = z holds by itself.
+    The scalings enforce the boundary condition in VP, whose clean end has noise. A flow ends at sigma = 0, where
+    x0(z, t) = z holds without scalings. denoise: with the condition and w bound.
     """
     x0 = denoise(z_t, t).x0
     if process.t_min < 0:
@@ -42,16 +43,16 @@ def cm_scalings(sigma: Tensor, sigma_min: Tensor | float, *, sigma_data: float) 
 
 
 def cm_consistency_fn(denoise: Denoise, z_t: Tensor, t: Tensor, *, process: Process, sigma_data: float = 1.0) -> Tensor:
-    """`f(x, sigma) = c_skip x + c_out F(x, sigma)` of Consistency Models, for a network of any process.
+    """Return `f(x, sigma) = c_skip x + c_out F(x, sigma)` of Consistency Models, `[B, C, H, W]`, for a network of any process.
 
-    `x = z_t / alpha_t` has noise `sigma = sigma_t / alpha_t`. F is the network's x0 in EDM's preconditioning (no t_min), so a
-    diffusion model is a consistency model to start from. sigma_data: the latents' standard deviation, which is 1.
-    A flow ends at sigma = 0, where f is x0 itself.
+    `x = z_t / alpha_t` has noise `sigma = sigma_t / alpha_t`. F is the network's x0 in EDM's preconditioning, without t_min.
+    A diffusion model is therefore a valid initialisation. sigma_data: the standard deviation of the latents. In a flow f is
+    x0 itself.
     """
     if process.t_min < 0:
         return denoise(z_t, t).x0
     alpha, sigma_t = process.at(t, z_t.ndim)
-    alpha = alpha.clamp_min(FLOOR)  # pure noise of a flow has alpha = 0
+    alpha = alpha.clamp_min(FLOOR)  # alpha is 0 in a flow's pure noise
     x, sigma = z_t / alpha, sigma_t / alpha
     clean = t[:1] * 0 + process.t_min
     sigma_min = per_sample(process.sigma(clean) / process.alpha(clean), z_t.ndim)

@@ -1,4 +1,4 @@
-"""A denoiser: a network with its process and its output type, read as the clean latent and the noise of z_t."""
+"""A denoiser: a network with its process and its output type, which predicts the clean latent and the noise of z_t."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from lcm.core.errors import UserError
 from lcm.core.guidance import guide
 from lcm.core.process import FLOOR, Process, per_sample
 
-# Inputs that condition a network, by name: "states" [B, L, D] (text embeddings), and by family "mask" [B, L], "pooled" [B, P],
-# "sizes" [B, 6] int64. The unconditional one may have one row for all samples.
+# Conditioning inputs by name: "states" [B, L, D] (text embeddings) and, depending on the family, "mask" [B, L],
+# "pooled" [B, P] and "sizes" [B, 6] int64. An unconditional condition may have one row for all samples.
 Condition = Mapping[str, Tensor]
 Network = Callable[..., Tensor]  # net(z_t [B, C, H, W], time [B], cond: Condition, w [B] or None) -> [B, C, H, W]
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 
 class Denoised(NamedTuple):
-    """The clean latent and the noise that make up z_t, each `[B, C, H, W]` float32."""
+    """The clean latent and the noise of z_t = alpha x0 + sigma eps, each `[B, C, H, W]` float32."""
 
     x0: Tensor
     eps: Tensor
@@ -44,10 +44,11 @@ class Denoiser:
             raise UserError(f"unknown prediction_type {self.prediction_type!r}: use one of {', '.join(PREDICTION_TYPES)}")
 
     def __call__(self, z_t: Tensor, t: Tensor, cond: Condition, w: Tensor | None = None) -> Denoised:
-        """z_t: `[B, C, H, W]`, t: `[B]` timesteps, w: `[B]` guidance weights of a w-conditioned network."""
+        """Predict (x0, eps). z_t: `[B, C, H, W]`. t: `[B]` timesteps. w: `[B]`, for networks that take the guidance weight."""
         return self.read(self.output(z_t, t, cond, w), z_t, t)
 
     def output(self, z_t: Tensor, t: Tensor, cond: Condition, w: Tensor | None = None) -> Tensor:
+        """Return the network's output, `[B, C, H, W]` float32."""
         return self.net(z_t, self.process.network_time(t), cond, w).float()
 
     def read(self, output: Tensor, z_t: Tensor, t: Tensor) -> Denoised:
@@ -56,7 +57,7 @@ class Denoiser:
         if self.prediction_type == "epsilon":
             return Denoised((z_t - sigma * output) / alpha.clamp_min(FLOOR), output)
         if self.prediction_type == "sample":
-            x0 = torch.where(sigma > 0, output, z_t / alpha.clamp_min(FLOOR))  # a flow's clean end is its own x0
+            x0 = torch.where(sigma > 0, output, z_t / alpha.clamp_min(FLOOR))  # at a flow's clean end x0 is z_t
             return Denoised(x0, (z_t - alpha * x0) / sigma.clamp_min(FLOOR))
         a, b = coefficients(self.prediction_type, alpha, sigma)
         flow = self.prediction_type == "flow_prediction"
@@ -64,30 +65,30 @@ class Denoiser:
         return Denoised((b * z_t - sigma * output) / determinant, (alpha * output - a * z_t) / determinant)
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Return the output of a perfect network at `z_t = alpha x0 + sigma eps`."""
+        """Return the output that a perfect network gives at `z_t = alpha x0 + sigma eps`."""
         a, b = coefficients(self.prediction_type, *self.process.at(t, x0.ndim))
         return a * x0 + b * eps
 
     def bound(self, cond: Condition, w: Tensor | None = None) -> Denoise:
-        """Bind the condition and w: one network call for each (z, t)."""
+        """Bind the condition and w. Each call makes one network call."""
         return lambda z, t: self(z, t, cond, w)
 
     def guided(self, cond: Condition, uncond: Condition, w: Tensor) -> Denoise:
-        """Bind classifier-free guidance: the conditional and the unconditional prediction as one call of 2B samples.
+        """Bind classifier-free guidance. Each call makes one network call of 2B samples.
 
-        Guiding the output guides x0 and eps alike, because both are affine in it. uncond: one row, or one for each sample.
+        Guiding the output guides x0 and eps equally, because both are affine in it. uncond: one row, or one per sample.
         """
-        both = {name: torch.cat([c, uncond[name].expand_as(c)]) for name, c in cond.items()}
+        doubled = {name: torch.cat([c, uncond[name].expand_as(c)]) for name, c in cond.items()}
 
         def denoise(z: Tensor, t: Tensor) -> Denoised:
-            conditional, unconditional = self.output(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
+            conditional, unconditional = self.output(torch.cat([z, z]), torch.cat([t, t]), doubled).chunk(2)
             return self.read(guide(conditional, unconditional, w), z, t)
 
         return denoise
 
 
 def coefficients(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (a, b) of `output = a x0 + b eps`, in the shape of alpha and sigma."""
+    """Return (a, b) of `output = a x0 + b eps`, each with the shape of alpha and sigma."""
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
     if prediction_type == "epsilon":
         return zero, one
@@ -98,18 +99,18 @@ def coefficients(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Te
     return -one, one
 
 
-def seen_from(denoise: Denoise, inner: Process, outer: Process) -> Denoise:
-    """Let a denoiser of the process `inner` be called with points of the process `outer`.
+def convert_process(denoise: Denoise, inner: Process, outer: Process) -> Denoise:
+    """Return a denoiser that takes points of the process `outer`, given a denoiser of the process `inner`.
 
-    (x0, eps) of a point do not depend on the process: equal `alpha / sigma` is the same point up to a scale. Beyond the noise
-    levels of `inner` its nearest one is used, with a point of the same scale.
+    (x0, eps) of a point do not depend on the process: points with equal `alpha / sigma` differ only by a scale. Noise levels
+    that `inner` lacks are mapped to its nearest one.
     """
     if inner is outer or inner.config == outer.config:
         return denoise
 
-    def mapped(z_t: Tensor, t: Tensor) -> Denoised:
+    def converted(z_t: Tensor, t: Tensor) -> Denoised:
         inner_t = inner.timestep_at(outer.half_log_snr(t))
-        scale, own_scale = (torch.hypot(p.alpha(at), p.sigma(at)) for p, at in ((inner, inner_t), (outer, t)))
-        return denoise(per_sample(scale / own_scale, z_t.ndim) * z_t, inner_t)
+        inner_scale, outer_scale = (torch.hypot(p.alpha(time), p.sigma(time)) for p, time in ((inner, inner_t), (outer, t)))
+        return denoise(per_sample(inner_scale / outer_scale, z_t.ndim) * z_t, inner_t)
 
-    return mapped
+    return converted

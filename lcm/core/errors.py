@@ -1,11 +1,11 @@
-"""What a user did that the program cannot work with, said in one sentence."""
+"""Errors whose message a user can act on."""
 
 
 class UserError(Exception):
-    """Its message is one sentence that says what is wrong and what to do; programs print it and exit with code 1."""
+    """Wrong input. The message says what is wrong and what to do. Programs print it and exit with code 1."""
 
     def __init__(self, message: str) -> None:
-        # A DataLoader raises a worker's error again with the worker's traceback in the message: keep the sentence.
+        # A DataLoader re-raises a worker's error with the traceback in its message. Keep the sentence only.
         kind = type(self).__name__
         if message.startswith(f"Caught {kind} in DataLoader worker"):
             message = message.rpartition(f"\nlcm.core.errors.{kind}: ")[2]

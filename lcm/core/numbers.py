@@ -1,11 +1,11 @@
-"""Annotations by which constructors and programs say what numbers they take; `lcm.app.arguments` compares a configuration."""
+"""Annotations for the valid range of a numeric argument. `lcm.app.arguments` checks a configuration against them."""
 
 import math
 from typing import Annotated, Any, Literal, NamedTuple
 
 
 class Limit(NamedTuple):
-    """From `low` to `high`; `above`: low itself is too low."""
+    """The range `low` to `high`. above: whether `low` itself is excluded."""
 
     low: float = -math.inf
     high: float = math.inf

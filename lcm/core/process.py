@@ -1,6 +1,6 @@
 """Processes `z_t = alpha(t) z_0 + sigma(t) eps`: variance preserving (VP) and rectified flow.
 
-Time t counts timesteps: 0 .. T - 1 are the T noise levels of the discrete schedule, and a float t lies between two of them.
+Time t counts timesteps. Integers 0 .. T - 1 are the noise levels of the discrete schedule; a float t lies between two levels.
 alpha and sigma are differentiable in a float t. Nothing here assumes `alpha^2 + sigma^2 = 1`.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lcm.core.errors import UserError
 
-FLOOR = 2.0**-12  # the smallest alpha or sigma to divide by; diffusers bounds a zero-SNR alpha^2 by 2^-24 likewise
+FLOOR = 2.0**-12  # smallest divisor for alpha and sigma; diffusers' bound for a zero-SNR alpha^2 is 2^-24, too
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 
 
@@ -67,17 +67,17 @@ class Process(nn.Module):
     def jump(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Return `alpha(t) x0 + sigma(t) eps`; x0, eps: `[B, ...]`, t: `[B]`.
 
-        With data and fresh noise this draws z_t. With a network's (x0, eps) it is one DDIM step (VP) or Euler step (flow) to t.
+        With data and fresh noise this draws z_t. With a network's (x0, eps) it is one DDIM step (Euler's step in a flow) to t.
         """
         alpha, sigma = self.at(t, x0.ndim)
         return alpha * x0 + sigma * eps
 
 
 class VP(Process):
-    """The variance-preserving process of DDPM and Stable Diffusion: tables of alpha and sigma, built in float64.
+    """The variance-preserving process of DDPM and Stable Diffusion: float32 tables of alpha and sigma, built in float64.
 
     The arguments are keys of diffusers' `scheduler_config.json`; `squaredcos_cap_v2` is the cosine schedule. alpha and sigma
-    are linear between two timesteps. The clean end is timestep 0, where some noise is left (Stable Diffusion: sigma = 0.03).
+    are linear between two timesteps. The clean end is timestep 0, which has some noise (Stable Diffusion: sigma = 0.03).
     """
 
     t_min = 0
@@ -105,7 +105,7 @@ class VP(Process):
         alpha_bar = (1 - betas(beta_schedule, beta_start, beta_end, num_train_timesteps)).cumprod(0)
         if rescale_betas_zero_snr:
             alpha_bar = zero_terminal_snr(alpha_bar)
-        alpha_bar = alpha_bar.clamp_min(FLOOR**2)  # at alpha = 0 lambda is infinite and eps does not determine x0
+        alpha_bar = alpha_bar.clamp_min(FLOOR**2)  # alpha = 0 makes lambda infinite
         self.register_buffer("alphas", alpha_bar.sqrt().float(), persistent=False)
         self.register_buffer("sigmas", (1 - alpha_bar).sqrt().float(), persistent=False)
 
@@ -119,7 +119,7 @@ class VP(Process):
         return torch.ones_like(t, dtype=self.alphas.dtype)
 
     def timestep_at(self, half_log_snr: Tensor) -> Tensor:
-        lambdas = self.alphas.log() - self.sigmas.log()  # they fall
+        lambdas = self.alphas.log() - self.sigmas.log()  # descending
         right = torch.searchsorted(-lambdas, -half_log_snr.contiguous()).clamp(1, self.num_timesteps - 1)
         (alpha, sigma), ratio = (table[right - 1] for table in (self.alphas, self.sigmas)), (-half_log_snr).exp()
         # Between two timesteps the tables are linear: (sigma + fraction d_sigma) / (alpha + fraction d_alpha) = ratio.
@@ -163,17 +163,18 @@ class Flow(Process):
 
 
 def process_of(config: dict[str, Any]) -> Process:
-    """Build the process from the content of a `scheduler_config.json`; keys that do not shape the noise are ignored.
+    """Build the process from the content of a `scheduler_config.json`. Keys that do not affect the noise are ignored.
 
-    Raises UserError for other noise than VP and flow, and for betas left to defaults, which differ among diffusers' classes.
+    Raises UserError for processes other than VP and flow. It also does for missing betas, whose defaults differ among
+    diffusers' classes.
     """
     name = str(config.get("_class_name"))
     if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
         if config.get("use_dynamic_shifting"):
             raise UserError(
-                f"the scheduler {name} shifts its times by the image size, which is not supported: set a fixed shift"
+                f"the scheduler {name} shifts its timesteps by the image size, which is not supported: set a fixed shift"
             )
-        if config.get("use_flow_sigmas"):  # a DPM-Solver of diffusers, as Sana has it; its betas then mean nothing
+        if config.get("use_flow_sigmas"):  # Sana's DPM-Solver, whose betas have no effect
             config = {**config, "shift": config.get("flow_shift", 1.0)}
         return Flow(**arguments(Flow, config))
     if name.startswith(("EDM", "SCM", "FlowMap")):
@@ -189,11 +190,12 @@ def process_of(config: dict[str, Any]) -> Process:
 
 
 def arguments(kind: type[Process], config: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of `config` that are arguments of the class `kind`."""
     return {key: config[key] for key in inspect.signature(kind).parameters if key in config}
 
 
 def interpolate(table: Tensor, t: Tensor) -> Tensor:
-    """Return the table's values at t: exact at integers, linear between them."""
+    """Return the table's values at t `[B]`, linearly interpolated between integers."""
     if not t.is_floating_point():
         return table[t]
     low = t.detach().floor().long().clamp(0, len(table) - 2)
@@ -201,7 +203,7 @@ def interpolate(table: Tensor, t: Tensor) -> Tensor:
 
 
 def betas(kind: str, start: float, end: float, steps: int) -> Tensor:
-    """Return the noise increments beta_t, `[steps]` float64."""
+    """Return the noise increments beta_t, `[steps]` float64. Raises UserError for an unknown schedule."""
     if kind == "scaled_linear":
         return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
     if kind == "linear":
@@ -214,6 +216,6 @@ def betas(kind: str, start: float, end: float, steps: int) -> Tensor:
 
 
 def zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
-    """Shift and scale sqrt(alpha_bar) so that it ends at 0 and keeps its start (2305.08891, Algorithm 1)."""
+    """Shift and scale sqrt(alpha_bar) to end at 0 with its start unchanged (2305.08891, Algorithm 1)."""
     root = alpha_bar.sqrt()
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2

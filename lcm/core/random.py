@@ -1,4 +1,4 @@
-"""Randomness as a pure function of where it is used, so that a resumed run draws what the uninterrupted one drew."""
+"""Randomness as a pure function of keys, so that a resumed run draws the same numbers as an uninterrupted run."""
 
 import hashlib
 from collections.abc import Iterator
@@ -7,26 +7,29 @@ import torch
 
 
 def generator(device: torch.device | str, *keys: int | str) -> torch.Generator:
-    """A generator on `device` seeded by `keys` alone, e.g. `generator(device, seed, "train", batch)`."""
+    """Return a generator on `device` seeded by `keys` alone, e.g. `generator(device, seed, "train", batch)`."""
     digest = hashlib.sha256("/".join(map(str, keys)).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-BLOCK = 64  # rows of a global batch that share a generator; a batch of no more is drawn at once
+BLOCK = 64  # samples of a global batch that share a generator
 
 
-class RankRows:
-    """One rank's rows of what is drawn for a global batch, `rank * count` to `(rank + 1) * count` of `world_size * count`.
+class RankSlice:
+    """This rank's slice of the noise of a global batch: samples `rank * count` to `(rank + 1) * count`.
 
-    A function of `keys`, of the global batch's size and of a sample's place in it, whatever the number of ranks. Block n of 64
-    rows has the generator of (*keys, n), so that a rank draws the blocks that it has rows in.
+    The noise of a sample depends on `keys`, the global batch size and the sample's position in the global batch, not on the
+    world size. Block n of 64 samples has the generator (*keys, n), and a rank draws only the blocks that overlap its slice.
     """
 
     def __init__(self, device: torch.device | str, *keys: int | str, rank: int = 0, world_size: int = 1) -> None:
         self.device, self.keys, self.rank, self.world_size = device, keys, rank, world_size
 
     def blocks(self, count: int) -> Iterator[tuple[int, torch.Generator, slice]]:
-        """For each block that `count` rows of this rank lie in: its size, its generator and which of its rows they are."""
+        """Yield (size, generator, rows) of each block that overlaps this rank's slice of `count` samples.
+
+        rows: the part of the block that belongs to this rank.
+        """
         start, stop, total = self.rank * count, (self.rank + 1) * count, self.world_size * count
         for block in range(start // BLOCK, -(-stop // BLOCK)):
             first = block * BLOCK
@@ -34,18 +37,18 @@ class RankRows:
             yield min(BLOCK, total - first), generator(self.device, *self.keys, block), rows
 
 
-def normal(shape: torch.Size, rng: RankRows | torch.Generator | None, device: torch.device) -> torch.Tensor:
-    """Standard normals `shape`, float32."""
-    if not isinstance(rng, RankRows):
+def normal(shape: torch.Size, rng: RankSlice | torch.Generator | None, device: torch.device) -> torch.Tensor:
+    """Draw standard normals of the given shape, float32."""
+    if not isinstance(rng, RankSlice):
         return torch.randn(shape, generator=rng, device=device)
     blocks = rng.blocks(shape[0])
     return torch.cat([torch.randn(size, *shape[1:], generator=block, device=device)[rows] for size, block, rows in blocks])
 
 
 class ImageNoise:
-    """Standard normals `[B, *shape]` float32 for a batch of images, each from its own seed.
+    """Draws standard normals `[B, *shape]` float32 for a batch of images, one seed per image.
 
-    Image i is the same whatever batch it is in and whatever the device: the numbers are drawn on the CPU.
+    The noise of an image does not depend on its batch. It is drawn on the CPU, so it does not depend on the device either.
     """
 
     def __init__(self, seeds: list[int], shape: tuple[int, ...], device: torch.device | str = "cpu") -> None:

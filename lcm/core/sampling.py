@@ -1,8 +1,8 @@
-"""From noise to latents. Every sampler is `(denoise, z_T, timesteps, *, process, noise) -> z_0`.
+"""Samplers, from noise to latents. Every sampler is `(denoise, z_T, timesteps, *, process, noise) -> z_0`.
 
-denoise: a denoiser with condition and guidance bound. z_T: `[B, C, H, W]` ~ N(0, I). timesteps: descending integers, from
-z_T's on. noise: `() -> [B, C, H, W]`, fresh standard normals. ODE and ancestral samplers end at the process' t_min. In VP some
-noise is left there (sigma_0 = 0.03), as in Stable Diffusion's own schedulers.
+denoise: a denoiser with condition and guidance bound. z_T: `[B, C, H, W]` ~ N(0, I). timesteps: descending integers that start
+with the timestep of z_T. noise: `() -> [B, C, H, W]`, fresh standard normals. ODE and ancestral samplers end at the process'
+t_min. In VP some noise is left there (sigma_0 = 0.03), as in Stable Diffusion's own schedulers.
 """
 
 import math
@@ -29,7 +29,7 @@ def consistency(
     noise: Noise,
     f: ConsistencyFn = consistency_fn,
 ) -> Tensor:
-    """Multistep consistency sampling (LCM, Algorithm 3); one step draws no second noise. f: as the model was trained."""
+    """Multistep consistency sampling (LCM, Algorithm 3). f: the consistency function of the training."""
     x0 = f(denoise, z, _at(timesteps[0], z), process=process)
     for tau in timesteps[1:]:
         z = process.jump(x0, noise(), _at(tau, z))
@@ -62,7 +62,7 @@ def ode(
     noise: Noise,
     solver: Solver,
 ) -> Tensor:
-    """Any solver of `lcm.core.solvers`, step after step."""
+    """Solve the ODE by repeating a step of `lcm.core.solvers`."""
     for t, s in _steps(timesteps, z, process):
         z = solver(denoise, z, t, s, process=process)
     return z
@@ -74,8 +74,8 @@ def ddim(denoise: Denoise, z: Tensor, timesteps: list[int], *, process: Process,
         (alpha_t, sigma_t), (alpha_s, sigma_s) = process.at(t, z.ndim), process.at(s, z.ndim)
         x0, eps = denoise(z, t)
         variance = (sigma_s / sigma_t) ** 2 * (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2)
-        kept = alpha_t / alpha_s * sigma_s**2 / sigma_t  # of eps at eta = 1: the root of sigma_s^2 - variance
-        z = alpha_s * x0 + ((1 - eta**2) * sigma_s**2 + (eta * kept) ** 2).sqrt() * eps
+        ancestral = alpha_t / alpha_s * sigma_s**2 / sigma_t  # scale of eps at eta = 1: sqrt(sigma_s^2 - variance)
+        z = alpha_s * x0 + ((1 - eta**2) * sigma_s**2 + (eta * ancestral) ** 2).sqrt() * eps
         if eta:
             z = z + eta * variance.sqrt() * noise()
     return z
@@ -87,44 +87,45 @@ def ddpm(denoise: Denoise, z: Tensor, timesteps: list[int], *, process: Process,
 
 
 def dpm_solver_2m(denoise: Denoise, z: Tensor, timesteps: list[int], *, process: Process, noise: Noise) -> Tensor:
-    """DPM-Solver of second order (2206.00927) in multistep form: as `dpm_solver_pp_2m`, with eps in the place of x0."""
+    """Second-order DPM-Solver (2206.00927) in multistep form: `dpm_solver_pp_2m` with eps in place of x0."""
 
-    def step(start: Denoised, slope: Tensor, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        return eps_step(z, start.x0, slope, t, s, process)
+    def step(denoised: Denoised, eps: Tensor, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return eps_step(z, denoised.x0, eps, t, s, process)
 
-    return _multistep(denoise, lambda start: start.eps, step, z, timesteps, process)
+    return _multistep(denoise, lambda denoised: denoised.eps, step, z, timesteps, process)
 
 
 def dpm_solver_pp_2m(denoise: Denoise, z: Tensor, timesteps: list[int], *, process: Process, noise: Noise) -> Tensor:
-    """DPM-Solver++(2M) (2211.01095, Algorithm 2): second order at one network call a step."""
+    """DPM-Solver++(2M) (2211.01095, Algorithm 2): second order with one network call per step."""
 
-    def step(start: Denoised, slope: Tensor, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        return x0_step(z, slope, t, s, process)
+    def step(denoised: Denoised, x0: Tensor, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return x0_step(z, x0, t, s, process)
 
-    return _multistep(denoise, lambda start: start.x0, step, z, timesteps, process)
+    return _multistep(denoise, lambda denoised: denoised.x0, step, z, timesteps, process)
 
 
 def _multistep(
     denoise: Denoise,
-    read: Callable[[Denoised], Tensor],
+    prediction: Callable[[Denoised], Tensor],
     step: Callable[..., Tensor],
     z: Tensor,
     timesteps: list[int],
     process: Process,
 ) -> Tensor:
-    """Linear multistep: extrapolate the model output (`read`) from the last two steps.
+    """Linear multistep: extrapolate the prediction (x0 or eps) from the last two steps.
 
-    The first step is first order. So is the last of fewer than 15, or to no noise (diffusers' `lower_order_final`).
+    The first step is first order. The last step is first order if there are fewer than 15 steps, or if it ends without noise
+    (diffusers' `lower_order_final`).
     """
-    previous: tuple[Tensor, Tensor] | None = None  # (model output, h) of the step before
+    previous: tuple[Tensor, Tensor] | None = None  # (prediction, h) of the previous step
     for i, (t, s) in enumerate(_steps(timesteps, z, process)):
-        start = denoise(z, t)
-        now = read(start)
+        denoised = denoise(z, t)
+        current = prediction(denoised)
         h = per_sample(process.half_log_snr(s) - process.half_log_snr(t), z.ndim)
         last = i == len(timesteps) - 1 and (len(timesteps) < 15 or process.t_min < 0)
-        slope = now if previous is None or last else now + (now - previous[0]) * h / (2 * previous[1])
-        previous = (now, h)
-        z = step(start, slope, z, t, s)
+        value = current if previous is None or last else current + (current - previous[0]) * h / (2 * previous[1])
+        previous = (current, h)
+        z = step(denoised, value, z, t, s)
     return z
 
 

@@ -1,7 +1,7 @@
-"""One step of the probability-flow ODE from t to s < t: the paper's Psi, and the steps that samplers repeat.
+"""One step of the probability-flow ODE from t to s < t: the paper's Psi, and the steps that ODE samplers repeat.
 
 Every solver is `(denoise, z_t, t, s, *, process) -> z_s` with z `[B, C, H, W]`, t and s `[B]` int64. `denoise` is a network
-with caption, guidance and prediction type already bound, so a solver never sees w. lambda = log(alpha / sigma), h = lambda_s -
+with condition, guidance and prediction type bound, so a solver never sees w. lambda = log(alpha / sigma), h = lambda_s -
 lambda_t > 0. Second-order solvers call `denoise` twice.
 """
 
@@ -17,13 +17,12 @@ Solver = Callable[..., Tensor]
 
 
 def ddim(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Process) -> Tensor:
-    """DDIM with eta = 0 (2010.02502, eq. 12): `alpha_s x0 + sigma_s eps`. The paper's default Psi; Euler's step in a flow."""
+    """DDIM with eta = 0 (2010.02502, eq. 12): `alpha_s x0 + sigma_s eps`. The paper's default Psi.
+
+    It equals DPM-Solver-1 (2206.00927, eq. 3.7), first-order DPM-Solver++ (2211.01095, eq. 9) and Euler's method on
+    `d(z/alpha) = eps d(sigma/alpha)`, as in k-diffusion and EulerDiscreteScheduler. In a flow it is Euler's method, too.
+    """
     return process.jump(*denoise(z_t, t), s)
-
-
-def dpm_solver_1(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Process) -> Tensor:
-    """DPM-Solver-1 (2206.00927, eq. 3.7): DDIM written in eps, `alpha_s / alpha_t z_t - sigma_s (e^h - 1) eps`."""
-    return eps_step(z_t, *denoise(z_t, t), t, s, process)
 
 
 def dpm_solver_2(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Process) -> Tensor:
@@ -34,11 +33,6 @@ def dpm_solver_2(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process
     return eps_step(z_t, x0_t, eps_t + (eps_m - eps_t) / (2 * per_sample(r, z_t.ndim)), t, s, process)
 
 
-def dpm_solver_pp_1(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Process) -> Tensor:
-    """DPM-Solver++ of order 1 (2211.01095, eq. 9): DDIM written in x0, `sigma_s / sigma_t z_t - alpha_s (e^-h - 1) x0`."""
-    return x0_step(z_t, denoise(z_t, t).x0, t, s, process)
-
-
 def dpm_solver_pp_2(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Process) -> Tensor:
     """DPM-Solver++(2S) (2211.01095, Algorithm 1), midpoint as in `dpm_solver_2`."""
     m, r = midpoint(t, s, process)
@@ -47,19 +41,11 @@ def dpm_solver_pp_2(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, proc
     return x0_step(z_t, x0_t + (x0_m - x0_t) / (2 * per_sample(r, z_t.ndim)), t, s, process)
 
 
-def euler(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Process) -> Tensor:
-    """Euler on the ODE `d(z/alpha) = eps d(sigma/alpha)` (2206.00364, Algorithm 1 without its correction).
-
-    On this axis, the one k-diffusion and EulerDiscreteScheduler use, Euler's step is DDIM's.
-    """
-    return eps_step(z_t, *denoise(z_t, t), t, s, process)
-
-
 def heun(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Process) -> Tensor:
-    """Heun's trapezoid on the same ODE (2206.00364, Algorithm 1): the slope is averaged over both ends.
+    """Heun's method on `d(z/alpha) = eps d(sigma/alpha)` (2206.00364, Algorithm 1), with the mean slope of both ends.
 
-    To no noise (a flow, s = t_min) the step is first order, as in that algorithm. So it is from pure noise (a flow or
-    zero-terminal-SNR, t = T - 1), where the axis starts at infinity.
+    The step is first order if it ends without noise (a flow, s = t_min), as in that algorithm. It is first order from pure
+    noise, too (a flow or zero-terminal-SNR, t = T - 1), where sigma / alpha is infinite.
     """
     x0_t, eps_t = denoise(z_t, t)
     eps_s = eps_at(denoise, eps_step(z_t, x0_t, eps_t, t, s, process), s, process, eps_t)
@@ -67,33 +53,33 @@ def heun(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Proces
 
 
 def midpoint(t: Tensor, s: Tensor, process: Process) -> tuple[Tensor, Tensor]:
-    """The integer timestep m nearest the middle of (lambda_t, lambda_s), and r = (lambda_m - lambda_t) / h: `[B]` each.
+    """Return the timestep m nearest the middle of (lambda_t, lambda_s), and r = (lambda_m - lambda_t) / h: `[B]` each.
 
-    Where t and s are neighbours there is no timestep between them, m = s and r = 1: a step with the slope of both ends.
+    Neighbouring t and s have no timestep between them. Then m = s and r = 1, which averages the slopes of both ends.
     """
     lambdas = process.half_log_snr(torch.arange(process.num_timesteps, device=t.device))
     lambda_t, lambda_s = process.half_log_snr(t), process.half_log_snr(s)
     m = (lambdas[None] - (lambda_t + lambda_s)[:, None] / 2).abs().argmin(dim=1)
     m = torch.maximum(torch.minimum(m, t - 1), s)
-    share = (process.half_log_snr(m) - lambda_t) / (lambda_s - lambda_t)
-    return m, torch.where(t > s, share, 1.0)  # t = s is a step of no length
+    r = (process.half_log_snr(m) - lambda_t) / (lambda_s - lambda_t)
+    return m, torch.where(t > s, r, 1.0)  # 0 / 0 for a step of length 0
 
 
 def eps_at(denoise: Denoise, z: Tensor, t: Tensor, process: Process, otherwise: Tensor) -> Tensor:
-    """Return the noise in z; where there is none (a flow, t = t_min) no network knows it, and `otherwise` is returned."""
+    """Return the predicted noise in z, or `otherwise` at timesteps without noise (a flow, t = t_min)."""
     sigma = per_sample(process.sigma(t), z.ndim)
     return torch.where(sigma > 0, denoise(z, t).eps, otherwise)
 
 
 def eps_step(z_t: Tensor, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, process: Process) -> Tensor:
-    """Exact solution of the ODE for a constant eps. x0: at z_t, which z_t and eps do not determine in pure noise."""
+    """Solve the ODE exactly for a constant eps. x0: the prediction at z_t, used in pure noise, where alpha_t is 0."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = process.at(t, z_t.ndim), process.at(s, z_t.ndim)
     ratio = alpha_s / alpha_t.clamp_min(FLOOR)
     return torch.where(alpha_t > FLOOR, ratio * z_t + (sigma_s - ratio * sigma_t) * eps, alpha_s * x0 + sigma_s * eps)
 
 
 def x0_step(z_t: Tensor, x0: Tensor, t: Tensor, s: Tensor, process: Process) -> Tensor:
-    """Exact solution of the ODE for a constant x0."""
+    """Solve the ODE exactly for a constant x0."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = process.at(t, z_t.ndim), process.at(s, z_t.ndim)
     ratio = sigma_s / sigma_t.clamp_min(FLOOR)
     return ratio * z_t + (alpha_s - ratio * alpha_t) * x0

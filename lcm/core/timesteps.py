@@ -1,4 +1,4 @@
-"""Which timesteps are trained and sampled. Timesteps are integers everywhere; s < t; 0 is the (nearly) clean end."""
+"""Timesteps of training and sampling. They are integers everywhere; s < t; 0 is the (nearly) clean end."""
 
 from collections.abc import Sequence
 
@@ -9,62 +9,63 @@ from lcm.core.errors import UserError
 from lcm.core.numbers import Count, SkipSteps
 from lcm.core.process import FLOOR, Process
 
-POINTS = 50  # of the grid that the released LCMs were trained on
+POINTS = 50  # points of the released LCMs' grid
 
 
 def grid(num_timesteps: int = 1000, *, points: Count = POINTS) -> Tensor:
-    """`[points]` int64 ascending T/points * (1 .. points) - 1: 19, 39, ..., 999, as the released LCMs and diffusers use."""
+    """Return `T/points * (1 .. points) - 1`, `[points]` int64 ascending: 19, 39, ..., 999 in released LCMs and diffusers."""
     if not 1 <= points <= num_timesteps:
         raise UserError(f"a grid of {points} points does not fit {num_timesteps} timesteps: use 1 to {num_timesteps}")
     if num_timesteps % points:
         raise UserError(
-            f"{points} grid points do not divide {num_timesteps} timesteps, so t = {num_timesteps - 1} would be lost"
+            f"{points} grid points do not divide {num_timesteps} timesteps: use a divisor, so that the grid ends at "
+            f"t = {num_timesteps - 1}"
         )
     return torch.arange(1, points + 1) * (num_timesteps // points) - 1
 
 
 def points_of(timesteps: Tensor, num_timesteps: int = 1000) -> int | None:
-    """How many points `grid` was asked for; None for timesteps that are no grid."""
+    """Return the number of points if the timesteps are a `grid`, else None."""
     points = len(timesteps)
     is_grid = points > 0 and num_timesteps % points == 0 and timesteps.tolist() == grid(num_timesteps, points=points).tolist()
     return points if is_grid else None
 
 
 def full(num_timesteps: int = 1000, *, skip_steps: SkipSteps = 20) -> Tensor:
-    """`[T - k]` int64: every t = n + k that Algorithm 1 draws with n over the whole schedule."""
+    """Return every t = n + k of Algorithm 1 with n over the whole schedule, `[T - k]` int64."""
     return torch.arange(skip_steps, num_timesteps)
 
 
 def karras(process: Process, *, points: int = 18, device: torch.device | None = None) -> Tensor:
     """Return at most `points` int64 ascending timesteps 0 .. T - 1, evenly spaced in `(sigma_t / alpha_t)^(1 / 7)`.
 
-    This is the grid of Consistency Models (2206.00364, eq. 5), rounded to the process' nearest timesteps.
+    This is the grid of Consistency Models (2206.00364, eq. 5), rounded to the nearest timesteps. Rounding may merge points.
     """
     if not 2 <= points <= process.num_timesteps:
         raise UserError(f"points={points} does not fit {process.num_timesteps} timesteps: use 2 to {process.num_timesteps}")
-    every = torch.arange(process.num_timesteps, device=device)
-    root = (process.sigma(every) / process.alpha(every).clamp_min(FLOOR)) ** (1 / 7)
-    wanted = root[0] + (root[-1] - root[0]) * torch.arange(points, device=root.device) / (points - 1)
-    return (root[None] - wanted[:, None]).abs().argmin(dim=1).unique()
+    t = torch.arange(process.num_timesteps, device=device)
+    root = (process.sigma(t) / process.alpha(t).clamp_min(FLOOR)) ** (1 / 7)
+    even = root[0] + (root[-1] - root[0]) * torch.arange(points, device=root.device) / (points - 1)
+    return (root[None] - even[:, None]).abs().argmin(dim=1).unique()
 
 
 def skip_pair(timesteps: Tensor, index: Tensor, skip_steps: int, t_min: int = 0) -> tuple[Tensor, Tensor]:
-    """Return Algorithm 1's (t_{n+k}, t_n) for drawn indices `[B]`: t = timesteps[index], s = t - k, not below t_min."""
+    """Return Algorithm 1's (t_{n+k}, t_n) for indices `[B]`: t = timesteps[index] and s = max(t - k, t_min)."""
     t = timesteps[index]
     return t, (t - skip_steps).clamp_min(t_min)
 
 
 def neighbours(timesteps: Tensor, index: Tensor, t_min: int = 0) -> tuple[Tensor, Tensor]:
-    """Return (t_{n+1}, t_n) of an ascending grid `[N - 1]`: t = timesteps[index] and the timestep before it, t_min at first."""
+    """Return (t_{n+1}, t_n) of an ascending grid `[N - 1]`. The first timestep is preceded by t_min."""
     return timesteps[index], torch.nn.functional.pad(timesteps, (1, 0), value=t_min)[index]
 
 
 def consistency_steps(
     steps: int, num_timesteps: int = 1000, *, points: int = POINTS, trained: Sequence[int] | None = None
 ) -> list[int]:
-    """`steps` descending timesteps of the trained grid, from T - 1 on (the rule of diffusers' LCMScheduler).
+    """Return `steps` descending timesteps of the trained grid, starting at T - 1 (the rule of diffusers' LCMScheduler).
 
-    trained: the ascending timesteps above 0 that a model was trained at, if not `grid`'s.
+    trained: the ascending timesteps of the training, all above 0. None: `grid` with `points`.
     """
     times = grid(num_timesteps, points=points).tolist() if trained is None else trained
     if not 1 <= steps <= len(times):
@@ -73,23 +74,23 @@ def consistency_steps(
 
 
 def trailing_steps(steps: int, num_timesteps: int = 1000) -> list[int]:
-    """`steps` evenly spaced descending timesteps from T - 1 on (2305.08891's "trailing", right for few steps)."""
+    """Return `steps` evenly spaced descending timesteps, starting at T - 1 ("trailing" of 2305.08891)."""
     if not 1 <= steps <= num_timesteps:
         raise UserError(f"steps={steps} does not fit the schedule: use 1 to {num_timesteps}")
     return [round(num_timesteps * (1 - i / steps)) - 1 for i in range(steps)]
 
 
 def few_step_flow(shift: float, steps: int, num_timesteps: int = 1000) -> dict[str, float]:
-    """Return the config with which diffusers' flow schedulers use `trailing_steps(steps)` of `Flow(shift)`, for this `steps`
-    only.
+    """Return the config for which diffusers' flow schedulers use `trailing_steps(steps)` of `Flow(shift)`.
 
-    Their own grid is linear from 1 to sigma_min, is shifted (a second time at sigma_min) and stretched to `shift_terminal`.
-    Shifts and stretches are Moebius maps that keep 1, so one shift and one terminal value give the wanted grid exactly.
+    It holds for this number of steps only. diffusers' grid is linear from 1 to sigma_min, shifted (a second time at
+    sigma_min) and stretched to `shift_terminal`. Shifts and stretches are Moebius maps with fixed point 1, so one shift and
+    one terminal value reproduce our grid exactly.
     """
     if steps == 1:
         return {"shift": shift}
     inner, g = shift, 1 / num_timesteps
-    for _ in range(100):  # sigma_min depends on the inner shift, only slightly
+    for _ in range(100):  # fixed-point iteration: sigma_min depends on the inner shift
         sigma_min = inner * g / (1 + (inner - 1) * g)
         k = (1 - sigma_min) * steps / (steps - 1)
         inner = k * shift / (k * shift - shift + 1)

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 from lcm.core.errors import UserError
-from lcm.data.members import Sample, Skip
 from lcm.data.transforms import stored_size
 
 Shape = tuple[int, int]  # (height, width) in pixels
@@ -43,16 +43,16 @@ def shapes_up_to(ratio: float, resolution: int) -> list[Shape]:
     return [(resolution, resolution), *tall, *((short, long) for long, short in tall)]
 
 
-def aspect(sample: Sample) -> int:
-    """The picture's width / height as a byte, from its first bytes: it is not decoded. A broken one passes for a square."""
-    try:
-        height, width = stored_size(sample)
-    except Skip:
+def aspect(start: bytes) -> int:
+    """Return a picture's width / height as a byte, from its first bytes. A broken picture passes for a square."""
+    size = stored_size(start)
+    if size is None or min(size) < 1:
         return SQUARE
-    return min(max(SQUARE + round(STEPS * math.log2(width / height)), 0), 255)
+    return min(max(SQUARE + round(STEPS * math.log2(size[1] / size[0])), 0), 255)
 
 
-def nearest(code: int, shapes: Sequence[Shape]) -> int:
-    """Number of the shape to which a picture of this `aspect` is nearest, in the ratio of ratios."""
+@lru_cache(4096)
+def nearest(code: int, shapes: tuple[Shape, ...]) -> int:
+    """Return the number of the shape nearest to a picture of this `aspect`, in the ratio of ratios."""
     ratio = (code - SQUARE) / STEPS
     return min(range(len(shapes)), key=lambda number: abs(math.log2(shapes[number][1] / shapes[number][0]) - ratio))

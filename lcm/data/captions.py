@@ -4,20 +4,21 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from lcm.data.members import CaptionChoice, Sample, Skip
-from lcm.data.order import Order
+from lcm.data.sample_fields import CaptionChoice, Sample, Skip
 from lcm.data.source import Source
-from lcm.data.stream import ShardStream, rng_of
+from lcm.data.stream import PassStream, rng_of
 from lcm.data.transforms import Decode, collate
 
 
 def read_samples(source: Source) -> Iterator[Sample]:
-    """Every usable sample once, undecoded, in order."""
+    """Yield every usable sample once, undecoded, in order."""
     source.check()
-    for number in range(len(source.urls)):
-        shard = source.open(number)
-        yield from shard
-        shard.close()
+    for shard in range(len(source.urls)):
+        number = 0
+        while number < source.usable(shard, number + 1)[0]:
+            with suppress(Skip):
+                yield source.read(shard, number)
+            number += 1
 
 
 def read_captions(source: Source, limit: int | None = None) -> list[str]:
@@ -33,6 +34,6 @@ def read_captions(source: Source, limit: int | None = None) -> list[str]:
 
 
 def read_images(source: Source, *, resolution: int, batch_size: int = 64) -> Iterator[dict[str, Any]]:
-    """Every sample once, in order: `{"x": uint8 [B, 3, S, S], "captions", "keys", ...}`."""
-    order, decode = Order([facts.samples for facts in source.facts()]), Decode(resolution, captions=source.captions)
-    return iter(ShardStream([source], order, decode=decode, collate=collate, batch_size=batch_size, stop=order.size))
+    """Yield every sample once, in order: `{"x": uint8 [B, 3, S, S], "captions", "keys", ...}`."""
+    decode = Decode(resolution, captions=source.captions)
+    return iter(PassStream(source, decode=decode, collate=collate, batch_size=batch_size))

@@ -1,7 +1,10 @@
 """One DataModule for every module: shards -> decoded batches -> (frozen codec) -> `LatentBatch`."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -11,46 +14,86 @@ from torch.utils.data import DataLoader
 from lcm.core.batch import LatentBatch
 from lcm.core.errors import UserError
 from lcm.core.numbers import Count, Positive, Seed, Share, Whole
-from lcm.core.random import RankRows
+from lcm.core.random import RankSlice
 from lcm.data.buckets import aspect, shapes_of
 from lcm.data.cache import ShardCache
-from lcm.data.epochs import training_order, validation_order
 from lcm.data.filters import Filters
+from lcm.data.folder import FolderSource
 from lcm.data.latents import DecodeLatents, check_stamp, collate_latents
-from lcm.data.order import Places
-from lcm.data.shards import expand_urls
-from lcm.data.skips import Skips
-from lcm.data.source import Source, total_dropped
-from lcm.data.stream import PATIENCE, ShardStream
+from lcm.data.order import BucketOrder, Order
+from lcm.data.sample_fields import Skip
+from lcm.data.source import Source
+from lcm.data.stream import PATIENCE, PassStream, Stream, TrainStream, rng_of
 from lcm.data.transforms import Decode, collate
+from lcm.data.urls import expand_urls
 from lcm.data.workers import Loader
 from lcm.models.codec import LatentCodec, to_signed_range
+from lcm.runtime.atomic_io import digest
 
 log = logging.getLogger(__name__)
+ENOUGH = 1000  # samples seen before their share of skipped ones means something
+
+
+class Skips:
+    """Counts damaged samples by reason among those seen. More than `max_ratio` of them end the training."""
+
+    def __init__(self, max_ratio: float) -> None:
+        self.max_ratio, self.seen, self.by_reason, self.left_out = max_ratio, 0, Counter[str](), Counter[str]()
+
+    def add(self, seen: int, skipped: dict[str, int], left_out: dict[str, int]) -> None:
+        """left_out: samples that the shards' indexes leave out. Raises UserError above the limit."""
+        self.seen += seen
+        self.by_reason.update(skipped)
+        self.left_out.update(left_out)
+        if self.seen >= ENOUGH and self.by_reason.total() > self.max_ratio * self.seen:
+            raise UserError(
+                f"{self}, more than data.max_skip_ratio={self.max_ratio}: the warnings above name some of them; mend the "
+                "shards, or raise it"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.by_reason.total()} of {self.seen} samples were damaged and skipped ({dict(self.by_reason)})"
+
+    def metrics(self) -> dict[str, float]:
+        counts = {"skipped": self.by_reason, "left_out": self.left_out}
+        return {f"data/{kind}/{reason}": count for kind, counter in counts.items() for reason, count in counter.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen, "by_reason": dict(self.by_reason)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen, self.by_reason = state["seen"], Counter(state["by_reason"])
 
 
 class ShardDataModule(L.LightningDataModule):
-    """Streams webdataset shards; with a codec its batches are `LatentBatch`, without one `{"x": [-1, 1], "captions", ...}`.
+    """Streams webdataset shards or a folder of pictures.
 
-    shards: paths or URLs of .tar files, globs, braces, @list files; or sources: `[{"urls", "weight"}, ...]`, taken by weight.
-    allow_pipe: also `pipe:<command>`, of which the output is a shard.
-    val_shards: one ordered, complete pass; None disables validation. filters: which samples of both are used.
-    build: called once per node before anything else, e.g. to draw a dataset that is made on the spot.
-    latents: the shards hold what `python -m lcm.encode` made of images with this codec at this resolution.
+    With a codec its batches are `LatentBatch`, without one `{"x": [-1, 1], "captions", ...}`.
+
+    shards: paths or URLs of .tar files, globs, braces, @list files. folder: pictures with captions, see `FolderSource`.
+    source: a class of your own, see docs/extending.md. sources: several of them by weight, `[{"urls", "folder" or "source",
+    "weight"}, ...]`. One of the four is given.
+    allow_pipe: also `pipe:<command that prints a shard>`.
+    val_shards: one ordered, complete pass; None disables validation. filters: rules for the samples of both.
+    build: called once per node before anything else, e.g. to draw a dataset.
+    latents: the shards hold the output of `python -m lcm.encode` for this codec and resolution.
     resolution: pixels a side; None: those of the codec's pipeline, and 512 without a codec.
     buckets: batches of one shape, see `lcm.data.buckets.shapes_of`; None trains on squares of `resolution`.
-    batch_size: per device. shuffle, lanes: see `lcm.data.order`. index: the folder that keeps the shards' sample counts.
+    batch_size: per device. shuffle, lanes: see `lcm.data.order`. index: the folder of the shards' indexes.
     captions: weights of the members or .json fields that hold one, see `CaptionChoice`.
     timeout: seconds without data after which the training ends with an error.
     max_skip_ratio: more damaged samples than this share of those seen stop the training.
-    A checkpoint holds the position in the order after the last consumed batch: a resumed run sees the next samples, none twice,
-    with any number of workers and ranks.
+
+    Nothing is counted before the first batch. A checkpoint holds the position after the last consumed batch. A resumed run sees
+    the next samples, with any number of workers and ranks.
     """
 
     def __init__(
         self,
         shards: str | list[str] | None = None,
         *,
+        folder: str | None = None,
+        source: Callable[..., Source] | None = None,
         sources: Sequence[dict[str, Any]] | None = None,
         val_shards: str | list[str] | None = None,
         build: Callable[[], None] | None = None,
@@ -69,21 +112,23 @@ class ShardDataModule(L.LightningDataModule):
         random_crop: bool = False,
         flip: bool = False,
         latents: bool = False,
-        shuffle: Whole = 2048,
+        shuffle: Whole = 512,
         lanes: Count = 16,
         max_skip_ratio: Share = 0.05,
         seed: Seed = 0,
         timeout: Positive = 600.0,
     ) -> None:
         super().__init__()
-        self.option = "data.shards" if sources is None else "data.sources"
-        if shards is not None and sources is None:
-            sources = [{"urls": shards, "weight": 1.0}]
-        elif shards is not None or sources is None:
+        if sum(given is not None for given in (shards, folder, source, sources)) != 1:
             raise UserError(
-                "give the training data, once: data.shards=<.tar files> or data.sources=[{urls: ..., weight: ...}, ...]"
+                "give the training data, once: data.shards=<.tar files>, data=folder data.folder=<pictures>, or "
+                "data.sources=[{urls: ..., weight: ...}, ...]"
             )
-        self.weighted: list[tuple[str | list[str], float]] = [(source["urls"], source["weight"]) for source in sources]
+        self.option = "data.sources" if sources is not None else "data.folder" if folder is not None else "data.shards"
+        if sources is None:
+            given = {"urls": shards, "folder": folder, "source": source}
+            sources = [{"weight": 1.0, **{name: value for name, value in given.items() if value is not None}}]
+        self.weighted = list(sources)
         self.val_shards, self.build, self.codec, self.filters, self.cache = val_shards, build, codec, filters, cache
         self.index, self.batch_size, self.val_batch_size = index, batch_size, val_batch_size
         self.num_workers, self.timeout, self.allow_pipe = num_workers, timeout, allow_pipe
@@ -121,31 +166,37 @@ class ShardDataModule(L.LightningDataModule):
         self.setup()
 
     def setup(self, stage: str | None = None) -> None:
-        self.train_sources = [self._source(urls, self.option) for urls, _ in self.weighted]
-        self.val_sources = [] if self.val_shards is None else [self._source(self.val_shards, "data.val_shards")]
-        self.val_orders = [validation_order(source.facts(), self.buckets) for source in self.val_sources]
-        facts, weights = [source.facts() for source in self.train_sources], [weight for _, weight in self.weighted]
-        options = {"seed": self.seed, "shuffle": self.shuffle, "lanes": self.lanes}
-        batch = self.batch_size * self.world[1]
-        self.order, self.orders = training_order(facts, weights, self.buckets, batch=batch, **options)
-        self.sizes = [order.size for order in self.orders]
-        dropped = total_dropped([shard for of in facts for shard in of])
-        if dropped and stage == "fit":
-            log.warning("using %d training samples; left out: %s", sum(self.sizes), dict(dropped))
+        """Check the first samples of each source. Nothing is counted."""
+        self.train_sources = [self._checked(self._source(source)) for source in self.weighted]
+        self.val_sources = []
+        if self.val_shards is not None:
+            self.val_sources = [self._checked(self.reader(self.val_shards, "data.val_shards", **self.way))]
+        weights = [source.get("weight", 1.0) for source in self.weighted]
+        order = Order(self.train_sources, weights, seed=self.seed, shuffle=self.shuffle, lanes=self.lanes)
+        options = {"batch_size": self.batch_size * self.world[1], "seed": self.seed}
+        self.order = BucketOrder(order, self.buckets, **options) if self.buckets else order
+        self.quotas = order.quotas
         if stage == "fit":
             self.check_validation()
             self.warn_of_blindness()
-        for source in self.train_sources if stage == "fit" else ():
-            if gone := source.manifests.gone(source.urls):
-                log.warning("%d shards are in their manifest, but not there, such as %s", len(gone), gone[0])
+            for source in self.train_sources:
+                if gone := source.gone():
+                    log.warning("%d shards are in their manifest, but not there, such as %s", len(gone), gone[0])
 
     def check_validation(self) -> None:
         """Raise UserError if no validation sample decodes: a pass over the data would be empty."""
-        for source, order in zip(self.val_sources, self.val_orders, strict=True):
-            stop = min(order.size, PATIENCE)
-            stream = ShardStream([source], order, decode=self.val_decode, collate=lambda _: {}, batch_size=1, stop=stop)
-            if next(iter(stream), None) is None:
-                raise UserError("no sample of data.val_shards could be decoded, see the warnings above; null: no validation")
+        for source in self.val_sources:
+            tried = 0
+            for shard in range(len(source.urls)):
+                number = 0
+                while tried < PATIENCE and number < source.usable(shard, number + 1)[0]:
+                    with suppress(Skip):
+                        self.val_decode(source.read(shard, number), rng_of(self.seed, tried))
+                        return
+                    tried, number = tried + 1, number + 1
+            if not tried:
+                raise source.nothing_usable()
+            raise UserError("no sample of data.val_shards could be decoded, see the warnings above; null: no validation")
 
     def warn_of_blindness(self) -> None:
         """Warn of each filter and caption name that no sample has."""
@@ -157,18 +208,28 @@ class ShardDataModule(L.LightningDataModule):
             for name in source.absent_captions():
                 log.warning("data.captions.%s is in no sample, neither a member nor a field of the .json", name)
 
-    def _source(self, urls: str | list[str], option: str) -> Source:
-        source = self.reader(urls, option, needs=self.decode.needs, measure=aspect if self.buckets else None)
+    @property
+    def way(self) -> dict[str, Any]:
+        """Return how samples for training and validation are chosen and described."""
+        return {"needs": self.decode.needs, "aspect": aspect if self.buckets else None}
+
+    def _source(self, source: dict[str, Any]) -> Source:
+        if "urls" in source:
+            return self.reader(source["urls"], self.option, **self.way)
+        kind = source["source"] if "source" in source else partial(FolderSource, source["folder"])
+        return kind(captions=self.captions, filters=self.filters, option=self.option, **self.way)
+
+    def _checked(self, source: Source) -> Source:
         source.check()
         if self.latents and self.codec is not None:
             check_stamp(source.urls, self.codec, self.resolution, self.captions)
         return source
 
-    def reader(self, urls: str | list[str], option: str, **of: Any) -> Source:
-        """Of any shards in the way of this data; option: the configuration's, for errors."""
-        found = expand_urls(urls, option, allow_pipe=self.allow_pipe)
-        options = {"captions": self.captions, "filters": self.filters, "cache": self.cache, "index": self.index, **of}
-        return Source(found, option=option, **options)
+    def reader(self, urls: str | list[str], option: str, **way: Any) -> Source:
+        """Return shards that are read as this data is. option: the configuration's key, for errors."""
+        expanded = expand_urls(urls, option, allow_pipe=self.allow_pipe)
+        options = {"captions": self.captions, "filters": self.filters, "cache": self.cache, "index": self.index, **way}
+        return Source(expanded, option=option, **options)
 
     @property
     def sample_size(self) -> int | None:
@@ -180,37 +241,25 @@ class ShardDataModule(L.LightningDataModule):
         """This rank, of how many."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _loader(self, sources: list[Source], order: Places, decode: Decode | DecodeLatents, **stream: Any) -> DataLoader:
+    def _loader(self, kind: Callable[..., Stream], *data: Any, **options: Any) -> DataLoader:
         rank, world_size = self.world
-        dataset = ShardStream(
-            sources,
-            order,
-            decode=decode,
-            collate=collate_latents if self.latents else collate,
-            seed=self.seed,
-            rank=rank,
-            world_size=world_size,
-            **stream,
-        )
-        return Loader(
-            dataset,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            patience=self.timeout,
-        )
+        collate_fn = collate_latents if self.latents else collate
+        stream = kind(*data, collate=collate_fn, seed=self.seed, rank=rank, world_size=world_size, **options)
+        return Loader(stream, num_workers=self.num_workers, pin_memory=torch.cuda.is_available(), patience=self.timeout)
 
     def train_dataloader(self) -> DataLoader:
-        size, start = self.batch_size, self.position
-        if self.buckets:  # with another global batch than before it goes on at the next one
-            start = -(-start // (size * self.world[1])) * size * self.world[1]
-        return self._loader(self.train_sources, self.order, self.decode, batch_size=size, start=start, ahead=self.shuffle)
+        start = self.position
+        if self.buckets:  # with another global batch than before it continues at the next one
+            size = self.batch_size * self.world[1]
+            start = -(-start // size) * size
+        options = {"decode": self.decode, "batch_size": self.batch_size, "start": start}
+        return self._loader(TrainStream, self.train_sources, self.order, **options)
 
     def val_dataloader(self) -> DataLoader | list[Any]:
         if not self.val_sources:
             return []
-        [order] = self.val_orders
-        options = {"batch_size": self.val_batch_size, "stop": order.size, "cuts": order.cuts}
-        return self._loader(self.val_sources, order, self.val_decode, **options)
+        options = {"decode": self.val_decode, "batch_size": self.val_batch_size, "shapes": self.buckets}
+        return self._loader(PassStream, self.val_sources[0], **options)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any] | LatentBatch:
         """Lightning calls this for each batch just before the step that consumes it."""
@@ -219,8 +268,8 @@ class ShardDataModule(L.LightningDataModule):
         training = self.trainer is not None and self.trainer.training
         if self.trainer is not None and training:
             self.position = batch["position"]
-            self.skips.add(self.batch_size, batch["skipped"])
-            for logger in self.trainer.loggers if batch["skipped"] else ():
+            self.skips.add(self.batch_size, batch["skipped"], batch["left_out"])
+            for logger in self.trainer.loggers if batch["skipped"] or batch["left_out"] else ():
                 logger.log_metrics(self.skips.metrics(), self.trainer.global_step)
         if self.codec is None:
             return {**batch, "x": to_signed_range(batch["x"])}
@@ -229,21 +278,29 @@ class ShardDataModule(L.LightningDataModule):
             self.codec.to(device)
         rank, world_size = self.world
         keys = (self.seed, training, batch["position"])
-        return self.codec.encode(batch, RankRows(self.codec.device, *keys, rank=rank, world_size=world_size))
+        return self.codec.encode(batch, RankSlice(self.codec.device, *keys, rank=rank, world_size=world_size))
 
     def teardown(self, stage: str) -> None:
         if stage == "fit" and self.skips.by_reason:
             log.warning("%s", self.skips)
 
+    def identity(self) -> str:
+        """Return a digest of all that the order of the training depends on but the samples of a shard."""
+        names = [[name.rpartition("/")[2] for name in source.urls] for source in self.train_sources]
+        weights = [source.get("weight", 1.0) for source in self.weighted]
+        return digest(
+            [names, weights, self.lanes, self.shuffle, self.seed, self.buckets, self.train_sources[0].how, self.quotas]
+        )
+
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position, "samples": self.sizes, "skips": self.skips.state_dict()}
+        return {"position": self.position, "data": self.identity(), "skips": self.skips.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict.get("samples") != self.sizes:
+        if state_dict.get("data") != self.identity():
             log.warning(
-                "the training data changed since the checkpoint (%s samples then, %s now): their order starts anew",
-                state_dict.get("samples"), self.sizes,
-            )  # fmt: skip
+                "the order of the training data starts anew: the shards, data.lanes, data.shuffle, data.seed or data.filters "
+                "changed since the checkpoint"
+            )
             return
         self.position = state_dict["position"]
         self.skips.load_state_dict(state_dict["skips"])

@@ -12,9 +12,9 @@ import torch
 
 from lcm.core.random import generator
 from lcm.data.latents import DRAWN, POSTERIOR, SIZES, TEXTS
-from lcm.data.members import CAPTIONS, Sample
-from lcm.data.shards import IMAGES
+from lcm.data.sample_fields import CAPTIONS, Sample
 from lcm.data.transforms import Decode
+from lcm.data.urls import IMAGES
 from lcm.models.codec import LatentCodec
 from lcm.runtime.atomic_io import text_of
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from lcm.core.errors import UserError
-from lcm.data.members import CaptionChoice, Sample, Skip, skipping
-from lcm.data.shards import LATENTS, first_of, local
+from lcm.data.sample_fields import CaptionChoice, Sample, Skip, skipping
+from lcm.data.urls import LATENTS, first_of, local
 from lcm.models.codec import LatentCodec
 from lcm.runtime.redaction import redacted
 

@@ -1,111 +1,283 @@
-"""Which sample comes at which position: the endless order of a training, a pure function of (seed, position).
+"""Which sample comes at which position: the endless order of a training, a function of (shard names, seed, position).
 
-Nothing here reads a shard. Any position is found without walking the ones before it, so a run goes on from one integer, and any
-number of ranks and workers can share out the same order.
+The shards of a source are dealt to lanes by the seed. A lane walks its shards one after another, in a new order each epoch, and
+shuffles samples within blocks of a shard. Positions take turns over the lanes. How many samples a shard holds is learnt when a
+lane reaches it, so nothing is counted before the first batch.
 """
 
+import heapq
+import math
 import random
-from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from lcm.core.errors import UserError
+from lcm.data.buckets import Shape, nearest
 
-MIX = 1000  # positions over which several sources keep to their weights exactly
+MIX = 1000  # turns over which parts of different weights keep to their shares
+FEW = 16  # shards of a lane, up to which their sizes matter
+SMALL = 50  # a shard that many times smaller than the mean has no lane of its own
+NEARLY = 1.02  # weights that differ less are equal
+WHOLE = 2**62  # more samples than a shard holds
+FIRST_BLOCK = 64  # samples of a shard's first block; each next one is twice as large, up to `shuffle`
+WINDOW = 32  # global batches that are sorted by aspect ratio together
 
 
-class Place(NamedTuple):
-    """Sample number `sample` of shard number `shard` of source number `source`; `lane` is where in the order it lies.
+class SampleRef(NamedTuple):
+    """Sample number `sample` of shard number `shard` of source number `source`.
 
-    shape: (height, width) that its picture shall have, None for that of all.
+    lane: the lane that it lies in. shape: (height, width) of its picture after decoding, None for the shape of all.
     """
 
     source: int
     lane: int
     shard: int
     sample: int
-    shape: tuple[int, int] | None = None
+    shape: Shape | None = None
 
 
-class Places(Protocol):
-    """An order of any kind."""
+class Samples(Protocol):
+    """A source's samples: what an order has to know of them."""
 
-    def __getitem__(self, position: int) -> Place: ...
+    urls: list[str]
+
+    def usable(self, shard: int, count: int) -> tuple[int, bool]:
+        """Wait until the shard is known to hold `count` usable samples. Return how many are known, and whether that is all."""
+
+    def aspect(self, shard: int, sample: int) -> int: ...
+
+    def weight(self, shard: int) -> float:
+        """Return the shard's size if that is known without reading it, else 1."""
+
+    def prefetch(self, shard: int) -> None: ...
+
+    def nothing_usable(self) -> UserError:
+        """Return the error for a source whose shards hold no usable sample."""
+
+
+class Lane:
+    """Some shards of a source, one after another, without end. `lane[k]` is its sample number k.
+
+    Each sample comes once before any comes again. shuffle: samples of a block. spare: the shards of the source, which a lane
+    takes when all of its own are empty.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        shards: Sequence[int],
+        *,
+        spare: Sequence[int],
+        source: int,
+        number: int,
+        seed: int | str,
+        shuffle: int,
+    ) -> None:
+        self.samples, self.shards, self.source, self.number = samples, shards, source, number
+        self.seed, self.shuffle, self.spare = seed, shuffle, spare
+        self.counts: dict[int, int] = {}  # of the shards that were passed
+        self.epoch, self.turn, self.first = 0, 0, 0  # the shard that was read last, and the number of its first sample
+        self.order: tuple[int, list[int]] = (-1, [])  # the last epoch, and its shards
+        self.block: tuple[tuple[int, int], list[int]] = ((-1, -1), [])  # (first sample's k, size), and its samples
+        self.prefetched = (-1, -1)
+
+    def __getitem__(self, k: int) -> SampleRef:
+        if k < self.first:
+            self.epoch = self.turn = self.first = 0
+        while True:
+            shard, number = self._shards(self.epoch)[self.turn], k - self.first
+            known, whole = self.counts.get(shard, WHOLE), True
+            if number < known:
+                block, size = self._block_of(number)
+                known, whole = self.samples.usable(shard, block + size)
+            if number < known:
+                size = min(size, known - block)
+                if whole and number >= size // 2:  # not before: the first batch shall not wait for it
+                    self._prefetch_next()
+                return SampleRef(self.source, self.number, shard, self._shuffled_block(shard, block, size)[number - block])
+            self.counts[shard] = known
+            self._advance(known)
+
+    def _advance(self, count: int) -> None:
+        """Go to the next shard. Raises UserError if all shards of the source are empty."""
+        self.first, self.turn = self.first + count, self.turn + 1
+        if self.turn < len(self.shards):
+            return
+        if not any(self.counts.values()):
+            if len(self.shards) == len(self.spare):
+                raise self.samples.nothing_usable()
+            self.shards, self.turn, self.order = list(self.spare), 0, (-1, [])
+            return
+        self.epoch, self.turn = self.epoch + 1, 0
+
+    def _prefetch_next(self) -> None:
+        if self.prefetched == (self.epoch, self.turn):
+            return
+        self.prefetched = self.epoch, self.turn
+        last = self.turn + 1 == len(self.shards)
+        self.samples.prefetch(self._shuffled(self.epoch + 1)[0] if last else self._shards(self.epoch)[self.turn + 1])
+
+    def _shards(self, epoch: int) -> list[int]:
+        if self.order[0] != epoch:
+            self.order = epoch, self._shuffled(epoch)
+        return self.order[1]
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        shards = list(self.shards)
+        random.Random(f"{self.seed}/{epoch}/{self.number}").shuffle(shards)
+        return shards
+
+    def _block_of(self, number: int) -> tuple[int, int]:
+        """Return first sample and size of the block of a sample. A shard's first blocks are small, so that it starts soon."""
+        first, size = 0, min(FIRST_BLOCK, self.shuffle)
+        while size < self.shuffle and number >= first + size:
+            first, size = first + size, min(2 * size, self.shuffle)
+        return number - (number - first) % size, size
+
+    def _shuffled_block(self, shard: int, first: int, size: int) -> list[int]:
+        """Return the shuffled samples of a block, of which the first in the shard is number `first`."""
+        place = self.first + first, size
+        if self.block[0] != place:
+            numbers = list(range(first, first + size))
+            random.Random(f"{self.seed}/{self.epoch}/{self.number}/{shard}/{first}").shuffle(numbers)
+            self.block = place, numbers
+        return self.block[1]
+
+
+class Turns:
+    """Numbers take turns over parts by weight. Nearly equal weights give part `number mod parts`."""
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        if max(weights) <= min(weights) * NEARLY:
+            self.quota = [1] * len(weights)
+        else:
+            ends = [round(MIX * end / sum(weights)) for end in accumulate(weights)]
+            quota = [max(end - start, 1) for start, end in zip([0, *ends], ends, strict=False)]
+            divisor = math.gcd(*quota)
+            self.quota = [share // divisor for share in quota]
+        spread = [((turn + 0.5) / share, part, turn) for part, share in enumerate(self.quota) for turn in range(share)]
+        self.turns = [(part, turn) for _, part, turn in sorted(spread)]
+
+    def __getitem__(self, number: int) -> tuple[int, int]:
+        """Return the part that has a number, and how many numbers that part had before."""
+        round_, place = divmod(number, len(self.turns))
+        part, turn = self.turns[place]
+        return part, round_ * self.quota[part] + turn
+
+
+def dealt(shards: Sequence[int], sizes: Sequence[float], lanes: int) -> list[list[int]]:
+    """Deal shards to at most `lanes` lanes of about equal size. A shard far below the mean has no lane of its own."""
+    mean = sum(sizes) / len(sizes)
+    loads = [(0.0, lane) for lane in range(min(lanes, sum(size * SMALL >= mean for size in sizes)))]
+    hands: list[list[int]] = [[] for _ in loads]
+    for shard in shards:
+        load, lane = loads[0]
+        hands[lane].append(shard)
+        heapq.heapreplace(loads, (load + sizes[shard], lane))
+    return [hand for hand in hands if hand]
 
 
 class Order:
-    """Positions of shards of `counts` samples: epoch e is positions `[e S, (e + 1) S)`, each of the S samples once.
-
-    An epoch permutes the shards, strings their samples together and cuts the string into `lanes` equal parts. Positions take
-    turns over the lanes, so that a batch mixes that many shards, and a rank that keeps to some lanes keeps to their shards.
-    Within a lane, samples are shuffled in blocks of `shuffle`; 0 is the shards as they are, for one ordered pass.
-    """
-
-    shape: tuple[int, int] | None = None  # of a bucket
-    cuts: Sequence[int] = ()  # positions at which a batch must end
+    """The endless order of a training: sources by weight, each dealt to at most `lanes` lanes."""
 
     def __init__(
-        self, counts: Sequence[int], *, seed: int | str = 0, shuffle: int = 0, lanes: int = 1, source: int = 0
+        self, sources: Sequence[Samples], weights: Sequence[float], *, seed: int | str = 0, shuffle: int = 512, lanes: int = 16
     ) -> None:
-        self.counts, self.seed, self.shuffle, self.source = list(counts), seed, shuffle, source
-        self.lanes, self.size = lanes if shuffle else 1, sum(counts)
+        if min(weights) * MIX < sum(weights):
+            raise UserError(f"data.sources: every weight must be above 1/{MIX} of their sum, but they are {list(weights)}")
+        self.lanes: list[Lane] = []
+        self.sources = Turns(weights)
+        self.turns: list[tuple[int, Turns]] = []  # of each source: the number of its first lane, and the turns over its lanes
+        for number, samples in enumerate(sources):
+            shards = list(range(len(samples.urls)))
+            random.Random(f"{seed}/{number}").shuffle(shards)
+            few = len(shards) <= FEW * lanes  # many lanes of many shards are equally long
+            sizes = [samples.weight(shard) if few else 1.0 for shard in range(len(shards))]
+            hands = dealt(shards, sizes, lanes)
+            self.turns.append((len(self.lanes), Turns([sum(sizes[shard] for shard in hand) for hand in hands])))
+            options: dict[str, Any] = {"seed": f"{seed}/{number}", "shuffle": max(shuffle, 1), "spare": range(len(shards))}
+            for hand in hands:
+                self.lanes.append(Lane(samples, hand, source=number, number=len(self.lanes), **options))
 
-    def __getitem__(self, position: int) -> Place:
-        epoch, position = divmod(position, self.size)
-        k, lane = divmod(position, self.lanes)
-        each, more = divmod(self.size, self.lanes)  # the first `more` lanes have one sample more
-        start, length = lane * each + min(lane, more), each + (lane < more)
-        if self.shuffle:
-            first = k - k % self.shuffle
-            k = first + self._block(epoch, lane, first, min(self.shuffle, length - first))[k - first]
-        shards, ends = self._epoch(epoch)
-        which = bisect_right(ends, start + k)
-        return Place(self.source, lane, shards[which], start + k - (ends[which - 1] if which else 0))
+    @property
+    def quotas(self) -> list[list[int]]:
+        """Return how many samples each lane of each source gives in a round."""
+        return [turns.quota for _, turns in self.turns]
 
-    @lru_cache(128)  # noqa: B019 - an order lives as long as its process; buckets have one each
-    def _epoch(self, epoch: int) -> tuple[list[int], list[int]]:
-        """The epoch's shards in their order, and where in the string of samples each ends."""
-        shards = list(range(len(self.counts)))
-        if self.shuffle:
-            random.Random(f"{self.seed}/{epoch}").shuffle(shards)
-        return shards, list(accumulate(self.counts[shard] for shard in shards))
+    def turn(self, position: int) -> tuple[int, int]:
+        """Return the lane at a position, and how many positions that lane had before."""
+        source, number = self.sources[position]
+        first, turns = self.turns[source]
+        lane, k = turns[number]
+        return first + lane, k
 
-    @lru_cache(256)  # noqa: B019
-    def _block(self, epoch: int, lane: int, first: int, size: int) -> list[int]:
-        order = list(range(size))
-        random.Random(f"{self.seed}/{epoch}/{lane}/{first}").shuffle(order)
-        return order
-
-
-class Mixture:
-    """Orders taken by weight: of every `MIX` positions each source has its share, rounded, at shuffled places."""
-
-    def __init__(self, orders: Sequence[Order], weights: Sequence[float], seed: int = 0) -> None:
-        self.orders, self.seed = list(orders), seed
-        ends = [round(MIX * end / sum(weights)) for end in accumulate(weights)]
-        self.quota = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        if min(self.quota) < 1:
-            raise UserError(f"a source's weight is below 1/{MIX} of the sum of data.sources: {list(weights)}")
-
-    def __getitem__(self, position: int) -> Place:
-        block, k = divmod(position, MIX)
-        source, turn = self._turns(block)[k]
-        return self.orders[source][block * self.quota[source] + turn]
-
-    @lru_cache(16)  # noqa: B019
-    def _turns(self, block: int) -> list[tuple[int, int]]:
-        return shuffled_turns(self.quota, f"{self.seed}/{block}")
+    def batch(self, positions: range, rank: int = 0, world_size: int = 1) -> list[tuple[int, SampleRef]]:
+        """Return a rank's part of a global batch: neighbours by lane, so that a rank reads the shards of few lanes."""
+        turns = sorted((*self.turn(position), position) for position in positions)
+        size = len(turns) // world_size
+        return [(position, self.lanes[lane][k]) for lane, k, position in turns[rank * size : (rank + 1) * size]]
 
 
-def shuffled_turns(quota: Sequence[int], seed: str) -> list[tuple[int, int]]:
-    """Each number n `quota[n]` times, shuffled, with how many of n came before."""
-    numbers = [number for number, times in enumerate(quota) for _ in range(times)]
-    random.Random(seed).shuffle(numbers)
-    before = [0] * len(quota)
-    turns = []
-    for number in numbers:
-        turns.append((number, before[number]))
-        before[number] += 1
-    return turns
+class BucketOrder:
+    """An order of which each global batch has one shape.
+
+    The samples of `WINDOW` global batches are sorted by aspect ratio and cut into batches, which are shuffled. A batch has the
+    shape nearest to its middle sample. Every sample comes once. All ranks learn the aspect ratios of all lanes.
+    """
+
+    def __init__(self, order: Order, shapes: Sequence[Shape], *, batch_size: int, seed: int | str = 0) -> None:
+        self.order, self.shapes, self.size, self.seed = order, tuple(shapes), batch_size, seed
+
+    def batch(self, positions: range, rank: int = 0, world_size: int = 1) -> list[tuple[int, SampleRef]]:
+        window, number = divmod(positions.start // self.size, WINDOW)
+        batch = self._window(window)[number]
+        size = len(batch) // world_size
+        rank_slice = batch[rank * size : (rank + 1) * size]
+        return [(positions.start + rank * size + i, ref) for i, ref in enumerate(rank_slice)]
+
+    @lru_cache(2)  # noqa: B019
+    def _window(self, number: int) -> list[list[SampleRef]]:
+        first, size = number * WINDOW * self.size, self.size
+        refs = [ref for _, ref in self.order.batch(range(first, first + WINDOW * size))]
+        codes = [self.order.lanes[ref.lane].samples.aspect(ref.shard, ref.sample) for ref in refs]
+        rng = random.Random(f"{self.seed}/{number}")
+        numbers = list(range(len(refs)))
+        rng.shuffle(numbers)  # so that pictures of one ratio come from all lanes
+        by_aspect = sorted(numbers, key=lambda i: codes[i])
+        batches = []
+        for start in range(0, len(refs), size):
+            chosen = by_aspect[start : start + size]
+            shape = self.shapes[nearest(codes[chosen[size // 2]], self.shapes)]
+            batches.append([refs[i]._replace(shape=shape) for i in sorted(chosen)])  # neighbours by lane
+        rng.shuffle(batches)
+        return batches
+
+
+def one_pass(
+    samples: Samples, batch_size: int, *, shapes: Sequence[Shape] = (), by_shard: bool = False
+) -> Iterator[list[SampleRef]]:
+    """Yield every sample once, in order, in batches of at most `batch_size` samples of one shape.
+
+    by_shard: no batch has samples of two shards.
+    """
+    batch: list[SampleRef] = []
+    for shard in range(len(samples.urls)):
+        if shard + 1 < len(samples.urls):
+            samples.prefetch(shard + 1)
+        count, _ = samples.usable(shard, WHOLE)
+        refs = [SampleRef(0, 0, shard, number) for number in range(count)]
+        if shapes:
+            refs = [ref._replace(shape=shapes[nearest(samples.aspect(shard, ref.sample), tuple(shapes))]) for ref in refs]
+            refs.sort(key=lambda ref: shapes.index(ref.shape))  # type: ignore[arg-type]
+        for ref in refs:
+            if len(batch) == batch_size or (batch and batch[-1].shape != ref.shape):
+                yield batch
+                batch = []
+            batch.append(ref)
+        if by_shard and batch:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,28 +1,29 @@
-"""A set of shards that is read in one way, and how many usable samples each of them has."""
+"""The shards of one source: tars with pictures or latents, here or remote."""
 
 import contextlib
+import copy
 import hashlib
-import json
 import logging
 import os
+import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Self
 
 from omegaconf import DictConfig, OmegaConf
-from rich.progress import track
 
 from lcm.core.errors import UserError
-from lcm.data.cache import ShardCache
-from lcm.data.expected import Manifests
+from lcm.data.cache import GrowingFile, ShardCache
 from lcm.data.filters import Filters
-from lcm.data.members import CAPTIONS, Sample, Skip, caption_of, captions_of, metadata, weights_of
-from lcm.data.shards import IMAGES, LATENTS, Shard, advice, expand_urls, is_remote, local, why_empty
+from lcm.data.index import VERSION, Notes, Rules, ShardIndex
+from lcm.data.manifest import Manifests
+from lcm.data.sample_fields import Sample, Skip, caption_of, captions_of, metadata, skipping, weights_of
+from lcm.data.tar import Links, LocalFile, Memory, advice, samples, why_empty
+from lcm.data.urls import IMAGES, LATENTS, expand_urls, is_remote, local
 from lcm.runtime.atomic_io import NO_HANDLES, TRANSIENT, digest, os_error
 from lcm.runtime.redaction import redacted
 
@@ -30,24 +31,17 @@ log = logging.getLogger(__name__)
 TRIED = 8  # shards that may be dead before the first that is looked into
 LOOKED_AT = 100  # samples of that one
 SHOWN = 8  # kinds of members that a complaint lists
-NAMED = 10  # left-out samples that are named per reason; all are counted
+OPEN_SHARDS = 256  # at most, for each process and source
 PAUSES = (0.1, 0.5, 2.0)  # seconds before a shard is opened again that the system could not open just then
-COUNTING = 3  # raised when members become samples, or are counted, in another way: what an index holds is then counted again
-
-
-class Facts(NamedTuple):
-    """What an index knows of a shard: usable samples, how many others were left out for which reason, and what was measured of
-    each usable one (a byte, see `lcm.data.buckets.aspect`), if anything was."""
-
-    samples: int
-    dropped: dict[str, int]
-    aspects: bytes = b""
 
 
 class Source:
-    """needs: extensions of which every sample must have one. captions: see `captions_of`; also of what `filters` judge.
-    measure: `sample -> byte`, noted of each when it is counted. index: the folder where counts are kept between runs.
-    option: the configuration's that names the shards, for errors."""
+    """A list of shards, of which nothing is opened or counted before it is needed.
+
+    urls: paths or URLs of tars. needs: extensions of which every sample must have one. captions: see `captions_of`; the filters
+    judge these captions. aspect: `picture's first bytes -> byte`, stored for each sample. index: the folder of the shards'
+    indexes; None, or a folder that cannot be written: a temporary one. option: the configuration's key that names the shards.
+    """
 
     def __init__(
         self,
@@ -56,17 +50,25 @@ class Source:
         needs: Sequence[str] = IMAGES,
         captions: Mapping[str, float] | None = None,
         filters: Filters | None = None,
-        measure: Callable[[Sample], int] | None = None,
+        aspect: Callable[[bytes], int] | None = None,
         cache: ShardCache | None = None,
         index: str | None = None,
         option: str = "data.shards",
     ) -> None:
-        self.option, self.named = option, Counter[str]()
-        self.urls, self.needs, self.filters, self.measure = list(urls), needs, filters, measure
-        self.captions = None if captions is None else weights_of(captions)
-        self.cache, self.index, self.manifests = cache, index, Manifests()
-        self.counted: dict[str, Facts] = {}
-        self.sound = 0
+        self.urls, self.option, self.cache, self.filters = list(urls), option, cache, filters
+        judge = filters if filters is not None and filters.limits else None
+        self.rules = Rules(needs, None if captions is None else weights_of(captions), judge, aspect)
+        self.folder, self.manifests = index_folder(index), Manifests()
+        self.indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+        self.files: OrderedDict[int, tuple[LocalFile | GrowingFile, Links]] = OrderedDict()
+        self.empty: set[int] = set()  # shards that could not be had
+        # A quarter of the process' handles: a training and a validation read, and the rest of the program has files, too.
+        handles = os.sysconf("SC_OPEN_MAX")
+        self.limit = max(1, min(OPEN_SHARDS, handles // 4)) if handles > 0 else OPEN_SHARDS
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for a worker that is spawned, as on macOS: it opens its own files."""
+        return {**vars(self), "indexes": OrderedDict(), "files": OrderedDict()}
 
     @classmethod
     def of_option(cls, cfg: DictConfig, option: str, cache: ShardCache | None) -> "Source":
@@ -74,110 +76,265 @@ class Source:
         captions: Any = OmegaConf.to_container(cfg.captions) if cfg.captions else None
         return cls(expand_urls(cfg[option], option), captions=captions, cache=cache, option=option)
 
-    def part(self, url: str) -> "Source":
-        """Return one shard alone, read in the same way."""
-        how: dict[str, Any] = {"needs": self.needs, "captions": self.captions, "filters": self.filters}
-        return Source([url], **how, cache=self.cache, index=self.index, option=self.option)
+    def subset(self, shards: Sequence[int]) -> Self:
+        """Return these shards as a source of their own, which is read in the same way."""
+        part = copy.copy(self)
+        part.urls = [self.urls[shard] for shard in shards]
+        part.indexes, part.files, part.empty = OrderedDict(), OrderedDict(), set()
+        return part
 
-    def path(self, shard: int) -> str:
-        """Where the shard lies on this machine. Raises OSError if it cannot be brought here."""
+    @property
+    def captions(self) -> Mapping[str, float] | None:
+        return self.rules.captions
+
+    @cached_property
+    def how(self) -> list[Any]:
+        """Return the rules that samples are chosen by, as plain values."""
+        rules = [VERSION, list(self.rules.needs), self.filters.signature() if self.rules.judge and self.filters else ""]
+        return [*rules, sorted(self.captions) if self.captions else [], self.rules.aspect is not None]
+
+    def key(self, shard: int) -> str:
+        return digest([stamp(self.urls[shard]), self.how])
+
+    def name(self, shard: int) -> str:
+        """Return the shard's file name, without secrets."""
+        return Path(redacted(self.urls[shard])).name
+
+    def title(self, shard: int) -> str:
+        """Return the shard's URL for messages, without secrets."""
+        return redacted(self.urls[shard])
+
+    # What an order asks for
+
+    def usable(self, shard: int, count: int) -> tuple[int, bool]:
+        """Wait until the shard is known to hold `count` usable samples. Return how many are known, and whether that is all.
+
+        A shard that cannot be had counts as empty. Raises UserError where the system fails whatever the shard.
+        """
+        if shard in self.empty:
+            return 0, True
+        try:
+            return self.retried(shard, lambda: self._index(shard).wait(count))
+        except OSError as error:
+            log.warning("leaving out shard %s: %s", self.title(shard), error)
+            self.empty.add(shard)
+            return 0, True
+
+    def aspect(self, shard: int, sample: int) -> int:
+        return int(self.retried(shard, lambda: self._index(shard)[sample])["aspect"])
+
+    def weight(self, shard: int) -> float:
+        """Return the bytes of a local shard, 1 for a remote one."""
+        url = self.urls[shard]
+        with contextlib.suppress(OSError):
+            return 1.0 if is_remote(url) else float(max(os.path.getsize(local(url)), 1))
+        return 1.0
+
+    def prefetch(self, shard: int) -> None:
+        """Begin to fetch and to scan a shard that will be needed soon."""
+        with contextlib.suppress(OSError):
+            if is_remote(self.urls[shard]) and self.cache is not None:
+                self._open(shard).close()
+            self._index(shard).ensure()
+
+    def nothing_usable(self) -> UserError:
+        left_out = self.left_out()
+        return UserError(
+            f"{len(self.urls)} shards hold no usable sample: left out are {dict(left_out)}; change {self.option} or "
+            f"data.filters{advice(left_out)}"
+        )
+
+    def notes(self, shard: int) -> Notes:
+        """Return how many samples a shard holds, and why others are left out. Wait for the whole shard."""
+        if self.usable(shard, 2**62) == (0, True) and shard in self.empty:
+            return Notes(0, {"shard": 1})
+        return self._index(shard).notes()
+
+    # Reading
+
+    def read(self, shard: int, number: int) -> Sample:
+        """Return `{"__key__", "__url__", <extension>: bytes, ...}` of a usable sample. Raises Skip for one that is gone."""
+        if shard in self.empty:
+            raise Skip("shard", self.title(shard))
+        try:
+            return self._read(shard, number)
+        except OSError:  # a file server has lost the handle: once more with another
+            self._close(shard)
+            with skipping("shard", OSError):
+                return self._read(shard, number)
+
+    def _read(self, shard: int, number: int) -> Sample:
+        changed = Skip("missing", f"sample {number} of {self.title(shard)}, which was changed since it was indexed")
+        try:
+            record = self.retried(shard, lambda: self._index(shard)[number])
+        except IndexError:
+            raise changed from None
+        start, size = int(record["start"]), int(record["size"])
+        file, links = self.retried(shard, lambda: self._file(shard))
+        content = file.read(start, size)
+        needs, tells = self.rules.needs, self.rules.tells
+        for key, held, _ in samples(Memory(content), needs, tells, window=len(content)):
+            if all(member.offset for member in held.values()):
+                continue  # another sample's, between this one's members
+            sample: Sample = {"__url__": file.path, "__key__": f"{key}@{start}" if record["repeated"] else key}
+            for extension, member in held.items():
+                if member.link is None:
+                    sample[extension] = content[member.data : member.data + member.size]
+                elif target := links.target(member):
+                    sample[extension] = file.read(target.data, target.size)
+            return sample
+        raise changed
+
+    def _index(self, shard: int) -> ShardIndex:
+        if shard not in self.indexes:
+            while len(self.indexes) >= self.limit:
+                self.indexes.popitem(last=False)[1].close()
+            options: dict[str, Any] = {"rules": self.rules, "expected": partial(self.manifests.__getitem__, self.urls[shard])}
+            opener = partial(self._open, shard)
+            self.indexes[shard] = ShardIndex(self.folder, self.key(shard), self.title(shard), opener, **options)
+        self.indexes.move_to_end(shard)
+        return self.indexes[shard]
+
+    def _file(self, shard: int) -> tuple[LocalFile | GrowingFile, Links]:
+        if shard not in self.files:
+            while len(self.files) >= self.limit:
+                self._close_oldest()
+            file = self._open(shard)
+            self.files[shard] = file, Links(file)
+        self.files.move_to_end(shard)
+        return self.files[shard]
+
+    def whole(self, shard: int) -> str:
+        """Return the local path of a shard that has arrived. Raises OSError for one that cannot be had."""
+        with contextlib.closing(self._open(shard)) as file:
+            file.size()
+            return file.path
+
+    def _open(self, shard: int) -> LocalFile | GrowingFile:
+        """Open a shard, a remote one through the cache. Raises OSError for one that cannot be had."""
         url = self.urls[shard]
         if not is_remote(url):
-            return local(url)
+            return LocalFile(local(url))
         if self.cache is None:
-            raise OSError(f"{redacted(url)} needs a cache on this machine: choose data=shards, or +data/cache=default")
-        return self.cache.fetch(url, lambda file: self.manifests[url].flaw(file))
+            raise UserError(
+                f"{self.title(shard)} is remote and arrives in a cache: choose data=shards; to keep nothing on a disk, set "
+                "data.cache.folder=/dev/shm/shards data.cache.max_gb=<twice the size of data.lanes shards>"
+            )
+        return self.cache.open(url, lambda file: self.manifests[url].flaw(file))
 
-    def open(self, shard: int, make_room: Callable[[], bool] = lambda: False, *, filtered: bool = True) -> Shard:
-        """Open a shard. make_room: closes other files where too many are open, and returns whether it could.
+    def _close(self, shard: int) -> None:
+        if shard in self.files:
+            self.files.pop(shard)[0].close()
+
+    def _close_oldest(self) -> bool:
+        """Close the shard and the index that were used longest ago. Return whether any was open."""
+        was_open = bool(self.indexes or self.files)
+        if self.indexes:
+            self.indexes.popitem(last=False)[1].close()
+        if self.files:
+            self.files.popitem(last=False)[1][0].close()
+        return was_open
+
+    def retried(self, shard: int, work: Callable[[], Any]) -> Any:
+        """Return `work()`. Errors that say nothing of the shard, such as too many open files, are retried.
 
         Raises OSError for a shard that cannot be had, UserError where the system fails whatever the shard.
         """
         pauses = iter(PAUSES)
         while True:
             try:
-                return self._open(shard, filtered)
+                return work()
             except OSError as error:
                 failure = os_error(error, TRANSIENT)
                 if failure is None:
                     raise
-                if failure.errno in NO_HANDLES and make_room():
+                self.indexes.pop(shard, None)
+                if failure.errno in NO_HANDLES and self._close_oldest():
                     continue
                 pause = next(pauses, None)
                 if pause is None:
                     way = "raise the limit, `ulimit -n 4096`" if failure.errno in NO_HANDLES else "run the same command again"
-                    raise UserError(f"{redacted(self.urls[shard])} cannot be opened ({failure.strerror}): {way}") from error
+                    raise UserError(f"{self.title(shard)} cannot be opened ({failure.strerror}): {way}") from error
                 time.sleep(pause)
 
-    def _open(self, shard: int, filtered: bool) -> Shard:
-        options: dict[str, Any] = {"needs": self.needs, "captions": self.captions, "keep": self.filters if filtered else None}
-        try:
-            return Shard(self.path(shard), **options)
-        except FileNotFoundError:
-            if not is_remote(self.urls[shard]):
-                raise
-            return Shard(self.path(shard), **options)  # once more: another process has just made room with it
+    # Checks before a training
 
     def check(self) -> None:
         """Refuse, before any training, shards without images or captions, as one of the first few that can be read shows.
 
-        Raises UserError.
+        Only the first samples of one shard are read. Raises UserError.
         """
         flaws: list[str] = []
-        for number, url in enumerate(map(redacted, self.urls[:TRIED])):
+        for shard in range(min(TRIED, len(self.urls))):
+            title = self.title(shard)
             try:
-                with contextlib.closing(self.open(number, filtered=False)) as shard:
-                    extensions, links, reason = shard.extensions, shard.dropped["link"], ""
-                    captions = self._captions(shard)
+                with contextlib.closing(self.retried(shard, partial(self._open, shard))) as file:
+                    first = self._first(file)
+                    extensions = {extension for sample in first for extension in sample if not extension.startswith("__")}
                     if not extensions:
-                        reason = f"{url} is not a readable webdataset shard: {why_empty(shard.path)}"
-                    elif captions and all(isinstance(caption, Skip) for caption in captions):
-                        reason = f"{url} has no captions that can be read ({captions[0]})"
+                        flaws.append(f"{title} is not a readable webdataset shard: {why_empty(file)}")
+                        continue
             except OSError as error:
-                reason = f"{url} cannot be opened ({error})"
-            if reason:
-                flaws.append(reason)
+                flaws.append(f"{title} cannot be opened ({error})")
                 continue
-            held = f"its samples hold {', '.join(sorted(extensions)[:SHOWN])}" + ", ..." * (len(extensions) > SHOWN)
-            hint = advice({"link": links}) if links else ""
-            if not extensions & set(self.needs):
-                if extensions & set(LATENTS):
-                    raise UserError(f"{url} holds latents, not pictures: set {self.option} to shards of pictures")
-                if self.needs != IMAGES and extensions & set(IMAGES):
-                    raise UserError(
-                        f"{url} holds pictures, not latents: encode it with python -m lcm.encode, or choose data=shards"
-                    )
-                raise UserError(f"{url} has no images: {held}, expected one of {', '.join(self.needs)}{hint}")
-            names = (*(self.captions or CAPTIONS), "json")
-            if not extensions & set(names):
-                raise UserError(
-                    f"{url} has no captions: {held}, expected one of {', '.join(names)}, or others by data.captions{hint}"
-                )
-            self.sound = number
+            self.first_samples = first
+            if flaw := self._flaw_of(title, extensions, first):
+                flaws.append(flaw)
+                continue
             return
         raise UserError(flaws[0] + f", nor can the {len(flaws) - 1} shards after it be read" * (len(flaws) > 1))
 
-    def _captions(self, shard: Shard) -> list[dict[str, list[str]] | Skip]:
-        """Return what `captions_of` says of the shard's first samples, up to the first that has a caption."""
+    def _first(self, file: Any) -> list[Sample]:
+        """Return the first samples of a shard, whether they are usable or not. Links to files outside hold nothing."""
+        links, found = Links(file), []
+        for sample in islice(samples(file, self.rules.needs, self.rules.tells), LOOKED_AT):
+            content: Sample = {"__key__": sample.key}
+            for extension, member in sample.members.items():
+                target = member if member.link is None else links.target(member)
+                if target is None:
+                    content["__link__"] = b""
+                elif extension in (*self.rules.needs, *LATENTS, *IMAGES):
+                    content[extension] = b""
+                else:
+                    content[extension] = file.read(target.data, target.size)
+            found.append(content)
+        return found
+
+    def _flaw_of(self, title: str, extensions: set[str], first: list[Sample]) -> str | None:
+        """Return why a shard's captions cannot be read. Raises UserError for shards of another kind, which are all alike."""
+        held = f"its samples hold {', '.join(sorted(extensions)[:SHOWN])}" + ", ..." * (len(extensions) > SHOWN)
+        hint = advice({"link": 1}) if any("__link__" in sample for sample in first) else ""
+        needs, names = self.rules.needs, self.rules.tells
         captions: list[dict[str, list[str]] | Skip] = []
-        for sample in islice(shard, LOOKED_AT):
+        for sample in first:
             try:
-                return [captions_of(sample, self.captions)]
+                captions = [captions_of(sample, self.captions)]
+                break
             except Skip as skip:
                 captions.append(skip)
-        return captions
-
-    def _first_samples(self) -> Iterator[Sample]:
-        """Yield samples of the shard that `check` found sound, whether the filters keep them or not."""
-        with contextlib.suppress(OSError), contextlib.closing(self.open(self.sound, filtered=False)) as shard:
-            yield from islice(shard, LOOKED_AT)
+        readable = any(not isinstance(caption, Skip) for caption in captions)
+        if extensions & set(names) and extensions & set(needs) and not readable:
+            return f"{title} has no captions that can be read ({captions[0]})"
+        if not extensions & set(needs):
+            if extensions & set(LATENTS):
+                raise UserError(f"{title} holds latents, not pictures: set {self.option} to shards of pictures")
+            if needs != IMAGES and extensions & set(IMAGES):
+                raise UserError(
+                    f"{title} holds pictures, not latents: encode it with python -m lcm.encode, or choose data=shards"
+                )
+            raise UserError(f"{title} has no images: {held}, expected one of {', '.join(needs)}{hint}")
+        if not extensions & set(names):
+            raise UserError(
+                f"{title} has no captions: {held}, expected one of {', '.join(names)}, or others by data.captions{hint}"
+            )
+        return None
 
     def blind_filters(self) -> list[str]:
-        """Return the filters that leave out nothing, since no sample of the first ones says what they read."""
+        """Return the filters that leave out nothing, since none of the first samples has the fields that they read."""
         if self.filters is None or self.filters.missing == "drop":
             return []
         described = []
-        for sample in self._first_samples():
+        for sample in self.first_samples:
             with contextlib.suppress(Skip):
                 described.append((caption_of(sample, self.captions), metadata(sample)))
         return self.filters.blind(described)
@@ -185,110 +342,57 @@ class Source:
     def absent_captions(self) -> list[str]:
         """Return the names in `captions` that none of the first samples has."""
         names = set(self.captions or ())
-        for sample in self._first_samples() if names else ():
+        for sample in self.first_samples if names else ():
             with contextlib.suppress(Skip):
                 names -= captions_of(sample, self.captions).keys()
         return sorted(names)
 
-    def facts(self) -> list[Facts]:
-        """Of every shard in the order of `urls`; shards that no earlier run has counted are opened now, with progress."""
-        known = {**self.counted, **self._load()}
-        new = [n for n, url in enumerate(self.urls) if self.stamp(url) not in known]
-        with ThreadPoolExecutor(8) as pool:
-            counted = track(pool.map(self._count, new), "counting samples", total=len(new), disable=len(new) < 100)
-            for number, facts in zip(new, counted, strict=True):
-                stamp = self.stamp(self.urls[number])
-                known[stamp] = facts
-                if "shard" not in facts.dropped:  # one that could not be had is tried again next time
-                    self._note(stamp, facts)
-        return [known[self.stamp(url)] for url in self.urls]
+    def gone(self) -> list[str]:
+        """Return local shards that a manifest lists but that are not there: a glob does not miss them."""
+        return self.manifests.gone(self.urls)
 
-    def _count(self, shard: int) -> Facts:
-        url = self.urls[shard]
-        samples, size, _ = self.manifests[url]
-        if samples is not None and self.filters is None and self.measure is None and is_remote(url):
-            return Facts(samples, {})  # a small file instead of the shard; what is broken in it shows when it is read
-        try:
-            opened = self.open(shard)
-        except OSError as error:
-            log.warning("leaving out shard %s: %s", redacted(url), error)
-            return Facts(0, {"shard": 1})
-        aspects = b"" if self.measure is None else bytes(map(self.measure, opened))
-        opened.close()
-        for key, reason in opened.broken.items():
-            self._name(reason, key, redacted(url))
-        if opened.repeated:
-            log.warning(
-                "%s holds %d samples under names that others of its samples have, such as %s: all are used",
-                redacted(url), len(opened.repeated), next(iter(opened.repeated.values())).rpartition("@")[0],
-            )  # fmt: skip
-        found = len(opened) + opened.dropped.total()
-        if samples is not None and found < samples:
-            opened.dropped["missing"] = samples - found
-            log.warning("%s holds %d of its %d samples: it is cut or damaged", redacted(url), found, samples)
-        elif not found:
-            opened.dropped["shard"] = 1
-            log.warning("%s holds no samples, it is no webdataset shard: %s", redacted(url), why_empty(opened.path))
-        elif size not in (None, actual := os.path.getsize(opened.path)):
-            log.warning("%s has %d bytes, %d in its manifest: it is cut, damaged or another", redacted(url), actual, size)
-        return Facts(len(opened), dict(opened.dropped), aspects)
+    def left_out(self) -> Counter[str]:
+        """Return how many samples of all shards are left out, by reason. Wait for all shards."""
+        total: Counter[str] = Counter()
+        for shard in range(len(self.urls)):
+            total.update(self.notes(shard).left_out)
+        return total
 
-    def _name(self, reason: str, key: str, url: str) -> None:
-        """Log the first samples that are left out for a reason; all are counted."""
-        self.named[reason] += 1
-        if self.named[reason] <= NAMED:
-            hint = advice({reason: 1}) if self.named[reason] == 1 else ""
-            log.warning("leaving out sample %s of %s: %s%s", key, url, reason, hint)
-        elif self.named[reason] == NAMED + 1:
-            log.warning("leaving out more samples for the same reason, which are counted and not named: %s", reason)
+    def close(self) -> None:
+        while self._close_oldest():
+            pass
 
-    def _note(self, stamp: str, facts: Facts) -> None:
-        """Keep what was counted of a shard, in the index too if that can be written: it only saves counting again."""
-        self.counted[stamp] = facts
-        if self.index is None:
-            return
-        entry = {"shard": stamp, "samples": facts.samples, "dropped": facts.dropped}
-        try:
-            file = self._file(self.index)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("a") as lines:
-                lines.write(json.dumps({**entry, **({"aspects": facts.aspects.hex()} if self.measure else {})}) + "\n")
-        except OSError as error:
-            warn_of_index(self.index, error.strerror)
-            self.index = None
 
-    def _file(self, index: str) -> Path:
-        how = [COUNTING, list(self.needs), self.filters.signature() if self.filters else ""]
-        how += [sorted(self.captions) if self.captions else [], bool(self.measure)]
-        return Path(index, f"{digest(how)}.jsonl")
-
-    def _load(self) -> dict[str, Facts]:
-        known: dict[str, Facts] = {}
-        with contextlib.suppress(OSError, UnicodeError):
-            for line in self._file(self.index).read_text().splitlines() if self.index else ():
-                with contextlib.suppress(ValueError):  # a line that a killed run left half-written: its shard is counted again
-                    entry: dict[str, Any] = json.loads(line)
-                    aspects = bytes.fromhex(entry.get("aspects", ""))
-                    known[entry["shard"]] = Facts(entry["samples"], entry["dropped"], aspects)
-        return known
-
-    @staticmethod
-    def stamp(url: str) -> str:
-        """What an index knows a shard by: a local one that was changed is another."""
-        if is_remote(url):  # what a query asks for may be the shard itself; a digest keeps its secrets
-            query = hashlib.sha256(url.encode()).hexdigest()[:12] if "?" in url else ""
-            return f"{redacted(url)} {query}".rstrip()
-        stat = os.stat(local(url))
-        return f"{os.path.abspath(local(url))} {stat.st_size} {stat.st_mtime_ns}"
+def stamp(url: str) -> str:
+    """Return the identity of a shard: its name, and of a local one size and time, so that a changed file is another."""
+    if is_remote(url):  # a query may name the shard; its digest keeps its secrets
+        query = hashlib.sha256(url.encode()).hexdigest()[:12] if "?" in url else ""
+        return f"{redacted(url)} {query}".rstrip()
+    try:
+        status = os.stat(local(url))
+    except OSError:
+        return os.path.abspath(local(url))
+    return f"{os.path.abspath(local(url))} {status.st_size} {status.st_mtime_ns}"
 
 
 @cache
-def warn_of_index(index: str, reason: str) -> None:
-    log.warning("%s cannot be written (%s): each start counts the shards again; data.index names another", index, reason)
+def index_folder(index: str | None) -> Path:
+    """Return a folder for indexes that can be written: the given one, else one that is removed with this process."""
+    if index is not None:
+        try:
+            folder = Path(index)
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".writable-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+            return folder
+        except OSError as error:
+            log.warning(
+                "%s cannot be written (%s): each start scans the shards again; data.index names another", index, error.strerror
+            )
+    temporary = tempfile.TemporaryDirectory(prefix="lcm-index-")
+    kept.append(temporary)
+    return Path(temporary.name)
 
 
-def total_dropped(facts: Sequence[Facts]) -> Counter[str]:
-    dropped: Counter[str] = Counter()
-    for shard in facts:
-        dropped.update(shard.dropped)
-    return dropped
+kept: list[tempfile.TemporaryDirectory] = []

@@ -12,8 +12,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from lcm.data.filters import number
-from lcm.data.members import CaptionChoice, Sample, Skip, metadata, skipping
-from lcm.data.shards import IMAGES, MAX_BYTES, first_of
+from lcm.data.sample_fields import CaptionChoice, Sample, Skip, metadata, skipping
+from lcm.data.tar import MAX_BYTES
+from lcm.data.urls import IMAGES, first_of
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit, at which it only warns: a 17 kB file can ask for gigabytes
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what crawlers store under any name; others, say PostScript, run a program
@@ -94,8 +95,8 @@ def rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def lies(image: Image.Image) -> bool:
-    """Whether it is stored on its side, as its first bytes tell: for more of a PNG, Pillow would decode it."""
+def is_sideways(image: Image.Image) -> bool:
+    """Return whether it is stored on its side, by its first bytes: for more of a PNG, Pillow would decode it."""
     return (image.format != "PNG" or "exif" in image.info) and orientation(image) in TURNED
 
 
@@ -107,10 +108,12 @@ def picture_of(sample: Sample) -> Image.Image:
     return opened(sample[name])
 
 
-def stored_size(sample: Sample) -> tuple[int, int]:
-    """(height, width) of the sample's image, upright, from its first bytes; raises `Skip`."""
-    image = picture_of(sample)
-    return image.size if lies(image) else (image.height, image.width)
+def stored_size(start: bytes) -> tuple[int, int] | None:
+    """Return (height, width) of an image, upright, from its first bytes; None for a broken one."""
+    with suppress(Exception):  # whatever a broken file makes a decoder raise
+        image = Image.open(io.BytesIO(start), formats=FORMATS)
+        return image.size if is_sideways(image) else (image.height, image.width)
+    return None
 
 
 class Cropped(NamedTuple):
@@ -131,7 +134,7 @@ def cropped(image: Image.Image, shape: tuple[int, int], *, random_crop: bool, fl
     frequencies of each block, a low pass, which saves part of the decoding and most of the resizing.
     """
     stored = image.size
-    draft = image.draft("RGB", shape if lies(image) else shape[::-1])
+    draft = image.draft("RGB", shape if is_sideways(image) else shape[::-1])
     scale = draft[1][2] / stored[0] if draft else 1.0
     image.load()
     kind = orientation(image)

@@ -4,26 +4,52 @@ Images become features in chunks, each a file named by all that it depends on. A
 meet in these files alone; what is there is not drawn again, after a kill or for other metrics.
 """
 
+from types import GenericAlias
+from typing import Annotated
+
+from lcm.app.cli import Program, build, build_all
+from lcm.core.numbers import Count, Dtype, Limit, NonNegative, Seed
+
+TEXTS = str | list[str]
+program = Program(
+    "evaluate",
+    grid_rows=Count,
+    batch_size=Count,
+    chunk=Count,
+    resolution=Count | None,
+    entries=GenericAlias(dict, (str, "lcm.evaluate.jobs.Entry")),
+    w=float | list[float],
+    metrics=list[str],
+    shards=TEXTS,
+    reference=TEXTS | None,
+    prompts=TEXTS,
+    samples=Annotated[int, Limit(2)],
+    seed=Seed,
+    output=str,
+    dtype=Dtype,
+    patience=NonNegative,
+    name=str,
+)
+if __name__ == "__main__":
+    program.read_command_line()  # before imports that take seconds: --help and misspelt keys are answered at once
+
 import logging
 import time
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
 from omegaconf import DictConfig
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from lcm.app.cli import build, build_all, program
 from lcm.app.images import resized
-from lcm.app.inputs import one_of_each, output_folder, pick_device, read_prompts
+from lcm.app.inputs import output_folder, pick_device, read_prompts
 from lcm.core.errors import UserError
-from lcm.core.numbers import Count, Dtype, Limit, NonNegative, Seed
 from lcm.data.captions import read_captions
 from lcm.data.source import Source
 from lcm.evaluate import report
 from lcm.evaluate.features import METRICS, Extractor, joined, scores
-from lcm.evaluate.jobs import SHOWN, Cell, Chunk, Entry, choose_resolution, chunks_of, load_models, make_cells
+from lcm.evaluate.jobs import SHOWN, Cell, Chunk, choose_resolution, chunks_of, load_models, make_cells
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +92,6 @@ def wait(chunks: Sequence[Chunk], patience: float) -> None:
 
 
 def check(cfg: DictConfig) -> None:
-    one_of_each(cfg, "samples", "grid_rows", "seed", "batch_size", "chunk", *([] if cfg.resolution is None else ["resolution"]))
     if not cfg.metrics:
         raise UserError(f"metrics=[] measures nothing: choose among {', '.join(METRICS)}")
     if unknown := [name for name in cfg.metrics if name not in METRICS]:
@@ -117,28 +142,7 @@ def evaluate(cfg: DictConfig) -> None:
     report.write(folder, rows, footer, shown, prompts, cfg, build_all(cfg.get("logger")))
 
 
-TEXTS = str | list[str]
-
-
-@program(
-    "evaluate",
-    grid_rows=Count,
-    batch_size=Count,
-    chunk=Count,
-    resolution=Count | None,
-    entries=dict[str, Entry],
-    w=float | list[float],
-    metrics=list[str],
-    shards=TEXTS,
-    reference=TEXTS | None,
-    prompts=TEXTS,
-    samples=Annotated[int, Limit(2)],
-    seed=Seed,
-    output=str,
-    dtype=Dtype,
-    patience=NonNegative,
-    name=str,
-)
+@program
 @torch.inference_mode()
 def main(cfg: DictConfig) -> None:
     evaluate(cfg)

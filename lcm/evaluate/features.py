@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lcm.app.images import resized
 from lcm.core.errors import NonFiniteError, UserError
 from lcm.data.captions import read_images
-from lcm.data.source import Source
+from lcm.data.source import Source, stamp
 from lcm.evaluate import distances
 from lcm.evaluate.clip import ClipBackbone
 from lcm.evaluate.inception import InceptionBackbone
@@ -63,7 +63,7 @@ class Extractor:
 
         Raises UserError for fewer than 2 images, and for a folder that can be neither read nor written.
         """
-        facts = {"shards": [Source.stamp(url) for url in source.urls], "crop": "centre", **self.facts}
+        facts = {"shards": [stamp(url) for url in source.urls], "crop": "centre", **self.facts}
         if source.filters is not None and source.filters.limits:
             facts["filters"] = source.filters.signature()
         if source.captions is not None:

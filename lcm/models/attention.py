@@ -1,4 +1,4 @@
-"""Which of torch's kernels a training runs on."""
+"""Attention kernels, activation checkpointing and torch.compile."""
 
 import os
 import shutil
@@ -20,37 +20,40 @@ BY_SPEED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.E
 
 
 def fast_attention(device: torch.device) -> AbstractContextManager[None]:
-    """cuDNN's attention where it has one for the shape, else torch's own choice.
+    """Return a context that prefers cuDNN's attention on Hopper GPUs and newer.
 
     On an H100 it takes 0.57 of flash attention's time at Stable Diffusion 1.5's head dimension of 40, forward and backward
-    (docs/performance.md). A second or two go into each new shape, which a training has few of and sampling many.
+    (docs/performance.md). Each new shape costs one or two seconds, so use it for training, not for sampling.
     """
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     return sdpa_kernel(BY_SPEED, set_priority=True) if hopper else nullcontext()
 
 
 def recomputed(function: Callable[..., Any], *args: Any) -> Any:
-    """Activation checkpointing as `enable_gradient_checkpointing` takes it, of a call under `fast_attention`: the backward
-    recomputes with the same kernels, since others keep other tensors."""
+    """Call `function` with activation checkpointing, in the form that `enable_gradient_checkpointing` expects.
+
+    The call must run under `fast_attention`. The backward pass recomputes with the same kernels, as other kernels save other
+    tensors.
+    """
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
     return checkpoint(function, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), fast_attention(device)))
 
 
 def check_compiler(option: str) -> None:
-    """Raise UserError where torch.compile lacks a compiler: Triton needs C and Python's headers, a CPU's code C++."""
+    """Raise UserError if torch.compile lacks a compiler. Triton needs C and Python's headers, the CPU backend C++."""
     on_gpu = torch.cuda.is_available()
     gnu, clang, variable, language = ("gcc", "clang", "CC", "C") if on_gpu else ("g++", "clang++", "CXX", "C++")
-    known = [os.environ[variable].split()[0]] if os.environ.get(variable, "").split() else [gnu, clang]
+    compilers = [os.environ[variable].split()[0]] if os.environ.get(variable, "").split() else [gnu, clang]
     if sys.platform == "win32":
-        known = [*known, "cl"]
-    if not any(map(shutil.which, known)):
+        compilers = [*compilers, "cl"]
+    if not any(map(shutil.which, compilers)):
         raise UserError(f"{option}=true needs a {language} compiler, and there is none: install {gnu} or set {option}=false")
     if on_gpu and not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
         raise UserError(f"{option}=true needs Python's headers (Python.h): install python3-dev or set {option}=false")
 
 
 def allow_graphs(number: int) -> None:
-    """Let torch.compile keep so many graphs of one function; it would run further ones uncompiled, with a warning."""
+    """Let torch.compile keep this many graphs per function. It runs further ones uncompiled, with a warning."""
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, number)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, number)

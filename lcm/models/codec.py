@@ -1,4 +1,4 @@
-"""The frozen VAE and text encoders: pixels and captions in, `(z0, cond)` out (Algorithm 1's `D_z`)."""
+"""The frozen VAE and text encoders, which map pixels and captions to `(z0, cond)` (Algorithm 1's `D_z`)."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -12,7 +12,7 @@ from lcm.core.batch import LatentBatch
 from lcm.core.denoiser import Condition
 from lcm.core.errors import NonFiniteError
 from lcm.core.process import per_sample
-from lcm.core.random import RankRows, normal
+from lcm.core.random import RankSlice, normal
 from lcm.models.families import on_device
 from lcm.models.text import TextEncoder
 
@@ -20,14 +20,14 @@ from lcm.models.text import TextEncoder
 class LatentCodec:
     """Encodes batches and decodes latents with a pipeline's frozen `vae` and text encoders.
 
-    dtype: of the VAE (None keeps it; bfloat16 halves its cost).
-    chunk: images a VAE call takes at a time, which bounds its memory.
-    cache: remember each sample's posterior in host memory (float16) the first time it is encoded: 4 kB a 64 px image and
-        64 kB a 512 px one, so for datasets that fit and transforms without a random crop or flip.
-    compile: the VAE's encoder is compiled by torch.compile, which pays in a long training on a GPU.
+    dtype: the VAE's; None keeps it. bfloat16 halves its cost.
+    chunk: images per VAE call, which bounds its memory.
+    cache: cache each sample's posterior in host memory (float16): 4 kB per 64 px image, 64 kB per 512 px image. The dataset
+        must fit, and transforms must not crop or flip at random.
+    compile: compile the VAE's encoder. It pays off in long trainings on a GPU.
     """
 
-    resolution: int | None = None  # pixels a side of the images that its pipeline's UNet was trained on, where known
+    resolution: int | None = None  # pixels per side of the training images of the pipeline's network; None: unknown
 
     def __init__(
         self,
@@ -45,11 +45,11 @@ class LatentCodec:
         self.compile = compile
         if compile:
             self.vae.encoder.compile()
-        self.lay_out()
+        self.set_memory_format()
 
     @property
     def factor(self) -> int:
-        """Pixels per latent cell along a side."""
+        """The VAE's downsampling factor."""
         return vae_factor(self.vae.config)
 
     @property
@@ -58,22 +58,22 @@ class LatentCodec:
 
     def to(self, device: torch.device | str) -> "LatentCodec":
         self.vae.to(device)
-        self.lay_out()
+        self.set_memory_format()
         self.text.to(device)
         return self
 
-    def lay_out(self) -> None:
-        """channels_last where that is faster: on a CPU, and compiled on a GPU, whose eager group norm gives it up."""
+    def set_memory_format(self) -> None:
+        """Use channels_last where it is faster: on a CPU, and compiled on a GPU. CUDA's eager group norm undoes it."""
         on_cpu = self.device.type == "cpu"
-        for part, pays in ((self.vae.encoder, on_cpu or self.compile), (self.vae.decoder, on_cpu)):
-            part.to(memory_format=torch.channels_last if pays else torch.contiguous_format)
+        for module, faster in ((self.vae.encoder, on_cpu or self.compile), (self.vae.decoder, on_cpu)):
+            module.to(memory_format=torch.channels_last if faster else torch.contiguous_format)
 
     @torch.no_grad()
-    def encode(self, batch: dict[str, Any], rng: RankRows | torch.Generator | None = None) -> LatentBatch:
-        """batch: `{"x": uint8 or [-1, 1] float [B, 3, H, W], "captions", "keys"}`, or "moments" `[B, 2C, h, w]` in place of x,
-        and optionally the captions' embeddings by the family's names, and "original_sizes", "crops" `[B, 2]`.
+    def encode(self, batch: dict[str, Any], rng: RankSlice | torch.Generator | None = None) -> LatentBatch:
+        """Encode a batch. rng: for sampling the posterior.
 
-        Returns a LatentBatch; rng draws the posterior.
+        batch: "captions" and "keys", lists of B, and "x" `[B, 3, H, W]` (uint8, or float in [-1, 1]) or "moments"
+        `[B, 2C, h, w]`. Optional: text embeddings by the family's names, and "original_sizes", "crops" `[B, 2]`.
         """
         moments = batch["moments"].float() if "moments" in batch else self.posterior(batch["x"], batch["keys"])
         mean, std = moments.chunk(2, dim=1)
@@ -84,66 +84,66 @@ class LatentCodec:
     def conditions(
         self, captions: list[str], z: Tensor, batch: Mapping[str, Any] = MappingProxyType({})
     ) -> tuple[Condition, Condition]:
-        """Return the conditions of `[B]` latents z with these captions, and the condition of the empty caption, one row.
+        """Return the condition of latents z `[B, C, h, w]` with these captions, and that of the empty caption, one row.
 
-        batch: may hold the captions' embeddings, see `encode`.
+        batch: may hold the text embeddings of the captions, see `encode`.
         """
         family = self.text.family
         if all(name in batch for name in family.text):
             uncond, captioned = self.text([""]), on_device(torch.tensor([caption != "" for caption in captions]), z.device)
-            # A dropped caption has the empty caption's embeddings.
+            # The embeddings are those of the full caption. A dropped caption is empty.
             stored = {name: batch[name].float() for name in family.text}
             cond = {name: torch.where(per_sample(captioned, rows.ndim), rows, uncond[name]) for name, rows in stored.items()}
         else:
-            both = self.text([*captions, ""])
-            cond = {name: rows[:-1] for name, rows in both.items()}
-            uncond = {name: rows[-1:] for name, rows in both.items()}
+            embeddings = self.text([*captions, ""])
+            cond = {name: rows[:-1] for name, rows in embeddings.items()}
+            uncond = {name: rows[-1:] for name, rows in embeddings.items()}
         if family.takes_sizes:
             cond["sizes"] = uncond["sizes"] = self.sizes(z, batch)
         return cond, uncond
 
     def sizes(self, z: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """Return `[B, 6]`: original size, crop and target size of the batch, or those of whole images of just this size."""
+        """Return original size, crop and target size, `[B, 6]` int64. By default images are neither resized nor cropped."""
         target = torch.stack([torch.full((len(z),), side * self.factor, device=z.device) for side in z.shape[2:]], dim=1)
         return torch.cat([batch.get("original_sizes", target), batch.get("crops", torch.zeros_like(target)), target], dim=1)
 
     def posterior(self, x: Tensor, keys: list[str] | None = None) -> Tensor:
-        """Mean and standard deviation of q(z|x), unscaled: `[B, 2C, H/f, W/f]` float32; remembered by key, if at all."""
-        names = [(key, *x.shape[2:]) for key in keys or ()]
-        if self.cache is not None and names and all(name in self.cache for name in names):
-            return torch.stack([self.cache[name] for name in names]).to(self.device).float()
-        parts = []
-        for part in x.split(self.chunk):
-            q = self.vae.encode(to_signed_range(part).to(self.vae.dtype)).latent_dist
-            parts.append(torch.cat([q.mean, q.std], dim=1).float().contiguous())
-        moments = torch.cat(parts)
-        if self.cache is not None and names:
-            moments = moments.half().float()  # as the cache will give them: a resumed run has yet to fill it
-            self.cache.update(zip(names, moments.half().cpu(), strict=True))
+        """Return mean and standard deviation of q(z|x), unscaled, `[B, 2C, H/f, W/f]` float32. keys: for the cache."""
+        cache_keys = [(key, *x.shape[2:]) for key in keys or ()]
+        if self.cache is not None and cache_keys and all(key in self.cache for key in cache_keys):
+            return torch.stack([self.cache[key] for key in cache_keys]).to(self.device).float()
+        chunks = []
+        for pixels in x.split(self.chunk):
+            q = self.vae.encode(to_signed_range(pixels).to(self.vae.dtype)).latent_dist
+            chunks.append(torch.cat([q.mean, q.std], dim=1).float().contiguous())
+        moments = torch.cat(chunks)
+        if self.cache is not None and cache_keys:
+            moments = moments.half().float()  # equal to a cached posterior: a resumed run starts with an empty cache
+            self.cache.update(zip(cache_keys, moments.half().cpu(), strict=True))
         return moments
 
     @torch.no_grad()
     def decode(self, z0: Tensor) -> Tensor:
-        """Latents `[B, C, h, w]` -> images uint8 `[B, 3, H, W]`. Raises NonFiniteError."""
+        """Decode latents `[B, C, h, w]` to uint8 images `[B, 3, H, W]`. Raises NonFiniteError."""
         shift, scale = self.text.family.latent_scaling(self.vae)
         images = []
-        for part in z0.split(self.chunk):
-            x = self.vae.decode((part / scale + shift).to(self.vae.dtype)).sample
+        for z in z0.split(self.chunk):
+            x = self.vae.decode((z / scale + shift).to(self.vae.dtype)).sample
             if not x.isfinite().all():
-                what, network = ("images", "VAE") if part.isfinite().all() else ("latents", "UNet")
+                output, network = ("images", "VAE") if z.isfinite().all() else ("latents", "UNet")
                 raise NonFiniteError(
-                    f"the drawn {what} are not finite: the {network}'s weights are damaged, or they overflow in float16; draw "
-                    "in float32, or give another model"
+                    f"the drawn {output} are not finite: the {network}'s weights are damaged, or overflow in float16: sample "
+                    "in float32, or use another model"
                 )
             images.append(((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().contiguous())
         return torch.cat(images)
 
 
 def vae_factor(config: Mapping[str, Any]) -> int:
-    """Pixels per latent cell along a side, by the VAE's configuration."""
+    """Return the downsampling factor of a VAE with this configuration."""
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
 def to_signed_range(x: Tensor) -> Tensor:
-    """uint8 pixels -> float32 in [-1, 1]; a float tensor is returned as it is."""
+    """Map uint8 pixels to float32 in [-1, 1]. A float tensor is returned unchanged."""
     return x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x

@@ -1,4 +1,4 @@
-"""Arithmetic: the FLOP of a network, counted, and the rate of the device, measured."""
+"""The FLOP of a network, counted, and the matmul throughput of a device, measured."""
 
 import time
 from typing import Any
@@ -15,10 +15,10 @@ from lcm.models.student import as_network
 
 
 def call_flop(family: Family, net: Any, z_shape: torch.Size, cond: Condition, trained: bool) -> int:
-    """Return the FLOP (2 a multiply-add) of matmuls, convolutions and attention of one call, counted on the meta device.
+    """Return the FLOP of matmuls, convolutions and attention of one call, counted on the meta device.
 
-    trained: with its backward, which costs a forward for the gradients of inputs (the first layer included) and another for
-    those of weights. Adapters leave out the gradients of the network's own weights.
+    A multiply-add is 2 FLOP. trained: add the backward pass. It costs one forward for the gradients of inputs (including the
+    first layer's) and one for those of weights. With adapters, frozen weights need no gradients.
     """
     forward = forward_flop(family, net, z_shape, cond)
     if not trained:
@@ -27,6 +27,7 @@ def call_flop(family: Family, net: Any, z_shape: torch.Size, cond: Condition, tr
 
 
 def forward_flop(family: Family, net: Any, z_shape: torch.Size, cond: Condition, *, adapters: bool = True) -> int:
+    """Return the FLOP of one forward call. adapters: whether to count a network's adapters."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         copy, t = original_class(net).from_config(net.config), torch.empty(z_shape[0], dtype=torch.int64)
         if adapters and is_adapted(net):
@@ -36,8 +37,8 @@ def forward_flop(family: Family, net: Any, z_shape: torch.Size, cond: Condition,
 
 
 def matmul_tflops(device: Any, dtype: torch.dtype, size: int, repeats: int = 5) -> float:
-    """The ceiling: TFLOP/s of square matmuls of normal numbers (constant ones are faster), the best of `repeats` after one."""
-    a = torch.randn(size, size, device=device, dtype=dtype, generator=generator(device, "matmul"))  # none of a training's
+    """Return the best TFLOP/s of `repeats` square matmuls of normal numbers, after a warm-up. Constants would be faster."""
+    a = torch.randn(size, size, device=device, dtype=dtype, generator=generator(device, "matmul"))
     times = []
     for _ in range(1 + repeats):
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Adapters (LoRA) on a UNet whose own weights stay: added, merged into them, saved as diffusers loads them."""
+"""Adapters (LoRA) on a network with frozen weights: added, merged, and saved in diffusers' format."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,25 +11,25 @@ from torch import nn
 from lcm.core.errors import UserError
 from lcm.models.families import Family
 from lcm.models.loading import check_saved
-from lcm.models.student import sharing
+from lcm.models.student import copy_sharing
 
-NAME = "default"  # peft's and diffusers' name of an only adapter
+NAME = "default"  # name of a single adapter in peft and diffusers
 
 
 def with_adapters(
     family: Family, net: Any, *, rank: int, alpha: int | None = None, target_modules: Sequence[str] | None = None
 ) -> Any:
-    """Return a network with the weights of `net`, shared and frozen in both, and trainable adapters of its own.
+    """Return a network with trainable adapters that shares the frozen weights of `net`.
 
-    A layer with adapters computes `W x + alpha / rank * B A x`, A with `rank` rows; B starts at zero, so the result starts as
-    `net`. alpha: None: as rank. target_modules: the ends of the layers' names; None: the family's.
+    A layer with adapters computes `W x + alpha / rank * B A x`, where A has `rank` rows. B starts at zero, so the network
+    starts equal to `net`. alpha: None uses the rank. target_modules: suffixes of layer names; None uses the family's.
     """
     if family.lora_mixin is None:
         raise UserError(f"model.adapters: diffusers has no adapters for {family.pipelines[0]}: set model.adapters=null")
     if rank < 1:
-        raise UserError(f"model.adapters.rank={rank} is not a rank: give 1 or more")
+        raise UserError(f"model.adapters.rank={rank} is not a rank: use 1 or more")
     targets = list(family.lora_targets if target_modules is None else target_modules)
-    adapted = sharing(net, net.parameters())
+    adapted = copy_sharing(net, net.parameters())
     try:
         adapted.add_adapter(LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=targets), NAME)
     except ValueError as error:
@@ -41,14 +41,16 @@ def is_adapted(network: Any) -> bool:
     return bool(getattr(network, "peft_config", None))
 
 
-def is_of_adapter(name: str) -> bool:
-    """Whether a parameter's name is that of an A or B."""
+def is_adapter_parameter(name: str) -> bool:
+    """Return whether the parameter of this name is an adapter's A or B."""
     return ".lora_" in name
 
 
 def merged(network: Any, base: Any) -> Any:
-    """`base` with `alpha / rank * B A` of `network` added to its weights, in place: those of `network` may be rounded to
-    bfloat16. It is given the `sample_size` of `network`, which may have been trained at another size.
+    """Add `alpha / rank * B A` of `network` to the weights of `base`, in place, and return `base`.
+
+    base: the same network in float32, since the frozen weights of `network` may be bfloat16. It gets the `sample_size` of
+    `network`.
     """
     base.add_adapter(network.peft_config[NAME], NAME)
     set_peft_model_state_dict(base, get_peft_model_state_dict(network), NAME)
@@ -59,9 +61,10 @@ def merged(network: Any, base: Any) -> Any:
 
 
 def save_adapters(folder: Path, network: Any, family: Family, dtype: torch.dtype) -> None:
-    """`folder/pytorch_lora_weights.safetensors`, as diffusers loads it; B times `alpha / rank`: no reader needs to know alpha.
+    """Write `folder/pytorch_lora_weights.safetensors` for diffusers' `load_lora_weights`.
 
-    The names are peft's throughout: diffusers' conversion renames attention's alone and its loader then leaves those out.
+    B is multiplied by `alpha / rank`, so that readers need no alpha. The names are peft's: diffusers' conversion renames only
+    attention layers, and its loader would then ignore them.
     """
     config = network.peft_config[NAME]
     scales = {"lora_A": 1.0, "lora_B": config.lora_alpha / config.r}
@@ -71,10 +74,12 @@ def save_adapters(folder: Path, network: Any, family: Family, dtype: torch.dtype
     family.lora_mixin.save_lora_weights(folder, **{f"{family.network}_lora_layers": state})
 
 
-def leave_out_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    for name in [name for name in state if not is_of_adapter(name)]:
+def drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """Remove frozen weights from a state dict (a post hook of `state_dict`)."""
+    for name in [name for name in state if not is_adapter_parameter(name)]:
         del state[name]
 
 
-def expect_no_frozen(module: nn.Module, keys: Any) -> None:
-    keys.missing_keys[:] = [name for name in keys.missing_keys if is_of_adapter(name)]
+def ignore_missing_frozen(module: nn.Module, keys: Any) -> None:
+    """Accept a state dict without frozen weights (a post hook of `load_state_dict`)."""
+    keys.missing_keys[:] = [name for name in keys.missing_keys if is_adapter_parameter(name)]

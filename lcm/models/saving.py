@@ -1,4 +1,4 @@
-"""Pipeline folders of diffusers, written."""
+"""Saving of pipeline folders that diffusers opens."""
 
 import json
 import shutil
@@ -15,22 +15,23 @@ from tokenizers import Tokenizer
 from transformers import CLIPModel, CLIPTokenizer
 
 from lcm.models.families import Family
-from lcm.models.loading import CLIP_TYPES, check_finite, check_header, load_part, read_json, rounded, weight_files
+from lcm.models.loading import CLIP_TYPES, cast_copy, check_finite, check_header, load_part, read_json, weight_files
 from lcm.models.lora import is_adapted, merged, save_adapters
 from lcm.runtime.atomic_io import remove
 
-PREFIX = "text_model."  # of a text encoder's weights, which transformers from 5.6 on leaves out and others need
+PREFIX = "text_model."  # of a text encoder's weights; transformers 5.6 drops it, but older versions and ComfyUI need it
 FLAT = ("embeddings.", "encoder.", "final_layer_norm.")
 
 
 def save_network(folder: str | Path, network: Any, dtype: torch.dtype = torch.float16) -> None:
-    rounded(network, dtype).save_pretrained(folder)
+    """Write a network's folder in this dtype. Raises UserError for weights that are not finite in it."""
+    cast_copy(network, dtype).save_pretrained(folder)
 
 
 def copy_network(source: Path, target: Path) -> None:
-    """Write what is read of a network's folder, in the one file that every library looks for.
+    """Copy a network's config and weights, with all weights in the one file that every library looks for.
 
-    Text encoders are opened in float32 unless another dtype is asked for, as diffusers opens the UNet and the VAE.
+    The config of a text encoder names float32 as its dtype, so that it loads in the same dtype as UNet and VAE by default.
     """
     _, files = weight_files(source)
     for file in files:
@@ -48,14 +49,14 @@ def copy_network(source: Path, target: Path) -> None:
             weights = {PREFIX * key.startswith(FLAT) + key: value for key, value in weights.items()}
     save_file(weights, target / f"{name}.safetensors", {"format": "pt"})
     (target / "config.json").write_text(json.dumps(config, indent=2))
-    shutil.copymode(target / "config.json", target / f"{name}.safetensors")  # safetensors keeps others from reading it
+    shutil.copymode(target / "config.json", target / f"{name}.safetensors")  # safetensors' files are private
 
 
 def save_clip(folder: str | Path, clip: CLIPModel, tokenizer: CLIPTokenizer) -> None:
-    """Write `folder/clip`, and its text tower and tokenizer as the pipeline's `text_encoder` and `tokenizer`."""
+    """Write `folder/clip`, and CLIP's text encoder and tokenizer as `folder/text_encoder` and `folder/tokenizer`."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder) as parts:
-        clip = rounded(clip, torch.float16)
+        clip = cast_copy(clip, torch.float16)
         clip.save_pretrained(f"{parts}/clip")
         clip.text_model.save_pretrained(f"{parts}/text_encoder")
         tokenizer.save_pretrained(f"{parts}/tokenizer")
@@ -67,14 +68,14 @@ def save_clip(folder: str | Path, clip: CLIPModel, tokenizer: CLIPTokenizer) -> 
 
 
 def copy_tokenizer(source: Path, target: Path, length: int) -> None:
-    """Write a tokenizer's folder in the files that transformers 4 and 5 read, with the length that captions are cut to."""
+    """Copy a tokenizer with the files that transformers 4 and 5 read. length: maximal number of tokens of a caption."""
     shutil.copytree(source, target)
     file = target / "tokenizer_config.json"
     config = read_json(file)
     config["model_max_length"] = min(config.get("model_max_length") or length, length)
     file.write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", **config}, indent=2))
-    if (whole := target / "tokenizer.json").is_file() and not (target / "vocab.json").is_file():
-        Tokenizer.from_file(str(whole)).model.save(str(target))
+    if (fast := target / "tokenizer.json").is_file() and not (target / "vocab.json").is_file():
+        Tokenizer.from_file(str(fast)).model.save(str(target))
 
 
 def save_pipeline(
@@ -84,16 +85,15 @@ def save_pipeline(
     family: Family,
     base: Path,
     scheduler: tuple[str, dict[str, Any]],
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
     dtype: torch.dtype = torch.float16,
-    more: Mapping[str, Path] = MappingProxyType({}),
+    extra_networks: Mapping[str, Path] = MappingProxyType({}),
 ) -> None:
     """Write a pipeline folder that diffusers opens unmodified: a copy of `base` with another network and scheduler.
 
-    scheduler: the class of diffusers and its config. facts: the content of `lcm.json`. more: further networks' folders by
-    their names in the pipeline. Adapters are merged into the network of `base`, and also saved by themselves, in the file
-    that diffusers' `load_lora_weights` looks for. The folder is written beside its place and renamed, so it is whole or
-    absent.
+    scheduler: diffusers' class name and config. metadata: the content of `lcm.json`. extra_networks: folders to copy, by name
+    in the pipeline. Adapters are merged into the network of `base`, and also saved in the file that diffusers'
+    `load_lora_weights` looks for. The folder is written under another name and renamed, so an incomplete one never exists.
     """
     target = Path(folder)
     partial = target.with_name(target.name + ".partial")
@@ -108,8 +108,8 @@ def save_pipeline(
                 copy_tokenizer(base / tower.tokenizer, partial / tower.tokenizer, encoder["max_position_embeddings"])
             elif (base / tower.tokenizer).is_dir():
                 shutil.copytree(base / tower.tokenizer, partial / tower.tokenizer)
-        for name, other in more.items():
-            shutil.copytree(other, partial / name)
+        for name, source in extra_networks.items():
+            shutil.copytree(source, partial / name)
         if is_adapted(network):
             save_adapters(partial, network, family, dtype)
             network = merged(network, load_part(family.network_class, base / family.network, torch_dtype=torch.float32))
@@ -117,10 +117,10 @@ def save_pipeline(
         name, config = scheduler
         getattr(diffusers, name)(**config).save_pretrained(partial / "scheduler")
         index = {**read_json(base / "model_index.json"), "scheduler": ["diffusers", name]}
-        if facts["sampler"] != "ddim":
+        if metadata["sampler"] != "ddim":
             index["_class_name"] = family.student_pipeline(family.takes_w(network), name)
         (partial / "model_index.json").write_text(json.dumps(index, indent=2))
-        (partial / "lcm.json").write_text(json.dumps(facts, indent=2))
+        (partial / "lcm.json").write_text(json.dumps(metadata, indent=2))
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     finally:

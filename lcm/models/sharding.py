@@ -1,4 +1,4 @@
-"""Networks sharded over processes by torch's FSDP2, and gathered again."""
+"""Sharding of networks by torch's FSDP2, and gathering."""
 
 from typing import Any
 
@@ -12,25 +12,26 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 def shard(
     network: Any, blocks: tuple[type[nn.Module], ...], mesh: DeviceMesh, compute: torch.dtype | None, *, compile: bool = False
 ) -> None:
-    """Leave each process its part of every parameter. A block is gathered when it runs, in `compute` (None: as stored).
+    """Shard every parameter over the ranks of `mesh`, in place. Each of the `blocks` is gathered while it runs.
 
-    mesh: 1-D, or (replicas, shards). Gradients are reduced in float32. compile: each block by itself, since gathering is no
-    part of a graph.
+    mesh: 1-D, or (replicas, shards). compute: the dtype of gathered parameters; None keeps it. Gradients are reduced in
+    float32. compile: compile each block separately, as a graph cannot contain the gathering.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     for module in reversed(list(network.modules())):  # children first, the root last
         if compile and isinstance(module, blocks):
             module.compile()
         if isinstance(module, blocks) or module is network:
-            # Freed after the forward pass also by the root: a target's has no backward pass to do it, and would go stale.
+            # The root is resharded as well: a target network has no backward pass, and its gathered weights would go stale.
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 def is_sharded(network: nn.Module) -> bool:
+    """Return whether `shard` was applied to the network."""
     return isinstance(network, FSDPModule)
 
 
-def whole(network: Any) -> Any:
+def gather(network: Any) -> Any:
     """Gather a sharded network on rank 0's CPU (collective; None elsewhere). Unsharded networks are returned unchanged."""
     if not is_sharded(network):
         return network
@@ -44,5 +45,5 @@ def whole(network: Any) -> Any:
 
 
 def original_class(network: Any) -> Any:
-    """Return a network's class; `fully_shard` puts a subclass of FSDPModule and of it in its place."""
+    """Return the class that a network had before `fully_shard` replaced it by a subclass."""
     return next(kind for kind in type(network).__mro__ if not issubclass(kind, FSDPModule))

@@ -1,4 +1,4 @@
-"""Networks as the core calls them, and copies of networks."""
+"""The interface between the core and a family's network, and copies of networks."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ from lcm.models.families import Family
 
 
 def as_network(family: Family, net: Any, compiled: Callable[..., Any] | None = None) -> Network:
-    """Return `network(z_t, time, cond, w)` over a network of the family. compiled: the function to call in its place."""
+    """Return `network(z_t, time, cond, w)` for a network of the family. compiled: its compiled form, to be called instead."""
     forward = net if compiled is None else compiled
     names = {*family.text, "sizes"} if family.takes_sizes else {*family.text}
     width = net.config[family.width]
@@ -20,9 +20,9 @@ def as_network(family: Family, net: Any, compiled: Callable[..., Any] | None = N
     def network(z_t: Tensor, time: Tensor, cond: Condition, w: Tensor | None = None) -> Tensor:
         if set(cond) != names or cond["states"].shape[-1] != width:
             raise UserError(
-                f"the network reads {', '.join(sorted(names))} of width {width}, the text encoders give "
-                f"{', '.join(sorted(cond))} of width {cond['states'].shape[-1]}: "
-                "set data.codec.pipeline to the pipeline that is trained, and encode latents with text embeddings by it"
+                f"the network expects {', '.join(sorted(names))} of width {width}, but the text encoders give "
+                f"{', '.join(sorted(cond))} of width {cond['states'].shape[-1]}: set data.codec.pipeline to the trained "
+                "pipeline, and encode latents and text embeddings with it"
             )
         return family.call(net, forward, z_t, time, cond, w)
 
@@ -30,10 +30,10 @@ def as_network(family: Family, net: Any, compiled: Callable[..., Any] | None = N
 
 
 def frozen_copy(net: Any) -> Any:
-    """Return a copy for averaging: no gradients, evaluation mode. Weights that `net` does not train are shared, not copied."""
-    return sharing(net, (p for p in net.parameters() if not p.requires_grad)).eval().requires_grad_(False)
+    """Return a copy in evaluation mode without gradients, for averaging. Frozen weights are shared, not copied."""
+    return copy_sharing(net, (p for p in net.parameters() if not p.requires_grad)).eval().requires_grad_(False)
 
 
-def sharing(net: Any, shared: Iterable[nn.Parameter]) -> Any:
-    """Return a copy that shares the given parameters with `net`: the same objects, which stay common when either is moved."""
+def copy_sharing(net: Any, shared: Iterable[nn.Parameter]) -> Any:
+    """Return a copy of `net` that shares the given parameters. They are the same objects, also after `.to(device)`."""
     return copy.deepcopy(net, {id(p): p for p in shared})

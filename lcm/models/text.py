@@ -1,20 +1,23 @@
-"""The frozen text encoders of a pipeline, with a cache of text embeddings by caption."""
+"""The frozen text encoders of a pipeline with a cache of text embeddings, and the training of a CLIP tokenizer."""
 
+import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from lcm.models.families import Family
 
 
 class TextEncoder:
-    """Captions in, text embeddings out, as the pipeline's family defines them.
+    """Encodes captions as the pipeline's family defines.
 
-    dtype: of the encoders; None keeps it. memory: megabytes of embeddings to cache on the device, least recently used first
-    out: 6 kB a caption of the mini model, 118 kB of SD 1.5 (bfloat16), 318 kB of SDXL.
+    dtype: of the encoders; None keeps it. memory: size in megabytes of the least-recently-used cache of embeddings on the
+    device. A caption takes 6 kB in the mini model, 118 kB in SD 1.5 (bfloat16) and 318 kB in SDXL.
     """
 
     def __init__(
@@ -38,18 +41,36 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> dict[str, Tensor]:
-        """Return float32 embeddings `[B, ...]` by the family's names. Only captions that are not cached are encoded, once
-        each.
-        """
+        """Return float32 text embeddings `[B, ...]` by the family's names. Each uncached caption is encoded once."""
         new = [caption for caption in dict.fromkeys(captions) if caption not in self.cache]
         if new:
             embeddings = self.family.encode(self.tokenizers, self.encoders, new)
             for caption, *rows in zip(new, *(embeddings[name] for name in self.family.text), strict=True):
-                self.cache[caption] = [row.clone() for row in rows]  # a view would keep all of its batch
+                self.cache[caption] = [row.clone() for row in rows]  # a view would keep the whole batch in memory
         for caption in captions:
             self.cache.move_to_end(caption)
         stacked = [torch.stack(rows) for rows in zip(*(self.cache[caption] for caption in captions), strict=True)]
-        size = sum(part[0].nbytes for part in stacked)
+        size = sum(rows[0].nbytes for rows in stacked)
         while len(self.cache) * size > self.memory * 1e6:
             self.cache.popitem(last=False)
-        return {name: part.float() for name, part in zip(self.family.text, stacked, strict=True)}
+        return {name: rows.float() for name, rows in zip(self.family.text, stacked, strict=True)}
+
+
+BOS, EOS, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
+
+
+def train_tokenizer(captions: Iterable[str], *, merges: int = 1500, max_length: int = 24) -> CLIPTokenizer:
+    """Train a CLIP tokenizer (byte-level BPE with end-of-word marks) on captions.
+
+    The vocabulary has every byte, within a word and at its end, so it can encode any prompt. Texts are truncated to
+    `max_length` tokens, including EOS.
+    """
+    empty = CLIPTokenizer(vocab={BOS: 0, EOS: 1}, merges=[]).backend_tokenizer
+    bpe = Tokenizer(models.BPE(end_of_word_suffix=END_OF_WORD))
+    bpe.normalizer, bpe.pre_tokenizer = empty.normalizer, empty.pre_tokenizer
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=2 * len(symbols) + merges, end_of_word_suffix=END_OF_WORD, show_progress=False)
+    bpe.train_from_iterator(captions, trainer)
+    pairs = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]][:merges]
+    tokens = [BOS, EOS, *symbols, *(s + END_OF_WORD for s in symbols), *dict.fromkeys(a + b for a, b in pairs)]
+    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=pairs, model_max_length=max_length)

@@ -1,4 +1,4 @@
-"""Images from prompts, with a teacher or a student."""
+"""Sampling of images from prompts, with a teacher or a student."""
 
 import hashlib
 import logging
@@ -26,15 +26,16 @@ from lcm.models.student import as_network
 
 log = logging.getLogger(__name__)
 Sampler = Callable[..., Tensor]
-FEW_STEP = (sampling.consistency, sampling.tcd)  # samplers of students, which use the trained timesteps
-OWN: dict[str, Sampler] = {"ddim": sampling.ddim, "consistency": sampling.consistency, "tcd": sampling.tcd}  # names in lcm.json
+FEW_STEP = (sampling.consistency, sampling.tcd)  # samplers that use the trained timesteps
+SAMPLERS: dict[str, Sampler] = {"ddim": sampling.ddim, "consistency": sampling.consistency, "tcd": sampling.tcd}  # in lcm.json
 
 
 @dataclass
 class TextToImage:
-    """A network with all that makes images of prompts: family, process, prediction type and codec.
+    """A network with its family, process, prediction type and codec.
 
-    facts: the content of `lcm.json`, see `pipeline.training_facts`. students: those of guided distillation, by number of steps.
+    metadata: the content of `lcm.json`, see `pipeline.read_lcm_json`. students: the networks of guided distillation by their
+    number of steps.
     """
 
     family: Family
@@ -42,18 +43,18 @@ class TextToImage:
     process: Process
     prediction_type: str
     codec: LatentCodec
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     students: dict[int, Any] = field(default_factory=dict)
 
     @classmethod
     def load(
         cls, pipeline: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, compile: bool = False
     ) -> "TextToImage":
-        """dtype: of the network, which takes nearly all the time; solvers, VAE and text encoders stay in float32.
+        """Load a pipeline, see `pipeline.find`.
 
-        compile: networks and the VAE's decoder by torch.compile, when they are first called.
+        dtype: of the network. Solvers, VAE and text encoders use float32. compile: compile the networks and the VAE's decoder
+        at their first call.
         """
-
         if compile:
             check_compiler("compile")
 
@@ -63,77 +64,77 @@ class TextToImage:
                 net.compile()
             return net
 
-        folder = pipelines.find(pipeline)  # once: a hub id is looked up each time
+        folder = pipelines.find(pipeline)  # once, as a hub id needs a request
         net, codec = load(), pipelines.load_codec(folder).to(device)
         if compile:
             codec.vae.decoder.compile()
-        facts = pipelines.training_facts(folder)
-        *others, last = facts.get("students") or [None]
+        metadata = pipelines.read_lcm_json(folder)
+        *others, last = metadata.get("students") or [None]
         students = {n: load(f"unet_{n}") for n in others} | ({last: net} if last else {})
         process, prediction_type = pipelines.load_process(folder).to(device), pipelines.load_prediction_type(folder)
-        return cls(codec.text.family, net, process, prediction_type, codec, facts, students)
+        return cls(codec.text.family, net, process, prediction_type, codec, metadata, students)
 
     @property
     def consistency(self) -> bool:
-        """Whether the network is a student of a few-step sampler."""
-        return self.facts.get("sampler", "ddim") != "ddim"
+        """Whether the network is a student with a few-step sampler."""
+        return self.metadata.get("sampler", "ddim") != "ddim"
 
     @property
     def takes_w(self) -> bool:
-        """Whether w changes its images: by an input of its own, or by guidance."""
+        """Whether w has an effect, through an input of the network or through classifier-free guidance."""
         return not self.consistency or self.family.takes_w(self.net)
 
     def check_w(self, w: float, option: str = "w") -> None:
-        """Raise UserError for a w that changes nothing; warn of one outside a student's range. A teacher takes any w."""
+        """Raise UserError if w has no effect. Warn if it is outside the range of a student's training."""
         if w != 0 and not self.takes_w:
             raise UserError(f"{option}={w:g}: this consistency model has no input for w, its guidance is fixed: set {option}=0")
-        low, high = self.facts.get("w_min"), self.facts.get("w_max")
+        low, high = self.metadata.get("w_min"), self.metadata.get("w_max")
         if low is not None and high is not None and not low <= w <= high:
             log.warning("w=%g is outside the range [%g, %g] this model was trained on: expect worse images", w, low, high)
 
-    def size(self, asked: int | Sequence[int] | None = None, option: str = "size") -> tuple[int, int]:
-        """Return (height, width) in pixels as asked for, by default those of the training. Raises UserError."""
+    def size(self, size: int | Sequence[int] | None = None, option: str = "size") -> tuple[int, int]:
+        """Return the given (height, width) in pixels, by default the training's. Raises UserError for an invalid size."""
         factor = self.codec.factor
-        if asked is not None:
-            return checked_size(asked, factor, option)
+        if size is not None:
+            return checked_size(size, factor, option)
         if (side := self.net.config["sample_size"]) is None:
             raise UserError(f"the model's {self.family.network}/config.json has no sample_size: set {option}=<pixels>")
         height, width = (side, side) if isinstance(side, int) else side
         return height * factor, width * factor
 
     def identity(self) -> dict[str, Any]:
-        """What its images depend on besides prompt, seed, size, steps, w, solver, dtype and this program's code."""
+        """Return what images depend on besides prompt, seed, size, steps, w, sampler, dtype and the program's version."""
         networks = (self.net, *self.students.values(), self.codec.vae, *self.codec.text.encoders)
         return {
             "weights": fingerprint(*networks),
             "process": self.process.config,
-            "facts": self.facts,
+            "facts": self.metadata,
             "consistency": self.consistency,
         }
 
     def sampler(self, sampler: Sampler | None) -> tuple[Sampler, Callable[..., list[int]]]:
-        """Return the given sampler, or the model's own, and the rule that places its timesteps."""
-        own = self.facts.get("sampler", "ddim")
-        if own not in OWN:
-            raise UserError(f"lcm.json names the sampler {own!r}: use one of {', '.join(OWN)}")
-        chosen = sampler or OWN[own]
-        kind = getattr(chosen, "func", chosen)
-        if kind not in FEW_STEP:
+        """Return the given sampler, by default the model's, and the function `(steps, num_timesteps) -> timesteps`."""
+        name = self.metadata.get("sampler", "ddim")
+        if name not in SAMPLERS:
+            raise UserError(f"lcm.json names the sampler {name!r}: use one of {', '.join(SAMPLERS)}")
+        chosen = sampler or SAMPLERS[name]
+        if getattr(chosen, "func", chosen) not in FEW_STEP:
             return chosen, self.distilled_steps if self.students else trailing_steps
-        if sampler is None and "gamma" in self.facts:
-            chosen = partial(chosen, gamma=self.facts["gamma"])
-        if "sigma_data" in self.facts:
-            chosen = partial(chosen, f=partial(cm_consistency_fn, sigma_data=self.facts["sigma_data"]))
+        if sampler is None and "gamma" in self.metadata:
+            chosen = partial(chosen, gamma=self.metadata["gamma"])
+        if "sigma_data" in self.metadata:
+            chosen = partial(chosen, f=partial(cm_consistency_fn, sigma_data=self.metadata["sigma_data"]))
         if isinstance(self.process, Flow):
             return chosen, trailing_steps
-        points = self.facts.get("points") or POINTS  # null for other timesteps, missing in older folders
-        return chosen, partial(consistency_steps, points=points, trained=self.facts.get("timesteps"))
+        points = self.metadata.get("points") or POINTS  # null if the timesteps are not a grid, missing in older folders
+        return chosen, partial(consistency_steps, points=points, trained=self.metadata.get("timesteps"))
 
     def check_steps(self, steps: int, sampler: Sampler | None = None) -> None:
-        """Raise UserError for a number of steps that the model or its schedule does not have."""
+        """Raise UserError if the model cannot be sampled in this number of steps."""
         self.sampler(sampler)[1](steps, self.process.num_timesteps)
 
     def distilled_steps(self, steps: int, num_timesteps: int = 1000) -> list[int]:
+        """Return the timesteps of a student of guided distillation. Raises UserError for another number of steps."""
         if steps not in self.students:
             raise UserError(f"steps={steps}: this model was distilled for {', '.join(map(str, self.students))} steps")
         return trailing_steps(steps, num_timesteps)
@@ -149,11 +150,12 @@ class TextToImage:
         sampler: Sampler | None = None,
         size: int | Sequence[int] | None = None,
     ) -> Tensor:
-        """`[N, C, h, w]` for N prompts; image i depends on prompt i and seed i alone, not on the batch it is in.
+        """Return latents `[N, C, h, w]` of N prompts. Latent i depends on prompt i and seed i, not on the batch.
 
-        size: (height, width) in pixels, or both as one number; None: those of the training. The network is in evaluation mode.
+        sampler: None uses the model's. size: (height, width) in pixels, or one number for both; None uses the training's.
+        The network runs in evaluation mode.
         """
-        run, place = self.sampler(sampler)
+        sample, place = self.sampler(sampler)
         timesteps = place(steps, self.process.num_timesteps)
         sides = [side // self.codec.factor for side in self.size(size)]
         noise = ImageNoise(seeds, (self.net.config["in_channels"], *sides), self.net.device)
@@ -167,46 +169,38 @@ class TextToImage:
         else:
             denoise = denoiser.guided(cond, uncond, ws)
         with evaluation_mode(net):
-            return run(denoise, z, timesteps, process=self.process, noise=noise)
+            return sample(denoise, z, timesteps, process=self.process, noise=noise)
 
-    def images(
-        self,
-        prompts: list[str],
-        seeds: list[int],
-        *,
-        steps: int,
-        w: float,
-        sampler: Sampler | None = None,
-        size: int | Sequence[int] | None = None,
-        batch_size: int = 64,
-    ) -> Iterator[Tensor]:
-        """Batches of uint8 images `[<= batch_size, 3, H, W]`, in the order of the prompts. Raises NonFiniteError."""
+    def images(self, prompts: list[str], seeds: list[int], *, batch_size: int = 64, **options: Any) -> Iterator[Tensor]:
+        """Yield batches of uint8 images `[<= batch_size, 3, H, W]` in the order of the prompts. Raises NonFiniteError.
+
+        options: the keyword arguments of `latents`.
+        """
         if len(prompts) != len(seeds):
             raise UserError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}")
         for i in range(0, len(prompts), batch_size):
-            part = slice(i, i + batch_size)
-            z0 = self.latents(prompts[part], seeds[part], steps=steps, w=w, sampler=sampler, size=size)
-            yield self.codec.decode(z0)
+            batch = slice(i, i + batch_size)
+            yield self.codec.decode(self.latents(prompts[batch], seeds[batch], **options))
 
 
 @contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Switch off what only training does, such as dropout, in every part; then each part is as before."""
-    training = [part for part in network.modules() if part.training]
-    for part in training:
-        part.training = False
+    """Put a network in evaluation mode, and restore each module's mode afterwards."""
+    training = [module for module in network.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        for module in training:
+            module.training = True
 
 
 def checked_size(size: Any, factor: int, option: str = "size") -> tuple[int, int]:
-    """Return (height, width) in pixels. Raises UserError for what is no size, or no multiple of the VAE's factor."""
+    """Return (height, width) in pixels. Raises UserError unless both are positive multiples of the VAE's factor."""
     sides = [size, size] if isinstance(size, int) else size
-    whole = isinstance(sides, Sequence) and all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
-    if not whole or len(sides) != 2 or min(sides) < factor:
+    integers = isinstance(sides, Sequence) and all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+    if not integers or len(sides) != 2 or min(sides) < factor:
         raise UserError(
             f"{option}={size}: expected pixels, from {factor} on: {option}=512, or [height,width] as {option}=[768,512]"
         )
@@ -219,7 +213,7 @@ def checked_size(size: Any, factor: int, option: str = "size") -> tuple[int, int
 
 
 def fingerprint(*networks: nn.Module) -> str:
-    """16 hex digits of the networks' weights and buffers."""
+    """Return 16 hex digits of the SHA-256 of the networks' weights and buffers."""
     sha = hashlib.sha256()
     for network in networks:
         for name, value in sorted(network.state_dict().items()):

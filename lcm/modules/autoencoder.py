@@ -9,8 +9,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lcm.core.numbers import Positive, Seed, Whole
-from lcm.core.random import RankRows, normal
-from lcm.models.loading import rounded
+from lcm.core.random import RankSlice, normal
+from lcm.models.loading import cast_copy
 from lcm.modules.checkpoint import check_tensors
 from lcm.modules.optimization import Optimization, OptimizerFactory, ScheduleFactory, log_train
 
@@ -51,7 +51,7 @@ class Autoencoder(L.LightningModule):
         x = batch["x"]
         posterior = self.vae.encode(x).latent_dist
         keys = (self.seed, "train", batch_idx)
-        rows = RankRows(self.device, *keys, rank=self.global_rank, world_size=self.trainer.world_size)
+        rows = RankSlice(self.device, *keys, rank=self.global_rank, world_size=self.trainer.world_size)
         noise = normal(posterior.mean.shape, rows, self.device)
         error = self.vae.decode(posterior.mean + posterior.std * noise).sample.float() - x
         kl = posterior.kl().float().mean()
@@ -76,7 +76,7 @@ class Autoencoder(L.LightningModule):
     def save_model(self, folder: str) -> None:
         """Write `folder/vae`, its scaling factor making the latents unit-variance, as Stable Diffusion's does."""
         self.vae.register_to_config(scaling_factor=round(1 / float(self.latent_std), 5))
-        rounded(self.vae, torch.float16).save_pretrained(f"{folder}/vae")
+        cast_copy(self.vae, torch.float16).save_pretrained(f"{folder}/vae")
 
 
 def psnr(error: Tensor) -> Tensor:

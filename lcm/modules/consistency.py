@@ -13,7 +13,7 @@ from lcm.core.guidance import check_w_range
 from lcm.core.objectives.consistency import Distance, Networks
 from lcm.core.process import Process
 from lcm.models.families import network_like
-from lcm.models.lora import expect_no_frozen, leave_out_frozen, with_adapters
+from lcm.models.lora import drop_frozen, ignore_missing_frozen, with_adapters
 from lcm.models.pipeline import load_family, load_prediction_type
 from lcm.models.student import frozen_copy
 from lcm.modules.latent import LatentModule
@@ -75,8 +75,8 @@ class ConsistencyModule(LatentModule):
         if solver is not None:
             self.frozen["teacher"] = net.eval()
         if adapters is not None:
-            self.register_state_dict_post_hook(leave_out_frozen)
-            self.register_load_state_dict_post_hook(expect_no_frozen)
+            self.register_state_dict_post_hook(drop_frozen)
+            self.register_load_state_dict_post_hook(ignore_missing_frozen)
 
     @property
     def method(self) -> str:

@@ -18,7 +18,7 @@ from lcm.core.objectives.guided_distillation import GuidedDistillationObjective
 from lcm.core.process import Process
 from lcm.models.pipeline import load_family
 from lcm.models.saving import save_network
-from lcm.models.sharding import whole
+from lcm.models.sharding import gather
 from lcm.models.student import frozen_copy
 from lcm.modules.latent import LatentModule
 
@@ -106,7 +106,7 @@ class GuidedDistillation(LatentModule):
     def finish_stage(self) -> None:
         """Save the student of a finished stage, and start the next one from it."""
         done = self.best_net
-        if self.stage and (student := whole(done)) is not None and self.trainer.is_global_zero:
+        if self.stage and (student := gather(done)) is not None and self.trainer.is_global_zero:
             save_network(self.folder_of(self.steps[self.stage - 1]), student)
         for network in (self.previous, self.net):
             ema_update_(network.parameters(), done.parameters(), 0.0)

@@ -17,12 +17,12 @@ from lcm.core.ema import ema_update_, warmed_up
 from lcm.core.errors import UserError
 from lcm.core.numbers import Positive, Seed, Share, Whole
 from lcm.core.process import Process
-from lcm.core.random import RankRows
+from lcm.core.random import RankSlice
 from lcm.models.attention import allow_graphs, check_compiler, fast_attention, recomputed
 from lcm.models.codec import LatentCodec
 from lcm.models.pipeline import find, load_family, load_prediction_type
 from lcm.models.saving import save_pipeline
-from lcm.models.sharding import is_sharded, shard, whole
+from lcm.models.sharding import gather, is_sharded, shard
 from lcm.models.student import as_network, frozen_copy
 from lcm.models.text_to_image import TextToImage
 from lcm.modules.checkpoint import check_fixed_settings, check_method, check_tensors
@@ -151,8 +151,8 @@ class LatentModule(L.LightningModule):
     # steps
 
     def draws(self, draw: Callable[..., Draws], z0: Tensor, batch_idx: int, stage: str = "train", **options: Any) -> Draws:
-        """Return this rank's rows of `draw(z0 of all ranks, generator, **options)`, see `RankRows`."""
-        rows = RankRows(self.device, self.seed, stage, batch_idx, rank=self.global_rank, world_size=self.world_size)
+        """Return this rank's rows of `draw(z0 of all ranks, generator, **options)`, see `RankSlice`."""
+        rows = RankSlice(self.device, self.seed, stage, batch_idx, rank=self.global_rank, world_size=self.world_size)
         parts = []
         for size, rng, rank_slice in rows.blocks(len(z0)):
             drawn = draw(z0[:1].expand(size, *z0.shape[1:]), rng, **options)
@@ -244,7 +244,7 @@ class LatentModule(L.LightningModule):
 
     def save_model(self, folder: str, net: Any = None, *, dtype: torch.dtype = torch.float16) -> None:
         """Write a pipeline folder with `net` (default: `best_net`). Call it on every rank; rank 0 writes."""
-        net = whole(net or self.best_net)
+        net = gather(net or self.best_net)
         if net is not None and self.global_rank == 0:
             save_pipeline(
                 folder,
@@ -252,9 +252,9 @@ class LatentModule(L.LightningModule):
                 family=self.family,
                 base=find(self.pipeline),
                 scheduler=self.objective.scheduler(self.prediction_type),
-                facts=self.facts(),
+                metadata=self.facts(),
                 dtype=dtype,
-                more=self.more_networks(),
+                extra_networks=self.more_networks(),
             )
 
     def more_networks(self) -> dict[str, Path]:

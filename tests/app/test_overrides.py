@@ -1,19 +1,20 @@
-"""What a user types is what the program gets, and where it cannot be, one sentence says what to type."""
+"""Text arrives as it was typed. A command that cannot be meant gets one sentence that says what to type."""
 
 import os
 import shlex
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
 from lcm.app.composition import prepare, single_runs
-from lcm.app.overrides import for_shell
+from lcm.app.overrides import Kind, as_hydra_reads, for_shell, parsed
 from lcm.app.sweep_table import shown
 from lcm.core.errors import UserError
-from tests.conf.programs import check, configured
+from tests.conf.programs import check, command, configured
 
 WORDS = [
     "2024",
@@ -51,29 +52,14 @@ SENTENCES = [
     "a\nb",
     "/data/a,b/{00..10}.tar",
 ]
-KEYS = [
-    ("train", "name"),
-    ("train", "model.pipeline"),
-    ("train", "ckpt_path"),
-    ("train", "data.shards"),
-    ("train", "paths.runs"),
-    ("train", "paths.run_id"),
-    ("train", "logger.wandb.project"),
-    ("train", "+logger.wandb.notes"),
-    ("train", "+logger.wandb.group"),
-    ("sample", "pipeline"),
-    ("sample", "prompts"),
-    ("sample", "output"),
-    ("evaluate", "entries.LCM.pipeline"),
-    ("evaluate", "+entries.LCM.label"),
-    ("evaluate", "reference"),
-    ("encode", "out"),
-    ("export", "run"),
-    ("bench", "pipeline"),
-]
+KEYS = {
+    "train": "name model.pipeline paths.runs ckpt_path? data.shards? +logger.wandb.notes? logger.wandb.project?",
+    "sample": "pipeline prompts output?",
+    "evaluate": "entries.LCM.pipeline +entries.LCM.label? reference?",
+    "encode": "out",
+    "export": "run",
+}  # a question mark: it may be null
 CHOSEN = {"train": ["logger=wandb"], "encode": ["out=x"], "export": ["run=x"]}
-NULLABLE = {"ckpt_path", "data.shards", "paths.run_id", "reference", "output", "+logger.wandb.notes", "+logger.wandb.group"}
-NULLABLE |= {"+entries.LCM.label", "logger.wandb.project"}
 
 
 def value(program: str, key: str, text: str) -> Any:
@@ -81,21 +67,28 @@ def value(program: str, key: str, text: str) -> Any:
     return OmegaConf.select(cfg, key.lstrip("+"))
 
 
-@pytest.mark.parametrize(("program", "key"), KEYS, ids=lambda name: name)
-def test_a_word_that_yaml_reads_as_something_else_is_the_text_that_was_typed(program: str, key: str) -> None:
-    for word in ("2024", "1e-4"):
-        assert value(program, key, word) == word
-    assert value(program, key, "null") == (None if key in NULLABLE else "null")
+@pytest.mark.parametrize("program", KEYS)
+def test_key_of_text_takes_words(program: str) -> None:
+    for key in KEYS[program].split():
+        name, nullable = key.rstrip("?"), key.endswith("?")
+        assert value(program, name, "2024") == "2024", key
+        assert value(program, name, "null") == (None if nullable else "null"), key
 
 
 @pytest.mark.parametrize("text", [*WORDS, *SENTENCES])
-def test_text_arrives_as_it_was_typed(text: str) -> None:
-    assert value("sample", "prompts", text) == text
+def test_quoted_text_is_read_back(text: str) -> None:
+    def read(override: str) -> Any:
+        reading = parsed(as_hydra_reads(override, lambda key: Kind(True, True), multirun=False))
+        assert reading is not None
+        return OmegaConf.create({"x": reading.value()}).x
+
+    assert read(f"key={text}") == text
     if "," not in text and "${" not in text:
-        assert value("sample", "prompts", f"[{text}, a dog]") == [text, "a dog"]
+        assert read(f"key=[{text}, a dog]") == [text, "a dog"]
 
 
-def test_elements_of_lists_and_mappings_are_texts_too() -> None:
+def test_lists_and_mappings_hold_texts() -> None:
+    assert value("sample", "prompts", "an orange cat, studio light") == "an orange cat, studio light"
     assert value("sample", "prompts", "[2024, 007, true, null]") == ["2024", "007", "true", "null"]
     assert value("sample", "prompts", "[a cat's hat, 'a dog, sitting', \"x\"]") == ["a cat's hat", "a dog, sitting", "x"]
     assert value("train", "+logger.wandb.tags", "[1, a]") == ["1", "a"]
@@ -103,7 +96,7 @@ def test_elements_of_lists_and_mappings_are_texts_too() -> None:
     assert entry == {"pipeline": "007", "label": "1e-4", "steps": [1, 2], "w": 3}
 
 
-def test_what_hydra_s_own_grammar_says_stays() -> None:
+def test_hydra_syntax_stays() -> None:
     assert value("sample", "prompts", "'an orange cat, studio light'") == "an orange cat, studio light"
     assert value("sample", "output", "${pipeline}") == "last"
     assert value("train", "model.optimizer.lr", "1e-4") == 1e-4
@@ -112,58 +105,62 @@ def test_what_hydra_s_own_grammar_says_stays() -> None:
     assert check("sample", "prompts='a, b'") == ["prompts='a, b'"]  # Lightning starts its other processes with it
 
 
-def test_with_m_a_comma_is_a_sweep_of_texts() -> None:
+def test_comma_is_sweep_with_m() -> None:
     [_, override] = check("train", "-m", "name=2024,café,'a, b'")
     runs = [run for [run] in single_runs([override])]
-    assert [prepare("train", [run], {"name": str})[0] for run in runs] == [[run] for run in runs]
+    assert [prepare("train", [run], {"name": str}).args for run in runs] == [[run] for run in runs]
     assert [shown(run) for run in runs] == [("name", "2024"), ("name", "café"), ("name", "a, b")]
 
 
 REFUSED = [
     ("train", ["model.solver=heun"], "model.solver is a part, and a slash swaps it: model/solver=heun"),
-    ("train", ["model.loss=l2"], "model/loss=l2"),
-    ("train", ["data.filters=aesthetics_6"], "+data/filters=aesthetics_6"),
-    ("train", ["trainer.strategy=fsdp"], "+trainer/strategy=fsdp"),
+    ("train", ["data.filters=aesthetics"], "data.filters is a part, and a slash swaps it: +data/filters=aesthetics"),
+    ("train", ["data.filters=none"], "a slash adds a part, +data/filters=<name>, one of aesthetics"),
     ("train", ["callbacks=evaluation", "callbacks.evaluation.backbone=clip"], "backbone@callbacks.evaluation.backbone=clip"),
-    ("train", ["model.solver=ddmi"], "by one of ddim, dpm_solver_1"),
-    ("train", ["model.optimizer=adam"], "model/optimizer=<name>"),
-    ("train", ["model/w_max=8"], "did you mean 'model.w_max'?"),
+    ("train", ["model.solver=ddmi"], "by one of ddim, dpm_solver_2"),
+    ("train", ["model=1"], "there is no config 'model/1'; model has: "),
+    ("train", ["model/w_max=8"], "there is no group 'model/w_max', set the key with a dot: model.w_max=8"),
+    ("train", ["model/solvr=ddim"], "there is no group 'model/solvr', did you mean 'model/solver'?"),
     ("train", ["model=heun"], "did you mean model/solver=heun?"),
-    ("train", ["+model/nothing=8"], "there is no group 'model/nothing'"),
-    ("train", ["callbacks=default", "callbacks.samples.steps=[1,2]"], "choose it, callbacks=samples"),
-    ("train", ["callbacks=default", "callbacks.samples.every_n_steps=5"], "choose it, callbacks=samples"),
+    (
+        "train",
+        ["data/filters=default"],
+        "data/filters is not among the choices of this configuration: append it, +data",
+    ),
+    ("train", ["callbacks=default", "callbacks.samples.steps=[1,2]"], "callbacks.samples is not chosen: choose it, callbacks="),
+    ("train", ["callbacks=default", "callbacks.samples.every_n_steps=5"], "choose it, callbacks="),
     ("train", ["callbacks.evaluation.samples=9"], "choose it, callbacks=evaluation"),
-    ("train", ["logger.wandb.project=x"], "choose it, logger="),
+    ("train", ["callbacks=evaluation", "callbacks.evaluation.batch_size=1"], "a plus, +callbacks.evaluation.batch_size=1"),
+    ("train", ["logger.wandb.project=x"], "choose it, logger=wandb"),
     ("train", ["experiment=teacher_mini", "model.w_min=2"], "model.w_min is no key of model=diffusion"),
-    ("train", ["experiment=lcd_mni"], "did you mean experiment=lcd_mini?"),
+    ("train", ["experiment=lcd_mni"], "there is no config 'experiment/lcd_mni', did you mean experiment=lcd_mini?"),
     ("train", ["model/solver="], "model/solver= chooses nothing; model/solver has: ddim"),
-    ("train", ["experiment="], "experiment= chooses nothing"),
-    ("train", ["model/solver=[ddim,heun]"], "not a list"),
+    ("train", ["model/solver=[ddim,heun]"], "model/solver takes one of ddim"),
     ("train", ["-m"], "-m has nothing to sweep"),
-    ("train", ["--multirun", "name=a"], "-m has nothing to sweep"),
-    ("train", ["model.w_max=4,8"], "gives several values: a list needs brackets"),
+    ("train", ["model.w_max=4,8"], 'gives several values: a list needs brackets, "model.w_max=[4,8]"'),
     ("train", ["model/solver=ddim,heun"], "add -m to sweep"),
     ("train", ["model.w_max=choice(4,8)"], "add -m to sweep"),
+    ("train", ["-m", "model.w_min=0", "model.w_max=6,x"], "model.w_max=x: expected a number"),
+    ("train", ["-m", "model/loss=huber,l2", "model.loss.c=1"], "model.loss.c is no key of model/loss=l2"),
     ("train", ["+width=512"], "nothing reads width: leave it out"),
-    ("train", ["++trainer.width=512"], "trainer takes no width"),
     ("train", ["+model.width=512"], "ConsistencyModule takes no width"),
-    ("train", ["+paths.width=512"], "paths takes no width"),
-    ("train", ["+callbacks.x.y=512"], "callbacks.x"),
-    ("train", ["+learning_rate=1e-4"], "did you mean 'model.optimizer.lr'?"),
-    ("train", ["learning_rate=1e-4"], "did you mean 'model.optimizer.lr'?"),
-    ("train", ["trainer.strategy=ddp"], "add it with a plus, +trainer.strategy="),
-    ("train", ["lr=1e-4"], "did you mean 'model.optimizer.lr'?"),
-    ("train", ["batch_size=4"], "did you mean 'data.batch_size'?"),
+    ("train", ["+callbacks.x.y=512"], "callbacks.x is not chosen: leave the key out"),
+    ("train", ["+learning_rate=1e-4"], "nothing reads learning_rate: leave it out, or did you mean 'model.optimizer.lr'?"),
+    ("train", ["learning_rate=1e-4"], "there is no config key 'learning_rate', did you mean 'model.optimizer.lr'?"),
+    ("train", ["model.lr=1e-4"], "did you mean 'model.optimizer.lr'?"),
+    ("train", ["model.emma_decay=1"], "there is no config key 'model.emma_decay', did you mean 'model.ema_decay'?"),
     ("train", ["batchsize=4"], "did you mean 'data.batch_size'?"),
     ("train", ["workers=4"], "did you mean 'data.num_workers'?"),
-    ("train", ["model.w_max"], "'model.w_max' sets nothing"),
-    ("train", ["seed=café"], "seed=café cannot be read"),
+    ("train", ["trainer.strategy=ddp"], "trainer.strategy has no value yet: if trainer takes it, add it with a plus, +trainer"),
+    ("train", ["nothing_like_it=1"], "there is no config key 'nothing_like_it'"),
+    ("train", ["model.w_max"], "'model.w_max' sets nothing, did you mean 'model.w_max=...'?"),
+    ("train", ["lcd_mini"], "'lcd_mini' sets nothing, did you mean 'experiment=lcd_mini'?"),
+    ("train", ["--max_steps=3"], "no option --max_steps=3: overrides have no dashes, did you mean 'trainer.max_steps=3'?"),
+    ("train", ["seed=café"], "seed=café cannot be read: a value is a number"),
     ("train", ["model.w_max==3"], "model.w_max==3 cannot be read"),
     ("train", ["~model.nothing"], "'~model.nothing' removes a key that is not there"),
     ("train", ["+model.w_max=3"], "model.w_max is there already: set it without the +"),
-    ("sample", ["prompt=cat"], "did you mean 'prompts'?"),
     ("sample", ["num_inference_steps=4"], "did you mean 'steps'?"),
-    ("sample", ["+width=64"], "nothing reads width"),
     ("evaluate", ["w=0,2"], '"w=[0,2]"'),
     ("evaluate", ["+entries.LCM.foo=1"], "entries.LCM takes no foo"),
     ("evaluate", ["~entries.DDMI"], "did you mean '~entries.DDIM'?"),
@@ -171,7 +168,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("program", "args", "says"), REFUSED, ids=[" ".join(args) for _, args, _ in REFUSED])
-def test_a_command_that_cannot_be_meant_is_one_sentence(program: str, args: list[str], says: str) -> None:
+def test_refused_command(program: str, args: list[str], says: str) -> None:
     with pytest.raises(UserError) as caught:
         check(program, *args)
     assert says in str(caught.value)
@@ -185,21 +182,45 @@ def test_a_command_that_cannot_be_meant_is_one_sentence(program: str, args: list
         ["experiment=lcd_mini.yaml"],
         ["+base=3", "model.w_max=${base}"],
         ["data=shards", "+data.timeout=60", "data.sources=[{urls: a/*.tar, weight: 3}]", "data.captions={txt: 1, blip: 3}"],
-        ["+trainer.limit_train_batches=3", "+trainer.strategy=ddp"],
-        ["model.solver=null"],
-        ["logger=[csv,tensorboard]"],
-        ["trainer=fsdp", "data.codec=null"],
-        ["-m", "model/solver=ddim,heun", "model.w_max=4,8"],
+        [
+            "+trainer.limit_train_batches=3",
+            "+trainer.strategy=ddp",
+            "callbacks=evaluation",
+            "+callbacks.evaluation.batch_size=1",
+        ],
+        ["model.solver=null", "logger=[csv,tensorboard]"],
+        ["trainer=fsdp", "data.codec=null", "~callbacks.throughput"],
         ["+callbacks.stopping={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss}", "callbacks=default"],
         ["hydra.sweep.dir=/tmp/x", "-m", "seed=1,2"],
     ],
     ids=" ".join,
 )
-def test_a_command_that_can_be_meant_passes(args: list[str]) -> None:
+def test_accepted_command(args: list[str]) -> None:
     check("train", *args)
 
 
-def test_a_folder_of_the_user_s_own_configs_may_hold_groups_and_choices(tmp_path: Any) -> None:
+def test_every_run_of_sweep_is_checked() -> None:
+    swept = command("train", "-m", "model/solver=ddim,heun", "model.w_max=4,8,9")
+    assert [(cfg.model.solver._target_[-4:], cfg.model.w_max) for cfg in swept.runs] == [
+        ("ddim", 4), ("heun", 4), ("ddim", 8), ("ddim", 9)
+    ]  # fmt: skip
+    assert swept.sweep_dir is not None
+
+
+def test_params_of_sweeper_are_checked(tmp_path: Path) -> None:
+    (tmp_path / "search").mkdir()
+    args = ["--config-dir", str(tmp_path), "-m", "+search=w"]
+    for values in ("6,9", "6,x"):
+        text = f"# @package _global_\nhydra: {{sweeper: {{params: {{model.w_max: '{values}', model/solver: 'ddim,heun'}}}}}}\n"
+        (tmp_path / "search/w.yaml").write_text(text)
+        if "x" not in values:
+            assert [cfg.model.w_max for cfg in command("train", *args).runs] == [6, 9, 6]
+            continue
+        with pytest.raises(UserError, match=r"model\.w_max=x: expected a number"):
+            command("train", *args)
+
+
+def test_own_folder_of_configs(tmp_path: Path) -> None:
     (tmp_path / "model/solver").mkdir(parents=True)
     (tmp_path / "model/solver/mine.yaml").write_text("_target_: lcm.core.solvers.heun\n_partial_: true\n")
     check("train", "--config-dir", str(tmp_path), "model/solver=mine")
@@ -208,12 +229,10 @@ def test_a_folder_of_the_user_s_own_configs_may_hold_groups_and_choices(tmp_path
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
-@pytest.mark.parametrize(
-    "text", ["prompts='a cat!'", 'prompts="x"', "prompts='it\\'s $5'", "w=[0,2]", "~entries.DDIM", "a=b c"]
-)
-def test_an_override_in_a_message_can_be_copied_into_a_shell(shell: str, text: str) -> None:
+def test_override_in_message_can_be_copied(shell: str) -> None:
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
-    command = [shell, "-c", f"printf %s {for_shell(text)}"]
-    assert subprocess.run(command, capture_output=True, text=True, env={"PATH": os.environ["PATH"]}).stdout == text
-    assert shlex.split(for_shell(text)) == [text]
+    for text in ("prompts='a cat!'", 'prompts="x"', "prompts='it\\'s $5'", "w=[0,2]", "~entries.DDIM", "a=b c"):
+        print_it = [shell, "-c", f"printf %s {for_shell(text)}"]
+        assert subprocess.run(print_it, capture_output=True, text=True, env={"PATH": os.environ["PATH"]}).stdout == text
+        assert shlex.split(for_shell(text)) == [text]

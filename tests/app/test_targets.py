@@ -1,4 +1,4 @@
-"""A configuration that came from elsewhere names parts of a training and nothing else; the user's own is trusted."""
+"""A configuration from elsewhere may name parts of a training only. The user's own is trusted."""
 
 import importlib
 from pathlib import Path
@@ -15,43 +15,30 @@ from lcm.core.errors import UserError
 from lcm.export import trained
 from lcm.runtime.checkpoint_io import AtomicCheckpointIO
 
-REFUSED = [
-    "lcm.core.process.VP.at",
-    "lcm.models.text_to_image.TextToImage.load",
-    "os.system",
-    "builtins.eval",
-    "builtins.print",
-    "subprocess.Popen",
-    "torch.load",
-    "torch.hub.load",
-    "torch.os.system",
-    "torch.nn.modules.module.torch.load",
-    "torch.optim.optimizer.functools.partial",
-    "torch.optim.Optimizer.step",
-    "torch.utils.cpp_extension.load",
-    "lcm.runtime.run_dir.os.system",
-    "lcm.core.ema.torch.load",
-    "lcm.data.remote.run",
-    "lcm.models.saving.save_pipeline",
-    "lcm.models.saving.shutil.rmtree",
-    "lcm.app.sweep_table.hide_secrets",
-    "diffusers.DiffusionPipeline.from_pretrained",
-    "diffusers.UNet2DConditionModel.from_pretrained",
-    "diffusers.DiffusionPipeline",
-    "transformers.AutoModel.from_pretrained",
-    "lightning.pytorch.cli.LightningCLI",
-    "lightning.pytorch.Trainer",
-    "lightning.pytorch.callbacks.Checkpoint.__init__",
-    "hydra.utils.instantiate",
-    "hydra.utils.get_method",
-    "lightning",
-    "nowhere.at.all",
-    "lcm.core.nothing",
-    "lcm_core.x",
-    "",
-    None,
-    7,
-]
+REFUSED = {
+    "other packages": ["os.system", "builtins.eval", "subprocess.Popen", "transformers.AutoModel.from_pretrained"],
+    "hydra": ["hydra.utils.instantiate", "hydra.utils.get_method"],
+    "functions of allowed packages": ["torch.load", "torch.hub.load", "torch.utils.cpp_extension.load"],
+    "modules seen through others": [
+        *("torch.os.system", "torch.nn.modules.module.torch.load", "torch.optim.optimizer.functools.partial"),
+        *("lcm.runtime.run_dir.os.system", "lcm.core.ema.torch.load", "lcm.models.saving.shutil.rmtree"),
+    ],
+    "own functions": [
+        "lcm.data.remote.run",
+        "lcm.models.saving.save_pipeline",
+        "lcm.app.sweep_table.hide_secrets",
+    ],
+    "methods": [
+        *("lcm.core.process.VP.at", "lcm.models.text_to_image.TextToImage.load", "torch.optim.Optimizer.step"),
+        *("diffusers.UNet2DConditionModel.from_pretrained", "lightning.pytorch.callbacks.Checkpoint.__init__"),
+    ],
+    "classes": [
+        "diffusers.DiffusionPipeline",
+        "lightning.pytorch.cli.LightningCLI",
+        "lightning.pytorch.Trainer",
+    ],
+    "nothing there": ["lightning", "nowhere.at.all", "lcm.core.nothing", "lcm_core.x", "", None, 7],
+}
 ALLOWED = [
     "torch.optim.SGD",
     "torch.optim.lr_scheduler.CosineAnnealingLR",
@@ -66,18 +53,19 @@ ALLOWED = [
 ]
 
 
-@pytest.mark.parametrize("target", REFUSED)
-def test_what_could_run_anything_is_refused(target: Any) -> None:
-    with pytest.raises(UserError, match=r"is not allowed: .* set LCM_ALLOW_TARGETS=<package>$"):
+@pytest.mark.parametrize("kind", REFUSED)
+def test_target_refused(kind: str) -> None:
+    for target in REFUSED[kind]:
+        with pytest.raises(UserError, match=r"is not allowed: .* set LCM_ALLOW_TARGETS=<package>$"):
+            targets.check_target(target, "model.solver._target_")
+
+
+def test_target_allowed() -> None:
+    for target in [*ALLOWED, *sorted(targets.shipped())]:
         targets.check_target(target, "model.solver._target_")
 
 
-@pytest.mark.parametrize("target", [*ALLOWED, *sorted(targets.shipped())])
-def test_what_a_training_is_made_of_is_allowed(target: str) -> None:
-    targets.check_target(target, "model.solver._target_")
-
-
-def test_a_refused_package_is_not_even_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_package_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "hostile.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError):
@@ -85,9 +73,7 @@ def test_a_refused_package_is_not_even_imported(tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_package_of_ones_own_is_allowed_by_name_but_not_what_it_imports(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_own_package_is_allowed_without_its_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").write_text("import os\ndef solver(): return 1\n")
     monkeypatch.syspath_prepend(tmp_path)
     with monkeypatch.context() as patch:
@@ -102,7 +88,7 @@ def test_a_package_of_ones_own_is_allowed_by_name_but_not_what_it_imports(
         build({"_target_": "mine.solver"}, foreign=True)
 
 
-def test_a_configuration_cannot_allow_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configuration_cannot_allow_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LCM_ALLOW_TARGETS", "os")  # as hydra.job.env_set would, once Hydra runs
     with pytest.raises(UserError, match="is not allowed"):
         build({"_target_": "os.getcwd"}, foreign=True)
@@ -112,19 +98,18 @@ def test_a_configuration_cannot_allow_itself(monkeypatch: pytest.MonkeyPatch) ->
     "node",
     [
         {"_target_": "os.getcwd"},
-        {"_target_": "os.getcwd", "_partial_": True},
         {"_target_": "torch.nn.Sequential", "_args_": [{"_target_": "os.getcwd"}]},
         {"_target_": "torch.nn.SiLU", "_recursive_": False, "inner": {"deep": [{"_target_": "os.getcwd"}]}},
         [{"plugins": {"_target_": "os.getcwd"}}],
         {"name": "os.getcwd", "_target_": "${.name}"},
         {"_target_": "torch.nn.Sequential", "_args_": ["${oc.create:'{_target_: os.getcwd}'}"]},
     ],
-    ids=["plain", "partial", "argument", "deep", "list", "interpolated", "made"],
+    ids=["plain", "argument", "deep", "list", "interpolated", "made"],
 )
-@pytest.mark.parametrize("kind", ["plain", "config"])
-def test_nothing_is_built_around_or_inside(node: Any, kind: str) -> None:
-    with pytest.raises(UserError, match=r"os\.getcwd is not allowed"):
-        build(OmegaConf.create(node) if kind == "config" else node, foreign=True)
+def test_foreign_node_builds_nothing(node: Any) -> None:
+    for same in (node, OmegaConf.create(node)):
+        with pytest.raises(UserError, match=r"os\.getcwd is not allowed"):
+            build(same, foreign=True)
 
 
 @pytest.mark.parametrize(
@@ -136,14 +121,14 @@ def test_nothing_is_built_around_or_inside(node: Any, kind: str) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_would_unpickle_or_keep_secrets_is_refused(args: list[str], says: str) -> None:
+def test_refused_option(args: list[str], says: str) -> None:
     with pytest.raises(UserError) as caught:
         prepare("train", args, {})
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_what_the_user_types_and_has_in_a_folder_of_configs_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "theirs_part.py").write_text(
         "import torch\n\n\ndef solver(denoise, z_t, t, s, *, schedule): ...\n\n\nclass AdamW8bit(torch.optim.AdamW): ...\n"
     )
@@ -156,7 +141,7 @@ def test_what_the_user_types_and_has_in_a_folder_of_configs_is_trusted(tmp_path:
         check_arguments(OmegaConf.create({"part": {"_target_": theirs, "_partial_": True}}), {})
 
 
-def test_a_run_s_config_from_elsewhere_builds_nothing_that_is_not_allowed(tmp_path: Path) -> None:
+def test_foreign_run_builds_nothing(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "global_step": 0}, run / "checkpoints/last.ckpt")
@@ -173,13 +158,8 @@ def test_a_run_s_config_from_elsewhere_builds_nothing_that_is_not_allowed(tmp_pa
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("args", [["--cfg", "job"], ["--help"], ["--info", "all"], ["hydra.job_logging.root.level=DEBUG"]])
-def test_hydra_answers_as_before(args: list[str]) -> None:
-    assert prepare("train", args, {}) == (args, None)
-
-
 @pytest.mark.parametrize("override", ["data.shards={https://planted@host/?planted", "model.x='https://planted@host/?planted'"])
-def test_a_complaint_about_an_override_holds_no_secret(override: str) -> None:
+def test_complaint_holds_no_secret(override: str) -> None:
     with pytest.raises(UserError) as raised:
         prepare("train", [override, "model.nothing=1"], {})
     with pytest.raises(SystemExit) as caught:

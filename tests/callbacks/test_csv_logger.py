@@ -5,7 +5,7 @@ import csv
 from lcm.callbacks.csv_logger import CSVLogger
 
 
-def test_a_restart_appends_to_the_metrics_and_new_columns_widen_them(tmp_path):
+def test_restart_appends_rows_and_columns(tmp_path):
     CSVLogger(str(tmp_path)).log_metrics({"train/loss": 1.0}, 0)
     logger = CSVLogger(str(tmp_path))
     logger.log_metrics({"val/loss": 2.0}, 1)

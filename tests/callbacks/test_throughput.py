@@ -1,4 +1,4 @@
-"""Rates of a training: counted arithmetic, honest time, and a training that is none the different for it."""
+"""Rates of a training: FLOPs and times are right, and the training does not change."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ from tests.modules.conftest import codec, data, fit, training  # noqa: F401  (fi
 KINDS = ["diffusion", "distillation", "finetuning", "cd", "ct", "guided", "lora"]
 
 
-def test_a_forward_is_counted_without_being_run(tiny_pipeline):
+def test_forward_flop_matches_the_counter(tiny_pipeline):
     family, unet = load_family(str(tiny_pipeline)), load_network(str(tiny_pipeline))
     z, t, cond = torch.randn(3, 4, 8, 8), torch.tensor([1, 2, 3]), torch.randn(3, 7, unet.config["cross_attention_dim"])
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -25,8 +25,8 @@ def test_a_forward_is_counted_without_being_run(tiny_pipeline):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_is_counted_as_what_runs(kind, training, data, fit, monkeypatch):  # noqa: F811
-    """Against the dispatcher's own count of a step, attention as matmuls; the first layer's input has no gradient."""
+def test_step_flop_matches_the_counter(kind, training, data, fit, monkeypatch):  # noqa: F811
+    """torch counts attention as matmuls. The input of the first layer has no gradient, hence the tolerance."""
     module, callback, counted = training(kind), Throughput(peak_tflops=1.0), []
     step = module.training_step
 
@@ -45,7 +45,7 @@ def test_a_step_is_counted_as_what_runs(kind, training, data, fit, monkeypatch):
 
 
 class Clock:
-    """Time that passes when it is told to."""
+    """A clock that the test moves."""
 
     now = 100.0
 
@@ -53,7 +53,7 @@ class Clock:
         return self.now
 
 
-def test_rates_are_those_of_the_time_since_the_last_log_without_validation(monkeypatch):
+def test_rates_cover_the_time_since_the_last_log(monkeypatch):
     clock, logged = Clock(), {}
     monkeypatch.setattr(throughput, "time", clock)
     monkeypatch.setattr(throughput, "call_flop", lambda family, unet, z, cond, trained: (1 + 2 * trained) * unet * z)
@@ -71,7 +71,7 @@ def test_rates_are_those_of_the_time_since_the_last_log_without_validation(monke
         trainer.global_step += 1
         callback.on_train_batch_end(trainer, module, None, batch, 0)
 
-    step(50, 50)  # the first one is not timed
+    step(50, 50)  # the first step is not timed
     step(1, 3)
     assert logged["perf/images_per_sec"] == pytest.approx(4 * 8 / 4)
     assert logged["perf/data_wait"] == pytest.approx(1 / 4)
@@ -88,7 +88,7 @@ def test_rates_are_those_of_the_time_since_the_last_log_without_validation(monke
     assert logged["perf/data_wait"] == pytest.approx(2 / 8)
 
 
-def test_a_training_is_the_same_with_it(training, data, fit):  # noqa: F811
+def test_training_is_unchanged(training, data, fit):  # noqa: F811
     without, with_it, logged = training("distillation"), training("distillation"), []
     log_dict = with_it.log_dict
     with_it.log_dict = lambda values, **kwargs: (logged.append(values), log_dict(values, **kwargs))

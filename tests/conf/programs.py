@@ -4,19 +4,28 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from lcm.app.composition import compose, prepare
+from omegaconf import OmegaConf
 
-MODULES = {"train": "train", "sample": "sample", "bench": "lcm.bench.__main__"}
-PROGRAMS = ["train", "sample", "evaluate", "encode", "preview", "manifest", "bench", "export"]
+from lcm.app.arguments import check_arguments
+from lcm.app.composition import Command, compose, prepare
+
+MODULES = {"train": "train", "sample": "sample", "bench": "lcm.bench.__main__", "evaluate": "lcm.evaluate.__main__"}
+PROGRAMS = ["train", "sample", "evaluate", "encode", "preview", "index", "bench", "export"]
+REQUIRED = {"encode": ["out=x"], "export": ["run=x"]}
 
 
-def hints(program: str) -> dict[str, Any]:
-    return importlib.import_module(MODULES.get(program, f"lcm.{program}")).main.hints
+def command(program: str, *args: str) -> Command:
+    """Compose, check the keys and then the arguments, as the program does. Raises UserError."""
+    hints = importlib.import_module(MODULES.get(program, f"lcm.{program}")).program.hints
+    composed = prepare(program, list(args), hints)
+    for cfg in composed.runs:
+        check_arguments(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), hints)
+    return composed
 
 
 def check(program: str, *args: str) -> list[str]:
-    """What Hydra is given in place of these arguments. Raises UserError as the program does."""
-    return prepare(program, list(args), hints(program))[0]
+    """The arguments for Hydra."""
+    return command(program, *args).args
 
 
 def configured(program: str, args: Sequence[str]) -> Any:

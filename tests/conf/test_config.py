@@ -10,12 +10,13 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from lcm.app import composition
 from lcm.app.cli import build, expand_home
-from lcm.app.composition import check_composed, compose, dotted_keys, prepare
+from lcm.app.composition import compose
+from lcm.app.groups import Groups
 from lcm.app.inputs import pick_device
 from lcm.app.targets import CONF
 from lcm.core.errors import UserError
+from tests.conf.programs import PROGRAMS, REQUIRED, configured
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 FULL_SIZE = {
@@ -28,12 +29,7 @@ FULL_SIZE = {
     "lcd_sdxl": "sdxl",
     "lcd_lora_sdxl": "sdxl",
 }
-PARTS = [
-    (group, path.stem)
-    for group in ("solver", "loss", "timesteps", "lr_schedule", "optimizer", "net", "process", "objective")
-    for path in sorted((CONF / "model" / group).glob("*.yaml"))
-    if path.stem != "pipeline"
-]
+PARTS = ("solver", "loss", "timesteps", "lr_schedule", "optimizer", "net", "process", "objective")
 
 
 def composed(experiment: str, *overrides: str) -> DictConfig:
@@ -66,34 +62,26 @@ def parameters(target: str) -> set[str] | None:
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_composes_and_names_itself(experiment):
-    cfg = composed(experiment)
+def test_experiment(experiment: str) -> None:
+    """It composes, its arguments fit, it names itself and leaves no group empty."""
+    cfg = configured("train", [f"experiment={experiment}"])
     assert cfg.name == experiment
     assert all(cfg[part] for part in ("data", "model", "trainer", "callbacks"))  # an empty `data:` would be null
+    check_keys(cfg)
 
 
-EXPERIMENT_CHOICES = [[f"experiment={name}"] for name in EXPERIMENTS]
-DATA_CHOICES = [["experiment=lcd_sd15", f"data={path.stem}"] for path in sorted((CONF / "data").glob("*.yaml"))]
-FILTER_CHOICES = [
-    ["experiment=lcd_sd15", f"data/filters={path.stem}"] for path in sorted((CONF / "data/filters").glob("*.yaml"))
-]
-
-SEARCHES = sorted(path.stem for path in (CONF / "hparams_search").glob("*.yaml"))
-OTHER_CHOICES = [
-    ["callbacks=evaluation"],
-    ["callbacks=best", "callbacks/keep=every"],
-    ["logger=many"],
-    *([f"trainer={path.stem}"] for path in sorted((CONF / "trainer").glob("*.yaml"))),
-    *([f"hparams_search={name}"] for name in SEARCHES),
-]
+@pytest.mark.parametrize("group", ["data", "data/filters", "callbacks", "callbacks/keep", "logger", "trainer"])
+def test_every_option_of_group(group: str) -> None:
+    for option in Groups("train").options(group):
+        check_keys(configured("train", ["experiment=lcd_sd15", f"{group}={option}"]))
 
 
-@pytest.mark.parametrize("overrides", [*EXPERIMENT_CHOICES, *DATA_CHOICES, *FILTER_CHOICES, *OTHER_CHOICES], ids=" ".join)
-def test_every_yaml_key_is_a_parameter_of_its_target(overrides):
-    for path, node in targets(compose("train", overrides)):
+def check_keys(cfg: DictConfig) -> None:
+    """Each key of a node is a parameter of its target. The program follows no `**kwargs` of a function."""
+    for path, node in targets(cfg):
         accepted = parameters(node._target_)
         given = {str(key) for key in node if not str(key).startswith("_")}
-        if node._target_.endswith(("load_codec",)):
+        if node._target_.endswith("load_codec"):
             accepted |= parameters("lcm.models.codec.LatentCodec")
         if node._target_.endswith("build_styles"):
             accepted |= parameters("lcm.data.openmoji.build")
@@ -103,7 +91,7 @@ def test_every_yaml_key_is_a_parameter_of_its_target(overrides):
 
 
 @pytest.mark.parametrize("scale", ["mini", "sd15"])
-def test_every_part_of_the_bench_is_given_what_it_takes(scale):
+def test_bench_part_gets_its_arguments(scale):
     cfg = compose("bench", [f"scale={scale}"])
     for overrides in (cfg.lcd, cfg.teacher):
         compose("train", list(overrides))
@@ -111,9 +99,9 @@ def test_every_part_of_the_bench_is_given_what_it_takes(scale):
         assert {str(key) for key in node if not str(key).startswith("_")} == parameters(node._target_)
 
 
-@pytest.mark.parametrize("program", ["train", "sample", "evaluate", "encode", "preview", "manifest", "bench", "export"])
-def test_program_configs_compose(program):
-    assert "hydra" not in compose(program, [])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_defaults_of_program(program: str) -> None:
+    assert "hydra" not in configured(program, REQUIRED.get(program, []))
 
 
 @pytest.mark.parametrize("program", ["evaluate", "encode"])
@@ -122,7 +110,7 @@ def test_program_configs_compose(program):
     [("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")],
     ids=["torchrun", "srun"],
 )
-def test_programs_that_share_out_work_know_their_place_and_gpu(program, names, monkeypatch):
+def test_rank_and_gpu_of_program(program, names, monkeypatch):
     for name, value in zip(names, ("5", "8", "1"), strict=True):
         monkeypatch.setenv(name, value)
     cfg = compose(program, [])
@@ -135,54 +123,22 @@ def test_programs_that_share_out_work_know_their_place_and_gpu(program, names, m
     assert chosen == [1]
 
 
-@pytest.mark.parametrize("name", SEARCHES)
-def test_every_run_of_a_search_is_looked_at_and_passes(name, monkeypatch):
-    looked_at, params = [], OmegaConf.load(CONF / f"hparams_search/{name}.yaml").hydra.sweeper.params
-    monkeypatch.setattr(composition, "check_composed", lambda cfg, *of: (check_composed(cfg, *of), looked_at.append(cfg)))
-    prepare("train", ["-m", f"hparams_search={name}"], {})
-    assert len(looked_at) == 2 + sum(len(str(values).split(",")) - 1 for values in params.values())
-
-
-def test_an_alternative_of_a_search_that_cannot_be_meant_is_refused():
-    with pytest.raises(UserError, match=r"model\.w_max=x: expected a number"):
-        prepare("train", ["-m", "hparams_search=w_range", "model.w_min=0", "++hydra.sweeper.params={model.w_max: '6,x'}"], {})
-
-
-@pytest.mark.parametrize(
-    ("args", "says"),
-    [
-        (["--max_steps=3"], "no option --max_steps=3: overrides have no dashes, did you mean 'trainer.max_steps=3'?"),
-        (["--max_steps", "3"], "did you mean 'trainer.max_steps=...'?"),
-        (["lcd_mini"], "'lcd_mini' sets nothing, did you mean 'experiment=lcd_mini'?"),
-        (["ddim"], "did you mean 'model/solver=ddim'?"),
-        (["experiment"], "did you mean 'experiment=...'?"),
-        (["model.lr=1"], "did you mean 'model.optimizer.lr'?"),
-        (["lr=1"], "did you mean 'model.optimizer.lr'?"),
-        (["model.nothing_like_it=1"], "there is no config key 'model.nothing_like_it'"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_what_was_probably_meant_is_named(args, says):
-    with pytest.raises(UserError) as caught:
-        prepare("train", args, {})
-    assert says in str(caught.value)
-
-
-@pytest.mark.parametrize(("group", "option"), PARTS)
-def test_every_part_can_be_swapped_in(group, option):
-    base = {"net": "teacher_mini", "process": "teacher_mini", "objective": "lcd_mini"}.get(group, "lcd_mini")
-    if group == "objective" and option != "lcd":
-        base = {"lcf": "lcf_mini", "denoising": "teacher_mini", "cd": "cd_mini", "ct": "ct_mini", "tcd": "tcd_mini"}[option]
-    cfg = composed(base, f"model/{group}={option}")
-    with torch.device("meta"):
-        assert (part := build(cfg.model[group])) is not None
-    if group == "timesteps":
-        assert len(part(1000))
+@pytest.mark.parametrize("group", PARTS)
+def test_every_part_can_be_built(group: str) -> None:
+    base = {"net": "teacher_mini", "process": "teacher_mini"}.get(group, "lcd_mini")
+    for option in Groups("train").options(f"model/{group}"):
+        if option == "pipeline":
+            continue
+        cfg = composed(base, f"model/{group}={option}")
+        with torch.device("meta"):
+            assert (part := build(cfg.model[group])) is not None
+        if group == "timesteps":
+            assert len(part(1000))
 
 
 @pytest.mark.parametrize(("experiment", "net"), FULL_SIZE.items())
-def test_full_size_recipes_build_with_the_real_names_and_shapes(experiment, net, tiny_pipeline, xl_pipeline):
-    process = ["model/process=scaled_linear", f"model.pipeline={xl_pipeline if net == 'sdxl' else tiny_pipeline}"]
+def test_full_size_recipe_has_real_shapes(experiment, net, tiny_pipeline, xl_pipeline):
+    process = ["model/process=vp", f"model.pipeline={xl_pipeline if net == 'sdxl' else tiny_pipeline}"]
     with torch.device("meta"):
         module = build(composed(experiment, f"model/net={net}", *process).model)
     teacher = module.frozen.get("teacher", module.net)
@@ -205,7 +161,7 @@ def test_full_size_recipes_build_with_the_real_names_and_shapes(experiment, net,
         assert module.net.time_embedding.cond_proj.weight.shape == (320, 256)
 
 
-def test_the_paper_s_numbers_are_in_the_full_size_recipe():
+def test_full_size_recipe_has_paper_numbers():
     cfg = composed("lcd_sd15")
     model = cfg.model
     assert (model.w_min, model.w_max, model.ema_decay, model.objective.skip_steps) == (2.0, 14.0, 0.999943, 20)
@@ -215,21 +171,13 @@ def test_the_paper_s_numbers_are_in_the_full_size_recipe():
     assert model.loss._target_.endswith(".l2")
 
 
-def test_the_default_is_the_mini_distillation():
+def test_default_is_mini_distillation():
     assert compose("train", []) == composed("lcd_mini")
 
 
-def test_dotted_keys_reach_nested_values():
-    assert {"model.solver", "model.ema_decay", "trainer.max_steps"} <= set(dotted_keys(compose("train", [])))
-
-
-def test_no_secret_can_be_in_the_configuration_tree():
+def test_no_secret_in_conf():
     for path in Path(CONF).rglob("*.yaml"):
         assert "API_KEY" not in path.read_text(), path
-
-
-def test_composed_config_is_plain_data():
-    OmegaConf.to_container(composed("lcd_mini"), resolve=True)
 
 
 HOMES = {
@@ -242,22 +190,22 @@ HOMES = {
 }
 
 
-@pytest.mark.parametrize("program", HOMES)
-def test_the_users_folder_has_a_short_name_in_every_path(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_folder_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    keys = [key for key in HOMES[program].split() if "=" not in key]
-    cfg = compose(program, [f"{key}='~/my files/a.txt'" if "=" not in key else key for key in HOMES[program].split()])
-    expand_home(cfg)
-    assert {key: OmegaConf.select(cfg, key) for key in keys} == dict.fromkeys(keys, "/home/me/my files/a.txt")
+    for program, words in HOMES.items():
+        keys = [word for word in words.split() if "=" not in word]
+        cfg = compose(program, [f"{word}='~/my files/a.txt'" if word in keys else word for word in words.split()])
+        expand_home(cfg)
+        assert {key: OmegaConf.select(cfg, key) for key in keys} == dict.fromkeys(keys, "/home/me/my files/a.txt"), program
 
 
-def test_a_sweep_in_the_users_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_folder_of_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     cfg = compose("train", ["paths.runs='~/runs'"], return_hydra_config=True)
     assert cfg.hydra.sweep.dir.startswith("/home/me/runs/sweeps/")
 
 
-def test_the_users_folder_in_lists_added_keys_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_folder_in_lists_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("LCM_DATA", "~/data")
     cfg = compose(
@@ -272,7 +220,7 @@ def test_the_users_folder_in_lists_added_keys_and_the_environment(monkeypatch: p
     )
 
 
-def test_apples_gpus_are_asked_for_only_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_apple_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UserError, match="device=mps, but torch sees no Apple GPU: use device=cpu"):
         pick_device("mps")

@@ -1,6 +1,4 @@
-"""The older methods of the paper's table: consistency models and guided distillation, in closed form."""
-
-from itertools import product
+"""Consistency models and guided distillation, in closed form."""
 
 import pytest
 import torch
@@ -19,7 +17,6 @@ from tests.core.test_objectives import Recorder, Scale, a_batch, denoisers, some
 PROCESS = VP()
 GRID = karras(PROCESS, points=18)[1:]
 every_process = pytest.mark.parametrize("process", [VP(), Flow()], ids=["vp", "flow"])
-every_type = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 
 
 def distil(nets, draws, process=PROCESS, solver=solvers.heun, points=18):
@@ -35,17 +32,17 @@ both = pytest.mark.parametrize("objective", [distil, train], ids=["distillation"
 
 
 def sample(*networks):
-    """Denoisers of VP that predict x0."""
+    """Return denoisers of VP that predict x0."""
     return denoisers(*networks, prediction_type="sample")
 
 
-def passed(process):
-    """The timesteps of eight steps, which become four."""
+def eight_steps(process):
+    """Return the timesteps of eight steps, to be halved."""
     return torch.tensor([*trailing_steps(8), process.t_min])
 
 
 @both
-def test_the_pair_is_two_neighbours_of_the_grid(objective):
+def test_pair_is_two_neighbours(objective):
     online, target = Recorder(0.1), Recorder(0.1)
     objective(sample(online, target, Recorder(0.1)), some_draws(0, 1, 8, 16))
     assert online.t.tolist() == GRID[[0, 1, 8, 16]].tolist()
@@ -53,7 +50,7 @@ def test_the_pair_is_two_neighbours_of_the_grid(objective):
 
 
 @both
-def test_consistency_models_know_no_w(objective):
+def test_consistency_models_take_no_w(objective):
     online, target = Recorder(0.1), Recorder(0.1)
     objective(sample(online, target, Recorder(0.1)), some_draws(0, 1, 8, 16))
     assert online.w is None
@@ -61,7 +58,7 @@ def test_consistency_models_know_no_w(objective):
 
 
 @both
-def test_only_the_online_network_learns(objective):
+def test_gradient_reaches_online_network_only(objective):
     online, target, teacher = Scale(0.5), Scale(0.4), Scale(0.3)
     objective(sample(online, target, teacher), some_draws(1, 5, 8, 16))[0].backward()
     assert online.weight.grad.abs() > 0
@@ -69,28 +66,28 @@ def test_only_the_online_network_learns(objective):
     assert teacher.weight.grad is None
 
 
-def test_the_teacher_is_asked_without_guidance():
+def test_teacher_is_called_without_guidance():
     teacher = Recorder(0.1)
-    distil(sample(Scale(), Scale(), teacher), some_draws(0, 1, 8, 16), solver=solvers.euler)
+    distil(sample(Scale(), Scale(), teacher), some_draws(0, 1, 8, 16), solver=solvers.ddim)
     assert len(teacher.z) == 4
 
 
-def test_distillation_s_near_point_lies_on_the_teacher_s_path():
+def test_near_point_of_distillation_is_on_trajectory():
     online, target, draws = Recorder(0.1), Recorder(0.1), some_draws(4, 8, 12, 16)
     distil(Networks(*sample(online, target)[:2], exact(PROCESS, "sample")), draws)
     z_t, t, s = online.z, online.t, target.t
     torch.testing.assert_close(target.z, Gaussian(PROCESS).flow(z_t, t, s), rtol=0.02, atol=0.02)
 
 
-def test_training_s_near_point_has_the_same_noise():
+def test_near_point_of_training_has_same_eps():
     online, target, draws = Recorder(0.1), Recorder(0.1), some_draws(4, 8, 12, 16)
     train(sample(online, target), draws)
     for net in (online, target):
         torch.testing.assert_close(net.z, PROCESS.jump(a_batch().z0, draws.eps, net.t))
 
 
-def test_the_true_consistency_function_has_no_loss():
-    """That of a Gaussian: the flow to t_min; as a network, it is whatever makes f give that."""
+def test_true_consistency_function_has_no_loss():
+    """The network's x0 is chosen so that f is the Gaussian's exact flow to t_min."""
     gaussian, draws = Gaussian(PROCESS), some_draws(4, 8, 12, 16)
     reader = Denoiser(None, PROCESS, "sample")
 
@@ -106,10 +103,12 @@ def test_the_true_consistency_function_has_no_loss():
     assert loss < 0.02 * wrong
 
 
-@pytest.mark.parametrize("process", [VP(), Flow(shift=3.0)], ids=["of_vp", "of_flow"])
-@every_type
-def test_the_true_consistency_function_of_a_flow_has_no_loss(prediction_type, process):
-    """Its x0 is the end of the path; the teacher may be of another process. From pure noise on it is finite."""
+@pytest.mark.parametrize(
+    ("prediction_type", "process"),
+    [("epsilon", VP()), ("v_prediction", Flow(shift=3.0)), ("sample", VP()), ("flow_prediction", Flow(shift=3.0))],
+)
+def test_true_consistency_function_of_flow_has_no_loss(prediction_type, process):
+    """Its x0 is the end of the trajectory. The teacher may have another process. The loss is finite from pure noise."""
     flow, points = Flow(), 60
     grid = karras(flow, points=points)[1:]
     draws = some_draws(*[(grid - t).abs().argmin().item() for t in (60, 200, 500, 850)])
@@ -127,7 +126,7 @@ def test_the_true_consistency_function_of_a_flow_has_no_loss(prediction_type, pr
 
 
 def guided_network(teacher, batch):
-    """A w-conditioned denoiser that answers as the guided teacher does."""
+    """Return a w-conditioned denoiser with the outputs of the guided teacher."""
     process = teacher.process
 
     def net(z, time, cond, w):
@@ -138,28 +137,28 @@ def guided_network(teacher, batch):
 
 
 def captioned(z, t, cond, w=None):
-    """A teacher that listens to its caption."""
+    """A teacher that depends on its caption."""
     return 0.3 * z + cond["states"].view(-1, 1, 1, 1)
 
 
 @every_process
-@every_type
-def test_the_guided_teacher_itself_has_no_matching_loss(process, prediction_type):
+def test_guided_teacher_has_no_matching_loss(process):
     batch, draws = a_batch(cond=0.4), some_draws(0, 250, 700, 999 if isinstance(process, VP) else 989)
-    teacher = Denoiser(captioned, process, prediction_type)
-    loss, _ = match_guided_teacher(guided_network(teacher, batch), teacher, batch, draws)
-    unguided, _ = match_guided_teacher(teacher, teacher, batch, draws)
-    assert loss < 1e-4 * unguided
+    for prediction_type in PREDICTION_TYPES:
+        teacher = Denoiser(captioned, process, prediction_type)
+        loss, _ = match_guided_teacher(guided_network(teacher, batch), teacher, batch, draws)
+        unguided, _ = match_guided_teacher(teacher, teacher, batch, draws)
+        assert loss < 1e-4 * unguided
 
 
-def test_the_guided_teacher_of_another_process_has_no_matching_loss():
+def test_teacher_of_another_process_has_no_matching_loss():
     batch, draws = a_batch(cond=0.4), some_draws(100, 250, 500, 800)
     student, teacher = exact(Flow(), "flow_prediction"), exact(PROCESS, "v_prediction")
     assert match_guided_teacher(student, teacher, batch, draws)[0] < 1e-6
     assert match_guided_teacher(student, exact(PROCESS, "v_prediction", mu=0.31), batch, draws)[0] > 1e-5
 
 
-def test_matching_is_weighted_by_the_truncated_snr():
+def test_matching_loss_has_truncated_snr_weight():
     """`max(alpha^2 / sigma^2, 1)` times x0's squared error."""
     student, teacher = sample(Recorder(0.4), Recorder(0.5))[:2]
     for t, weight in ((0, 1175.4), (250, 1.8155), (999, 1.0)):
@@ -170,17 +169,16 @@ def test_matching_is_weighted_by_the_truncated_snr():
 
 
 @pytest.mark.parametrize(
-    ("process", "prediction_type"),
-    [*product([VP()], PREDICTION_TYPES), *product([Flow()], PREDICTION_TYPES[1:])],  # in a flow's pure noise eps has no x0
-    ids=lambda x: x if isinstance(x, str) else type(x).__name__,
+    ("process", "prediction_type"),  # in a flow's pure noise eps does not determine x0
+    [(VP(), "epsilon"), (VP(), "v_prediction"), (Flow(), "sample"), (Flow(), "flow_prediction")],
 )
-def test_one_step_of_the_student_s_target_is_two_of_the_previous(process, prediction_type):
-    """The loss's minimum: x0 whose one DDIM step from z_t arrives where two steps did."""
-    timesteps, draws = passed(process), some_draws(0, 1, 2, 3)
+def test_one_step_of_student_matches_two_of_previous(process, prediction_type):
+    """The loss is 0 for the x0 whose one DDIM step ends where two steps of the previous student end."""
+    timesteps, draws = eight_steps(process), some_draws(0, 1, 2, 3)
     previous, steps = exact(process, prediction_type, s=0.3), []
 
     def answers(z, time, cond, w):
-        """Answers with the x0 of two steps, derived on its own from the update `z_s = alpha_s x0 + sigma_s eps`."""
+        """Return the x0 of two steps, derived from the update `z_s = alpha_s x0 + sigma_s eps`."""
         t, middle, s = (timesteps[2 * draws.index + i] for i in (0, 1, 2))
         denoise = previous.bound(cond)
         z_s = solvers.ddim(denoise, solvers.ddim(denoise, z, t, middle, process=process), middle, s, process=process)
@@ -198,13 +196,13 @@ def test_one_step_of_the_student_s_target_is_two_of_the_previous(process, predic
     assert s.tolist() == [*trailing_steps(4)[1:], process.t_min]
 
 
-def test_on_a_point_mass_halving_asks_for_what_the_previous_student_knows():
-    knows = Denoiser(lambda z, t, cond, w: torch.full_like(z, 0.7), PROCESS, "sample")
-    loss, _ = halve_steps(knows, knows, a_batch(), some_draws(0, 1, 2, 3), timesteps=passed(PROCESS))
+def test_halving_has_no_loss_on_point_mass():
+    perfect = Denoiser(lambda z, t, cond, w: torch.full_like(z, 0.7), PROCESS, "sample")
+    loss, _ = halve_steps(perfect, perfect, a_batch(), some_draws(0, 1, 2, 3), timesteps=eight_steps(PROCESS))
     assert loss < 1e-7
 
 
-def test_both_stages_pass_w_on_and_keep_no_graph_of_the_target():
+def test_both_stages_pass_w_and_build_no_target_graph():
     student, other, draws = Scale(0.5), Scale(0.4), some_draws(0, 1, 2, 3)
     seen = []
 
@@ -213,7 +211,7 @@ def test_both_stages_pass_w_on_and_keep_no_graph_of_the_target():
         return other(z, t, cond, w)
 
     online, before, teacher = sample(student, previous, other)
-    halve_steps(online, before, a_batch(), draws, timesteps=passed(PROCESS))[0].backward()
+    halve_steps(online, before, a_batch(), draws, timesteps=eight_steps(PROCESS))[0].backward()
     match_guided_teacher(online, teacher, a_batch(), draws)[0].backward()
     assert [grad for grad, _ in seen] == [False, False]
     assert all(torch.equal(w, draws.w) for _, w in seen)

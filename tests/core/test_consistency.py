@@ -11,9 +11,8 @@ from lcm.core.process import VP, Flow
 Z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(
-    ("t", "c_skip", "c_out"),
-    [
+def test_golden_scalings():
+    golden = [  # t, c_skip, c_out
         (0, 1, 0),
         (1, 2.49376559e-3, 0.998752339),
         (2, 6.24609619e-4, 0.999687646),
@@ -23,12 +22,11 @@ Z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         (259, 3.72683756e-8, 0.999999981),
         (499, 1.00401202e-8, 0.999999995),
         (999, 2.50500750e-9, 0.999999999),
-    ],
-)
-def test_golden_scalings(t, c_skip, c_out):
-    scalings = [c.item() for c in boundary_scalings(torch.tensor([t]))]
-    assert scalings[0] == pytest.approx(c_skip, rel=1e-6)
-    assert scalings[1] == pytest.approx(c_out, abs=1e-7)
+    ]
+    for t, c_skip, c_out in golden:
+        scalings = [c.item() for c in boundary_scalings(torch.tensor([t]))]
+        assert scalings[0] == pytest.approx(c_skip, rel=1e-6)
+        assert scalings[1] == pytest.approx(c_out, abs=1e-7)
 
 
 def test_golden_scalings_of_another_timestep_scaling():
@@ -43,30 +41,29 @@ def test_scalings_agree_with_diffusers():
 
 
 def test_boundary():
-    """f(z, 0) = z exactly, however wrong the network."""
+    """f(z, 0) = z exactly, for any network."""
     assert torch.equal(consistency_fn(lambda z, t: Denoised(1e6 * z.cos(), z), Z, torch.tensor([0, 0]), process=VP()), Z)
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("f", [consistency_fn, cm_consistency_fn])
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_boundary_of_a_flow(f, shift, prediction_type):
-    """f(z, -1) = z exactly, by no scalings."""
-    flow = Flow(shift=shift)
-    denoise = Denoiser(lambda z, time, cond, w: 1e6 * z.cos(), flow, prediction_type).bound({})
-    assert torch.equal(f(denoise, Z, torch.tensor([-1, -1]), process=flow), Z)
+def test_boundary_of_flow(f):
+    """f(z, -1) = z exactly, without scalings."""
+    flow = Flow(shift=3.0)
+    for prediction_type in PREDICTION_TYPES:
+        denoise = Denoiser(lambda z, time, cond, w: 1e6 * z.cos(), flow, prediction_type).bound({})
+        assert torch.equal(f(denoise, Z, torch.tensor([-1, -1]), process=flow), Z)
 
 
 @pytest.mark.parametrize("f", [consistency_fn, cm_consistency_fn])
-def test_a_flow_s_f_is_x0_at_every_t(f):
-    """`f = y - sigma u`, from pure noise to the first timestep."""
+def test_f_in_flow_is_x0(f):
+    """`f = y - sigma u`, in pure noise and at the first timestep."""
     flow, t = Flow(), torch.tensor([999, 0])
     denoise = Denoiser(lambda z, time, cond, w: z.cos(), flow, "flow_prediction").bound({})
     expected = Z - torch.tensor([1.0, 0.001]).view(2, 1, 1, 1) * Z.cos()
     torch.testing.assert_close(f(denoise, Z, t, process=flow), expected, rtol=0, atol=1e-6)
 
 
-def test_away_from_the_boundary_f_is_x0():
+def test_f_away_from_boundary_is_x0():
     f = consistency_fn(lambda z, t: Denoised(z.cos(), z), Z, torch.tensor([19, 999]), process=VP())
     torch.testing.assert_close(f, Z.cos(), rtol=0, atol=1e-4)
 
@@ -80,31 +77,27 @@ def test_each_sample_has_its_own_t():
     assert torch.equal(together, torch.cat(alone))
 
 
-# Consistency Models' own form
+# Consistency Models
 
 
-@pytest.mark.parametrize(
-    ("sigma", "c_skip", "c_out"),
-    [(0.002, 1.0, 0.0), (0.5, 0.502004024, 0.352138482), (1.0, 0.200641922, 0.446319169), (80.0, 3.9066e-5, 0.499977734)],
-)
-def test_golden_scalings_of_consistency_models(sigma, c_skip, c_out):
+def test_golden_scalings_of_consistency_models():
     """With the paper's sigma_data = 0.5 and epsilon = 0.002 (2303.01469, appendix C)."""
-    scalings = [c.item() for c in cm_scalings(torch.tensor(sigma, dtype=torch.float64), 0.002, sigma_data=0.5)]
-    assert scalings == pytest.approx((c_skip, c_out), rel=1e-4, abs=1e-12)
+    c_skip, c_out = cm_scalings(torch.tensor([0.002, 0.5, 1.0, 80.0], dtype=torch.float64), 0.002, sigma_data=0.5)
+    assert c_skip.tolist() == pytest.approx([1.0, 0.502004024, 0.200641922, 3.9066e-5], rel=1e-4, abs=1e-12)
+    assert c_out.tolist() == pytest.approx([0.0, 0.352138482, 0.446319169, 0.499977734], rel=1e-4, abs=1e-12)
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0])
-def test_the_boundary_of_consistency_models(sigma_data, prediction_type):
-    """f(x, sigma_min) = x, the sample in the VE process's units, however wrong the network."""
+def test_boundary_of_consistency_models(sigma_data):
+    """f(x, sigma_min) = x with x = z / alpha, for any network."""
     process, t = VP(), torch.tensor([0, 0])
-    denoise = Denoiser(lambda z, time, cond, w: 1e6 * z.cos(), process, prediction_type).bound({})
-    f = cm_consistency_fn(denoise, Z, t, process=process, sigma_data=sigma_data)
-    assert torch.equal(f, Z / process.alphas[0])
+    for prediction_type in PREDICTION_TYPES:
+        denoise = Denoiser(lambda z, time, cond, w: 1e6 * z.cos(), process, prediction_type).bound({})
+        f = cm_consistency_fn(denoise, Z, t, process=process, sigma_data=sigma_data)
+        assert torch.equal(f, Z / process.alphas[0])
 
 
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0])
-def test_a_diffusion_model_is_a_consistency_model_to_start_from(sigma_data):
-    """Far from t_min the form gives back the network's x0."""
+def test_f_of_consistency_models_far_from_boundary_is_x0(sigma_data):
     f = cm_consistency_fn(lambda z, t: Denoised(z.cos(), z), Z, torch.tensor([800, 999]), process=VP(), sigma_data=sigma_data)
     torch.testing.assert_close(f, Z.cos(), rtol=0.02, atol=0.03)

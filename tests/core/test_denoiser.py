@@ -1,12 +1,10 @@
-"""Four readings of a network's output, for every process, and a denoiser seen from another process."""
-
-from itertools import product
+"""The four prediction types in every process, and a denoiser called with points of another process."""
 
 import pytest
 import torch
 
 from lcm.core import solvers
-from lcm.core.denoiser import PREDICTION_TYPES, Denoiser, seen_from
+from lcm.core.denoiser import PREDICTION_TYPES, Denoiser, convert_process
 from lcm.core.errors import UserError
 from lcm.core.process import VP, Flow
 from tests.core.gaussian import exact
@@ -25,43 +23,43 @@ X0, EPS = torch.randn(2, len(T), 4, 8, 8, generator=torch.Generator().manual_see
 
 
 def of(prediction_type, process=None):
-    """A denoiser without a network."""
+    """Return a denoiser without a network."""
     return Denoiser(None, process or VP(), prediction_type)
 
 
-@pytest.mark.parametrize("kind", ["scaled_linear", "squaredcos_cap_v2"])
 @every_type
-def test_read_inverts_target(kind, prediction_type):
-    denoiser = of(prediction_type, VP(beta_schedule=kind))
-    x0, eps = denoiser.read(denoiser.target(X0, EPS, T), denoiser.process.jump(X0, EPS, T), T)
-    torch.testing.assert_close(x0, X0, rtol=0, atol=1e-2)
-    torch.testing.assert_close(eps, EPS, rtol=0, atol=1e-4)
+def test_read_inverts_target(prediction_type):
+    for kind in ("scaled_linear", "squaredcos_cap_v2"):
+        denoiser = of(prediction_type, VP(beta_schedule=kind))
+        x0, eps = denoiser.read(denoiser.target(X0, EPS, T), denoiser.process.jump(X0, EPS, T), T)
+        torch.testing.assert_close(x0, X0, rtol=0, atol=1e-2)
+        torch.testing.assert_close(eps, EPS, rtol=0, atol=1e-4)
 
 
 @every_process
-@every_type
-def test_read_inverts_target_in_every_process(process, prediction_type):
-    """Wherever the output determines both: eps says nothing of x0 in pure noise."""
+def test_read_inverts_target_in_every_process(process):
+    """Except at 999: in pure noise eps does not determine x0."""
     t = torch.tensor([0, 1, 19, 259, 499, 979])
-    denoiser = of(prediction_type, process)
-    x0, eps = denoiser.read(denoiser.target(X0, EPS, t), process.jump(X0, EPS, t), t)
-    torch.testing.assert_close(x0, X0, rtol=0, atol=1e-4)
-    torch.testing.assert_close(eps, EPS, rtol=0, atol=1e-3)
+    for prediction_type in PREDICTION_TYPES:
+        denoiser = of(prediction_type, process)
+        x0, eps = denoiser.read(denoiser.target(X0, EPS, t), process.jump(X0, EPS, t), t)
+        torch.testing.assert_close(x0, X0, rtol=0, atol=1e-4)
+        torch.testing.assert_close(eps, EPS, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("process", [PROCESSES["zero_snr"], PROCESSES["flow"]], ids=["zero_snr", "flow"])
-@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample", "flow_prediction"])
-def test_read_inverts_target_in_pure_noise(process, prediction_type):
+def test_read_inverts_target_in_pure_noise(process):
     t = torch.full((len(X0),), 999)
-    denoiser = of(prediction_type, process)
-    x0, eps = denoiser.read(denoiser.target(X0, EPS, t), process.jump(X0, EPS, t), t)
-    torch.testing.assert_close(x0, X0, rtol=0, atol=1e-5)
-    torch.testing.assert_close(eps, EPS, rtol=0, atol=1e-5)
+    for prediction_type in ("v_prediction", "sample", "flow_prediction"):
+        denoiser = of(prediction_type, process)
+        x0, eps = denoiser.read(denoiser.target(X0, EPS, t), process.jump(X0, EPS, t), t)
+        torch.testing.assert_close(x0, X0, rtol=0, atol=1e-5)
+        torch.testing.assert_close(eps, EPS, rtol=0, atol=1e-5)
 
 
 @every_type
 def test_target_inverts_read(prediction_type):
-    """Any output, right or wrong, is what a network that predicts its (x0, eps) would give."""
+    """For any output."""
     denoiser = of(prediction_type)
     output, z_t = X0, EPS
     x0, eps = denoiser.read(output, z_t, T)
@@ -69,22 +67,13 @@ def test_target_inverts_read(prediction_type):
 
 
 @every_process
-@every_type
-def test_read_makes_up_z_t(process, prediction_type):
-    """Of an eps network in a flow's pure noise the x0 is bounded instead."""
-    t = T[:-1] if process.alpha(T[-1:]) == 0 and prediction_type == "epsilon" else T
-    output, z_t = X0[: len(t)], EPS[: len(t)]
-    denoised = of(prediction_type, process).read(output, z_t, t)
-    torch.testing.assert_close(process.jump(*denoised, t), z_t, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("known", ["epsilon", "sample"])
-def test_x0_and_eps_determine_each_other(known):
-    denoiser = of(known)
-    z_t = denoiser.process.jump(X0, EPS, T)
-    x0, eps = denoiser.read(EPS if known == "epsilon" else X0, z_t, T)
-    torch.testing.assert_close(eps, EPS, rtol=0, atol=1e-4)
-    torch.testing.assert_close(x0, X0, rtol=0, atol=1e-4)
+def test_x0_and_eps_add_up_to_z_t(process):
+    """For any output. In a flow's pure noise the x0 of an eps network is bounded instead."""
+    for prediction_type in PREDICTION_TYPES:
+        t = T[:-1] if process.alpha(T[-1:]) == 0 and prediction_type == "epsilon" else T
+        output, z_t = X0[: len(t)], EPS[: len(t)]
+        denoised = of(prediction_type, process).read(output, z_t, t)
+        torch.testing.assert_close(process.jump(*denoised, t), z_t, rtol=0, atol=1e-4)
 
 
 def test_golden_v():
@@ -97,37 +86,37 @@ def test_golden_v():
 
 
 def test_golden_flow():
-    """`u = eps - x0`, whatever the process."""
+    """`u = eps - x0` in every process."""
     x0, eps, t = torch.full((1, 1), 0.5), torch.full((1, 1), -1.2), torch.tensor([499])
     for process in (Flow(), VP()):
         assert of("flow_prediction", process).target(x0, eps, t).item() == pytest.approx(-1.7, abs=1e-6)
 
 
 @pytest.mark.parametrize("process", [PROCESSES["zero_snr"], PROCESSES["flow"]], ids=["zero_snr", "flow"])
-@every_type
-def test_pure_noise_stays_finite(process, prediction_type):
-    x0, eps = of(prediction_type, process).read(X0[:1], EPS[:1], torch.tensor([999]))
-    assert x0.isfinite().all()
-    assert eps.isfinite().all()
+def test_pure_noise_is_finite(process):
+    for prediction_type in PREDICTION_TYPES:
+        x0, eps = of(prediction_type, process).read(X0[:1], EPS[:1], torch.tensor([999]))
+        assert x0.isfinite().all()
+        assert eps.isfinite().all()
 
 
 @every_type
-def test_a_flow_s_clean_end_is_its_own_x0(prediction_type):
-    """However wrong the network."""
+def test_x0_at_clean_end_of_flow_is_z(prediction_type):
+    """For any network."""
     x0, eps = of(prediction_type, Flow()).read(1e6 * X0, EPS, torch.full((len(X0),), -1))
     assert torch.equal(x0, EPS)
     assert eps.isfinite().all()
 
 
-@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
-def test_the_network_is_told_its_process_time(process):
-    told = []
-    Denoiser(lambda z, time, cond, w: told.append(time) or z, process).bound({})(X0, T)
+@pytest.mark.parametrize("process", [VP(), Flow(shift=3.0)], ids=["vp", "flow_3"])
+def test_network_gets_time_of_process(process):
+    times = []
+    Denoiser(lambda z, time, cond, w: times.append(time) or z, process).bound({})(X0, T)
     expected = 1000 * process.sigma(T) if isinstance(process, Flow) else T
-    assert torch.equal(told[0], expected)
+    assert torch.equal(times[0], expected)
 
 
-def test_a_network_of_half_precision_is_read_in_float32():
+def test_output_in_half_precision_is_read_in_float32():
     x0, eps = Denoiser(lambda z, time, cond, w: z.bfloat16(), VP(), "v_prediction").bound({})(X0, T)
     assert x0.dtype == eps.dtype == torch.float32
 
@@ -137,47 +126,53 @@ def test_unknown_prediction_type_names_the_choices():
         of("eps")
 
 
-# seen from another process
+# conversion between processes
 
-PAIRS = [(inner, outer) for inner, outer in product(PROCESSES, PROCESSES) if inner != outer]
-COMMON = torch.tensor([100, 200, 259, 499, 700, 800])  # timesteps whose noise every process has
+PAIRS = [
+    ("scaled_linear", "squaredcos_cap_v2"),
+    ("squaredcos_cap_v2", "zero_snr"),
+    ("zero_snr", "flow"),
+    ("flow", "flow_3"),
+    ("flow_3", "scaled_linear"),
+    ("scaled_linear", "flow_3"),
+]
+COMMON = torch.tensor([100, 200, 259, 499, 700, 800])  # every process has these timesteps' noise levels
 
 
 @pytest.mark.parametrize(("inner", "outer"), PAIRS)
-def test_a_point_s_x0_and_eps_do_not_depend_on_the_process(inner, outer):
-    """A perfect denoiser of `inner` seen from `outer` is the perfect denoiser of `outer`."""
+def test_converted_perfect_denoiser_is_perfect(inner, outer):
     inner, outer = PROCESSES[inner], PROCESSES[outer]
     z = outer.jump(X0, EPS, COMMON)
-    x0, eps = seen_from(exact(inner, "v_prediction").bound({}), inner, outer)(z, COMMON)
+    x0, eps = convert_process(exact(inner, "v_prediction").bound({}), inner, outer)(z, COMMON)
     expected = exact(outer, "v_prediction").bound({})(z, COMMON)
     torch.testing.assert_close(x0, expected.x0, rtol=0, atol=1e-4)
     torch.testing.assert_close(eps, expected.eps, rtol=0, atol=1e-4)
     torch.testing.assert_close(outer.jump(x0, eps, COMMON), z, rtol=0, atol=1e-4)
 
 
-def test_a_vp_teacher_s_step_seen_from_a_flow_is_the_mapped_step():
-    """`y = x / (alpha + sigma)`, `q = sigma / (alpha + sigma)`: DDIM from any network, right or wrong."""
-    vp, flow = VP(), Flow(num_train_timesteps=100_000)  # fine enough for the VP's noise to be on the grid
+def test_step_of_vp_teacher_in_flow_is_mapped_step():
+    """`y = x / (alpha + sigma)`, `q = sigma / (alpha + sigma)`: DDIM with any network."""
+    vp, flow = VP(), Flow(num_train_timesteps=100_000)  # fine enough for VP's noise levels
     t, s = torch.tensor([499, 759, 259]), torch.tensor([479, 499, 0])
     x, denoise = X0[:3], Denoiser(lambda z, time, cond, w: (z + time.view(-1, 1, 1, 1) / 1000).tanh(), vp).bound({})
     total = {name: sum(vp.at(time, 4)) for name, time in (("t", t), ("s", s))}
     flow_t, flow_s = (flow.timestep_at(vp.half_log_snr(time)) for time in (t, s))
-    y_s = solvers.ddim(seen_from(denoise, vp, flow), x / total["t"], flow_t, flow_s, process=flow)
+    y_s = solvers.ddim(convert_process(denoise, vp, flow), x / total["t"], flow_t, flow_s, process=flow)
     torch.testing.assert_close(y_s, solvers.ddim(denoise, x, t, s, process=vp) / total["s"], rtol=0, atol=2e-5)
 
 
-def test_a_denoiser_seen_from_its_own_process_is_itself():
+def test_conversion_to_same_process_is_identity():
     denoise = exact(VP()).bound({})
-    assert seen_from(denoise, VP(), VP()) is denoise
-    assert seen_from(denoise, VP(), VP(beta_end=0.02)) is not denoise
+    assert convert_process(denoise, VP(), VP()) is denoise
+    assert convert_process(denoise, VP(), VP(beta_end=0.02)) is not denoise
 
 
 @pytest.mark.parametrize(("t", "inner_t"), [(999, 999), (-1, 0)])
-def test_a_teacher_is_asked_within_its_own_noise_levels(t, inner_t):
-    """Stable Diffusion's noise ends at q = 0.936: pure noise, as it is, is given to its last timestep."""
-    asked = []
-    teacher = Denoiser(lambda z, time, cond, w: asked.append((z, time)) or z, VP())
-    seen_from(teacher.bound({}), VP(), Flow())(EPS[:1], torch.tensor([t]))
-    [(z, time)] = asked
+def test_conversion_clamps_to_inner_noise_levels(t, inner_t):
+    """Stable Diffusion's noise ends at q = 0.936. Pure noise is passed to its last timestep unchanged."""
+    calls = []
+    teacher = Denoiser(lambda z, time, cond, w: calls.append((z, time)) or z, VP())
+    convert_process(teacher.bound({}), VP(), Flow())(EPS[:1], torch.tensor([t]))
+    [(z, time)] = calls
     assert time.item() == inner_t
     torch.testing.assert_close(z, EPS[:1])

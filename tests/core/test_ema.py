@@ -14,7 +14,7 @@ def tensors(seed):
 
 @pytest.mark.parametrize("decay", [0.5, 0.95, 0.999943])
 def test_closed_form_after_n_updates(decay):
-    """Towards a constant: online + decay^n (start - online)."""
+    """With a constant online: online + decay^n (start - online)."""
     average, start, online = tensors(0), tensors(0), tensors(1)
     for _ in range(10):
         ema_update_(average, online, decay)
@@ -22,19 +22,14 @@ def test_closed_form_after_n_updates(decay):
         torch.testing.assert_close(a, o + decay**10 * (s - o))
 
 
-def test_decay_zero_copies():
-    average, online = tensors(0), tensors(1)
-    ema_update_(average, online, 0.0)
-    assert all(torch.equal(a, o) for a, o in zip(average, online, strict=True))
-
-
-def test_decay_one_keeps():
+@pytest.mark.parametrize(("decay", "seed"), [(0.0, 1), (1.0, 0)])
+def test_decay_zero_copies_and_one_keeps(decay, seed):
     average = tensors(0)
-    ema_update_(average, tensors(1), 1.0)
-    assert all(torch.equal(a, s) for a, s in zip(average, tensors(0), strict=True))
+    ema_update_(average, tensors(1), decay)
+    assert all(torch.equal(a, expected) for a, expected in zip(average, tensors(seed), strict=True))
 
 
-def test_modules_are_averaged_in_place_without_gradient():
+def test_parameters_are_averaged_in_place():
     average, online = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     weight = average.weight
     before = online.weight.detach().clone()
@@ -46,19 +41,19 @@ def test_modules_are_averaged_in_place_without_gradient():
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.95, 0.999943])
-def test_an_update_that_the_device_may_skip_is_the_same_one_or_none(decay):
-    plain, moved, kept, online = tensors(0), tensors(0), tensors(0), tensors(1)
+def test_skip_on_device(decay):
+    plain, updated, skipped, online = tensors(0), tensors(0), tensors(0), tensors(1)
     ema_update_(plain, online, decay)
-    ema_update_(moved, online, decay, torch.tensor(0.0))
-    ema_update_(kept, online, decay, torch.tensor(1.0))
-    for p, m, k, start, o, before in zip(plain, moved, kept, tensors(0), online, tensors(1), strict=True):
+    ema_update_(updated, online, decay, torch.tensor(0.0))
+    ema_update_(skipped, online, decay, torch.tensor(1.0))
+    for p, m, k, start, o, before in zip(plain, updated, skipped, tensors(0), online, tensors(1), strict=True):
         torch.testing.assert_close(m, p, rtol=0, atol=0 if decay > 0.5 else 1e-6)
         assert torch.equal(k, start)
         assert torch.equal(o, before)
 
 
-def test_an_update_that_the_device_may_skip_is_one_call():
-    """Tensor by tensor would be a kernel for each of a thousand parameters."""
+def test_skip_on_device_is_one_call():
+    """Otherwise there would be one kernel per parameter."""
 
     class Calls(TorchDispatchMode):
         names = []  # noqa: RUF012

@@ -12,14 +12,13 @@ from lcm.core.process import VP, Flow
 RNG = torch.Generator().manual_seed(0)
 Z = torch.randn(3, 4, 8, 8, generator=RNG)
 COND, UNCOND = ({"states": torch.randn(n, 5, 2, generator=RNG)} for n in (3, 1))
-ALONE = {"states": UNCOND["states"].expand(3, 5, 2)}  # of every sample
+EXPANDED = {"states": UNCOND["states"].expand(3, 5, 2)}
 T, S, W = torch.tensor([499, 259, 999]), torch.tensor([479, 239, 979]), torch.tensor([0.0, 7.0, 14.0])
 every_process = pytest.mark.parametrize("process", [VP(), Flow()], ids=["vp", "flow"])
-every_type = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 
 
 def net(z, t, cond, w):
-    assert w is None, "a teacher has no w"
+    assert w is None, "a teacher takes no w"
     return torch.tanh(z * cond["states"].mean((1, 2)).view(-1, 1, 1, 1) + t.view(-1, 1, 1, 1) / 1000)
 
 
@@ -27,7 +26,7 @@ def test_w_zero_is_conditional():
     assert torch.equal(guide(Z, -Z, torch.zeros(3)), Z)
 
 
-def test_guide_is_the_papers_equation():
+def test_guide_is_equation_of_paper():
     w = W.view(3, 1, 1, 1)
     torch.testing.assert_close(guide(Z, Z.cos(), W), (1 + w) * Z - w * Z.cos())
 
@@ -37,34 +36,30 @@ def test_golden_guided_eps():
 
 
 @every_process
-@every_type
-def test_one_doubled_forward_is_two_forwards(process, prediction_type):
-    """Guiding the output guides x0 and eps alike."""
-    denoiser, t = Denoiser(net, process, prediction_type), T.clamp(max=979)  # a flow's eps says nothing of x0 at 999
-    t = T if isinstance(process, VP) else t
-    x0, eps = denoiser.guided(COND, UNCOND, W)(Z, t)
-    cond, uncond = (denoiser.bound(c)(Z, t) for c in (COND, ALONE))
-    torch.testing.assert_close(x0, guide(cond.x0, uncond.x0, W), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(eps, guide(cond.eps, uncond.eps, W), rtol=1e-4, atol=1e-4)
+def test_one_doubled_call_equals_two_calls(process):
+    """Guiding the output guides x0 and eps equally."""
+    t = T if isinstance(process, VP) else T.clamp(max=979)  # eps does not determine x0 in a flow at 999
+    for prediction_type in PREDICTION_TYPES:
+        denoiser = Denoiser(net, process, prediction_type)
+        x0, eps = denoiser.guided(COND, UNCOND, W)(Z, t)
+        cond, uncond = (denoiser.bound(c)(Z, t) for c in (COND, EXPANDED))
+        torch.testing.assert_close(x0, guide(cond.x0, uncond.x0, W), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(eps, guide(cond.eps, uncond.eps, W), rtol=1e-4, atol=1e-4)
 
 
 @every_process
-@every_type
-def test_guided_ddim_is_the_papers_step(process, prediction_type):
+def test_guided_ddim_is_step_of_paper(process):
     """Algorithm 1: `z + (1 + w) Psi(c) - w Psi(null)` with Psi the increment of a solver's step."""
-    denoiser = Denoiser(net, process, prediction_type)
-    t = T if isinstance(process, VP) else T.clamp(max=989)
-
-    def psi(cond):
-        return solvers.ddim(denoiser.bound(cond), Z, t, S, process=process) - Z
-
-    w = W.view(3, 1, 1, 1)
-    expected = Z + (1 + w) * psi(COND) - w * psi(ALONE)
-    step = solvers.ddim(denoiser.guided(COND, UNCOND, W), Z, t, S, process=process)
-    torch.testing.assert_close(step, expected, rtol=0, atol=1e-4)
+    t, w = T if isinstance(process, VP) else T.clamp(max=989), W.view(3, 1, 1, 1)
+    for prediction_type in PREDICTION_TYPES:
+        denoiser = Denoiser(net, process, prediction_type)
+        increments = (solvers.ddim(denoiser.bound(cond), Z, t, S, process=process) - Z for cond in (COND, EXPANDED))
+        expected = Z + (1 + w) * next(increments) - w * next(increments)
+        step = solvers.ddim(denoiser.guided(COND, UNCOND, W), Z, t, S, process=process)
+        torch.testing.assert_close(step, expected, rtol=0, atol=1e-4)
 
 
-def test_guidance_costs_one_forward():
+def test_guidance_makes_one_call():
     calls = []
     Denoiser(lambda z, *_: calls.append(len(z)) or z, VP()).guided(COND, UNCOND, W)(Z, T)
     assert calls == [6]
@@ -72,7 +67,7 @@ def test_guidance_costs_one_forward():
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_every_part_of_a_condition_is_doubled(rows):
-    """The unconditional one may have one row, or one for each sample."""
+    """An unconditional condition has one row, or one per sample."""
     cond = {"states": torch.zeros(3, 5, 2), "pooled": torch.zeros(3, 4), "sizes": torch.zeros(3, 6, dtype=torch.int64)}
     uncond, seen = {name: torch.ones_like(part[:rows]) for name, part in cond.items()}, []
     Denoiser(lambda z, time, cond, w: seen.append(cond) or z, VP()).guided(cond, uncond, W)(Z, T)
@@ -80,25 +75,22 @@ def test_every_part_of_a_condition_is_doubled(rows):
         assert torch.equal(seen[0][name], torch.cat([part, torch.ones_like(part)]))
 
 
-@pytest.mark.parametrize(
-    ("w", "golden"),
-    [
-        (6.5, (-0.044785, 0.762962, 0.605186, -0.998997, 0.796084)),
-        (7.0, (0.506885, 0.804387, 0.644218, 0.862013, 0.764842)),
-        (7.5, (-0.851236, 0.842228, 0.681639, -0.524783, 0.731689)),
-        (14.0, (0.873884, 0.955782, 0.985450, 0.486134, 0.169967)),
-    ],
-)
-def test_golden_embedding(w, golden):
-    e = embed_w(torch.tensor([w]))[0]
-    assert e[[0, 1, 127, 128, 255]].tolist() == pytest.approx(golden, abs=2e-3)
+def test_golden_embedding():
+    golden = {
+        6.5: (-0.044785, 0.762962, 0.605186, -0.998997, 0.796084),
+        7.0: (0.506885, 0.804387, 0.644218, 0.862013, 0.764842),
+        7.5: (-0.851236, 0.842228, 0.681639, -0.524783, 0.731689),
+        14.0: (0.873884, 0.955782, 0.985450, 0.486134, 0.169967),
+    }
+    for w, values in golden.items():
+        assert embed_w(torch.tensor([w]))[0, [0, 1, 127, 128, 255]].tolist() == pytest.approx(values, abs=2e-3)
 
 
 def test_embedding_of_zero():
     assert embed_w(torch.zeros(1))[0].tolist() == [0.0] * 128 + [1.0] * 128
 
 
-def test_embeddings_norm():
+def test_norm_of_embedding():
     torch.testing.assert_close(embed_w(torch.linspace(0, 14, 29)).square().sum(1), torch.full((29,), 128.0))
 
 
@@ -109,6 +101,6 @@ def test_embedding_agrees_with_diffusers(dim):
     torch.testing.assert_close(embed_w(w, dim), theirs, rtol=0, atol=2e-3)
 
 
-def test_embedding_is_float32_whatever_w():
+def test_embedding_is_float32_for_any_dtype():
     w = torch.tensor([2.0, 7.5, 14.0])  # exact in bfloat16
     assert torch.equal(embed_w(w.bfloat16()), embed_w(w))

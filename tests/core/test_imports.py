@@ -1,9 +1,8 @@
-"""Imports run one way: errors, ... <- core <- models <- data <- modules <- metrics, callbacks, ... <- programs."""
+"""Imports run one way: core <- runtime <- models <- data, modules, app <- callbacks, programs <- evaluate, bench."""
 
 import ast
 import importlib
 import sys
-from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -11,67 +10,50 @@ import pytest
 import lcm
 
 ROOT = Path(__file__).parents[2]
-FILES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "lcm").rglob("*.py"))]
-LAYERS = [
-    {"errors", "files", "images", "precision", "redaction", "signals", "targets"},
-    {"core"},
-    {"models"},
-    {"data", "arguments", "overrides"},
-    *({"modules"}, {"metrics", "callbacks", "checkpoints", "loggers", "strategies"}),
-]  # fmt: skip
-RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-PROGRAMS = len(LAYERS)  # lcm/*.py
-RANK["bench"] = PROGRAMS  # a program of several files
+LAYERS = [{"core"}, {"runtime"}, {"models"}, {"data", "modules", "app"}, {"callbacks", "programs"}, {"evaluate", "bench"}]
+LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}
 
 
-def imports(file):
-    """The dotted names that a file imports, at its top or inside a function."""
-    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+def imports(file: Path) -> set[str]:
+    """Return the dotted names that a file imports, at its top or inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            package = ".".join(Path(file).parent.parts)
-            module = resolve_name("." * node.level + (node.module or ""), package)
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+            assert node.level == 0, f"{file} has a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
-def rank(part):
-    """A package's layer; a new one must be given its place in LAYERS."""
-    return PROGRAMS if (ROOT / "lcm" / f"{part}.py").exists() and part not in RANK else RANK[part]
+def package(name: str) -> str:
+    """Return the package of a module below lcm. Modules beside the packages are programs."""
+    part = name.split(".")[1]
+    return part if (ROOT / "lcm" / part).is_dir() else "programs"
 
 
-def test_the_files_were_found():
-    assert "lcm/core/process.py" in FILES
-
-
-def test_core_needs_torch_and_the_standard_library_only():
-    for file in (file for file in FILES if file.startswith("lcm/core/")):
+def test_imports_follow_layers() -> None:
+    """A package imports packages of lower layers only, and core needs torch only. LAYERS must name every package."""
+    files = [file for file in (ROOT / "lcm").rglob("*.py") if file != ROOT / "lcm/__init__.py"]
+    assert len(files) > 50
+    for file in files:
+        own = package(".".join(file.relative_to(ROOT).with_suffix("").parts))
         for name in imports(file):
             top = name.partition(".")[0]
-            assert top in {"torch", *sys.stdlib_module_names} or name.startswith(("lcm.core", "lcm.core.errors.")), (file, name)
-
-
-def test_no_package_imports_one_to_its_right():
-    for file in (file for file in FILES if file != "lcm/__init__.py"):
-        own_rank = rank(Path(file).with_suffix("").parts[1])
-        for name in imports(file):
-            top, _, rest = name.partition(".")
             if top == "lcm":
-                assert rank(rest.partition(".")[0]) <= own_rank, f"{file} imports {name}"
+                other = package(name)
+                assert other == own or LAYER[other] < LAYER[own], f"{file} imports {name}"
+            else:
+                assert own != "core" or top in {"torch", *sys.stdlib_module_names}, f"{file} imports {name}"
+                assert top not in {"train", "sample", "tests"}, f"{file} imports {name}"
 
 
-def test_no_module_beside_the_programs_shadows_the_standard_library():
-    """`python lcm/encode.py`, as an editor starts it, looks there first."""
+def test_programs_shadow_no_standard_module() -> None:
+    """`python lcm/encode.py` puts the folder lcm first in the search path."""
     assert not sys.stdlib_module_names & {path.stem for path in (ROOT / "lcm").glob("*")} - {"__init__"}
 
 
-def test_the_package_does_not_import_its_scripts():
-    scripts = {path.stem for path in ROOT.glob("*.py")} | {"tests"}
-    for file in FILES:
-        assert not scripts & {name.partition(".")[0] for name in imports(file)}, file
-
-
-def test_windows_is_told_where_the_program_runs(monkeypatch):
+def test_windows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(SystemExit, match=r"error: Windows lacks .* run it in WSL 2"):
         importlib.reload(lcm)

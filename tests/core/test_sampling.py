@@ -1,4 +1,4 @@
-"""Samplers against diffusers' schedulers and, with every yaml of conf/solver, against Gaussian data's closed forms."""
+"""Samplers against diffusers' schedulers and, for every yaml of conf/sampler, against closed forms on Gaussian data."""
 
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,9 @@ from tests.core.gaussian import Gaussian, network
 CONF = Path(__file__).parents[2] / "conf"
 SAMPLERS = {path.stem: instantiate(OmegaConf.load(path)) for path in sorted((CONF / "sampler").glob("*.yaml"))}
 ODES = {name: sampler for name, sampler in SAMPLERS.items() if name not in ("lcm", "ddpm")}
-for path in sorted((CONF / "model/solver").glob("*.yaml")):
-    ODES[f"model/{path.stem}"] = partial(sampling.ode, solver=instantiate(OmegaConf.load(path)))
 
-every_type = pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])  # that diffusers knows in VP
-every_flow = pytest.mark.parametrize("flow", [Flow(), Flow(shift=3.0)], ids=["shift_1", "shift_3"])
+every_ode = pytest.mark.parametrize("name", ODES)
+two_processes = pytest.mark.parametrize("process", [VP(), Flow(shift=3.0)], ids=["vp", "flow_3"])
 Z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -52,12 +50,11 @@ def theirs(scheduler, **step):
 
 
 def sd(scheduler, **config):
-    """A scheduler of diffusers with Stable Diffusion's betas."""
+    """Return a scheduler of diffusers with Stable Diffusion's betas."""
     return scheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, **config)
 
 
-@every_type
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("prediction_type", "eta"), [("epsilon", 0.0), ("v_prediction", 0.5), ("sample", 1.0)])
 def test_ddim_agrees_with_diffusers(prediction_type, eta):
     scheduler = sd(
         DDIMScheduler,
@@ -72,9 +69,11 @@ def test_ddim_agrees_with_diffusers(prediction_type, eta):
     torch.testing.assert_close(z, expected, rtol=1e-3, atol=1e-4)
 
 
-@every_type
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning", "ignore:.*dpmsolver:FutureWarning")
-@pytest.mark.parametrize("timesteps", [[999, 749, 499, 249], trailing_steps(20), [999, 700, 650, 300, 20]])
+@pytest.mark.parametrize(
+    ("timesteps", "prediction_type"),
+    [([999, 749, 499, 249], "epsilon"), (trailing_steps(20), "v_prediction"), ([999, 700, 650, 300, 20], "sample")],
+)
 @pytest.mark.parametrize(
     ("algorithm", "sampler"), [("dpmsolver++", sampling.dpm_solver_pp_2m), ("dpmsolver", sampling.dpm_solver_2m)]
 )
@@ -92,8 +91,9 @@ def test_multistep_solvers_agree_with_diffusers(algorithm, sampler, prediction_t
     torch.testing.assert_close(z, theirs(scheduler), rtol=1e-3, atol=1e-3)
 
 
-@every_type
-@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("prediction_type", "steps"), [("epsilon", 1), ("v_prediction", 2), ("sample", 4), ("epsilon", 8), ("sample", 1)]
+)
 def test_consistency_agrees_with_diffusers(prediction_type, steps):
     scheduler = sd(LCMScheduler, prediction_type=prediction_type)
     scheduler.set_timesteps(steps)
@@ -104,7 +104,7 @@ def test_consistency_agrees_with_diffusers(prediction_type, steps):
 
 @pytest.mark.parametrize(("steps", "total", "mean"), [(1, 18.7097, 0.0244), (10, 197.7616, 0.2575)])
 def test_golden_consistency(steps, total, mean):
-    """The numbers of diffusers' own test of its LCMScheduler."""
+    """The values of diffusers' test of LCMScheduler."""
     process = VP()
     z = (torch.arange(768) / 768).reshape(3, 8, 8, 4).permute(3, 0, 1, 2)
     denoise = Denoiser(lambda z, t, cond, w: z * (t / (t + 1)).view(-1, 1, 1, 1), process).bound({})
@@ -113,11 +113,12 @@ def test_golden_consistency(steps, total, mean):
     assert z0.abs().mean().item() == pytest.approx(mean, abs=1e-3)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4])
-def test_consistency_draws_noise_between_steps_only(steps):
-    drawn = []
-    ours(sampling.consistency, consistency_steps(steps), lambda: drawn.append(0) or torch.zeros_like(Z))
-    assert len(drawn) == steps - 1
+@pytest.mark.parametrize("sampler", [sampling.consistency, sampling.tcd])
+def test_noise_is_drawn_between_steps_only(sampler):
+    for steps in (1, 2, 4):
+        drawn = []
+        ours(sampler, consistency_steps(steps), lambda drawn=drawn: drawn.append(0) or torch.zeros_like(Z))
+        assert len(drawn) == steps - 1
 
 
 def test_ddim_with_eta_one_is_ddpm():
@@ -130,35 +131,26 @@ def test_ddim_is_the_ode_of_its_solver():
     torch.testing.assert_close(ours(ode, trailing_steps(10)), ours(sampling.ddim, trailing_steps(10)))
 
 
-@pytest.mark.parametrize("name", ODES)
-def test_odes_reach_the_gaussian_solution(name):
-    process = VP().double()
-    data, z = Gaussian(process), torch.linspace(-2, 2, 9).double().view(9, 1, 1, 1)
-    z0 = ODES[name](data.denoise, z, trailing_steps(200), process=process, noise=no_noise)
-    start, end = torch.full((9,), 999), torch.zeros(9, dtype=torch.int64)
-    torch.testing.assert_close(z0, data.flow(z, start, end), rtol=0, atol=0.025)
-
-
-@every_flow
-@pytest.mark.parametrize("name", ODES)
-def test_odes_reach_the_gaussian_solution_of_a_flow(name, flow):
-    data, z = Gaussian(flow), torch.linspace(-2, 2, 9).double().view(9, 1, 1, 1)
-    z0 = ODES[name](data.denoise, z, trailing_steps(200), process=flow, noise=no_noise)
-    start, end = torch.full((9,), 999), torch.full((9,), -1)
-    torch.testing.assert_close(z0, data.flow(z, start, end), rtol=0, atol=0.025)
+@every_ode
+def test_odes_reach_gaussian_solution(name):
+    for process in (VP().double(), Flow(), Flow(shift=3.0)):
+        data, z = Gaussian(process), torch.linspace(-2, 2, 9).double().view(9, 1, 1, 1)
+        z0 = ODES[name](data.denoise, z, trailing_steps(200), process=process, noise=no_noise)
+        start, end = torch.full((9,), 999), torch.full((9,), process.t_min)
+        torch.testing.assert_close(z0, data.flow(z, start, end), rtol=0, atol=0.025)
 
 
 @pytest.mark.parametrize("process", [VP(), Flow()], ids=["vp", "flow"])
-def test_ancestral_sampling_has_the_datas_moments(process):
+def test_ancestral_sampling_has_moments_of_data(process):
     data, noise = Gaussian(process), draws(0, torch.empty(1, 1, 128, 128))
     z0 = sampling.ddpm(data.denoise, noise(), trailing_steps(200), process=process, noise=noise)
     assert z0.mean().item() == pytest.approx(data.mu, abs=0.02)
     assert z0.std().item() == pytest.approx(data.s, abs=0.03)
 
 
-@pytest.mark.parametrize("process", [VP(), Flow(), Flow(shift=3.0)], ids=["vp", "flow", "flow_3"])
-def test_consistency_sampling_with_the_exact_function_has_the_datas_moments(process):
-    """Any number of steps of a perfect consistency function samples the data."""
+@two_processes
+def test_exact_consistency_function_samples_data(process):
+    """For any number of steps."""
     data, noise = Gaussian(process), draws(0, torch.empty(1, 1, 128, 128))
     exact = network(process, "sample", data.end).bound({})
     for steps in (1, 2, 4):
@@ -168,8 +160,7 @@ def test_consistency_sampling_with_the_exact_function_has_the_datas_moments(proc
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_images_do_not_depend_on_their_batch(name):
-    """Each with its own noise, as generate.py draws it."""
+def test_images_do_not_depend_on_batch(name):
 
     def run(part):
         process = VP()
@@ -181,18 +172,18 @@ def test_images_do_not_depend_on_their_batch(name):
 
 
 @pytest.mark.parametrize("process", [VP(rescale_betas_zero_snr=True), VP(beta_schedule="squaredcos_cap_v2"), Flow()], ids=str)
-def test_ancestral_sampling_from_pure_noise_stays_finite(process):
-    """For every s: the variance that is left to eps is near 0."""
+def test_ancestral_sampling_from_pure_noise_is_finite(process):
+    """For every s, as the variance of eps is near 0."""
     data = Gaussian(process)
     for s in range(999):
         z0 = sampling.ddpm(data.denoise, Z[:1], [999, s], process=process, noise=draws(1, Z[:1]))
         assert z0.isfinite().all()
 
 
-@every_flow
-@pytest.mark.parametrize("steps", [1, 2, 4, 8])
-def test_consistency_in_a_flow_agrees_with_diffusers(flow, steps):
-    """It is given our noise levels, which its own `set_timesteps` would not take for few steps."""
+@pytest.mark.parametrize(("shift", "steps"), [(1.0, 1), (3.0, 2), (1.0, 4), (3.0, 8)])
+def test_consistency_in_flow_agrees_with_diffusers(shift, steps):
+    """diffusers gets our noise levels, as its own default for few steps differs."""
+    flow = Flow(shift=shift)
     timesteps = consistency_steps(steps)
     scheduler = FlowMatchLCMScheduler(shift=flow.shift)
     scheduler.set_timesteps(sigmas=[(t + 1) / 1000 for t in timesteps])
@@ -205,9 +196,18 @@ def test_consistency_in_a_flow_agrees_with_diffusers(flow, steps):
 # TCD
 
 
-@every_type
-@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("prediction_type", "gamma", "steps"),
+    [
+        ("epsilon", 0.3, 1),
+        ("v_prediction", 0.0, 2),
+        ("sample", 1.0, 4),
+        ("epsilon", 1.0, 8),
+        ("v_prediction", 0.3, 4),
+        ("sample", 0.3, 2),
+        ("epsilon", 0.0, 4),
+    ],
+)
 def test_tcd_agrees_with_diffusers(prediction_type, steps, gamma):
     scheduler = sd(TCDScheduler, prediction_type=prediction_type)
     scheduler.set_timesteps(steps)
@@ -219,7 +219,7 @@ def test_tcd_agrees_with_diffusers(prediction_type, steps, gamma):
 
 @pytest.mark.parametrize(("gamma", "end"), [(0.3, 24.981589579), (0.0, 21.932223439), (1.0, 26.830767712)])
 def test_golden_tcd(gamma, end):
-    """999 -> 759 -> 499 -> 259 -> 0 of a network that answers -0.5, with noise 0.25."""
+    """999 -> 759 -> 499 -> 259 -> 0 with a network that returns -0.5, and noise 0.25."""
     process, z = VP(), torch.ones(1, 1, 1, 1)
     denoise = Denoiser(lambda z, t, cond, w: torch.full_like(z, -0.5), process).bound({})
     noise = lambda: torch.full_like(z, 0.25)  # noqa: E731
@@ -227,9 +227,8 @@ def test_golden_tcd(gamma, end):
     assert z0.item() == pytest.approx(end, rel=2e-6)
 
 
-@pytest.mark.parametrize("process", [VP(), Flow(), Flow(shift=3.0)], ids=["vp", "flow", "flow_3"])
-def test_tcd_without_noise_is_ddim(process):
-    """It then draws none."""
+@two_processes
+def test_tcd_with_gamma_zero_is_ddim(process):
     denoise = Denoiser(net, process, "v_prediction").bound({})
     tcd, ddim = (
         sampler(denoise, Z, consistency_steps(4), process=process, noise=no_noise)
@@ -238,16 +237,9 @@ def test_tcd_without_noise_is_ddim(process):
     torch.testing.assert_close(tcd, ddim, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4])
-def test_tcd_draws_noise_between_steps_only(steps):
-    drawn = []
-    ours(sampling.tcd, consistency_steps(steps), lambda: drawn.append(0) or torch.zeros_like(Z))
-    assert len(drawn) == steps - 1
-
-
-@every_flow
-def test_tcd_with_gamma_one_is_consistency_sampling_in_a_flow(flow):
-    """Every step jumps to the clean end, where nothing of z is left beside x0."""
+@pytest.mark.parametrize("flow", [Flow(), Flow(shift=3.0)], ids=["shift_1", "shift_3"])
+def test_tcd_with_gamma_one_is_consistency_in_flow(flow):
+    """Every step jumps to the clean end, where z is x0."""
     denoise = Denoiser(net, flow, "flow_prediction").bound({})
     tcd, consistency = (
         sampler(denoise, Z, consistency_steps(4), process=flow, noise=draws(1))
@@ -256,27 +248,27 @@ def test_tcd_with_gamma_one_is_consistency_sampling_in_a_flow(flow):
     torch.testing.assert_close(tcd, consistency, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("process", [VP(), Flow(), Flow(shift=3.0)], ids=["vp", "flow", "flow_3"])
-def test_tcd_on_a_point_mass_has_the_process_own_noise_at_every_step(process, gamma):
-    """Of a perfect network the point that is asked for at t is N(alpha mu, sigma^2)."""
-    point, noise, asked = Gaussian(process, mu=0.7, s=0.0), draws(0, torch.empty(1, 1, 256, 256)), []
+@pytest.mark.parametrize("gamma", [0.3, 1.0])
+@two_processes
+def test_tcd_keeps_noise_level_of_process(process, gamma):
+    """With a perfect network for a point mass, z_t is N(alpha mu, sigma^2)."""
+    point, noise, calls = Gaussian(process, mu=0.7, s=0.0), draws(0, torch.empty(1, 1, 256, 256)), []
 
     def denoise(z, t):
-        asked.append((z, t))
+        calls.append((z, t))
         return point.denoise(z, t)
 
     start = process.jump(torch.full((1, 1, 256, 256), 0.7), noise(), torch.tensor([999]))
     sampling.tcd(denoise, start, [999, 759, 499, 259], process=process, noise=noise, gamma=gamma)
-    assert [t.item() for _, t in asked] == [999, 759, 499, 259]
-    for z, t in asked:
+    assert [t.item() for _, t in calls] == [999, 759, 499, 259]
+    for z, t in calls:
         assert z.mean().item() == pytest.approx(0.7 * process.alpha(t).item(), abs=0.02)
         assert z.std().item() == pytest.approx(process.sigma(t).item(), abs=0.02)
 
 
 @pytest.mark.parametrize("gamma", [0.1, 0.3, 0.7])
-def test_tcd_jumps_to_a_share_of_the_way_from_the_clean_end(gamma):
-    """In a flow of shift 1 that is `(1 - gamma) sigma`, on its grid."""
+def test_tcd_end_times(gamma):
+    """In a flow of shift 1 the end has noise `(1 - gamma) sigma`, rounded to its grid."""
     flow, ends = Flow(), []
 
     class Spy(Flow):
@@ -291,19 +283,19 @@ def test_tcd_jumps_to_a_share_of_the_way_from_the_clean_end(gamma):
     torch.testing.assert_close(sigma, (1 - gamma) * torch.tensor([0.75, 0.5, 0.25]), rtol=0, atol=1.01e-3)
 
 
-@pytest.mark.parametrize("name", ODES)
-@pytest.mark.parametrize("steps", [1, 20])
-def test_odes_of_a_flow_solve_a_point_mass(name, steps):
-    """From pure noise to the clean end itself."""
+@every_ode
+def test_odes_in_flow_solve_point_mass(name):
+    """From pure noise to the clean end."""
     flow = Flow()
     point = Gaussian(flow, mu=0.7, s=0.0)
-    z0 = ODES[name](point.denoise, Z.double(), trailing_steps(steps), process=flow, noise=no_noise)
-    torch.testing.assert_close(z0, torch.full_like(z0, 0.7), rtol=0, atol=1e-5)
+    for steps in (1, 20):
+        z0 = ODES[name](point.denoise, Z.double(), trailing_steps(steps), process=flow, noise=no_noise)
+        torch.testing.assert_close(z0, torch.full_like(z0, 0.7), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("sampler", [sampling.dpm_solver_2m, sampling.dpm_solver_pp_2m])
-def test_multistep_solvers_end_a_flow_with_the_last_x0(sampler):
+def test_multistep_ends_in_flow_with_last_x0(sampler):
     """The last step, to an infinite lambda, is first order."""
-    read, denoise = [], Denoiser(net, Flow(), "flow_prediction").bound({})
-    z0 = sampler(lambda z, t: read.append(denoise(z, t)) or read[-1], Z, trailing_steps(20), process=Flow(), noise=no_noise)
-    torch.testing.assert_close(z0, read[-1].x0, rtol=0, atol=1e-5)
+    calls, denoise = [], Denoiser(net, Flow(), "flow_prediction").bound({})
+    z0 = sampler(lambda z, t: calls.append(denoise(z, t)) or calls[-1], Z, trailing_steps(20), process=Flow(), noise=no_noise)
+    torch.testing.assert_close(z0, calls[-1].x0, rtol=0, atol=1e-5)

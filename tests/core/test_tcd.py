@@ -1,4 +1,4 @@
-"""Trajectory consistency distillation: the loss in closed form, its end times and what it is saved with."""
+"""Trajectory consistency distillation: the loss in closed form, end times, and the saved sampler and scheduler."""
 
 import diffusers
 import pytest
@@ -13,14 +13,14 @@ from lcm.core.objectives.tcd import TrajectoryConsistencyDistillation, Trajector
 from lcm.core.process import VP, Flow
 from lcm.core.timesteps import consistency_steps, full, grid, trailing_steps
 from tests.core.gaussian import exact
-from tests.core.test_objectives import SHAPE, B, Recorder, Scale, a_batch, denoisers, rng, says_its_caption, some_draws
+from tests.core.test_objectives import SHAPE, B, Recorder, Scale, a_batch, denoisers, returns_caption, rng, some_draws
 
 every_process = pytest.mark.parametrize("process", [VP(), Flow(), Flow(shift=3.0)], ids=["vp", "flow", "flow_3"])
 every_type = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 
 
 def tcd(process=None, **changes):
-    gamma = {"gamma": 0.0} if isinstance(process, Flow) else {}  # another one is refused: it could not be saved
+    gamma = {"gamma": 0.0} if isinstance(process, Flow) else {}  # other values are an error in a flow
     options = {"timesteps": grid(), "solver": solvers.ddim, "distance": losses.l2, **gamma, **changes}
     return TrajectoryConsistencyDistillation(process or VP(), **options)
 
@@ -31,7 +31,7 @@ def shares(share, *index):
 
 
 def test_golden_tcd():
-    """499 -> 479 and on to 259, or to 479 itself; student eps -1.1, target eps -0.9, teacher -1.0 and -0.8 (null), w = 7."""
+    """499 -> 479, then on to 259, or ending at 479; student eps -1.1, target eps -0.9, teacher -1.0 and -0.8 (null), w = 7."""
     for m, student, target, loss in (
         (259, -0.367413529, -0.386213296, 0.000353431),
         (479, -0.729881134, -0.655421806, 0.005544192),
@@ -41,7 +41,7 @@ def test_golden_tcd():
         objective = tcd(distance=lambda x, y, seen=seen: seen.extend((x.item(), y.item())) or losses.l2(x, y))
         one = torch.ones(1, 1, 1, 1)
         value, logs = objective.loss(
-            denoisers(Recorder(-1.1), Recorder(-0.9), says_its_caption),
+            denoisers(Recorder(-1.1), Recorder(-0.9), returns_caption),
             a_batch(0.5 * one, cond=-1.0, uncond=-0.8),
             TrajectoryDraws(-1.2 * one, torch.tensor([24]), torch.tensor([7.0]), torch.tensor([share])),
         )
@@ -49,8 +49,8 @@ def test_golden_tcd():
         assert value.item() == logs["consistency_l2"].item() == pytest.approx(loss, abs=1e-6)
 
 
-def test_golden_tcd_in_a_flow():
-    """sigma 0.75 -> 0.70 and on to the clean end is LCM's loss: `f = y - sigma u`."""
+def test_golden_tcd_in_flow():
+    """sigma 0.75 -> 0.70, then to the clean end, gives LCM's loss: `f = y - sigma u`."""
     flow, seen, one = Flow(num_train_timesteps=20), [], torch.ones(1, 1, 1, 1)
     loss, _ = tcd(
         flow,
@@ -58,7 +58,7 @@ def test_golden_tcd_in_a_flow():
         skip_steps=1,
         distance=lambda x, y: seen.extend((x.item(), y.item())) or losses.l2(x, y),
     ).loss(
-        denoisers(Recorder(-1.9), Recorder(-1.5), says_its_caption, process=flow, prediction_type="flow_prediction"),
+        denoisers(Recorder(-1.9), Recorder(-1.5), returns_caption, process=flow, prediction_type="flow_prediction"),
         a_batch(0.5 * one, cond=-1.6, uncond=-1.4),
         TrajectoryDraws(-1.2 * one, torch.tensor([14]), torch.tensor([4.0]), torch.zeros(1)),
     )
@@ -66,18 +66,17 @@ def test_golden_tcd_in_a_flow():
     assert loss.item() == pytest.approx(0.065025, abs=1e-6)
 
 
-@pytest.mark.parametrize("shift", [1.0, 3.0])
 @every_type
-def test_the_clean_end_alone_is_lcm_in_a_flow(shift, prediction_type):
-    flow, draws = Flow(shift=shift), shares(0.0)
+def test_clean_end_alone_is_lcm_in_flow(prediction_type):
+    flow, draws = Flow(shift=3.0), shares(0.0)
     nets = denoisers(Scale(0.5), Scale(0.4), Scale(0.3), process=flow, prediction_type=prediction_type)
     lcd = LatentConsistencyDistillation(flow, timesteps=grid(), solver=solvers.ddim, distance=losses.l2)
     expected = lcd.loss(nets, a_batch(), ConsistencyDraws(draws.eps, draws.index, draws.w))[0]
     torch.testing.assert_close(tcd(flow).loss(nets, a_batch(), draws)[0], expected)
 
 
-def test_the_clean_end_alone_is_a_jump_to_timestep_0():
-    """In VP no scalings take part: `alpha_0 x0 + sigma_0 eps`."""
+def test_clean_end_alone_is_jump_to_0_in_vp():
+    """There are no scalings: `alpha_0 x0 + sigma_0 eps`."""
     online, seen, process = Recorder(-1.1), [], VP()
     objective = tcd(distance=lambda x, y: seen.append(x) or losses.l2(x, y))
     objective.loss(denoisers(online, Scale(0.4), Scale(0.3)), a_batch(), shares(0.0))
@@ -86,10 +85,12 @@ def test_the_clean_end_alone_is_a_jump_to_timestep_0():
     torch.testing.assert_close(seen[0], process.alphas[0] * x0 - 1.1 * process.sigmas[0], rtol=1e-5, atol=1e-5)
 
 
-@every_process
-@every_type
-def test_the_nearest_end_is_the_teachers_step(process, prediction_type):
-    """m = s: the target is z_s itself, whatever the target network says."""
+@pytest.mark.parametrize(
+    ("process", "prediction_type"),
+    [(VP(), "epsilon"), (Flow(), "v_prediction"), (Flow(shift=3.0), "flow_prediction"), (VP(), "sample")],
+)
+def test_nearest_end_is_teachers_step(process, prediction_type):
+    """With m = s the target is z_s for any target network."""
     target, seen = Scale(50.0), []
     nets = denoisers(Scale(0.2), target, Scale(0.3), process=process, prediction_type=prediction_type)
     draws = shares(1 - 2**-24, 0, 12, 24, 48)
@@ -101,10 +102,11 @@ def test_the_nearest_end_is_the_teachers_step(process, prediction_type):
     torch.testing.assert_close(seen[0], solvers.ddim(teacher, z_t, t, s, process=process), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("of_teacher", [VP(), Flow(shift=3.0)], ids=["of_vp", "of_flow"])
-@every_process
-def test_an_exact_teacher_and_student_have_no_loss_on_a_point_mass(process, of_teacher):
-    """To every end time, of any prediction type."""
+@pytest.mark.parametrize(
+    ("process", "of_teacher"), [(VP(), VP()), (VP(), Flow(shift=3.0)), (Flow(), VP()), (Flow(shift=3.0), Flow(shift=3.0))]
+)
+def test_exact_networks_have_no_loss_on_point_mass(process, of_teacher):
+    """For every end time and prediction type."""
     for prediction_type, share in zip(PREDICTION_TYPES, (0.0, 0.3, 0.6, 0.99), strict=True):
         student = exact(process, prediction_type, mu=0.7, s=0.0)
         teacher = exact(of_teacher, "v_prediction", mu=0.7, s=0.0)
@@ -113,24 +115,14 @@ def test_an_exact_teacher_and_student_have_no_loss_on_a_point_mass(process, of_t
 
 
 @every_process
-def test_a_teacher_s_own_path_has_a_small_loss_to_near_ends_only(process):
-    """A diffusion model's long jumps miss the path, its short ones do not."""
+def test_diffusion_model_has_loss_at_far_ends(process):
+    """A perfect denoiser's long jumps leave the trajectory, its short ones do not."""
     nets = Networks(*[exact(process, "v_prediction")] * 3)
     far, near = (tcd(process).loss(nets, a_batch(), shares(share, 12, 24, 30, 38))[0] for share in (0.0, 0.99))
     assert near < 1e-6 < 1e-5 < far
 
 
-def test_gradient_reaches_the_online_network_only():
-    online, target, teacher = Scale(0.5), Scale(0.4), Scale(0.3)
-    loss, logs = tcd().loss(denoisers(online, target, teacher), a_batch(), shares(0.5))
-    loss.backward()
-    assert online.weight.grad.abs() > 0
-    assert target.weight.grad is None
-    assert teacher.weight.grad is None
-    assert not logs["consistency_l2"].requires_grad
-
-
-def test_w_is_the_student_s_and_the_target_s():
+def test_student_and_target_take_w():
     online, target = Recorder(0.1), Recorder(0.1)
     draws = shares(0.5)
     tcd().loss(denoisers(online, target, Scale(0.3)), a_batch(), draws)
@@ -141,19 +133,20 @@ def test_w_is_the_student_s_and_the_target_s():
 # end times
 
 
-@every_process
-@pytest.mark.parametrize("s", [19, 39, 479, 979])
-def test_end_times_are_the_grid_s_points_up_to_s(process, s):
-    """All of them are drawn alike, both ends included."""
+@pytest.mark.parametrize("process", [VP(), Flow()], ids=["vp", "flow"])
+def test_end_times_are_uniform_up_to_s(process):
+    """Over the clean end and the grid's points up to s, s included."""
     share = torch.linspace(0, 1, 100_001)[:-1]
-    ends, counts = tcd(process).end_time(torch.full((100_000,), s), share).unique(return_counts=True)
-    assert ends.tolist() == [process.t_min, *range(19, s + 1, 20)]
-    assert (counts - 100_000 / len(ends)).abs().max() <= 2
+    for s in (19, 39, 479, 979):
+        ends, counts = tcd(process).end_time(torch.full((100_000,), s), share).unique(return_counts=True)
+        assert ends.tolist() == [process.t_min, *range(19, s + 1, 20)]
+        assert (counts - 100_000 / len(ends)).abs().max() <= 2
 
 
-@every_process
-@pytest.mark.parametrize("timesteps", [grid(), grid(points=1000), full()], ids=["grid", "every", "full"])
-def test_no_end_time_is_nearer_the_noise_than_s(process, timesteps):
+@pytest.mark.parametrize(
+    ("process", "timesteps"), [(VP(), grid()), (Flow(), grid(points=1000)), (VP(), full()), (Flow(), full())]
+)
+def test_end_times_are_not_above_s(process, timesteps):
     s = torch.arange(process.t_min, 980)
     for share in (0.0, 0.5, 1 - 2**-24):
         ends = tcd(process, timesteps=timesteps).end_time(s, torch.full(s.shape, share))
@@ -162,14 +155,14 @@ def test_no_end_time_is_nearer_the_noise_than_s(process, timesteps):
         assert torch.isin(ends, torch.cat([timesteps, torch.tensor([process.t_min])])).all()
 
 
-def test_from_the_clean_end_there_is_no_way_on():
+def test_end_time_at_clean_end_is_clean_end():
     for process in (VP(), Flow()):
         s = torch.full((3,), process.t_min)
         assert torch.equal(tcd(process).end_time(s, torch.tensor([0.0, 0.5, 1 - 2**-24])), s)
 
 
-def test_draws_are_those_of_lcm_and_a_share():
-    """So that a run of LCM and one of TCD see the same noise, timesteps and w."""
+def test_draws_extend_those_of_lcm():
+    """Runs of LCM and TCD have the same noise, timesteps and w."""
     options = {"w_min": 2.0, "w_max": 14.0}
     lcd = LatentConsistencyDistillation(VP(), timesteps=grid(), solver=solvers.ddim, distance=losses.l2, **options)
     ours, plain = tcd(**options).draw(torch.zeros(SHAPE), rng()), lcd.draw(torch.zeros(SHAPE), rng())
@@ -190,12 +183,12 @@ def test_draws_cover_the_end_times():
 # saved students
 
 
-def test_a_student_is_saved_with_its_sampler():
+def test_sampler_is_saved():
     assert tcd(gamma=0.2).sampling() == {"sampler": "tcd", "points": 50, "gamma": 0.2}
     assert tcd(timesteps=full()).sampling()["points"] is None
 
 
-def test_the_saved_scheduler_steps_through_the_trained_grid():
+def test_saved_scheduler_uses_trained_grid():
     name, options = tcd(timesteps=grid(points=100)).scheduler("epsilon")
     scheduler = getattr(diffusers, name)(**options)
     assert isinstance(scheduler, diffusers.TCDScheduler)
@@ -203,15 +196,14 @@ def test_the_saved_scheduler_steps_through_the_trained_grid():
     assert scheduler.timesteps.tolist() == consistency_steps(4, points=100)
 
 
-def test_a_stochastic_sampler_of_a_flow_is_refused():
+def test_stochastic_sampler_of_flow_is_refused():
     with pytest.raises(UserError, match=r"no stochastic TCD sampler for flow models: set model.objective.gamma=0"):
         tcd(Flow(), gamma=0.3)
 
 
-@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
-@pytest.mark.parametrize("steps", [1, 2, 4, 8])
-def test_the_saved_scheduler_of_a_flow_pins_the_grid(shift, steps):
-    """The default grid of diffusers' schedulers is then `trailing_steps(steps)` of the process."""
+@pytest.mark.parametrize(("shift", "steps"), [(1.0, 4), (3.0, 1), (3.0, 2), (3.0, 4), (6.0, 8)])
+def test_saved_scheduler_of_flow_uses_our_grid(shift, steps):
+    """The default grid of diffusers' scheduler is `trailing_steps(steps)` of the process."""
     flow = Flow(shift=shift)
     name, options = tcd(flow, saved_steps=steps).scheduler("flow_prediction")
     scheduler = getattr(diffusers, name)(**options)

@@ -10,7 +10,7 @@ import torch
 
 from lcm.data.encoding import npy
 from lcm.data.latents import POSTERIOR, SIZES, DecodeLatents
-from lcm.data.members import Skip
+from lcm.data.sample_fields import Skip
 
 MOMENTS = np.random.default_rng(0).normal(size=(2, 8, 4, 4)).astype(np.float16)
 

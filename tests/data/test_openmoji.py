@@ -23,8 +23,8 @@ from lcm.data.openmoji import (
     is_held_out,
     is_wanted,
 )
-from lcm.data.shards import expand_urls
 from lcm.data.source import Source
+from lcm.data.urls import expand_urls
 
 
 def captions(folder: Path, split: str) -> list[str]:
@@ -201,7 +201,7 @@ def test_who_trains_on_shards_of_their_own_gets_no_openmoji(experiment, shards, 
         assert "validation" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("data", ["openmoji", "openmoji_dark", "openmoji_line", "openmoji_pixels", "openmoji_styles"])
+@pytest.mark.parametrize("data", ["openmoji", "openmoji_dark", "openmoji_line", "openmoji_styles"])
 def test_the_default_data_are_drawn_and_validated_on(data):
     cfg = compose("train", [f"data={data}", "paths.data=mine"]).data
     style = {"openmoji_dark": "dark-", "openmoji_line": "line-"}.get(data, "")

@@ -1,102 +1,353 @@
-"""Which sample comes when: each once an epoch, shuffled anew, found from its position alone."""
+"""Which sample comes when: a function of shard names, seed and position, of which counts are learnt on the way."""
 
 import pickle
-from collections import Counter
+import random
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
 from lcm.core.errors import UserError
-from lcm.data.order import MIX, Mixture, Order
+from lcm.data.buckets import SQUARE, nearest
+from lcm.data.order import FIRST_BLOCK, MIX, WINDOW, BucketOrder, Order, SampleRef, Turns, one_pass
 
 COUNTS = (11, 0, 12, 13, 1, 9)
 SIZE = sum(COUNTS)
-EVERY = {(shard, index) for shard, count in enumerate(COUNTS) for index in range(count)}
+EVERY = {(shard, sample) for shard, count in enumerate(COUNTS) for sample in range(count)}
+SHAPES = [(64, 64), (48, 80), (80, 48), (32, 128)]
 
 
-def epoch(order: Order, number: int) -> list[tuple[int, int]]:
-    return [order[position][2:4] for position in range(number * order.size, (number + 1) * order.size)]
+class Counts:
+    """A source of shards that hold so many samples. scanned: they are known; else they arrive.
+
+    asked, prefetched: the shards that an order needed.
+    """
+
+    def __init__(self, counts: Sequence[int], scanned: bool = True) -> None:
+        self.counts, self.scanned = counts, scanned
+        self.urls = [f"{shard:06d}.tar" for shard in range(len(counts))]
+        self.asked: dict[int, int] = {}
+        self.prefetched: list[int] = []
+
+    def usable(self, shard: int, count: int) -> tuple[int, bool]:
+        self.asked[shard] = max(count, self.asked.get(shard, 0))
+        return (self.counts[shard], True) if self.scanned else (min(count, self.counts[shard]), count > self.counts[shard])
+
+    def aspect(self, shard: int, sample: int) -> int:
+        """All ratios of sides, squares most often."""
+        return min(max(round(random.Random(f"{shard}/{sample}").gauss(SQUARE, 24)), 0), 255)
+
+    def weight(self, shard: int) -> float:
+        return float(self.counts[shard] or 1)
+
+    def prefetch(self, shard: int) -> None:
+        self.prefetched.append(shard)
+
+    def nothing_usable(self) -> UserError:
+        return UserError("nothing usable")
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 5, 16, 100])
-@pytest.mark.parametrize("shuffle", [1, 4, 7, 2048])
-def test_every_epoch_holds_every_sample_once(lanes: int, shuffle: int) -> None:
-    order = Order(COUNTS, shuffle=shuffle, lanes=lanes)
-    for number in range(3):
-        samples = epoch(order, number)
-        assert len(samples) == SIZE
-        assert set(samples) == EVERY
+def order(counts: Sequence[int] = COUNTS, **options: Any) -> Order:
+    return Order([Counts(counts)], [1.0], **options)
 
 
-def test_epochs_differ_and_seeds_differ() -> None:
-    orders = [epoch(Order(COUNTS, seed=seed, shuffle=16, lanes=2), number) for seed, number in [(3, 1), (3, 2), (4, 1)]]
-    assert orders[0] != orders[1]
-    assert orders[0] != orders[2]
-    assert orders[0] == epoch(Order(COUNTS, seed=3, shuffle=16, lanes=2), 1)
+def refs(order: Order | BucketOrder, positions: range, batch: int = 1, **share: int) -> list[SampleRef]:
+    """Return the samples of these positions, in their order within the batches."""
+    batches = (order.batch(range(first, first + batch), **share) for first in range(positions.start, positions.stop, batch))
+    return [ref for part in batches for _, ref in part]
 
 
-def test_without_shuffling_the_order_is_that_of_the_shards() -> None:
-    assert epoch(Order(COUNTS, lanes=4), 0) == sorted(EVERY)
+def by_lane(refs: Sequence[SampleRef]) -> dict[int, list[tuple[int, int]]]:
+    samples = defaultdict(list)
+    for ref in refs:
+        samples[ref.lane].append((ref.shard, ref.sample))
+    return samples
 
 
-def test_a_position_is_found_without_those_before_it() -> None:
-    straight = [Order(COUNTS, shuffle=8, lanes=3)[position] for position in range(4 * SIZE)]
-    for position in (0, 17, SIZE - 1, SIZE, 3 * SIZE + 5):
-        assert Order(COUNTS, shuffle=8, lanes=3)[position] == straight[position]
+@pytest.mark.parametrize(("lanes", "shuffle"), [(1, 1), (2, 4), (3, 512), (5, 7), (100, 16)])
+def test_lane_passes_every_sample_once_before_any_again(lanes: int, shuffle: int) -> None:
+    samples = by_lane(refs(order(lanes=lanes, shuffle=shuffle), range(5 * SIZE)))
+    whole = Counter(sample for lane in samples.values() for sample in set(lane))
+    assert set(whole) == EVERY
+    for lane in samples.values():
+        size = len(set(lane))
+        assert size == SIZE or all(whole[sample] <= 2 for sample in lane)  # an empty lane takes the shards of the source
+        for start in range(0, len(lane) - size + 1, size):
+            assert len(set(lane[start : start + size])) == size
 
 
-def test_positions_take_turns_over_the_lanes_and_a_lane_keeps_to_few_shards() -> None:
-    order = Order([100] * 8, shuffle=50, lanes=4)
-    assert [order[position].lane for position in range(8)] == [0, 1, 2, 3] * 2
-    shards = {(place.lane, place.shard) for place in (order[position] for position in range(order.size))}
-    assert len(shards) == 8  # two whole shards a lane
+def test_equal_lanes_take_turns() -> None:
+    lanes = [ref.lane for ref in refs(order([100] * 8, lanes=4), range(800))]
+    assert lanes == [position % 4 for position in range(800)]
 
 
-def test_a_lane_is_shuffled_in_blocks() -> None:
-    order = Order([1000], shuffle=10)
-    indices = [order[position].sample for position in range(1000)]
-    for start in range(0, 1000, 10):
-        assert sorted(indices[start : start + 10]) == list(range(start, start + 10))
-    assert sum(b == a + 1 for a, b in pairwise(indices)) < 300
+def test_lanes_of_unequal_length_end_their_epochs_together() -> None:
+    counts = [90, 110, 100, 95, 105, 100, 100]
+    samples = by_lane(refs(order(counts, lanes=4), range(sum(counts))))
+    assert sum(len(set(lane)) for lane in samples.values()) > 0.98 * sum(counts)
 
 
-def test_two_samples_are_neighbours_no_oftener_than_chance_has_it() -> None:
-    """Over many epochs each pair of shards meets: a shuffle that kept neighbours together would repeat a few pairs."""
-    order = Order([10] * 6, shuffle=20, lanes=2)
-    pairs = Counter(
-        frozenset((order[p].shard, order[p + 1].shard)) for e in range(1000) for p in range(e * 60, (e + 1) * 60 - 1)
-    )
-    assert len([pair for pair in pairs if len(pair) == 2]) == 15
-    assert max(pairs[p] for p in pairs if len(p) == 2) < 1.3 * min(pairs[p] for p in pairs if len(p) == 2)
+@pytest.mark.parametrize("small", [1, 60])
+def test_small_last_shard_does_not_come_too_often(small: int) -> None:
+    """img2dataset's last shard holds what is left."""
+    counts = [1000, 1000, 1000, small]
+    seen = Counter((ref.shard, ref.sample) for ref in refs(order(counts, lanes=16), range(10 * sum(counts))))
+    assert len(seen) == sum(counts)
+    assert max(seen.values()) <= 12
+    assert min(seen.values()) >= 8
 
 
-def mixture(*weights: float) -> Mixture:
-    return Mixture([Order([30], shuffle=8, seed=n, source=n) for n in range(len(weights))], weights)
+def test_epochs_and_seeds_differ() -> None:
+    first, other = (refs(order(seed=seed, shuffle=16, lanes=2), range(2 * SIZE)) for seed in (3, 4))
+    assert first[:SIZE] != first[SIZE:]
+    assert first != other
+    assert first == refs(order(seed=3, shuffle=16, lanes=2), range(2 * SIZE))
 
 
-def test_sources_are_taken_by_weight_exactly() -> None:
-    both = mixture(3, 1)
-    for block in range(3):
-        places = [both[position].source for position in range(block * MIX, (block + 1) * MIX)]
-        assert Counter(places) == {0: 750, 1: 250}
-        assert Counter(places[:100])[0] in range(55, 95)  # mixed, not one after the other
+@pytest.mark.parametrize(
+    ("shuffle", "ends"),
+    [
+        (0, range(1, 1001)),
+        (10, range(10, 1001, 10)),
+        (150, [64, 192, *range(342, 1000, 150), 1000]),
+        (512, [64, 192, 448, 960, 1000]),
+    ],
+)
+def test_lane_is_shuffled_in_blocks(shuffle: int, ends: Sequence[int]) -> None:
+    """The first blocks are small, so that a shard starts soon."""
+    samples = [ref.sample for ref in refs(order([1000], shuffle=shuffle), range(1000))]
+    for start, end in pairwise([0, *ends]):
+        assert sorted(samples[start:end]) == list(range(start, end))
+    assert shuffle == 0 or sum(b == a + 1 for a, b in pairwise(samples)) < 300
 
 
-def test_every_source_goes_through_its_own_epochs() -> None:
-    both = mixture(2, 1)
-    for source in (0, 1):
-        of = [place.sample for place in (both[position] for position in range(2 * MIX)) if place.source == source]
-        for start in range(0, len(of) - 30, 30):
-            assert sorted(of[start : start + 30]) == list(range(30))
+def test_shards_of_two_lanes_meet_equally_often() -> None:
+    """A walk in one order each epoch would repeat a few pairs."""
+    samples = refs(order([10] * 6, shuffle=20, lanes=2), range(60_000))
+    met = Counter(frozenset((a.shard, b.shard)) for a, b in zip(samples[::2], samples[1::2], strict=True))
+    assert len(met) == 9
+    assert max(met.values()) < 1.3 * min(met.values())
 
 
-def test_a_weight_too_small_to_be_met_is_a_user_error() -> None:
-    with pytest.raises(UserError, match="weight"):
-        mixture(10_000, 1)
+@pytest.mark.parametrize("position", [0, 17, SIZE - 1, SIZE, 3 * SIZE + 5])
+def test_position_is_found_without_those_before_it(position: int) -> None:
+    straight = refs(order(shuffle=8, lanes=3), range(4 * SIZE))
+    assert refs(order(shuffle=8, lanes=3), range(position, 4 * SIZE)) == straight[position:]
+    used = order(shuffle=8, lanes=3)
+    refs(used, range(4 * SIZE))
+    assert refs(used, range(position, position + 9)) == straight[position : position + 9]  # also backwards
 
 
 def test_orders_travel_to_spawned_workers() -> None:
-    order = mixture(1, 1)
-    before = [order[position] for position in range(50)]
-    copy = pickle.loads(pickle.dumps(order))
-    assert [copy[position] for position in range(50)] == before
+    whole = Order([Counts(COUNTS), Counts(COUNTS)], [2.0, 1.0], shuffle=8, lanes=3)
+    before = refs(whole, range(50))
+    assert refs(pickle.loads(pickle.dumps(whole)), range(50)) == before
+
+
+# Counts are learnt on the way
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_first_batch_asks_for_the_first_blocks_of_the_lanes_only(scanned: bool) -> None:
+    source = Counts([5000] * 1000, scanned)
+    whole = Order([source], [1.0], shuffle=512, lanes=16)
+    assert len(refs(whole, range(64), 64)) == 64
+    assert len(source.asked) == 16
+    assert set(source.asked.values()) == {FIRST_BLOCK}
+    assert source.prefetched == []
+
+
+@pytest.mark.parametrize(("scanned", "prefetched"), [(False, 12), (True, 14)])
+def test_next_shard_is_prefetched_once(scanned: bool, prefetched: int) -> None:
+    """Late in a shard that still arrives, so that its own bytes come first; else soon."""
+    source = Counts([100] * 12, scanned)
+    walked = refs(Order([source], [1.0], shuffle=16, lanes=2), range(12 * 100 + 20))
+    for lane in (0, 1):
+        assert len(set(ref.shard for ref in walked if ref.lane == lane)) == 6
+    assert len(source.prefetched) == prefetched  # 6 a lane, and one of the second epoch
+
+
+def test_shard_that_a_resume_passes_is_not_prefetched() -> None:
+    source = Counts([100] * 12)
+    [ref] = refs(Order([source], [1.0], shuffle=16, lanes=2), range(1060, 1061))
+    assert len(source.prefetched) == 1
+    assert ref.shard not in source.prefetched
+
+
+def test_empty_lane_takes_the_shards_of_its_source() -> None:
+    counts = [0, 7, 0, 5]
+    samples = by_lane(refs(order(counts, lanes=4, shuffle=4), range(400)))
+    assert {len(set(lane)) for lane in samples.values()} == {7, 5, 12}
+    assert refs(order(counts, lanes=4, shuffle=4), range(350, 400)) == refs(order(counts, lanes=4, shuffle=4), range(400))[350:]
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_source_without_usable_samples_is_a_user_error(lanes: int) -> None:
+    with pytest.raises(UserError, match="nothing usable"):
+        refs(order([0, 0, 0], lanes=lanes), range(1))
+
+
+# Sources
+
+
+def test_sources_are_taken_by_weight_exactly() -> None:
+    whole = Order([Counts([300]), Counts([30])], [3, 1])
+    for block in range(3):
+        sources = [ref.source for ref in refs(whole, range(block * MIX, (block + 1) * MIX))]
+        assert Counter(sources) == {0: 750, 1: 250}
+        assert Counter(sources[:100])[0] in range(70, 81)  # mixed, not one after the other
+
+
+def test_weights_hold_whatever_the_shards() -> None:
+    """Also where a source has fewer turns than lanes."""
+    sources = [Counts([30] * 3), Counts([7, 99, 40, 12]), Counts([1] * 60)]
+    whole = Order(sources, [200, 797, 3], lanes=16)
+    assert Counter(ref.source for ref in refs(whole, range(MIX))) == {0: 200, 1: 797, 2: 3}
+    assert len({ref.lane for ref in refs(whole, range(6 * MIX)) if ref.source == 2}) == 16
+
+
+def test_every_source_goes_through_its_own_epochs() -> None:
+    samples = by_lane(refs(Order([Counts([30]), Counts([30])], [2, 1], shuffle=8), range(2 * MIX)))
+    for lane in samples.values():
+        for start in range(0, len(lane) - 30, 30):
+            assert len(set(lane[start : start + 30])) == 30
+
+
+@pytest.mark.parametrize("weights", [[10_000, 1], [1, 0], [1, -1]])
+def test_weight_that_cannot_be_met_is_a_user_error(weights: list[float]) -> None:
+    with pytest.raises(UserError, match="weight"):
+        Order([Counts([30]), Counts([30])], weights)
+
+
+# Ranks
+
+
+@pytest.mark.parametrize("lanes", [3, 8])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_share_out_the_same_global_batches(lanes: int, ranks: int) -> None:
+    whole, counts = order([40] * 16, lanes=lanes), [40] * 16
+    shares = [order(counts, lanes=lanes) for _ in range(ranks)]
+    for first in range(0, 640, 8):
+        positions = range(first, first + 8)
+        parts = [share.batch(positions, rank, ranks) for rank, share in enumerate(shares)]
+        assert [entry for part in parts for entry in part] == whole.batch(positions)
+        assert {len(part) for part in parts} == {8 // ranks}
+
+
+def test_rank_reads_only_the_shards_of_its_lanes() -> None:
+    source = [Counts([40] * 32) for _ in range(4)]
+    for rank in range(4):
+        refs(Order([source[rank]], [1.0], lanes=8), range(32 * 40), 16, rank=rank, world_size=4)
+    assert [len(part.asked) for part in source] == [8, 8, 8, 8]
+    assert len(set().union(*(part.asked for part in source))) == 32
+
+
+def test_64_ranks_share_out_100_000_shards() -> None:
+    """Each sample once in an epoch of its lane, and a resume at three points with other ranks is the same order."""
+    rng = random.Random(0)
+    counts, lanes, batch = [rng.choice((0, 0, 0, 0, 1, 2)) for _ in range(100_000)], 128, 2
+    source = Counts(counts)
+    size, epoch = 64 * batch, max(by_lane_sizes(counts, lanes))
+    ranks = [Order([source], [1.0], lanes=lanes, shuffle=2) for _ in range(64)]
+    samples: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    steps = epoch * lanes // size + 1
+    batches: dict[int, list[SampleRef]] = {}
+    for step in range(steps):
+        positions = range(step * size, (step + 1) * size)
+        parts = [ref for rank, part in enumerate(ranks) for _, ref in part.batch(positions, rank, 64)]
+        if step in (1, steps // 3, steps - 2):
+            batches[step] = parts
+        for ref in parts:
+            samples[ref.lane].append((ref.shard, ref.sample))
+    names: set[tuple[int, int]] = set()
+    for lane in samples.values():
+        first = list(dict.fromkeys(lane))
+        assert lane[: len(first)] == first  # none came again before all had come
+        names |= set(first)
+    assert names == {(shard, sample) for shard, count in enumerate(counts) for sample in range(count)}
+    for step, expected in batches.items():
+        positions = range(step * size, (step + 1) * size)
+        for world_size in (1, 32):
+            resumed = [Order([source], [1.0], lanes=lanes, shuffle=2) for _ in range(min(world_size, 2))]
+            parts = [part.batch(positions, rank, world_size) for rank, part in enumerate(resumed)]
+            assert [ref for part in parts for _, ref in part] == expected[: size * len(resumed) // world_size]
+
+
+def by_lane_sizes(counts: Sequence[int], lanes: int) -> list[int]:
+    return [sum(counts[shard] for shard in lane.shards) for lane in order(counts, lanes=lanes).lanes]
+
+
+# Batches of one shape
+
+
+def bucketed(counts: Sequence[int] = (40, 0, 61, 33, 1, 70), *, batch: int = 8, **options: Any) -> BucketOrder:
+    return BucketOrder(order(counts, **{"shuffle": 16, "lanes": 3, **options}), SHAPES, batch_size=batch)
+
+
+@pytest.mark.parametrize(("batch", "lanes"), [(1, 5), (3, 1), (8, 5)])
+def test_window_of_batches_has_every_sample_at_its_nearest_shape(batch: int, lanes: int) -> None:
+    counts, window = [600, 600, 590], WINDOW * batch
+    whole, plain, source = bucketed(counts, batch=batch, lanes=lanes), order(counts, shuffle=16, lanes=lanes), Counts(counts)
+    near = total = 0
+    for number in range(5):
+        positions = range(number * window, (number + 1) * window)
+        batches = [whole.batch(range(first, first + batch)) for first in positions[::batch]]
+        assert all(len({ref.shape for _, ref in members}) == 1 for members in batches)
+        assert [position for members in batches for position, _ in members] == list(positions)
+        samples = [ref for members in batches for _, ref in members]
+        assert Counter(ref[:4] for ref in samples) == Counter(ref[:4] for ref in refs(plain, positions))
+        near += sum(ref.shape == SHAPES[nearest(source.aspect(ref.shard, ref.sample), tuple(SHAPES))] for ref in samples)
+        total += len(samples)
+    assert near == total if batch == 1 else near > 0.85 * total
+
+
+def test_bucketed_batches_mix_shapes() -> None:
+    shapes = [bucketed([100] * 16).batch(range(first, first + 8))[0][1].shape for first in range(0, 512, 8)]
+    assert shapes[:WINDOW] != sorted(shapes[:WINDOW], key=SHAPES.index)
+    assert shapes[:WINDOW] != shapes[WINDOW:]
+
+
+def test_bucketed_batches_mix_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where most pictures have one shape: a batch of one shard's samples would train on one kind of pictures."""
+    whole = bucketed([100] * 16, batch=16, lanes=8)
+    monkeypatch.setattr(Counts, "aspect", lambda *_: SQUARE)
+    assert min(len({ref.lane for _, ref in whole.batch(range(first, first + 16))}) for first in range(0, 512, 16)) >= 4
+
+
+@pytest.mark.parametrize("first", [0, 8, 31 * 8, 32 * 8, 100 * 8])
+def test_bucketed_position_is_found_without_those_before_it(first: int) -> None:
+    positions = range(first, first + 8)
+    straight = bucketed()
+    refs(straight, range(first), 8)
+    expected = straight.batch(positions)
+    assert pickle.loads(pickle.dumps(bucketed())).batch(positions) == expected
+    for ranks in (2, 4):
+        parts = [bucketed().batch(positions, rank, ranks) for rank in range(ranks)]
+        assert [entry for part in parts for entry in part] == expected
+
+
+# A pass
+
+
+@pytest.mark.parametrize("by_shard", [False, True])
+@pytest.mark.parametrize("shapes", [(), SHAPES], ids=["plain", "buckets"])
+def test_pass_has_every_sample_once_in_order(shapes: list[tuple[int, int]], by_shard: bool) -> None:
+    batches = list(one_pass(Counts(COUNTS), 4, shapes=shapes, by_shard=by_shard))
+    samples = [(ref.shard, ref.sample) for batch in batches for ref in batch]
+    assert len(samples) == SIZE
+    assert set(samples) == EVERY
+    assert samples == sorted(EVERY) if not shapes else [shard for shard, _ in samples] == sorted(shard for shard, _ in EVERY)
+    assert max(map(len, batches)) == 4
+    for batch in batches:
+        assert len({ref.shape for ref in batch}) == 1
+        assert not by_shard or len({ref.shard for ref in batch}) == 1
+
+
+def test_turns_are_spread_evenly() -> None:
+    turns = Turns([5, 3, 2])
+    assert [turns[position][0] for position in range(10)] == [turns[position][0] for position in range(10, 20)]
+    for start in range(30):
+        assert Counter(turns[position][0] for position in range(start, start + 10)) == {0: 5, 1: 3, 2: 2}
+    assert [turns[position][1] for position in range(40) if turns[position][0] == 1] == list(range(12))

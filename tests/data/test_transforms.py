@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lcm.core.errors import UserError
 from lcm.data import transforms
-from lcm.data.members import Skip, caption_of
+from lcm.data.sample_fields import Skip, caption_of
 from lcm.data.transforms import Decode, collate
 
 SIZE = 32

@@ -1,4 +1,4 @@
-"""The measurements as a program: what it writes, what it refuses."""
+"""`python -m lcm.bench`: its files and its refusals."""
 
 import json
 
@@ -7,22 +7,27 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-def test_each_part_is_written_as_a_table_and_as_json(run, tiny_pipeline, shards, tmp_path):
+def test_parts_are_written_as_table_and_json(run, tiny_pipeline, shards, tmp_path):
     tiny = ["dataset=null", f"shards={shards}/train-*.tar", "resolution=32", f"pipeline={tiny_pipeline}"]
-    quick = ["part.soak.samples=64", "part.soak.photos=4", "part.soak.photo_size=64", "part.sampling.batch_sizes=[2]"]
-    done = run("lcm.bench", "parts=[soak,sampling]", *tiny, *quick, "part.sampling.repeats=1", "output=found")
+    photos = [f"part.data.{option}" for option in ("photo_size=64", "photo_resolution=32", "photos=4", "batch_size=4")]
+    quick = [
+        *photos,
+        "part.data.seconds=0.01",
+        "part.data.repeats=1",
+        "part.sampling.batch_sizes=[2]",
+        "part.sampling.repeats=1",
+    ]
+    done = run("lcm.bench", "parts=[data,sampling]", *tiny, *quick, "output=tables")
     assert done.returncode == 0, done.stderr
-    for part in ("soak", "sampling"):
-        found = json.loads((tmp_path / f"found/{part}.json").read_text())
-        assert f"parts=[{part}]" in found["command"]
-        assert (tmp_path / f"found/{part}.md").read_text() in done.stdout
-        assert found["rows"]
-        assert found["machine"]["cores"]
+    for part in ("data", "sampling"):
+        record = json.loads((tmp_path / f"tables/{part}.json").read_text())
+        assert f"parts=[{part}]" in record["command"]
+        assert (tmp_path / f"tables/{part}.md").read_text() in done.stdout
+        assert record["rows"]
+        assert record["machine"]["cores"]
 
 
-def test_a_part_that_is_not_there_is_named(run):
+def test_unknown_part_is_refused(run):
     done = run("lcm.bench", "parts=[data,speed]", "dataset=null")
     assert done.returncode == 1
-    assert done.stderr.strip().endswith(
-        "error: parts=speed is not measured: choose among memory, data, soak, step, components, sampling, scaling"
-    )
+    assert done.stderr.strip().endswith("error: parts=speed does not exist: choose among memory, data, step, sampling")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from lcm.data.shards import expand_urls
 
 from lcm.data.captions import read_images
 from lcm.data.openmoji import build
-from lcm.data.shards import expand_urls
 from lcm.data.source import Source
 from lcm.evaluate.clip import mini_clip
 from lcm.models.pipeline import load_codec

@@ -1,4 +1,4 @@
-"""A look at data: what is used, what is left out and why, and a picture."""
+"""The preview prints counts, filters and buckets, and writes a grid."""
 
 import pytest
 from PIL import Image
@@ -6,7 +6,7 @@ from PIL import Image
 pytestmark = pytest.mark.slow
 
 
-def test_preview_says_what_passes_and_draws_it(run, shards, tmp_path):
+def test_preview_prints_counts_and_writes_a_grid(run, shards, tmp_path):
     done = run("lcm.preview", f"data.shards={shards}/train-*.tar", "data.resolution=32", "data.num_workers=1",
                "data.filters.max_caption=40", "data.buckets=2", "samples=40", "shown=8")  # fmt: skip
     assert done.returncode == 0, done.stderr

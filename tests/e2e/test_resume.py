@@ -79,7 +79,7 @@ def test_more_steps_resume_from_the_last_step(run, tiny, tiny_pipeline, tmp_path
         done = run("train.py", *tiny, *options, f"name={name}", *more)
         assert done.returncode == 0, done.stderr
     again = run("train.py", *tiny, *options, "name=b", "trainer.max_steps=6", "ckpt_path=last")
-    assert "done:    the checkpoint is at step 6, of trainer.max_steps=6: a larger number trains on" in again.stdout
+    assert "done:    the checkpoint is at step 6 of trainer.max_steps=6: set a larger number to train on" in again.stdout
     one, other = (torch.load(tmp_path / f"runs/{name}/0/checkpoints/last.ckpt", weights_only=True) for name in "ab")
     assert one["global_step"] == other["global_step"] == 6
     assert all(torch.equal(value, other["state_dict"][key]) for key, value in one["state_dict"].items())

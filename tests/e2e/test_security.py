@@ -29,7 +29,12 @@ def planted(done, folder) -> dict[str, list[str]]:
 
 
 def test_no_secret_is_in_what_a_run_leaves(run, tiny, tmp_path):
-    options = ["logger=many", "logger.wandb.offline=true", "trainer.max_steps=2", "trainer.val_check_interval=2"]
+    options = [
+        "logger=[csv,tensorboard,wandb]",
+        "logger.wandb.offline=true",
+        "trainer.max_steps=2",
+        "trainer.val_check_interval=2",
+    ]
     [shards] = [override for override in tiny if override.startswith("data.shards=")]
     dead = "https://user:planted-user@127.0.0.1:9/a.tar?token=planted-query"
     cache = ["+data.cache={_target_:lcm.data.cache.ShardCache,folder:cache,attempts:2,pause:0.01}"]

@@ -1,4 +1,4 @@
-"""Pipelines of the tiny teacher's weights, saved as trainings save them."""
+"""Functions that save pipelines like a training."""
 
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ def save_teacher(
     process: Process | None = None,
     *,
     dtype: torch.dtype = torch.float32,
-    **facts: Any,
+    **metadata: Any,
 ) -> str:
+    """Save a teacher, and return its folder."""
     scheduler = ddim_scheduler(process or VP(), prediction_type)
     options = {"family": load_family(str(base)), "base": find(str(base)), "scheduler": scheduler}
-    save_pipeline(folder, net, **options, facts={"sampler": "ddim", **facts}, dtype=dtype)
+    save_pipeline(folder, net, **options, metadata={"sampler": "ddim", **metadata}, dtype=dtype)
     return str(folder)
 
 
@@ -37,14 +38,14 @@ def save_student(
     points: int = 50,
     zero_init: bool = False,
     dtype: torch.dtype = torch.float32,
-    **facts: Any,
+    **metadata: Any,
 ) -> str:
-    """Save a student, by default of random weights for w, as latent consistency distillation saves it."""
+    """Save a student of latent consistency distillation, by default with random weights for w, and return its folder."""
     family = load_family(str(base))
     torch.manual_seed(0)
     net = family.with_w(load_network(str(base)), zero_init=zero_init) if net is None else net
     config = {"prediction_type": prediction_type, "original_inference_steps": points}
     scheduler = "LCMScheduler", {**(process or VP()).config, **config}
     options = {"family": family, "base": find(str(base)), "scheduler": scheduler}
-    save_pipeline(folder, net, **options, facts={"sampler": "consistency", "points": points, **facts}, dtype=dtype)
+    save_pipeline(folder, net, **options, metadata={"sampler": "consistency", "points": points, **metadata}, dtype=dtype)
     return str(folder)

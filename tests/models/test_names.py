@@ -1,4 +1,4 @@
-"""The one rule for naming a model: a folder, a hub id, mini, last or last:<name>; and what is said of other folders."""
+"""Names of a model: a folder, a hub id, mini, last or last:<name>; and errors for other folders."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path("runs")
 
 
-def test_every_key_that_names_a_model_takes_last(runs: Path) -> None:
+def test_every_model_key_takes_last(runs: Path) -> None:
     cfg = OmegaConf.create({
         "pipeline": "last",
         "ckpt_path": "last",
@@ -55,7 +55,7 @@ def test_every_key_that_names_a_model_takes_last(runs: Path) -> None:
     }
 
 
-def test_the_jobs_of_a_sweep_start_from_the_same_model(runs: Path) -> None:
+def test_jobs_of_sweep_share_start_model(runs: Path) -> None:
     first, second = ({"model": {"pipeline": "last"}} for _ in range(2))
     resolve_models(first := OmegaConf.create(first), str(runs))
     (runs / "newer/0/model").mkdir(parents=True)
@@ -71,12 +71,12 @@ def test_the_jobs_of_a_sweep_start_from_the_same_model(runs: Path) -> None:
         ("mine", "there is no folder 'mine': the newest model of the run mine is last:mine"),
     ],
 )
-def test_a_name_that_is_none_names_the_right_form(name: str, says: str, runs: Path) -> None:
+def test_unknown_name_is_an_error(name: str, says: str, runs: Path) -> None:
     with pytest.raises(UserError, match=says):
         find_pipeline(name, str(runs))
 
 
-def test_without_any_run_last_names_the_other_forms(tmp_path: Path) -> None:
+def test_last_without_runs_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no run under .* has saved a model: train one by .*, or give a folder, a hub id"):
         find_pipeline("last", str(tmp_path))
 
@@ -117,7 +117,7 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_another_folder_is_named_for_what_it_is(kind: str, tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_other_folder_is_an_error(kind: str, tiny_pipeline: Path, tmp_path: Path) -> None:
     make, says = FOLDERS[kind]
     (tmp_path / "f").mkdir()
     folder = make(tmp_path / "f", tiny_pipeline)
@@ -125,23 +125,23 @@ def test_another_folder_is_named_for_what_it_is(kind: str, tiny_pipeline: Path, 
         find(str(folder))
 
 
-def test_adapters_beside_a_pipeline_are_said_to_be_unused(tiny_pipeline: Path, tmp_path: Path, caplog: Any) -> None:
+def test_unused_adapters_are_warned_of(tiny_pipeline: Path, tmp_path: Path, caplog: Any) -> None:
     folder = adapters(shutil.copytree(tiny_pipeline, tmp_path / "both"))
     TextToImage.load(str(folder))
-    assert [record.message for record in caplog.records if "is not used, the network beside it is as it is" in record.message]
+    assert [record.message for record in caplog.records if "is not used, only the network beside it" in record.message]
     caplog.clear()
-    (folder / "lcm.json").write_text('{"rank": 4}')  # as a run of this project saves: they are merged
+    (folder / "lcm.json").write_text('{"rank": 4}')  # our runs merge their adapters
     TextToImage.load(str(folder))
     assert "is not used" not in caplog.text
 
 
-def test_a_hub_id_is_looked_up_once(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_id_is_requested_once(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked_up = []
     monkeypatch.setattr(pipelines, "download", lambda hub_id: looked_up.append(hub_id) or tiny_pipeline)
     TextToImage.load("owner/name")
     assert looked_up == ["owner/name"]
 
 
-def test_a_folder_may_begin_with_a_tilde(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_may_start_with_tilde(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tiny_pipeline.parent))
     load_network(f"~/{tiny_pipeline.name}")

@@ -1,4 +1,4 @@
-"""A part of a pipeline folder: all of its weights, in whichever safetensors file they are, or one sentence."""
+"""Loading of a part of a pipeline folder: complete, finite weights from safetensors, or an error."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from torch import nn
 
 from lcm.core.errors import UserError
 from lcm.evaluate.clip import mini_clip, pretrained_clip
-from lcm.models.loading import rounded
+from lcm.models.loading import cast_copy
 from lcm.models.lora import with_adapters
 from lcm.models.pipeline import load_codec, load_family, load_network
 from lcm.models.text_to_image import TextToImage
@@ -29,9 +29,9 @@ NETWORKS: dict[str, tuple[str, Callable[[str], Any]]] = {
 }
 
 
-@pytest.fixture(params=NETWORKS)
+@pytest.fixture
 def part(request: pytest.FixtureRequest, xl_pipeline: Path, tmp_path: Path) -> tuple[Path, Callable[[], Any]]:
-    """The weights' file of each part, to be changed, and what loads it."""
+    """Return the file with the weights of a part, in a copy of the folder, and the function that loads the part."""
     name, load = NETWORKS[request.param]
     folder = shutil.copytree(xl_pipeline, tmp_path / "teacher")
     return folder / request.param / f"{name}.safetensors", lambda: load(str(folder))
@@ -41,15 +41,21 @@ def same(one: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["{}.fp16.safetensors", "{}.non_ema.safetensors"])
-def test_a_variant_is_loaded_where_there_is_no_other_file(part: Any, name: str) -> None:
+def parts(names: str, *values: Any) -> Any:
+    """Parametrise over values whose first entry names a part."""
+    return pytest.mark.parametrize(names, values, indirect=["part"])
+
+
+@parts("part,variant", ("unet", "fp16"), ("vae", "non_ema"), ("text_encoder", "fp16"), ("clip", "non_ema"))
+def test_variant_is_loaded_without_other_files(part: Any, variant: str) -> None:
     file, load = part
     expected = load()
-    file.rename(file.with_name(name.format(file.stem)))
+    file.rename(file.with_suffix(f".{variant}.safetensors"))
     assert same(load(), expected)
 
 
-def test_a_variant_is_passed_over_where_there_is_another_file(part: Any) -> None:
+@parts("part", "unet", "text_encoder")
+def test_variant_is_ignored_beside_other_file(part: Any) -> None:
     file, load = part
     expected = load()
     zeros = {name: torch.zeros_like(value) for name, value in load_file(file).items()}
@@ -57,8 +63,9 @@ def test_a_variant_is_passed_over_where_there_is_another_file(part: Any) -> None
     assert same(load(), expected)
 
 
-def test_weights_that_lack_some_are_a_user_error(part: Any) -> None:
-    """A library draws them or leaves them on the meta device, and says so where nobody sees it."""
+@parts("part", *NETWORKS)
+def test_missing_weights_are_an_error(part: Any) -> None:
+    """diffusers and transformers only warn, and draw them or leave them on the meta device."""
     file, load = part
     weights = load_file(file)
     lost = max(weights)
@@ -68,8 +75,12 @@ def test_weights_that_lack_some_are_a_user_error(part: Any) -> None:
         load()
 
 
-@pytest.mark.parametrize(("pickled", "says"), [(True, "weights.bin may hold code; if you trust it"), (False, "copy the whole")])
-def test_a_folder_without_safetensors_is_a_user_error(part: Any, pickled: bool, says: str) -> None:
+@parts(
+    "part,pickled,says",
+    ("unet", True, "weights.bin may hold code; if you trust it"),
+    ("text_encoder", False, "copy the whole"),
+)
+def test_missing_safetensors_are_an_error(part: Any, pickled: bool, says: str) -> None:
     file, load = part
     file.unlink()
     if pickled:
@@ -78,26 +89,29 @@ def test_a_folder_without_safetensors_is_a_user_error(part: Any, pickled: bool, 
         load()
 
 
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (lambda whole: POINTER, r"is a pointer of git-lfs, not the file itself \(`git lfs pull` fetches it\)"),
-        (lambda whole: b"", "is empty"),
-        (lambda whole: b"<!DOCTYPE html><html>Access denied</html>", "is a web page, not the file itself"),
-        (lambda whole: whole[: len(whole) // 2], "is cut or damaged"),
-        (lambda whole: whole[:5], "is cut or damaged"),
-    ],
-    ids=["pointer", "empty", "page", "half", "header"],
+@parts(
+    "part,content,says",
+    pytest.param(
+        *("unet", lambda content: POINTER, r"is a pointer of git-lfs, not the file itself \(`git lfs pull` fetches it\)"),
+        id="pointer",
+    ),
+    pytest.param("vae", lambda content: b"", "is empty", id="empty"),
+    pytest.param("clip", lambda content: b"<!DOCTYPE html><html></html>", "is a web page, not the file itself", id="page"),
+    pytest.param("text_encoder", lambda content: content[: len(content) // 2], "is cut or damaged", id="half"),
+    pytest.param("text_encoder_2", lambda content: content[:5], "is cut or damaged", id="header"),
 )
-def test_a_damaged_file_is_named(part: Any, content: Callable[[bytes], bytes], says: str) -> None:
+def test_damaged_file_is_an_error(part: Any, content: Callable[[bytes], bytes], says: str) -> None:
     file, load = part
     file.write_bytes(content(file.read_bytes()))
     with pytest.raises(UserError, match=f"cannot load {file}: it {says}.*: copy it anew"):
         load()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_weights_that_are_not_finite_are_a_user_error(part: Any, value: float) -> None:
+@parts(
+    "part,value",
+    *zip(NETWORKS, [float("nan"), float("inf"), float("-inf"), float("nan"), float("inf")], strict=True),
+)
+def test_loading_non_finite_weights_is_an_error(part: Any, value: float) -> None:
     file, load = part
     weights = load_file(file)
     name = max(weights)
@@ -107,8 +121,8 @@ def test_weights_that_are_not_finite_are_a_user_error(part: Any, value: float) -
         load()
 
 
-def test_weights_too_large_for_half_precision_are_a_user_error(tiny_pipeline: Path, tmp_path: Path) -> None:
-    """Read and written; bfloat16 holds them."""
+def test_float16_overflow_is_an_error(tiny_pipeline: Path, tmp_path: Path) -> None:
+    """When loading and when saving. bfloat16 has a larger range."""
     unet = load_network(tiny_pipeline)
     unet.conv_out.weight.data[0] = 7e4
     folder = shutil.copytree(tiny_pipeline, tmp_path / "large")
@@ -124,7 +138,7 @@ def test_weights_too_large_for_half_precision_are_a_user_error(tiny_pipeline: Pa
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_weights_that_are_not_finite_are_not_saved(adapted: bool, tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_saving_non_finite_weights_is_an_error(adapted: bool, tiny_pipeline: Path, tmp_path: Path) -> None:
     unet = load_network(tiny_pipeline)
     unet = with_adapters(load_family(tiny_pipeline), unet, rank=1, alpha=1) if adapted else unet
     next(p for name, p in unet.named_parameters() if ".lora_" in name or not adapted).data[0] = torch.nan
@@ -133,13 +147,13 @@ def test_weights_that_are_not_finite_are_not_saved(adapted: bool, tiny_pipeline:
     assert not list(tmp_path.iterdir())
 
 
-def test_finite_weights_of_any_dtype_are_saved() -> None:
+def test_cast_copy_to_any_dtype() -> None:
     layer = nn.Linear(2, 2)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn):
-        assert rounded(layer, dtype).weight.dtype == dtype
+        assert cast_copy(layer, dtype).weight.dtype == dtype
 
 
-def test_a_clip_for_metrics_is_checked_alike(tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_clip_of_metrics_is_checked(tiny_pipeline: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_pipeline / "clip", tmp_path / "clip")
     shutil.copytree(tiny_pipeline / "tokenizer", folder, dirs_exist_ok=True)
     (folder / "model.safetensors").write_bytes(POINTER)
@@ -150,7 +164,7 @@ def test_a_clip_for_metrics_is_checked_alike(tiny_pipeline: Path, tmp_path: Path
 
 
 def edited(folder: Path, part: str, **changes: Any) -> Path:
-    """The folder with another configuration of a part; `...` removes a key."""
+    """Change the config of a part, and return the folder. `...` removes a key."""
     file = folder / part
     config = {**json.loads(file.read_text()), **changes}
     file.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
@@ -158,17 +172,12 @@ def edited(folder: Path, part: str, **changes: Any) -> Path:
 
 
 UNKNOWN = {"decay": 0.9999, "optimization_step": 1000, "update_after_step": 0, "use_ema_warmup": False, "from_tomorrow": None}
-CONFIGS = {
-    "unet/config.json": UNKNOWN,
-    "vae/config.json": UNKNOWN,
-    "text_encoder/config.json": UNKNOWN,
-    "scheduler/scheduler_config.json": UNKNOWN,
-}
 
 
-@pytest.mark.parametrize("part", CONFIGS)
-def test_keys_that_a_configuration_has_too_many_are_ignored(part: str, tiny_pipeline: Path, tmp_path: Path) -> None:
-    folder = edited(shutil.copytree(tiny_pipeline, tmp_path / "ema"), part, **CONFIGS[part])
+def test_unknown_keys_of_configs_are_ignored(tiny_pipeline: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "ema")
+    for file in ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"):
+        edited(folder, file, **UNKNOWN)
     family = load_family(folder)
     assert same(family.with_w(load_network(tiny_pipeline)), family.with_w(load_network(folder)))
     load_codec(folder)
@@ -176,10 +185,11 @@ def test_keys_that_a_configuration_has_too_many_are_ignored(part: str, tiny_pipe
     TextToImage.load(str(tmp_path / "student"))
 
 
-@pytest.mark.parametrize("length", [..., None, 10**30, 512])
-@pytest.mark.parametrize("files", ["tokenizer.json", "vocab.json"])
-def test_captions_are_cut_to_the_text_encoders_length(length: Any, files: str, tiny_pipeline: Path, tmp_path: Path) -> None:
-    """Whatever the tokenizer says of its own."""
+@pytest.mark.parametrize(
+    ("length", "files"), [(..., "tokenizer.json"), (None, "vocab.json"), (10**30, "tokenizer.json"), (512, "vocab.json")]
+)
+def test_captions_are_cut_to_encoder_length(length: Any, files: str, tiny_pipeline: Path, tmp_path: Path) -> None:
+    """For any length in the tokenizer's config."""
     folder = edited(shutil.copytree(tiny_pipeline, tmp_path / "f"), "tokenizer/tokenizer_config.json", model_max_length=length)
     if files == "vocab.json":
         (folder / "tokenizer/tokenizer.json").unlink()
@@ -229,29 +239,26 @@ def large(folder: Path) -> None:
 TOKENIZERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty folder": (
         without_vocabulary,
-        r"lacks its vocabulary: copy tokenizer\.json, or vocab\.json and merges\.txt",
+        r"lacks its vocabulary .*: copy tokenizer\.json, or vocab\.json and merges\.txt",
     ),
     "no merges": (
         lambda folder: ((folder / "tokenizer.json").unlink(), (folder / "merges.txt").unlink())[0],
-        r"lacks its vocabulary: .*\(missing: merges\.txt\)",
+        r"lacks its vocabulary \(missing: merges\.txt\)",
     ),
-    "BERT's": (bert, "holds a BertTokenizer: only CLIP's tokenizers are read"),
-    "of a pointer": (lambda folder: (folder / "tokenizer.json").write_bytes(POINTER) and None, "is a pointer of git-lfs"),
+    "BERT": (bert, "holds a BertTokenizer: only CLIP's tokenizers are supported"),
+    "pointer": (lambda folder: (folder / "tokenizer.json").write_bytes(POINTER) and None, "is a pointer of git-lfs"),
     "half": (
         lambda folder: (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text()[:999]) and None,
         r"tokenizer\.json is not JSON",
     ),
-    "of cut merges": (cut_merges, "longer tokens: its merges are cut"),
-    "small": (small, r"knows \d+ tokens, the text encoder beside it \d+"),
-    "large": (large, r"knows \d+ tokens, the text encoder beside it \d+"),
+    "cut merges": (cut_merges, "longer tokens: its merges are cut"),
+    "small": (small, r"has \d+ tokens, but its text encoder has \d+"),
+    "large": (large, r"has \d+ tokens, but its text encoder has \d+"),
 }
 
 
-@pytest.mark.parametrize("ending", ["", "_2"])
-@pytest.mark.parametrize("kind", TOKENIZERS)
-def test_a_tokenizer_that_is_not_the_text_encoders_is_a_user_error(
-    kind: str, ending: str, xl_pipeline: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("kind", "ending"), list(zip(TOKENIZERS, ["", "_2"] * 4, strict=True)))
+def test_wrong_tokenizer_is_an_error(kind: str, ending: str, xl_pipeline: Path, tmp_path: Path) -> None:
     folder, (change, says) = shutil.copytree(xl_pipeline, tmp_path / "f"), TOKENIZERS[kind]
     change(folder / f"tokenizer{ending}")
     with pytest.raises(UserError, match=says):
@@ -266,7 +273,7 @@ def test_a_tokenizer_that_is_not_the_text_encoders_is_a_user_error(
         ("text_encoder", {"model_type": "chinese_clip_text_model", "architectures": ...}, "holds a chinese_clip_text_model"),
     ],
 )
-def test_a_text_encoder_that_is_not_clips_is_a_user_error(
+def test_text_encoder_other_than_clip_is_an_error(
     part: str, changes: dict[str, Any], says: str, xl_pipeline: Path, tmp_path: Path
 ) -> None:
     folder = edited(shutil.copytree(xl_pipeline, tmp_path / "f"), f"{part}/config.json", **changes)

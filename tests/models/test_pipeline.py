@@ -1,4 +1,4 @@
-"""Pipeline folders: what is refused, what survives a round trip, and that diffusers makes the same images from them."""
+"""Pipeline folders: errors, round trips, and equal images in diffusers."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ from lcm.models.pipeline import (
     load_network,
     load_prediction_type,
     load_process,
-    training_facts,
+    read_lcm_json,
 )
 from lcm.models.saving import save_pipeline
 from lcm.models.text_to_image import TextToImage
@@ -38,7 +38,7 @@ SEEDS = [3, 11]
 
 
 def with_scheduler(folder: Path, base: Path, **changes: Any) -> str:
-    """A copy of a pipeline folder whose scheduler_config.json says something else."""
+    """Copy a pipeline folder with a changed scheduler_config.json."""
     shutil.copytree(base, folder)
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
@@ -47,25 +47,20 @@ def with_scheduler(folder: Path, base: Path, **changes: Any) -> str:
 
 @pytest.fixture(scope="module")
 def student(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A student whose w matters, saved as a consistency model."""
+    """A saved consistency model with random weights of the projection of w."""
     return save_student(tmp_path_factory.mktemp("pipelines") / "student", tiny_pipeline, w_min=2.0, w_max=14.0)
 
 
-def test_a_missing_folder_is_a_user_error(tmp_path: Path) -> None:
+def test_missing_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="there is no pipeline folder"):
         find(str(tmp_path / "nowhere"))
+    for name in ("https://huggingface.co/owner/name", "s3://bucket/model", "./owner/name", "model", ""):
+        with pytest.raises(UserError, match="pipeline folder"):
+            find(name)
 
 
-@pytest.mark.parametrize("url", ["https://huggingface.co/owner/name", "s3://bucket/model", "./owner/name", "model", ""])
-def test_what_is_neither_a_folder_nor_a_hub_id_is_a_user_error(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="pipeline folder"):
-        find(url)
-
-
-def test_an_unreachable_hub_id_is_a_user_error() -> None:
+def test_unreachable_hub_id_is_an_error() -> None:
     with pytest.raises(UserError, match="neither a folder here nor reachable"):
         find("nobody/nothing")
 
@@ -86,7 +81,7 @@ def test_an_unreachable_hub_id_is_a_user_error() -> None:
     ],
     ids=["both", "fp16 alone", "others", "transformer"],
 )
-def test_of_a_hub_repository_only_what_is_read_is_fetched(files, fetched, tmp_path: Path, monkeypatch) -> None:
+def test_download_skips_unused_files(files, fetched, tmp_path: Path, monkeypatch) -> None:
     def snapshot_download(hub_id: str, **patterns: Any) -> str:
         for name in filter_repo_objects(files, **patterns):
             (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -98,13 +93,13 @@ def test_of_a_hub_repository_only_what_is_read_is_fetched(files, fetched, tmp_pa
     assert {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*.*")} == (fetched or files)
 
 
-def test_the_parts_that_a_folder_lacks_are_named(tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_missing_parts_are_named(tiny_pipeline: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_pipeline, tmp_path / "half", ignore=shutil.ignore_patterns("unet", "tokenizer"))
     with pytest.raises(UserError, match=r"is not a whole StableDiffusionPipeline: it lacks unet, tokenizer$"):
         find(str(tmp_path / "half"))
 
 
-def test_a_pipeline_of_another_class_is_a_user_error(tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_unknown_class_is_an_error(tiny_pipeline: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_pipeline, tmp_path / "odd")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableCascadePipeline"}))
     with pytest.raises(
@@ -113,15 +108,8 @@ def test_a_pipeline_of_another_class_is_a_user_error(tiny_pipeline: Path, tmp_pa
         find(str(folder))
 
 
-def test_a_folder_without_weights_is_a_user_error(tiny_pipeline: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_pipeline, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
-    for load in (load_network, load_codec):
-        with pytest.raises(UserError):
-            load(str(tmp_path / "empty"))
-
-
 @pytest.mark.parametrize("file", ["scheduler/scheduler_config.json", "lcm.json", "vae/config.json", "unet/config.json"])
-def test_broken_json_is_a_user_error_that_names_it(tiny_pipeline: Path, tmp_path: Path, file: str) -> None:
+def test_broken_json_is_an_error(tiny_pipeline: Path, tmp_path: Path, file: str) -> None:
     folder = shutil.copytree(tiny_pipeline, tmp_path / "broken")
     (folder / file).write_text('{"sample_size": ')
     with pytest.raises(UserError, match=f"{file}.* (is )?not .*JSON"):
@@ -133,27 +121,25 @@ def test_broken_json_is_a_user_error_that_names_it(tiny_pipeline: Path, tmp_path
     [
         ({"in_channels": 9}, "takes 9 channels and gives 4, its latents have 4: give a text-to-image pipeline"),
         ({"in_channels": 16, "out_channels": 16}, "takes 16 channels and gives 16, its latents have 4"),
-        ({"num_class_embeds": 10}, "takes a class beside the text"),
-        ({"class_embed_type": "timestep"}, "takes a class beside the text"),
+        ({"num_class_embeds": 10}, "takes a class besides the text"),
+        ({"class_embed_type": "timestep"}, "takes a class besides the text"),
     ],
 )
-def test_a_unet_that_does_not_fit_its_pipeline_is_a_user_error(
-    tiny_pipeline: Path, tmp_path: Path, changes: dict[str, Any], says: str
-) -> None:
+def test_unsuitable_unet_is_an_error(tiny_pipeline: Path, tmp_path: Path, changes: dict[str, Any], says: str) -> None:
     folder = shutil.copytree(tiny_pipeline, tmp_path / "odd")
     tiny_unet(**changes).save_pretrained(folder / "unet")
     with pytest.raises(UserError, match=says):
         load_network(str(folder))
 
 
-def test_text_encoders_that_do_not_fit_their_network_are_a_user_error(tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_text_width_mismatch_is_an_error(tiny_pipeline: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_pipeline, tmp_path / "odd")
     tiny_unet(cross_attention_dim=24).save_pretrained(folder / "unet")
-    with pytest.raises(UserError, match="its UNet reads texts of width 24, its text encoders write 16: give it the text"):
+    with pytest.raises(UserError, match="text embeddings of width 24, but its text encoders give 16: use the text encoders"):
         load_network(str(folder))
 
 
-def test_a_vae_that_scales_each_channel_by_itself_is_a_user_error(tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_vae_with_latent_statistics_is_an_error(tiny_pipeline: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_pipeline, tmp_path / "odd")
     file = folder / "vae/config.json"
     changes = {"latents_mean": [0.1] * 4, "latents_std": [2.0] * 4}
@@ -162,19 +148,19 @@ def test_a_vae_that_scales_each_channel_by_itself_is_a_user_error(tiny_pipeline:
         load_codec(str(folder))
 
 
-def test_an_unknown_schedule_is_a_user_error(tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_unknown_schedule_is_an_error(tiny_pipeline: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown beta_schedule"):
         load_process(with_scheduler(tmp_path / "odd", tiny_pipeline, beta_schedule="exotic"))
 
 
-def test_an_unknown_prediction_type_is_a_user_error(tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_unknown_prediction_type_is_an_error(tiny_pipeline: Path, tmp_path: Path) -> None:
     folder = with_scheduler(tmp_path / "odd", tiny_pipeline, prediction_type="flow")
     with pytest.raises(UserError, match="unknown prediction_type"):
         TextToImage.load(folder).latents(["rocket"], [0], steps=1, w=0.0)
 
 
 @pytest.mark.parametrize("consistency", [False, True])
-def test_a_round_trip_keeps_weights_and_schedule(tiny_pipeline: Path, tmp_path: Path, consistency: bool) -> None:
+def test_round_trip_keeps_weights_and_schedule(tiny_pipeline: Path, tmp_path: Path, consistency: bool) -> None:
     process = VP(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, rescale_betas_zero_snr=True)
     torch.manual_seed(0)
     unet = load_family(str(tiny_pipeline)).with_w(load_network(str(tiny_pipeline)), zero_init=False)
@@ -188,23 +174,21 @@ def test_a_round_trip_keeps_weights_and_schedule(tiny_pipeline: Path, tmp_path: 
     assert load_process(folder).config == process.config
     assert torch.equal(load_process(folder).alphas, process.alphas)
     assert load_prediction_type(folder) == "v_prediction"
-    facts = {"sampler": "consistency", "points": 50} if consistency else {"sampler": "ddim"}
-    assert training_facts(folder) == {**facts, "w_max": 3.0}
+    metadata = {"sampler": "consistency", "points": 50} if consistency else {"sampler": "ddim"}
+    assert read_lcm_json(folder) == {**metadata, "w_max": 3.0}
     assert TextToImage.load(folder).consistency == consistency
 
 
-def test_saving_leaves_the_network_as_it_was(tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_saving_does_not_change_network(tiny_pipeline: Path, tmp_path: Path) -> None:
     unet = load_network(str(tiny_pipeline))
-    options = {"family": load_family(str(tiny_pipeline)), "base": tiny_pipeline, "facts": {"sampler": "ddim"}}
+    options = {"family": load_family(str(tiny_pipeline)), "base": tiny_pipeline, "metadata": {"sampler": "ddim"}}
     save_pipeline(tmp_path / "half", unet, **options, scheduler=ddim_scheduler(VP(), "epsilon"), dtype=torch.float16)
     assert unet.dtype == torch.float32
     saved = load_file(tmp_path / "half" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {weight.dtype for weight in saved.values()} == {torch.float16}
 
 
-def test_a_failed_save_keeps_the_folder_that_was_there(
-    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_save_keeps_old_folder(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_teacher(tmp_path / "saved", load_network(str(tiny_pipeline)), tiny_pipeline)
     monkeypatch.setattr(UNet2DConditionModel, "save_pretrained", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -212,18 +196,18 @@ def test_a_failed_save_keeps_the_folder_that_was_there(
     assert find(folder)
 
 
-def test_a_pipeline_can_be_saved_over_its_own_base(tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_pipeline_can_be_saved_over_its_base(tiny_pipeline: Path, tmp_path: Path) -> None:
     folder = save_teacher(tmp_path / "saved", load_network(str(tiny_pipeline)), tiny_pipeline)
     assert find(save_teacher(tmp_path / "saved", load_network(folder), Path(folder)))
 
 
 def assert_alike(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> None:
-    """Within a share of the latents' standard deviation."""
+    """Compare with a tolerance relative to the standard deviation."""
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.std()))
 
 
 def teacher_latents(folder: str, steps: int, w: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """What we and what diffusers make of the same initial noise."""
+    """Return our latents and those of diffusers for the same initial noise."""
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     options = {"guidance_scale": w + 1, "num_inference_steps": steps, "latents": ImageNoise(SEEDS, (4, 8, 8))()}
@@ -231,8 +215,8 @@ def teacher_latents(folder: str, steps: int, w: float) -> tuple[torch.Tensor, to
     return TextToImage.load(folder).latents(PROMPTS, SEEDS, steps=steps, w=w, sampler=sampling.ddim), theirs
 
 
-@pytest.mark.parametrize(("steps", "w"), [(1, 3.0), (4, 7.5), (10, 0.0), (50, 2.0)])
-def test_diffusers_samples_the_teacher_alike(tiny_pipeline: Path, steps: int, w: float) -> None:
+@pytest.mark.parametrize(("steps", "w"), [(1, 3.0), (4, 7.5), (10, 0.0)])
+def test_teacher_samples_agree_with_diffusers(tiny_pipeline: Path, steps: int, w: float) -> None:
     assert_alike(*teacher_latents(str(tiny_pipeline), steps, w))
 
 
@@ -244,7 +228,7 @@ def test_diffusers_samples_the_teacher_alike(tiny_pipeline: Path, steps: int, w:
         {"prediction_type": "sample", "beta_schedule": "squaredcos_cap_v2"},
     ],
 )
-def test_diffusers_samples_any_schedule_alike(tiny_pipeline: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_samples_of_schedules_agree_with_diffusers(tiny_pipeline: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     process = VP(**{key: value for key, value in options.items() if key != "prediction_type"})
     folder = save_teacher(
         tmp_path / "teacher", load_network(str(tiny_pipeline)), tiny_pipeline, options["prediction_type"], process
@@ -252,14 +236,14 @@ def test_diffusers_samples_any_schedule_alike(tiny_pipeline: Path, tmp_path: Pat
     assert_alike(*teacher_latents(folder, 5, 4.0), tolerance=1e-3)
 
 
-def test_diffusers_opens_the_teacher_without_a_warning(tiny_pipeline: Path) -> None:
+def test_diffusers_opens_teacher_without_warning(tiny_pipeline: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         StableDiffusionPipeline.from_pretrained(tiny_pipeline)
 
 
-def test_diffusers_decodes_to_the_same_images(tiny_pipeline: Path) -> None:
-    """To a grey level: both round."""
+def test_images_agree_with_diffusers(tiny_pipeline: Path) -> None:
+    """Within a grey level, as both round."""
     pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
     pipe.set_progress_bar_config(disable=True)
     noise = ImageNoise(SEEDS, (4, 8, 8))()
@@ -269,56 +253,50 @@ def test_diffusers_decodes_to_the_same_images(tiny_pipeline: Path) -> None:
 
 
 def student_samples(folder: str, steps: int, w: float, output_type: str = "latent") -> torch.Tensor:
-    """diffusers draws the initial and all later noise of an image from its generator, as `ImageNoise` does."""
+    """Sample by diffusers. It draws all noise of an image from one generator, like `ImageNoise`."""
     pipe = LatentConsistencyModelPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     options = {"guidance_scale": w + 1, "num_inference_steps": steps, "generator": ImageNoise(SEEDS, (4, 8, 8)).generators}
     return pipe(PROMPTS, output_type=output_type, **options).images
 
 
-@pytest.mark.parametrize("w", [2.0, 11.5])
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
-def test_diffusers_samples_the_student_alike(student: str, steps: int, w: float) -> None:
+@pytest.mark.parametrize(("steps", "w"), [(1, 2.0), (2, 11.5), (3, 2.0), (4, 11.5), (8, 2.0)])
+def test_student_samples_agree_with_diffusers(student: str, steps: int, w: float) -> None:
     ours = TextToImage.load(student).latents(PROMPTS, SEEDS, steps=steps, w=w)
     assert_alike(ours, student_samples(student, steps, w))
 
 
 @pytest.mark.parametrize("points", [20, 100])
-def test_diffusers_samples_a_student_of_another_grid_alike(tiny_pipeline: Path, tmp_path: Path, points: int) -> None:
+def test_samples_of_grids_agree_with_diffusers(tiny_pipeline: Path, tmp_path: Path, points: int) -> None:
     folder = save_student(tmp_path / "model", tiny_pipeline, points=points)
     ours = TextToImage.load(folder).latents(PROMPTS, SEEDS, steps=3, w=6.0)
     assert_alike(ours, student_samples(folder, 3, 6.0))
 
 
 @pytest.mark.parametrize("schedule", [{}, {"rescale_betas_zero_snr": True}])
-def test_diffusers_samples_a_v_predicting_student_alike(tiny_pipeline: Path, tmp_path: Path, schedule: dict[str, bool]) -> None:
+def test_samples_of_v_student_agree_with_diffusers(tiny_pipeline: Path, tmp_path: Path, schedule: dict[str, bool]) -> None:
     folder = save_student(tmp_path / "v", tiny_pipeline, "v_prediction", VP(**schedule))
     assert_alike(TextToImage.load(folder).latents(PROMPTS, SEEDS, steps=4, w=6.0), student_samples(folder, 4, 6.0))
 
 
-def test_diffusers_makes_the_students_images(student: str) -> None:
+def test_student_images_agree_with_diffusers(student: str) -> None:
     [ours] = TextToImage.load(student).images(PROMPTS, SEEDS, steps=4, w=7.0)
     assert (ours - 255 * student_samples(student, 4, 7.0, "pt")).abs().max() <= 1
 
 
-def test_w_matters_to_the_student(student: str) -> None:
+def test_w_affects_student(student: str) -> None:
     model = TextToImage.load(student)
     assert not torch.allclose(*(model.latents(PROMPTS, SEEDS, steps=1, w=w) for w in (2.0, 11.5)), rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "prompt", ["", " ", "naïve café", "红苹果", "🍎🚀", "\x00\n\t", "<|endoftext|> <|startoftext|>", "a" * 500, "ß𝔘" * 40]
-)
-def test_any_prompt_encodes_and_ends(tiny_pipeline: Path, prompt: str) -> None:
+def test_any_prompt_is_encoded(tiny_pipeline: Path) -> None:
     codec = load_codec(str(tiny_pipeline))
-    [ids] = codec.text.tokenizers[0]([prompt], padding="max_length", truncation=True).input_ids
-    assert len(ids) == 16
-    assert ids[0] == codec.text.tokenizers[0].bos_token_id
-    assert ids[-1] == codec.text.tokenizers[0].eos_token_id
-    assert codec.text([prompt])["states"].isfinite().all()
-
-
-@pytest.mark.parametrize("prompt", ["naïve café", "红苹果", "🍎🚀"])
-def test_the_tokenizer_loses_no_letter(tiny_pipeline: Path, prompt: str) -> None:
-    tokenizer = load_codec(str(tiny_pipeline)).text.tokenizers[0]
-    assert tokenizer.decode(tokenizer(prompt).input_ids, skip_special_tokens=True).strip() == prompt
+    tokenizer = codec.text.tokenizers[0]
+    for prompt in ("", " ", "naïve café", "红苹果", "🍎🚀", "\x00\n\t", "<|endoftext|> <|startoftext|>", "a" * 500, "ß𝔘" * 40):
+        [ids] = tokenizer([prompt], padding="max_length", truncation=True).input_ids
+        assert len(ids) == 16
+        assert ids[0] == tokenizer.bos_token_id
+        assert ids[-1] == tokenizer.eos_token_id
+        assert codec.text([prompt])["states"].isfinite().all()
+    for prompt in ("naïve café", "红苹果", "🍎🚀"):
+        assert tokenizer.decode(tokenizer(prompt).input_ids, skip_special_tokens=True).strip() == prompt

@@ -202,7 +202,7 @@ def test_consistency_model_samples_as_trained(kind: str, training: Make, data: M
     torch.testing.assert_close(drawn, f)
     assert torch.equal(model.latents(["rocket"], [0], steps=1, w=0.0), drawn)
     run, place = model.sampler(None)
-    assert place(2) == [999, model.facts["timesteps"][-1 - len(model.facts["timesteps"]) // 2]]
+    assert place(2) == [999, model.metadata["timesteps"][-1 - len(model.metadata["timesteps"]) // 2]]
     assert getattr(run, "func", run) is sampling.consistency
 
 

@@ -18,7 +18,7 @@ from lcm.core.objectives.finetuning import LatentConsistencyFinetuning
 from lcm.core.process import VP
 from lcm.core.timesteps import full, grid
 from lcm.models.codec import LatentCodec
-from lcm.models.pipeline import load_codec, load_network, load_process, training_facts
+from lcm.models.pipeline import load_codec, load_network, load_process, read_lcm_json
 from lcm.models.student import as_network
 from lcm.models.text_to_image import TextToImage
 from lcm.modules.consistency import ConsistencyModule
@@ -142,7 +142,7 @@ def test_saved_folder_holds_the_student(
     assert torch.equal(parameters_to_vector(loaded.parameters()), parameters_to_vector(best.parameters()).half().float())
     assert TextToImage.load(folder).consistency
     assert load_process(folder).config == module.process.config
-    assert training_facts(folder).items() >= {"steps": 2, "w_min": 1.0, "w_max": 5.0}.items()
+    assert read_lcm_json(folder).items() >= {"steps": 2, "w_min": 1.0, "w_max": 5.0}.items()
     assert TextToImage.load(folder).latents(["rocket"], [0], steps=2, w=3.0).isfinite().all()
 
 

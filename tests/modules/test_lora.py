@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lcm.core.batch import LatentBatch
 from lcm.core.errors import UserError
-from lcm.models.lora import is_of_adapter
-from lcm.models.pipeline import load_family, load_network, training_facts
+from lcm.models.lora import is_adapter_parameter
+from lcm.models.pipeline import load_family, load_network, read_lcm_json
 from lcm.models.student import as_network
 from lcm.models.text_to_image import TextToImage
 from lcm.modules.latent import LatentModule
@@ -58,8 +58,8 @@ def test_base_weights_stay_and_take_bf16(training: Make, data: Make, fit: Make) 
     found = {id(p) for p in module.frozen["teacher"].parameters()}
     for net in (module.net, module.ema_net):
         for name, p in net.named_parameters():
-            assert p.dtype == (torch.float32 if is_of_adapter(name) else stored)
-            assert is_of_adapter(name) or id(p) in found, name
+            assert p.dtype == (torch.float32 if is_adapter_parameter(name) else stored)
+            assert is_adapter_parameter(name) or id(p) in found, name
     assert [name for name, value in adapters(module).items() if torch.equal(value, start[name])] == []
 
 
@@ -89,7 +89,7 @@ def test_resume_from_adapters_is_exact(training: Make, data: Make, fit: Make, tm
     fit(second, data(), 4, ckpt_path=tmp_path / "2.ckpt", precision="bf16-mixed")
     assert [name for name, value in adapters(straight).items() if not torch.equal(value, adapters(second)[name])] == []
     content = torch.load(tmp_path / "2.ckpt", weights_only=True)
-    assert all(is_of_adapter(name) for name in content["state_dict"])
+    assert all(is_adapter_parameter(name) for name in content["state_dict"])
     assert {name.split(".")[0] for name in content["state_dict"]} == {"net", "ema_net", "target_net"}
 
 
@@ -135,7 +135,7 @@ def test_merged_folder_needs_one_pass_per_step(training: Make, data: Make, fit: 
     fit(module, data(), 2)
     module.save_model(folder := str(tmp_path / "model"))
     facts = {"method": "LatentConsistencyDistillation of adapters", "steps": 2, "rank": 4, "alpha": 4, "teacher_w": [1.0, 5.0]}
-    assert training_facts(folder).items() >= facts.items()
+    assert read_lcm_json(folder).items() >= facts.items()
     model, batches = TextToImage.load(folder), []
     assert model.consistency
     model.net.register_forward_pre_hook(lambda unet, args: batches.append(len(args[0])))

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from lcm.models.tokenizer import train_tokenizer
+from lcm.models.text import train_tokenizer
 from lcm.modules.autoencoder import Autoencoder, psnr
 from lcm.modules.clip import Clip, contrastive_loss
 from lcm.modules.lr_schedules import constant

@@ -19,7 +19,7 @@ from lcm.data.source import Source
 from lcm.data.transforms import Decode
 from lcm.encode import claim, encode_shard
 from lcm.models.codec import LatentCodec
-from lcm.models.pipeline import load_codec, load_family, load_network, training_facts
+from lcm.models.pipeline import load_codec, load_family, load_network, read_lcm_json
 from lcm.models.student import as_network
 from lcm.models.text_to_image import TextToImage
 from tests.data.conftest import png, write_shard
@@ -96,7 +96,7 @@ def test_other_text_encoders_are_refused(of_xl: bool, codec: LatentCodec, xl_pip
     folder, texts = (xl_pipeline, load_codec(str(tiny_pipeline))) if of_xl else (tiny_pipeline, codec)
     reads, gives = ("pooled, sizes, states of width 40", "states of width 16")[:: 1 if of_xl else -1]
     z, net = torch.zeros(1, 4, 8, 8), as_network(load_family(str(folder)), load_network(str(folder)))
-    with pytest.raises(UserError, match=f"reads {reads}, the text encoders give {gives}: set data.codec.pipeline"):
+    with pytest.raises(UserError, match=f"expects {reads}, but the text encoders give {gives}: set data.codec.pipeline"):
         net(z, torch.tensor([1]), texts.conditions(["a"], z)[0])
 
 
@@ -129,7 +129,7 @@ def test_xl_student_matches_diffusers(
     names = [name for (name, p), old in zip(module.net.named_parameters(), before, strict=True) if not torch.equal(p, old)]
     assert {"add_embedding.linear_1.weight", "time_embedding.cond_proj.weight"} <= set(names)
     module.save_model(str(tmp_path / "model"), dtype=torch.float32)
-    assert training_facts(str(tmp_path / "model"))["w_max"] == 14
+    assert read_lcm_json(str(tmp_path / "model"))["w_max"] == 14
     pipe = opened(tmp_path / "model")
     assert isinstance(pipe.scheduler, LCMScheduler)
     options = {"guidance_scale": 8.0, "num_inference_steps": 4, "generator": ImageNoise(SEEDS, (4, 8, 8)).generators}

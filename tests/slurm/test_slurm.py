@@ -88,7 +88,7 @@ def test_ranks_train_as_one_process(cluster: Cluster, tiny, tmp_path):
     runs = [*tiny, *COMMON, f"paths.runs={tmp_path}", "+model.optimizer.eps=1e-4"]
     job = cluster.submit(*runs, "data.batch_size=2", "name=ranks", tasks=2, log=tmp_path / "log")
     one = subprocess.run(
-        command("train.py", *runs, "trainer=cpu", "data.batch_size=8", "name=one"),
+        command("train.py", *runs, "trainer.accelerator=cpu", "data.batch_size=8", "name=one"),
         cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert one.returncode == 0, one.stderr
@@ -105,7 +105,7 @@ def test_ranks_train_as_one_process(cluster: Cluster, tiny, tmp_path):
 
 def test_a_job_stopped_at_any_moment_ends_as_if_it_had_not_been(cluster: Cluster, tiny, tmp_path):
     """Bit for bit with two ranks. (With more, DDP sums in another order in the step in which it lays out its buckets.)"""
-    runs = [*tiny, *COMMON, f"paths.runs={tmp_path}", "logger=many", "logger.wandb.offline=true"]
+    runs = [*tiny, *COMMON, f"paths.runs={tmp_path}", "logger=[csv,tensorboard,wandb]", "logger.wandb.offline=true"]
     straight = cluster.submit(*runs, "name=straight", log=tmp_path / "straight.log")
     whole = tmp_path / f"straight/{straight.number}"
     assert straight.end()["JobState"] == "COMPLETED", straight.log
@@ -137,7 +137,7 @@ def test_trainings_of_one_job_side_by_side_and_in_turn_do_not_meet(cluster: Clus
     srun = ["srun", "--exact", "--nodes=1", "--ntasks=2", "--ntasks-per-node=2"]
     step = [*srun, *train, "trainer=slurm", "trainer.accelerator=cpu"]
     lines = [f"{shlex.join([*step, f'model.w_max={w}'])} &" for w in (4, 8)]
-    script = "\n".join(["#!/bin/bash", *lines, "wait", shlex.join([*train, "trainer=cpu", "model.w_max=4"])])
+    script = "\n".join(["#!/bin/bash", *lines, "wait", shlex.join([*train, "trainer.accelerator=cpu", "model.w_max=4"])])
     (tmp_path / "job.sh").write_text(script)
     options = ["--nodes=1", "--ntasks=4", "--ntasks-per-node=4", "--cpus-per-task=1", f"--output={tmp_path}/log"]
     number = cluster.run("sbatch", "--parsable", *options, f"{tmp_path}/job.sh").strip()
@@ -153,7 +153,9 @@ def test_trainings_of_one_job_side_by_side_and_in_turn_do_not_meet(cluster: Clus
 
 def test_scancel_saves_and_ends_with_slurm_s_code(cluster: Cluster, tiny, tmp_path):
     endless = ["trainer.max_steps=100000", f"paths.runs={tmp_path}", "name=cancelled"]
-    job = cluster.submit(*tiny, *COMMON, *endless, "logger=many", "logger.wandb.offline=true", log=tmp_path / "log")
+    job = cluster.submit(
+        *tiny, *COMMON, *endless, "logger=[csv,tensorboard,wandb]", "logger.wandb.offline=true", log=tmp_path / "log"
+    )
     run_dir = tmp_path / f"cancelled/{job.number}"
     wait_for(lambda: len(column(run_dir, "train/loss")) > 3 or job.ended(), lambda: job.log)
     cluster.run("scancel", job.number)
@@ -218,7 +220,7 @@ def test_a_lost_node_costs_no_more_than_the_steps_since_the_last_checkpoint(clus
 def test_a_sweep_gives_each_run_a_job(cluster: Cluster, tiny, tmp_path):
     pytest.importorskip("submitit", reason="hydra/launcher=submitit_slurm needs `pip install -e .[slurm]`")
     launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.gpus_per_node=null", "hydra.launcher.cpus_per_task=1"]
-    args = [*tiny, "trainer=cpu", "model.ema_decay=0,0.95", f"paths.runs={tmp_path}", "name=sweep"]
+    args = [*tiny, "trainer.accelerator=cpu", "model.ema_decay=0,0.95", f"paths.runs={tmp_path}", "name=sweep"]
     cluster.run(sys.executable, "train.py", "-m", *launcher, *args)
     [table] = (tmp_path / "sweeps").glob("*/table.md")
     assert not list((tmp_path / "sweeps").rglob("*.pkl"))  # overrides, secrets included

@@ -1,6 +1,6 @@
-"""The base of consistency objectives: the draws of a step, and the distance between two points of a path.
+"""The base of consistency objectives: the random draws of a step, and the distance between two points of a trajectory.
 
-An objective owns its draws, its loss, the sampler of its students and the scheduler that is saved with them.
+An objective defines its draws, its loss, the sampler of its students and the scheduler saved with them.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from lcm.core.process import Flow, Process
 from lcm.core.timesteps import POINTS, few_step_flow, points_of
 
 Distance = Callable[[Tensor, Tensor], Tensor]
-Loss = tuple[Tensor, dict[str, Tensor]]  # a scalar to minimise, and values to log
+Loss = tuple[Tensor, dict[str, Tensor]]  # scalar loss, values to log
 
 
 class Networks(NamedTuple):
@@ -32,7 +32,7 @@ class Networks(NamedTuple):
 
 @dataclass
 class ConsistencyDraws:
-    """The randomness of a step: eps `[B, C, H, W]`, index `[B]` into the trained timesteps, w `[B]`."""
+    """The random draws of a step: eps `[B, C, H, W]`, index `[B]` into the trained timesteps, w `[B]`."""
 
     eps: Tensor
     index: Tensor
@@ -42,12 +42,12 @@ class ConsistencyDraws:
 class ConsistencyObjective(nn.Module):
     """Subclasses define `loss`.
 
-    process: of the student. timesteps: the trained t, `[N]` int64 ascending. distance: the paper's d. w is uniform in
-    [w_min, w_max]. f: the consistency function. saved_steps: the number of steps for which the saved scheduler of a flow
-    student pins its grid.
+    process: the student's. timesteps: the trained t, `[N]` int64 ascending. distance: the paper's d. w is uniform in
+    [w_min, w_max]. f: the consistency function. saved_steps: the number of sampling steps that the saved scheduler of a flow
+    student is exact for.
     """
 
-    sampler: ClassVar[str] = "consistency"  # of `lcm.core.sampling`
+    sampler: ClassVar[str] = "consistency"  # a function of `lcm.core.sampling`
     timesteps: Tensor
 
     def __init__(
@@ -67,18 +67,19 @@ class ConsistencyObjective(nn.Module):
         self.register_buffer("timesteps", timesteps, persistent=False)
 
     def draw(self, z0: Tensor, rng: torch.Generator) -> ConsistencyDraws:
-        """eps ~ N(0, 1), n uniform, w ~ U[w_min, w_max]."""
+        """Draw eps ~ N(0, 1), n uniform and w ~ U[w_min, w_max]."""
         eps = torch.randn(z0.shape, generator=rng, device=z0.device)
         index = torch.randint(len(self.timesteps), (len(z0),), generator=rng, device=z0.device)
         return ConsistencyDraws(eps, index, draw_w(len(z0), self.w_min, self.w_max, rng))
 
     def loss(self, nets: Networks, batch: LatentBatch, draws: Any) -> Loss:
+        """Return the loss, and values to log."""
         raise NotImplementedError
 
     def compare(
         self, nets: Networks, cond: Condition, w: Tensor | None, far: tuple[Tensor, Tensor], near: tuple[Tensor, Tensor]
     ) -> Loss:
-        """`d(f_theta(z_t, w, c, t), f_theta-(z_s, w, c, s))` for far = (z_t, t) and near = (z_s, s); mean over the batch."""
+        """Return `d(f_theta(z_t, w, c, t), f_theta-(z_s, w, c, s))` for far = (z_t, t), near = (z_s, s), averaged."""
         return self.distances(
             lambda: self.f(nets.online.bound(cond, w), *far, process=self.process),
             lambda: self.f(nets.target.bound(cond, w), *near, process=self.process),
@@ -86,7 +87,7 @@ class ConsistencyObjective(nn.Module):
         )
 
     def distances(self, online: Callable[[], Tensor], target: Callable[[], Tensor], device: torch.device) -> Loss:
-        """The target comes first. The random state is put back after it, so that both networks draw the same dropout mask."""
+        """Return the mean distance. The random state is restored after the target, so both networks share dropout masks."""
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             target_point = target()
         prediction = online()
@@ -94,19 +95,20 @@ class ConsistencyObjective(nn.Module):
         return loss.mean(), {"consistency_l2": (prediction.detach() - target_point).square().mean()}
 
     def advance(self, step: int, max_steps: int) -> None:
-        """Adapt to the progress of the training before the update `step`. Most objectives stay as they are."""
+        """Adapt to the progress of the training before the update `step`. By default nothing changes."""
 
     def target_decay(self, decay: float) -> float:
-        """Return the target network's decay (mu) now; decay: the configured one."""
+        """Return the target network's current decay (mu). decay: the configured value."""
         return decay
 
     def sampling(self) -> dict[str, Any]:
-        """Return plain data for `lcm.json`, from which `lcm.core.sampling` rebuilds the sampler of a saved student."""
-        shift = {"shift": self.process.shift} if isinstance(self.process, Flow) else {}  # the saved scheduler's is another
+        """Return the sampler's settings for `lcm.json`, as plain data."""
+        # The scheduler of a saved flow student has another shift, see `few_step_flow`.
+        shift = {"shift": self.process.shift} if isinstance(self.process, Flow) else {}
         return {"sampler": self.sampler, "points": points_of(self.timesteps, self.process.num_timesteps), **shift}
 
     def scheduler(self, prediction_type: str) -> tuple[str, dict[str, Any]]:
-        """Return the class and the config of the diffusers scheduler that is saved with a student."""
+        """Return the class name and the config of the diffusers scheduler saved with a student."""
         if isinstance(self.process, Flow):
             return "FlowMatchLCMScheduler", {**self.process.config, **few_step_flow(self.process.shift, self.saved_steps)}
         points = self.sampling()["points"] or POINTS

@@ -8,7 +8,7 @@ import torch
 
 from lcm.core.batch import LatentBatch
 from lcm.core.consistency import cm_consistency_fn
-from lcm.core.denoiser import seen_from
+from lcm.core.denoiser import convert_process
 from lcm.core.errors import UserError
 from lcm.core.numbers import Count, Positive
 from lcm.core.objectives.consistency import ConsistencyDraws, ConsistencyObjective, Loss, Networks
@@ -18,9 +18,9 @@ from lcm.core.timesteps import karras, neighbours
 
 
 class ConsistencyModel(ConsistencyObjective):
-    """Neighbours of a Karras grid of `points` timesteps, in the paper's own parametrisation.
+    """The base of both methods: pairs of neighbours on a Karras grid, and the paper's consistency function.
 
-    sigma_data: the latents' standard deviation, see `cm_consistency_fn`.
+    points: of the grid. sigma_data: the standard deviation of the latents, see `cm_consistency_fn`.
     """
 
     def __init__(self, process: Process, *, points: Count = 18, sigma_data: Positive = 1.0, **options: Any) -> None:
@@ -34,7 +34,7 @@ class ConsistencyModel(ConsistencyObjective):
 
 
 class ConsistencyDistillation(ConsistencyModel):
-    """The student at t_{n+1} agrees with its target at t_n, one solver step of the teacher nearer the data: k = 1."""
+    """The student at t_{n+1} matches its target at t_n, which one solver step of the teacher reaches (k = 1)."""
 
     def __init__(self, process: Process, *, solver: Solver, **options: Any) -> None:
         super().__init__(process, **options)
@@ -45,15 +45,15 @@ class ConsistencyDistillation(ConsistencyModel):
         z_t = self.process.jump(batch.z0, draws.eps, t)
         assert nets.teacher is not None
         with torch.no_grad():
-            denoise = seen_from(nets.teacher.bound(batch.cond), nets.teacher.process, self.process)
+            denoise = convert_process(nets.teacher.bound(batch.cond), nets.teacher.process, self.process)
             z_s = self.solver(denoise, z_t, t, s, process=self.process)
         return self.compare(nets, batch.cond, None, (z_t, t), (z_s, s))
 
 
 class ConsistencyTraining(ConsistencyModel):
-    """As distillation, but without a teacher: z_t and z_s are the same z0 noised with the same eps.
+    """Like distillation, without a teacher: z_t and z_s are the same z0 with the same eps.
 
-    The grid grows from `first_points` to `points`, and mu with it (appendix C):
+    The grid grows from `first_points` to `points`, and mu grows with it (appendix C):
     `N(k) = ceil(sqrt(k / K ((s_1 + 1)^2 - s_0^2) + s_0^2) - 1) + 1`, `mu(k) = exp(s_0 log(mu_0) / N(k))`, mu_0 = ema_decay.
     """
 
@@ -63,9 +63,9 @@ class ConsistencyTraining(ConsistencyModel):
 
     def advance(self, step: int, max_steps: int) -> None:
         if max_steps < 1:
-            raise UserError("consistency training's grid grows until trainer.max_steps: set a number of steps")
+            raise UserError("the grid of consistency training grows until trainer.max_steps: set trainer.max_steps")
         points = grid_points(step / max_steps, self.first_points, self.points)
-        points = min(points, self.process.num_timesteps)  # the paper's last grid has a point more than `points`
+        points = min(points, self.process.num_timesteps)  # N(K) is points + 1
         if points != self.points_now:
             self.points_now = points
             self.timesteps = karras(self.process, points=points, device=self.timesteps.device)[1:]
@@ -81,5 +81,5 @@ class ConsistencyTraining(ConsistencyModel):
 
 
 def grid_points(progress: float, first: int, last: int) -> int:
-    """N(k) at progress = k / K."""
+    """Return N(k) at progress = k / K."""
     return math.ceil(math.sqrt(progress * ((last + 1) ** 2 - first**2) + first**2) - 1) + 1

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from lcm.core.batch import LatentBatch
-from lcm.core.denoiser import seen_from
+from lcm.core.denoiser import convert_process
 from lcm.core.numbers import SkipSteps
 from lcm.core.objectives.consistency import ConsistencyDraws, ConsistencyObjective, Loss, Networks
 from lcm.core.process import Process
@@ -14,7 +14,7 @@ from lcm.core.timesteps import skip_pair
 
 
 class LatentConsistencyDistillation(ConsistencyObjective):
-    """The student at t agrees with its target at s, one guided solver step of the teacher nearer the data.
+    """The student at t matches its target at s, which one guided solver step of the teacher reaches.
 
     solver: the paper's Psi. skip_steps: the paper's k, in timesteps.
     """
@@ -29,5 +29,5 @@ class LatentConsistencyDistillation(ConsistencyObjective):
         assert nets.teacher is not None
         with torch.no_grad():
             guided = nets.teacher.guided(batch.cond, batch.uncond, draws.w)
-            z_s = self.solver(seen_from(guided, nets.teacher.process, self.process), z_t, t, s, process=self.process)
+            z_s = self.solver(convert_process(guided, nets.teacher.process, self.process), z_t, t, s, process=self.process)
         return self.compare(nets, batch.cond, draws.w, (z_t, t), (z_s, s))

@@ -10,7 +10,7 @@ from lcm.core.timesteps import skip_pair
 
 
 class LatentConsistencyFinetuning(ConsistencyObjective):
-    """As distillation, but z_t and z_s are the same z0 noised with the same eps at the two times.
+    """Like distillation, without a teacher: z_t and z_s are the same z0 with the same eps.
 
     skip_steps: the paper's k, in timesteps.
     """

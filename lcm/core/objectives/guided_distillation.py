@@ -1,4 +1,4 @@
-"""Guided distillation (2210.03142): the guided teacher in one network, then ever fewer steps of a deterministic sampler."""
+"""Guided distillation (2210.03142): one network matches the guided teacher, then the number of DDIM steps is halved."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lcm.core.batch import LatentBatch
-from lcm.core.denoiser import Condition, Denoiser, seen_from
+from lcm.core.denoiser import Condition, Denoiser, convert_process
 from lcm.core.guidance import draw_w
 from lcm.core.objectives.consistency import ConsistencyDraws, Loss, Networks
 from lcm.core.objectives.denoising import ddim_scheduler
@@ -16,9 +16,9 @@ from lcm.core.timesteps import trailing_steps
 
 
 class GuidedDistillationObjective(nn.Module):
-    """Stage one while `steps` is 0, then the stage of a student with that many DDIM steps.
+    """Stage one while `steps` is 0. Afterwards `steps` is the student's number of DDIM steps.
 
-    w is uniform in [w_min, w_max]. `loss` takes the student, the previous student as its target, and the teacher.
+    w is uniform in [w_min, w_max]. The networks of `loss` are the student, the previous student (as target) and the teacher.
     """
 
     def __init__(self, process: Process, *, w_min: float, w_max: float) -> None:
@@ -27,30 +27,31 @@ class GuidedDistillationObjective(nn.Module):
         self.paths: dict[tuple[int, torch.device], Tensor] = {}
 
     def draw(self, z0: Tensor, rng: torch.Generator) -> ConsistencyDraws:
-        """eps ~ N(0, 1); index uniform over all timesteps, or over the student's steps; w ~ U[w_min, w_max]."""
+        """Draw eps ~ N(0, 1), w ~ U[w_min, w_max] and index uniform over all timesteps (stage one) or the student's steps."""
         eps = torch.randn(z0.shape, generator=rng, device=z0.device)
         index = torch.randint(self.steps or self.process.num_timesteps, (len(z0),), generator=rng, device=z0.device)
         return ConsistencyDraws(eps, index, draw_w(len(z0), self.w_min, self.w_max, rng))
 
     def loss(self, nets: Networks, batch: LatentBatch, draws: ConsistencyDraws) -> Loss:
+        """Return the loss of the current stage, and values to log."""
         if self.steps == 0:
             assert nets.teacher is not None
             return match_guided_teacher(nets.online, nets.teacher, batch, draws)
         return halve_steps(nets.online, nets.target, batch, draws, timesteps=self.path(2 * self.steps, batch.z0.device))
 
     def path(self, steps: int, device: torch.device) -> Tensor:
-        """Return the timesteps of so many DDIM steps and t_min. Each is copied to the device once: a copy waits for the
-        device.
-        """
+        """Return the timesteps of `steps` DDIM steps and t_min. The tensor is cached: a copy would wait for the device."""
         if (steps, device) not in self.paths:
             times = [*trailing_steps(steps, self.process.num_timesteps), self.process.t_min]
             self.paths[steps, device] = torch.tensor(times, device=device)
         return self.paths[steps, device]
 
     def sampling(self) -> dict[str, Any]:
+        """Return the sampler's settings for `lcm.json`, as plain data."""
         return {"sampler": "ddim"}
 
     def scheduler(self, prediction_type: str) -> tuple[str, dict[str, Any]]:
+        """Return the class name and the config of the diffusers scheduler saved with a student."""
         return ddim_scheduler(self.process, prediction_type)
 
 
@@ -60,16 +61,16 @@ def match_guided_teacher(student: Denoiser, teacher: Denoiser, batch: LatentBatc
     z_t = student.process.jump(batch.z0, draws.eps, t)
     with torch.no_grad():
         guided = teacher.guided(batch.cond, batch.uncond, draws.w)
-        target = seen_from(guided, teacher.process, student.process)(z_t, t).x0
+        target = convert_process(guided, teacher.process, student.process)(z_t, t).x0
     return x0_loss(student, batch.cond, draws.w, z_t, t, target)
 
 
 def halve_steps(
     student: Denoiser, previous: Denoiser, batch: LatentBatch, draws: ConsistencyDraws, *, timesteps: Tensor
 ) -> Loss:
-    """Stage two (section 3.2; 2202.00512, Algorithm 2): one DDIM step of the student is two of the student before it.
+    """Stage two (section 3.2; 2202.00512, Algorithm 2): one DDIM step of the student matches two of the previous student.
 
-    timesteps: `[2N + 1]`, the descending path of the previous student's 2N steps, ending at t_min. draws.index: of N.
+    timesteps: `[2N + 1]`, descending, the previous student's 2N steps and t_min. draws.index: in 0 .. N - 1.
     """
     process = student.process
     t, middle, s = (timesteps[2 * draws.index + i] for i in range(3))
@@ -79,12 +80,12 @@ def halve_steps(
         z_s = ddim(denoise, ddim(denoise, z_t, t, middle, process=process), middle, s, process=process)
         (alpha_t, sigma_t), (alpha_s, sigma_s) = process.at(t, z_t.ndim), process.at(s, z_t.ndim)
         ratio = sigma_s / sigma_t
-        target = (z_s - ratio * z_t) / (alpha_s - ratio * alpha_t)  # the x0 whose one DDIM step leads to z_s
+        target = (z_s - ratio * z_t) / (alpha_s - ratio * alpha_t)  # the x0 for which one DDIM step gives z_s
     return x0_loss(student, batch.cond, draws.w, z_t, t, target)
 
 
 def x0_loss(student: Denoiser, cond: Condition, w: Tensor, z_t: Tensor, t: Tensor, target: Tensor) -> Loss:
-    """Squared error of x0 under the "truncated SNR" weight `max(alpha^2 / sigma^2, 1)` (2202.00512, section 4)."""
+    """Return the squared error of x0 with the "truncated SNR" weight `max(alpha^2 / sigma^2, 1)` (2202.00512, section 4)."""
     error = (student(z_t, t, cond, w).x0 - target).square().flatten(1).mean(1)
     weight = student.process.snr(t).clamp_min(1.0)
     return (weight * error).mean(), {"x0_l2": error.detach().mean()}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lcm.core.batch import LatentBatch
-from lcm.core.denoiser import seen_from
+from lcm.core.denoiser import convert_process
 from lcm.core.errors import UserError
 from lcm.core.numbers import Share
 from lcm.core.objectives.consistency import ConsistencyDraws, Loss, Networks
@@ -18,15 +18,15 @@ from lcm.core.timesteps import skip_pair
 
 @dataclass
 class TrajectoryDraws(ConsistencyDraws):
-    """Beside eps, index and w: share `[B]` in [0, 1), which picks the end time among the grid's points up to s."""
+    """eps, index and w of `ConsistencyDraws`, and share `[B]` in [0, 1), which selects the end time."""
 
     share: Tensor
 
 
 class TrajectoryConsistencyDistillation(LatentConsistencyDistillation):
-    """The student's jump from t agrees with its target's jump from s, both to an end time m <= s (TCF(1), eq. 12).
+    """The student's jump from t matches its target's jump from s, both to an end time m <= s (TCF(1), eq. 12).
 
-    m is uniform over the grid's points up to s, the clean end included. m = t_min alone would be Algorithm 1 of LCM.
+    m is uniform over the clean end and the grid's points up to s. In a flow, m = t_min alone would be LCM's Algorithm 1.
     gamma: the default stochasticity of the saved student's sampler, see `lcm.core.sampling.tcd`.
     """
 
@@ -35,7 +35,7 @@ class TrajectoryConsistencyDistillation(LatentConsistencyDistillation):
     def __init__(self, *args: Any, gamma: Share = 0.3, **options: Any) -> None:
         super().__init__(*args, **options)
         if not 0 <= gamma <= 1:
-            raise UserError(f"model.objective.gamma={gamma} is not in [0, 1]")
+            raise UserError(f"model.objective.gamma={gamma} is not in [0, 1]: set a value from 0 to 1")
         if gamma and isinstance(self.process, Flow):
             raise UserError("diffusers has no stochastic TCD sampler for flow models: set model.objective.gamma=0")
         self.gamma = gamma
@@ -51,7 +51,7 @@ class TrajectoryConsistencyDistillation(LatentConsistencyDistillation):
         assert nets.teacher is not None
         with torch.no_grad():
             guided = nets.teacher.guided(batch.cond, batch.uncond, draws.w)
-            z_s = self.solver(seen_from(guided, nets.teacher.process, self.process), z_t, t, s, process=self.process)
+            z_s = self.solver(convert_process(guided, nets.teacher.process, self.process), z_t, t, s, process=self.process)
         return self.distances(
             lambda: self.process.jump(*nets.online(z_t, t, batch.cond, draws.w), end),
             lambda: self.process.jump(*nets.target(z_s, s, batch.cond, draws.w), end),
@@ -59,7 +59,7 @@ class TrajectoryConsistencyDistillation(LatentConsistencyDistillation):
         )
 
     def end_time(self, s: Tensor, share: Tensor) -> Tensor:
-        """Return m `[B]`: the clean end or one of the grid's points up to s."""
+        """Return m `[B]`: the clean end or a grid point up to s. share `[B]` in [0, 1) selects among them."""
         ends = torch.nn.functional.pad(self.timesteps, (1, 0), value=self.process.t_min)
         count = torch.searchsorted(self.timesteps, s, right=True) + 1
         return ends[(share * count).long().clamp(max=count - 1)]

@@ -1,4 +1,4 @@
-"""Model families: how a pipeline of diffusers is read, called and written. One file a family, found by `family_of`."""
+"""Model families: how a pipeline of diffusers is loaded, called and saved. One file per family, found by `family_of`."""
 
 import copy
 import importlib
@@ -19,9 +19,9 @@ Tokenize = Callable[..., Tensor]
 
 
 class Tower(NamedTuple):
-    """A text encoder and its tokenizer: their folders in the pipeline and their classes of transformers.
+    """A text encoder and its tokenizer: their folders in the pipeline and their classes in transformers.
 
-    optional: the pipeline may lack it.
+    optional: whether a pipeline may lack them.
     """
 
     encoder: str
@@ -32,17 +32,17 @@ class Tower(NamedTuple):
 
 
 class Family:
-    """What differs between pipelines. A subclass is one file in this package.
+    """The differences between pipelines. Each subclass is one file in this package.
 
-    pipelines: the `_class_name`s that `model_index.json` may have.
+    pipelines: the values of `_class_name` in `model_index.json`.
     network, network_class: the folder and the class of the denoising network.
     towers: the text encoders.
-    text, width: the names of the text embeddings in a `Condition`, and the key of the network's config with their width.
-    takes_sizes: whether a condition also has the image's sizes.
-    resizable: whether a network may be trained and saved at another size than its own.
+    text: the names of the text embeddings in a `Condition`. width: the key of their width in the network's config.
+    takes_sizes: whether the condition includes the image's sizes.
+    resizable: whether a network may be trained and saved at a size other than its own.
     blocks: the modules that are sharded, compiled and recomputed one at a time.
-    lora_targets: the layers that take adapters.
-    lora_mixin: the loader of diffusers for the adapters' file; None: diffusers has none, and adapters are refused.
+    lora_targets: suffixes of the names of the layers that get adapters by default.
+    lora_mixin: diffusers' loader of adapters. None: diffusers has none, and adapters are an error.
     """
 
     pipelines: ClassVar[Sequence[str]]
@@ -58,36 +58,40 @@ class Family:
     lora_mixin: ClassVar[Any] = None
 
     def __init__(self, index: dict[str, Any], config: dict[str, Any]) -> None:
-        """index: the content of `model_index.json`. config: that of the network's `config.json`."""
+        """index: the content of `model_index.json`. config: the content of the network's `config.json`."""
         self.index, self.config = index, config
 
     def call(
         self, net: nn.Module, forward: Callable[..., Any], z: Tensor, time: Tensor, cond: Condition, w: Tensor | None
     ) -> Tensor:
-        """Return the network's output `[B, C, h, w]`. forward: the network or its compiled form. Inputs follow its dtype."""
+        """Return the network's output `[B, C, h, w]`. forward: the network or its compiled form. Inputs get its dtype."""
         raise NotImplementedError
 
     def encode(self, tokenizers: Sequence[Any], encoders: Sequence[Any], captions: list[str]) -> dict[str, Tensor]:
-        """Return the text embeddings of the captions by the names in `text`, a row a caption."""
+        """Return the text embeddings of the captions by the names in `text`, one row per caption."""
         raise NotImplementedError
 
+    def embedding_width(self, configs: Sequence[dict[str, Any]]) -> int | None:
+        """Return the width of the text embeddings by the text encoders' configs; None: unknown."""
+        return None
+
     def takes_w(self, net: nn.Module) -> bool:
-        """Whether the network has an input for the guidance weight w."""
+        """Return whether the network has an input for the guidance weight w."""
         return False
 
     def with_w(self, net: nn.Module, *, zero_init: bool = True) -> nn.Module:
-        """Return a copy of the network that takes w where the family has an input for it, else a plain copy.
+        """Return a copy of the network that takes w if the family supports it, else a plain copy.
 
-        A student without the input learns the guidance of all drawn w as one.
+        A student without the input learns one guidance, the mean over w. zero_init: whether new weights start at zero.
         """
         return network_like(net)
 
     def w_projection(self, net: nn.Module) -> nn.Parameter | None:
-        """Return the weight that w enters through, which `model.guidance_lr_multiplier` speeds up."""
+        """Return the weight of the projection of w, whose learning rate `model.guidance_lr_multiplier` multiplies."""
         return None
 
     def student_pipeline(self, takes_w: bool, scheduler: str) -> str:
-        """Return the `_class_name` under which a student of this family is saved. scheduler: its class."""
+        """Return the `_class_name` of a saved student. scheduler: the class name of its scheduler."""
         return self.index["_class_name"]
 
     def latent_scaling(self, vae: Any) -> tuple[float, float]:
@@ -97,52 +101,52 @@ class Family:
 
 @cache
 def families() -> tuple[type[Family], ...]:
-    """Import every file of this package and return their families."""
+    """Import every file of this package and return its families."""
     modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
-    kinds = (value for module in modules for value in vars(module).values() if isinstance(value, type))
-    return tuple(dict.fromkeys(kind for kind in kinds if issubclass(kind, Family) and kind is not Family))
+    classes = (value for module in modules for value in vars(module).values() if isinstance(value, type))
+    return tuple(dict.fromkeys(cls for cls in classes if issubclass(cls, Family) and cls is not Family))
 
 
 def family_of(folder: Path) -> Family:
-    """Return the family of a pipeline folder by its `model_index.json`; raises UserError for an unknown class."""
+    """Return the family of a pipeline folder by its `model_index.json`. Raises UserError for an unknown class."""
     index = read_json(folder / "model_index.json")
     name = index.get("_class_name")
-    for kind in families():
-        if name in kind.pipelines:
-            return kind(index, read_json(folder / kind.network / "config.json"))
+    for family in families():
+        if name in family.pipelines:
+            return family(index, read_json(folder / family.network / "config.json"))
     if name is None:
-        raise UserError(f"{folder} is no pipeline folder: it lacks model_index.json")
-    known = sorted(name for kind in families() for name in kind.pipelines)
-    raise UserError(f"{folder} is a {name}, which is not supported: use one of {', '.join(known)}")
+        raise UserError(f"{folder} is not a pipeline folder: its model_index.json is missing or names no class")
+    supported = sorted(name for family in families() for name in family.pipelines)
+    raise UserError(f"{folder} is a {name}, which is not supported: use one of {', '.join(supported)}")
 
 
 def network_like(net: Any, **changes: Any) -> Any:
-    """Return a network of the same configuration but for `changes`, on the same device, with the weights that both have.
+    """Return a copy of the network with `changes` of its config, on the same device.
 
-    New weights are drawn by their module's `reset_parameters`.
+    Weights of unchanged layers are copied. New weights are initialised by their layer's `reset_parameters`.
     """
     if not changes:
         return copy.deepcopy(net)
-    with torch.device("meta"):  # drawing weights to overwrite them takes longer than copying them
-        # Without the names of values left to their defaults, for which diffusers would take the default again.
+    with torch.device("meta"):  # initialising weights takes longer than copying them
+        # diffusers would ignore the values of keys in "_use_default_values".
         config = {key: value for key, value in net.config.items() if key != "_use_default_values"}
-        like = type(net).from_config({**config, **changes})
+        changed = type(net).from_config({**config, **changes})
     if net.device.type == "meta":
-        return like
-    like = nn.Module.to(like, net.dtype).to_empty(device=net.device)
-    missing, unexpected = like.load_state_dict(net.state_dict(), strict=False)
+        return changed
+    changed = nn.Module.to(changed, net.dtype).to_empty(device=net.device)
+    missing, unexpected = changed.load_state_dict(net.state_dict(), strict=False)
     assert not unexpected, unexpected
     for name in missing:
-        like.get_submodule(name.rpartition(".")[0]).reset_parameters()
-    return like
+        changed.get_submodule(name.rpartition(".")[0]).reset_parameters()
+    return changed
 
 
 def tokens(tokenizer: Any, captions: list[str], device: torch.device, **options: Any) -> Any:
-    """Return the tokenizer's tensors, padded and truncated to `max_length`, on the device without waiting for it."""
+    """Return the tokenizer's tensors on the device, padded and truncated to `max_length`. Does not wait for the device."""
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt", **options}
     return {name: on_device(ids, device) for name, ids in tokenizer(captions, **options).items()}
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to the device without waiting for the device."""
+    """Copy a CPU tensor to the device without waiting for it."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1 and 2, and latent consistency models of them: a UNet with the states of one CLIP text encoder."""
+"""Stable Diffusion 1 and 2, and their latent consistency models: a UNet with the embeddings of one CLIP text encoder."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -18,14 +18,14 @@ from lcm.models.families import Family, Tower, network_like, tokens
 
 
 class StableDiffusion(Family):
-    """w enters through the projection `time_embedding.cond_proj` that released latent consistency models have."""
+    """Students take w through `time_embedding.cond_proj`, like released latent consistency models."""
 
     pipelines: ClassVar[Sequence[str]] = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     network, network_class = "unet", UNet2DConditionModel
     width = "cross_attention_dim"
     towers: ClassVar[Sequence[Tower]] = (Tower("text_encoder", CLIPTextModel, "tokenizer", CLIPTokenizer),)
     blocks = (BasicTransformerBlock, ResnetBlock2D, Downsample2D, Upsample2D)
-    lora_targets = (  # LCM-LoRA's, as in diffusers' script: every linear layer and convolution of the blocks
+    lora_targets = (  # every linear layer and convolution of the blocks, as in diffusers' LCM-LoRA script
         *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
         *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
     )
@@ -37,19 +37,23 @@ class StableDiffusion(Family):
         return forward(z.to(dtype), time, cond["states"].to(dtype), **options, **self.added(cond, dtype))[0]
 
     def added(self, cond: Condition, dtype: Any) -> dict[str, Any]:
+        """Return further arguments of the network."""
         return {}
 
     def encode(self, tokenizers: Sequence[Any], encoders: Sequence[Any], captions: list[str]) -> dict[str, Tensor]:
         [encoder] = encoders
         return {"states": encoder(tokens(tokenizers[0], captions, encoder.device)["input_ids"])[0]}
 
+    def embedding_width(self, configs: Sequence[dict[str, Any]]) -> int | None:
+        return sum(config.get("hidden_size", 0) for config in configs) or None
+
     def takes_w(self, net: Any) -> bool:
         return net.config["time_cond_proj_dim"] is not None
 
     def with_w(self, net: Any, *, zero_init: bool = True) -> Any:
-        known = net.config["time_cond_proj_dim"]
-        student = network_like(net, time_cond_proj_dim=known or W_DIM)
-        if known is None and zero_init and student.device.type != "meta":
+        dim = net.config["time_cond_proj_dim"]
+        student = network_like(net, time_cond_proj_dim=dim or W_DIM)
+        if dim is None and zero_init and student.device.type != "meta":
             nn.init.zeros_(student.time_embedding.cond_proj.weight)
         return student
 

@@ -13,11 +13,11 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from lcm.core.denoiser import Condition
 from lcm.models.families import Family, Tower, tokens
 
-T5_LENGTH = 256  # tokens of a caption
+T5_LENGTH = 256  # tokens per caption
 
 
 class StableDiffusion3(Family):
-    """The network has no input for w: diffusers' pipeline could not pass it."""
+    """Students take no w, as diffusers' pipeline could not pass it."""
 
     pipelines = ("StableDiffusion3Pipeline",)
     network, network_class = "transformer", SD3Transformer2DModel
@@ -46,7 +46,7 @@ class StableDiffusion3(Family):
         )[0]
 
     def encode(self, tokenizers: Sequence[Any], encoders: Sequence[Any], captions: list[str]) -> dict[str, Tensor]:
-        """Return CLIP's states side by side, padded to T5's width, before T5's along the tokens; and both pooled texts."""
+        """Return CLIP's embeddings, concatenated, padded to T5's width and followed by T5's tokens; and pooled embeddings."""
         outputs = [
             encoder(tokens(tokenizer, captions, encoder.device)["input_ids"], output_hidden_states=True)
             for tokenizer, encoder in zip(tokenizers[:2], encoders[:2], strict=True)

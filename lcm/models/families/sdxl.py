@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: a UNet with the states of two CLIP text encoders, pooled text and the image's sizes."""
+"""Stable Diffusion XL: a UNet with the embeddings of two CLIP text encoders, a pooled embedding and the image's sizes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from lcm.models.families.sd import StableDiffusion
 
 
 class StableDiffusionXL(StableDiffusion):
-    """2307.01952, section 2.2. The empty caption is zeros where `force_zeros_for_empty_prompt` says so."""
+    """2307.01952, section 2.2. The empty caption's embeddings are zeros if `force_zeros_for_empty_prompt` is set."""
 
     pipelines = ("StableDiffusionXLPipeline",)
     towers = (
@@ -26,11 +26,11 @@ class StableDiffusionXL(StableDiffusion):
     lora_mixin = StableDiffusionXLLoraLoaderMixin
 
     def added(self, cond: Condition, dtype: Any) -> dict[str, Any]:
-        # Sizes stay integers: bfloat16 has 8 bits for them.
+        # Sizes stay int64: bfloat16 has 8 significant bits.
         return {"added_cond_kwargs": {"text_embeds": cond["pooled"].to(dtype), "time_ids": cond["sizes"]}}
 
     def encode(self, tokenizers: Sequence[Any], encoders: Sequence[Any], captions: list[str]) -> dict[str, Tensor]:
-        """Return the states before the last layer of both encoders side by side, and the second one's pooled text."""
+        """Return both encoders' penultimate hidden states, concatenated, and the second encoder's pooled embedding."""
         outputs = [
             encoder(tokens(tokenizer, captions, encoder.device)["input_ids"], output_hidden_states=True)
             for tokenizer, encoder in zip(tokenizers, encoders, strict=True)

@@ -1,0 +1,305 @@
+"""The index of a shard: where its usable samples lie. One process writes it, all processes of a node read it.
+
+An index grows while its shard is scanned, so the first samples are usable at once. `<key>.part` is the growing file and
+`<key>.index` the whole one. `<key>.json` tells how many samples were left out and why. The key is a digest of the shard's name,
+size and time, and of the rules by which samples are chosen: another file or other rules have another index.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lcm.core.errors import UserError
+from lcm.data import cache
+from lcm.data.cache import POLL
+from lcm.data.manifest import Expected
+from lcm.data.sample_fields import CAPTIONS, Skip, captions_of, metadata
+from lcm.data.tar import FOREIGN, MAX_BYTES, Bytes, Links, Member, Sample, advice, samples, why_empty
+from lcm.runtime.atomic_io import FULL, os_error, whole_file
+
+log = logging.getLogger(__name__)
+RECORD = np.dtype([("start", "<u8"), ("size", "<u4"), ("aspect", "u1"), ("repeated", "u1")])
+VERSION = 1  # raised when a scan chooses or describes samples in another way
+FLUSH = 64  # records that are written at once
+AHEAD, PAUSE = 512, 0.25  # records beyond those asked for; then so many seconds pass for each `FLUSH`
+NAMED = 10  # samples that are named in the log for each reason
+Judge = Callable[[str | None, Mapping[str, Any]], str | None]
+
+
+class Rules(NamedTuple):
+    """The rules by which the samples of a shard are chosen.
+
+    needs: extensions of which a sample must have one. captions: see `captions_of`. judge: `(caption, metadata) -> reason or
+    None`, asked for every caption that may be drawn. aspect: `picture's first bytes -> byte`, for aspect-ratio buckets.
+    """
+
+    needs: Sequence[str]
+    captions: Mapping[str, float] | None = None
+    judge: Judge | None = None
+    aspect: Callable[[bytes], int] | None = None
+
+    @property
+    def tells(self) -> tuple[str, ...]:
+        """Return the extensions that may hold a caption."""
+        return (*(self.captions or CAPTIONS), "json")
+
+
+class Verdict(NamedTuple):
+    """flaw: why a sample is damaged or unwanted, None for a usable one. aspect: the picture's ratio of sides as a byte."""
+
+    sample: Sample
+    flaw: str | None
+    damaged: bool
+    aspect: int = 0
+
+
+def scan(file: Bytes, rules: Rules) -> Iterator[Verdict]:
+    """Yield a verdict on each sample of a tar, in order. Only texts and metadata are read, not pictures."""
+    links = Links(file)
+    for sample in samples(file, rules.needs, rules.tells):
+        dangling = {extension for extension, member in sample.members.items() if member.link and not links.target(member)}
+        extensions = sample.members.keys() - dangling
+        flaw = "duplicate" if sample.ambiguous else flaw_of(sample, extensions, rules, file, links)
+        if flaw in ("no_image", "no_caption") and dangling:
+            flaw = "link"
+        if flaw is not None:
+            yield Verdict(sample, flaw, True)
+            continue
+        reason, damaged = judged(sample, rules, file, links)
+        aspect = 0
+        if reason is None and rules.aspect is not None:
+            picture = next(sample.members[extension] for extension in rules.needs if extension in extensions)
+            aspect = rules.aspect(content_of(picture, file, links, 2**16))
+        yield Verdict(sample, reason, damaged, aspect)
+
+
+def flaw_of(sample: Sample, extensions: Collection[str], rules: Rules, file: Bytes, links: Links) -> str | None:
+    """Return why a sample cannot be used whatever its metadata says, else None."""
+    if ".." in sample.key.split("/"):
+        return "name"  # nothing is extracted here, but names are written to latent shards that others may extract
+    if sample.end and not file.read(sample.end - 1, 1):
+        return "cut"
+    size = sum(member.size for member in sample.members.values())
+    if size > MAX_BYTES:
+        return "bytes"
+    if not any(extension in extensions for extension in rules.needs):
+        return "no_image"
+    if not any(name in extensions for name in rules.tells):
+        return "no_caption"
+    return "apart" if sample.end - sample.start > size + FOREIGN else None
+
+
+def judged(sample: Sample, rules: Rules, file: Bytes, links: Links) -> tuple[str | None, bool]:
+    """Return the reason for which the filters leave a sample out, and whether that reason is damage."""
+    if rules.judge is None:
+        return None, False
+    names = set(rules.tells)
+    texts: dict[str, Any] = {
+        extension: content_of(member, file, links) for extension, member in sample.members.items() if extension in names
+    }
+    try:
+        meta = metadata(texts)
+        verdicts = (rules.judge(text, meta) for values in captions_of(texts, rules.captions, meta).values() for text in values)
+        return next(filter(None, verdicts), None), False
+    except Skip as skip:
+        return skip.reason, True
+
+
+def content_of(member: Member, file: Bytes, links: Links, limit: int | None = None) -> bytes:
+    """Return the content of a file, or of the file that a link stands for, up to `limit` bytes."""
+    target = member if member.link is None else links.target(member)
+    return b"" if target is None else file.read(target.data, target.size if limit is None else min(target.size, limit))
+
+
+class Notes(NamedTuple):
+    """samples: usable ones. left_out: the others by reason. damaged: the first few damaged ones, by reason."""
+
+    samples: int
+    left_out: dict[str, int]
+    repeated: int = 0
+
+
+class ShardIndex:
+    """The index of one shard as a sequence of records `(start, size, aspect, repeated)`, one for each usable sample."""
+
+    def __init__(
+        self,
+        folder: Path,
+        key: str,
+        title: str,
+        opener: Callable[[], Any],
+        *,
+        rules: Rules,
+        expected: Callable[[], Expected] = Expected,
+    ) -> None:
+        base = folder / key
+        self.path, self.part, self.lock = base.with_suffix(".index"), base.with_suffix(".part"), base.with_suffix(".lock")
+        self.notes_file = base.with_suffix(".json")
+        self.title, self.opener, self.rules, self.expected = title, opener, rules, expected
+        self.records: np.ndarray | None = None  # memory-mapped once it is whole
+        self.file: Any = None
+        self.arrived = self.asked = 0
+        self.failure: Exception | None = None
+
+    @property
+    def whole(self) -> bool:
+        if self.records is None and self.path.exists():
+            size = self.path.stat().st_size
+            self.records = np.memmap(self.path, RECORD, "r") if size else np.zeros(0, RECORD)
+            self.arrived = len(self.records)
+            if self.file is not None:
+                self.file.close()
+                self.file = None
+        return self.records is not None
+
+    def wait(self, count: int) -> tuple[int, bool]:
+        """Wait for `count` records, or for the whole index. Return how many there are, and whether that is all.
+
+        Raises OSError for a shard that cannot be had, UserError where the system fails whatever the shard.
+        """
+        self.asked = max(self.asked, count)
+        while not self.whole and self.arrived < count:
+            self._look()
+            if self.arrived >= count or self.whole:
+                break
+            self.ensure()
+            time.sleep(POLL)
+        return self.arrived, self.whole
+
+    def _look(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if self.file is None or os.fstat(self.file.fileno()).st_nlink == 0:  # its writer was killed: another one began
+                if self.file is not None:
+                    self.file.close()
+                self.file = open(self.part, "rb")  # noqa: SIM115 - closed when the index is whole
+            self.arrived = os.fstat(self.file.fileno()).st_size // RECORD.itemsize
+
+    def __getitem__(self, number: int) -> Any:
+        """Return record `number`. Raises IndexError if the shard has fewer usable samples, and what `wait` raises."""
+        if number >= self.wait(number + 1)[0]:
+            raise IndexError(number)
+        if self.records is not None:
+            return self.records[number]
+        content = os.pread(self.file.fileno(), RECORD.itemsize, number * RECORD.itemsize)
+        return np.frombuffer(content, RECORD)[0]
+
+    def notes(self) -> Notes:
+        """Return what is known of the whole shard. Wait for it."""
+        self.wait(2**63)
+        found = json.loads(self.notes_file.read_bytes())
+        return Notes(found["samples"], found["left_out"], found["repeated"])
+
+    def ensure(self) -> None:
+        """Start to scan the shard unless this or another process does. Raises the error of a scan that failed."""
+        with cache.starting:
+            if self.failure is not None:
+                raise self.failure
+            if self.path.exists():
+                return
+            self.lock.parent.mkdir(parents=True, exist_ok=True)
+            cache.start_writer(self.lock, self._scan)
+
+    def _scan(self) -> None:
+        try:
+            if not self.path.exists():
+                self._write()
+        except Exception as error:
+            self.failure = error
+            if full := os_error(error, FULL):
+                self.failure = UserError(
+                    f"{self.part.parent} cannot hold the shards' indexes ({full.strerror}): make room, or set data.index"
+                )
+
+    def _write(self) -> None:
+        self.part.unlink(missing_ok=True)
+        left_out, seen, repeated, pending, count = Counter[str](), set[str](), 0, [], 0
+        lacking: dict[str, dict[str, list[str]]] = {"no_image": {}, "no_caption": {}}
+        with contextlib.closing(self.opener()) as shard, open(self.part, "wb") as part:
+            for verdict in scan(shard, self.rules):
+                sample, flaw = verdict.sample, verdict.flaw
+                if flaw is not None:
+                    left_out[flaw] += 1
+                    if flaw in lacking:
+                        lacking[flaw].setdefault(sample.key.rpartition("/")[2], []).append(sample.key)
+                    elif verdict.damaged:
+                        named.add(flaw, sample.key, self.title)
+                    continue
+                twice = sample.key in seen
+                repeated += twice
+                seen.add(sample.key)
+                pending.append((sample.start, sample.end - sample.start, verdict.aspect, twice))
+                count += 1
+                if len(pending) >= FLUSH or count < FLUSH:
+                    part.write(np.array(pending, RECORD).tobytes())
+                    part.flush()
+                    pending = []
+                    if count > self.asked + AHEAD:  # leave the processor to shards that are waited for
+                        time.sleep(PAUSE)
+            part.write(np.array(pending, RECORD).tobytes())
+            for name in lacking["no_image"].keys() & lacking["no_caption"].keys():  # parts of one sample, far from each other
+                for reason in lacking:
+                    left_out[reason] -= len(lacking[reason].pop(name))
+                left_out["apart"] += 1
+                named.add("apart", name, self.title)
+            for reason, keys in lacking.items():
+                for names in keys.values():
+                    for key in names:
+                        named.add(reason, key, self.title)
+            left_out = +left_out
+            scanned, (samples_there, size, _) = count + left_out.total(), self.expected()
+            if samples_there is not None and scanned < samples_there:
+                left_out["missing"] = samples_there - scanned
+                log.warning("%s holds %d of its %d samples: it is cut or damaged", self.title, scanned, samples_there)
+            elif not scanned:
+                left_out["shard"] = 1
+                log.warning("%s holds no samples, it is no webdataset shard: %s", self.title, why_empty(shard))
+            elif size not in (None, actual := shard.size()):
+                log.warning("%s has %d bytes, %d in its manifest: it is cut, damaged or another", self.title, actual, size)
+        if repeated:
+            log.warning("%s holds %d samples under names that other samples have: all are used", self.title, repeated)
+        with cache.starting:
+            left_out_now.update(left_out)
+        with whole_file(self.notes_file) as file:
+            file.write(json.dumps({"samples": count, "left_out": left_out, "repeated": repeated}).encode())
+        self.part.rename(self.path)
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+        self.records, self.arrived = None, 0
+
+
+class Named:
+    """Logs the first samples that are left out for each reason."""
+
+    def __init__(self) -> None:
+        self.count = Counter[str]()
+
+    def add(self, reason: str, key: str, title: str) -> None:
+        self.count[reason] += 1
+        if self.count[reason] <= NAMED:
+            hint = advice({reason: 1}) if self.count[reason] == 1 else ""
+            log.warning("leaving out sample %s of %s: %s%s", key, title, reason, hint)
+        elif self.count[reason] == NAMED + 1:
+            log.warning("leaving out more samples for the same reason, which are counted and not named: %s", reason)
+
+
+named = Named()
+left_out_now: Counter[str] = Counter()  # samples left out of the shards that this process scanned, until a batch reports them
+
+
+def take_left_out() -> dict[str, int]:
+    """Return the counts of `left_out_now`, and begin anew."""
+    with cache.starting:
+        counts = dict(left_out_now)
+        left_out_now.clear()
+    return counts

@@ -1,0 +1,148 @@
+"""Metadata and captions of a sample."""
+
+import json
+import math
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from lcm.core.errors import UserError
+from lcm.data.filters import lowered
+from lcm.runtime.atomic_io import text_of
+
+Sample = dict[str, Any]  # "__key__", "__url__" and bytes by extension
+CAPTIONS = ("txt", "caption", "cap")  # members or .json fields; without data.captions the first that says something
+KINDS = {"dict": "an object", "list": "a list in a list", "bool": "true or false"}  # of JSON, for a reader
+SHOWN = 20  # fields that a message names
+
+
+# Why a sample is damaged, not unwanted; a filter's reasons are `lcm.data.filters.RULES`.
+REASONS = {
+    "shard": "its shard cannot be had or read",
+    "missing": "its shard holds fewer samples than a manifest or an earlier count says",
+    "cut": "its shard ends within it",
+    "name": "its name has .. in it",
+    "apart": "its members do not follow each other",
+    "link": "it is a link to a file that is not in its shard",
+    "duplicate": "its name stands for several images or captions, of which none tells what belongs together",
+    "bytes": "it has more bytes than any image",
+    "no_image": "it has no image",
+    "image": "its image cannot be decoded",
+    "pixels": "its image has more pixels than are decoded",
+    "tiny": "its image is a pixel wide or high",
+    "json": "its .json is no JSON object",
+    "no_caption": "it has no text under the names of data.captions",
+    "caption_encoding": "its caption is not UTF-8",
+    "latent": "a stored array is damaged",
+}
+
+
+class Skip(Exception):
+    """A sample that cannot be used. reason: one of `REASONS`; detail: the same for a reader."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
+@contextmanager
+def skipping(reason: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turns these errors of its block into a `Skip`."""
+    try:
+        yield
+    except Skip:
+        raise
+    except errors as error:
+        raise Skip(reason, f"{type(error).__name__}: {error}") from error
+
+
+def metadata(sample: Sample) -> dict[str, Any]:
+    """The .json member under lower-case names, {} without one; raises `Skip("json")`."""
+    with skipping("json", ValueError, RecursionError):
+        content = json.loads(sample.get("json", b"{}"))
+    if not isinstance(content, dict):
+        raise Skip("json", f"{type(content).__name__} instead of an object")
+    return dict(lowered(content))
+
+
+def captions_of(
+    sample: Sample, captions: Mapping[str, float] | None = None, meta: Mapping[str, Any] | None = None
+) -> dict[str, list[str]]:
+    """Return the texts of a sample by the member, else the .json field, that holds them.
+
+    captions: the names to read, all of them; None: the first of `CAPTIONS` with a text. meta: the sample's `metadata`, if it is
+    known. Blank texts count only where there is no other. Raises `Skip("no_caption")` or `Skip("caption_encoding")`.
+    """
+    meta, texts = metadata(sample) if meta is None else meta, dict[str, list[str]]()
+    for name in captions or CAPTIONS:
+        if found := texts_of(name, sample.get(name, meta.get(name))):
+            texts[name] = found
+            if captions is None and any(found):
+                break
+    if not texts:
+        members = ", ".join(sorted(name for name in sample if not name.startswith("__")))
+        fields = f" and the .json fields {', '.join(sorted(meta)[:SHOWN])}" if meta else ""
+        raise Skip("no_caption", f"none of {', '.join(captions or CAPTIONS)} among {members}{fields}: see data.captions")
+    spoken = {name: [text for text in found if text] for name, found in texts.items() if any(found)}
+    return dict(list(spoken.items() or texts.items())[: None if captions else 1])
+
+
+def texts_of(name: str, content: Any) -> list[str]:
+    """Return what a member or field says: one text, those of a list, or none where it is null or missing. Raises `Skip`."""
+    if isinstance(content, bytes):
+        with refusing_encodings(name):
+            return [text_of(content).strip()]
+    texts = [text for text in (content if isinstance(content, list) else [content]) if text is not None]
+    if wrong := [type(text).__name__ for text in texts if not isinstance(text, str)]:
+        raise Skip("no_caption", f"{name} holds {KINDS.get(wrong[0], 'a number')}, not text: name another in data.captions")
+    with refusing_encodings(name):
+        # A JSON escape can hold half an emoji, which no tokenizer takes, or a NUL.
+        return [text_of(text.encode()).strip() for text in texts]
+
+
+@contextmanager
+def refusing_encodings(name: str) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeError as error:
+        raise Skip("caption_encoding", f"{name}: {error}") from error
+
+
+def caption_of(sample: Sample, captions: Mapping[str, float] | None = None) -> str:
+    """Return the first caption; raises `Skip`."""
+    return next(iter(captions_of(sample, captions).values()))[0]
+
+
+class CaptionChoice:
+    """`(sample, rng) -> caption`: "" with probability `dropout`, else one of the sample's captions.
+
+    weights: members or .json fields that hold a caption, each with the weight of its being chosen among those that the sample
+    has; None: the first of `CAPTIONS` that says something. Of a list of texts one is drawn. Raises `Skip` for a sample without
+    a caption, dropped or not.
+    """
+
+    def __init__(self, dropout: float = 0.0, weights: Mapping[str, float] | None = None) -> None:
+        self.dropout, self.weights = dropout, None if weights is None else weights_of(weights)
+
+    def __call__(self, sample: Sample, rng: random.Random) -> str:
+        captions = captions_of(sample, self.weights)
+        if rng.random() < self.dropout:
+            return ""
+        texts = next(iter(captions.values()))
+        if self.weights:
+            texts = rng.choices(list(captions.values()), [self.weights[name] for name in captions])[0]
+        return texts[0] if len(texts) == 1 else rng.choice(texts)
+
+
+def weights_of(captions: Mapping[str, float]) -> dict[str, float]:
+    """Return those above zero, under lower-case names as a shard's members and `metadata` have them."""
+    try:
+        weights = {str(name).lower().lstrip("."): float(weight) for name, weight in captions.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"data.captions={captions!r}: expected a weight for each name, such as {{txt: 1, blip: 3}}") from error
+    if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
+        raise UserError(f"data.captions={captions!r}: expected finite weights of at least 0, one of them above it")
+    if "json" in weights:
+        raise UserError(f"data.captions={captions!r}: name the fields of the .json that hold captions, as {{caption: 1}}")
+    return {name: weight for name, weight in weights.items() if weight}
