@@ -1,4 +1,4 @@
-"""Pictures of prompts in a folder, a file each: none is drawn twice, and none of another call is overwritten."""
+"""A folder of pictures, one file each. None is drawn twice, and a picture of another call is never overwritten."""
 
 import re
 from collections.abc import Mapping
@@ -21,9 +21,9 @@ GRID = "grid.png"
 
 @dataclass(frozen=True)
 class Pictures:
-    """`repeats` pictures of each prompt: picture i has seed `seed + i`. Each file notes its prompt, seed and the settings.
+    """`repeats` pictures of each prompt. Picture i has seed `seed + i`. Each file holds its prompt, seed and settings.
 
-    settings: what all pictures of a call have in common. "pipeline" is only a name: "model" identifies the weights.
+    settings: common to all pictures of a call. "model" identifies the weights, "pipeline" is only their name.
     """
 
     prompts: list[str]
@@ -40,8 +40,8 @@ class Pictures:
     def folder(self, output: str | None, parent: str) -> Path:
         """Return the folder to write to, without pictures of other settings. Raises UserError.
 
-        output: the folder, if the user names one. parent: has a numbered folder for each other call. The same call goes on in
-        its own.
+        output: the folder that the user names. parent: the folder of numbered folders, one for each call without an output.
+        The same call resumes in its folder.
         """
         if output is not None:
             folder = output_folder(output)
@@ -61,21 +61,21 @@ class Pictures:
     def difference(self, folder: Path) -> str | None:
         """Say how the first picture of other settings in the folder differs."""
         for file in [*numbered(folder), *folder.glob(GRID)]:
-            expected = self.noted(int(file.stem) if file.stem.isdigit() else len(self))
-            there = text_of(file)
+            expected = self.identity(int(file.stem) if file.stem.isdigit() else len(self))
+            text = text_of(file)
             for name, value in expected.items():
-                if there.get(name) != value:
-                    return f"such as {file.name} ({name} is {short(there.get(name, 'not noted'))} there, {short(value)} here)"
+                if text.get(name) != value:
+                    return f"such as {file.name} ({name} is {short(text.get(name, 'missing'))} there, {short(value)} here)"
         return None
 
-    def noted(self, i: int) -> dict[str, str]:
-        """The text that identifies picture i; of a picture beyond the last one, as of the grid, the settings alone."""
+    def identity(self, i: int) -> dict[str, str]:
+        """Return the text that identifies picture i. The grid, i = len(self), is identified by the settings."""
         common = {name: value for name, value in self.settings.items() if name != "pipeline"}
         return as_text({"prompt": self.prompt(i), "seed": self.seed + i, **common} if i < len(self) else common)
 
     def missing(self, folder: Path) -> list[int]:
-        there = {int(file.stem) for file in numbered(folder)}
-        return [i for i in range(len(self)) if i not in there]
+        present = {int(file.stem) for file in numbered(folder)}
+        return [i for i in range(len(self)) if i not in present]
 
     def save(self, folder: Path, i: int, image: Tensor) -> None:
         file = file_of(folder, i)
@@ -84,7 +84,7 @@ class Pictures:
         save_png(to_pil(image), file, prompt=self.prompt(i), seed=self.seed + i, **self.settings)
 
     def save_grid(self, folder: Path, rows: int) -> None:
-        """A row for each of the first prompts, of the pictures in the folder."""
+        """Write a grid with a row for each of the first prompts, read from the folder."""
         prompts = self.prompts[:rows]
         images = torch.stack([read(file_of(folder, i)) for i in range(len(prompts) * self.repeats)])
         save_png(
@@ -106,7 +106,7 @@ def numbered(folder: Path) -> list[Path]:
 
 
 def text_of(file: Path) -> dict[str, Any]:
-    """A PNG's text chunks, without reading its pixels; empty for another file."""
+    """Return a PNG's text chunks without reading its pixels. Another file has none."""
     try:
         with Image.open(file) as image:
             return {str(name): value for name, value in image.info.items()}
@@ -115,7 +115,7 @@ def text_of(file: Path) -> dict[str, Any]:
 
 
 def read(file: Path) -> Tensor:
-    """uint8 `[3, H, W]`."""
+    """Return the pixels, uint8 `[3, H, W]`."""
     with Image.open(file) as image:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 

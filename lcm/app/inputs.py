@@ -1,4 +1,4 @@
-"""What programs are given besides a model: prompts, shards, a folder for what they write, a device."""
+"""Inputs of programs: prompts, an output folder, a device."""
 
 import os
 import re
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
 from lcm.core.errors import UserError
 from lcm.runtime.atomic_io import lines_of, writable
@@ -16,7 +15,7 @@ FILE_NAME = re.compile(r"\S+\.(txt|text|csv|tsv|json|jsonl|ndjson|md|yaml|yml|pa
 
 
 def read_prompts(prompts: Any, captions: Callable[[], list[str]]) -> list[str]:
-    """Return the prompts that are given: one, a list, a .txt file with one a line, or `val`, the validation captions."""
+    """Return the prompts. prompts: one, a list, a .txt file with one a line, or "val" for the validation captions."""
     if prompts == "val":
         return captions()
     if isinstance(prompts, str) and prompts.lower().endswith(".txt"):
@@ -29,21 +28,21 @@ def read_prompts(prompts: Any, captions: Callable[[], list[str]]) -> list[str]:
         if not lines:
             raise UserError(f"{prompts} has no prompts: write one a line")
         return lines
-    listed = [prompts] if isinstance(prompts, str | int | float) else list(prompts or ())
-    if not listed or prompts == "":
-        raise UserError(f"prompts={prompts} has none: give one, a list, or a .txt file; prompts=[''] draws without a text")
-    for prompt in listed:
+    texts = [prompts] if isinstance(prompts, str | int | float) else list(prompts or ())
+    if not texts or prompts == "":
+        raise UserError(f"prompts={prompts} is empty: give a prompt, a list, or a .txt file; prompts=[''] draws without a text")
+    for prompt in texts:
         if not isinstance(prompt, str | int | float):
-            raise UserError(f"prompts={prompts} holds {prompt!r}, which is no text")
+            raise UserError(f"prompts={prompts} holds {prompt!r}, which is not a text: write texts only")
         if is_file_name(str(prompt)):
             raise UserError(
                 f"prompts={prompt} names a file: give one .txt file with a prompt a line, or write these words in one"
             )
-    return [str(prompt) for prompt in listed]
+    return [str(prompt) for prompt in texts]
 
 
 def is_file_name(prompt: str) -> bool:
-    """Whether a prompt is rather meant as a file: one word with a suffix of text files, or what is there."""
+    """Whether a prompt looks like a file: one word with the suffix of a text file, or an existing path."""
     path = os.path.expanduser(prompt)
     return bool(FILE_NAME.fullmatch(prompt)) or os.path.isfile(path) or (os.path.isdir(path) and os.sep in path)
 
@@ -52,17 +51,8 @@ def output_folder(path: str, option: str = "output") -> Path:
     return writable(Path(path), option)
 
 
-def one_of_each(cfg: DictConfig, *options: str) -> None:
-    """Raise UserError for an option that is a list, or nothing, in the place of one number."""
-    for option in options:
-        if not isinstance(cfg[option], int | float):
-            raise UserError(
-                f"{option}={cfg[option]}: images are drawn at one {option}=; lcm.evaluate compares several steps and w"
-            )
-
-
 def pick_device(device: str, local_rank: int = 0) -> str:
-    """`auto` is the GPU if there is one; of several processes on a machine each has its own as `cuda`."""
+    """Return a torch device. "auto" is the GPU if there is one. "cuda" is the GPU of this process's local rank."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -72,7 +62,7 @@ def pick_device(device: str, local_rank: int = 0) -> str:
     try:
         torch.device(device)
     except RuntimeError:
-        raise UserError(f"device={device} is none: use auto, cuda, cuda:1, cpu or mps") from None
+        raise UserError(f"unknown device={device}: use auto, cuda, cuda:1, cpu or mps") from None
     if device == "cuda":
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     return device

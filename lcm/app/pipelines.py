@@ -1,4 +1,4 @@
-"""The pipeline that a name on the command line stands for."""
+"""The pipeline folder that a name on the command line stands for."""
 
 import os
 from functools import cache
@@ -10,11 +10,11 @@ from omegaconf import OmegaConf
 from lcm.core.errors import UserError
 from lcm.models.pipeline import read_lcm_json
 
-MODELS = ("pipeline", "model")  # keys that name one; it is a folder, a hub id, mini, last or last:<name>
+MODELS = ("pipeline", "model")  # keys whose value names a model: a folder, a hub id, mini, last or last:<name>
 
 
 def resolve_models(node: Any, runs: str) -> None:
-    """Replace "last" and "last:<name>" in a configuration by the folder, so that a resumed run goes on with the same model."""
+    """Replace "last" and "last:<name>" in a configuration by the folder, so that a resumed run uses the same model."""
     for key in list(node) if OmegaConf.is_dict(node) else range(len(node)):
         if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
             continue
@@ -26,19 +26,21 @@ def resolve_models(node: Any, runs: str) -> None:
 
 @cache
 def chosen(pipeline: str, runs: str, working_directory: str) -> str:
-    """`find_pipeline`, the same for all jobs of a sweep, which save models themselves."""
+    """Return the same folder for all jobs of a sweep, because each job saves a newer model."""
     return find_pipeline(pipeline, runs)
 
 
 def is_student(pipeline: Path) -> bool:
-    """Whether a saved model draws in a few steps: by consistency sampling, or after guided distillation."""
+    """Whether a saved model was distilled: it samples by consistency, or its lcm.json names students."""
     metadata = read_lcm_json(pipeline)
     return metadata["sampler"] != "ddim" or "students" in metadata
 
 
 def find_pipeline(pipeline: str, runs: str) -> str:
-    """A pipeline folder, hub id or "mini" as given; for "last" the newest model that a run under `runs` saved, a student before
-    a teacher; for "last:<name>" the newest of the runs of that name."""
+    """Return the newest model under `runs` for "last", a student before a teacher; else the pipeline as given.
+
+    "last:<name>" is the newest model of the runs of that name.
+    """
     last, _, name = pipeline.partition(":")
     files = sorted(Path(runs).glob("*/*/model/model_index.json"), key=lambda file: file.stat().st_mtime)
     names = [file.parts[-4] for file in files]
@@ -48,8 +50,8 @@ def find_pipeline(pipeline: str, runs: str) -> str:
         return pipeline
     models = [file.parent for file, run in zip(files, names, strict=True) if not name or run == name]
     if not models:
-        known = [f"last:{run}" for run in dict.fromkeys(reversed(names))][:10]
-        cure = f"give {' or '.join(known)}" if known else "train one by `python train.py`"
+        others = [f"last:{run}" for run in dict.fromkeys(reversed(names))][:10]
+        cure = f"give {' or '.join(others)}" if others else "train one by `python train.py`"
         run = f"no run called {name}" if name else "no run"
         raise UserError(f"{run} under {runs}/ has saved a model: {cure}, or give a folder, a hub id (owner/name) or mini")
     students = [] if name else [model for model in models if is_student(model)]

@@ -1,4 +1,4 @@
-"""What a sweep found: one table and one plot of all its runs (`python train.py -m model.ema_decay=0,0.95`)."""
+"""One table and one plot of all runs of a sweep (`python train.py -m model.ema_decay=0,0.95`)."""
 
 import csv
 import json
@@ -19,16 +19,16 @@ from lcm.runtime.redaction import redacted
 
 
 class SweepTable(Callback):
-    """A Hydra callback: notes what each run swept and its last `val/` metrics, and makes table.md and plot.png of all notes.
+    """A Hydra callback that notes each run's swept values and last `val/` metrics. It writes table.md and plot.png.
 
-    Notes are files in the sweep's folder (`hydra.sweep.dir`), so runs may be on other machines that see it.
+    A note is a file in the sweep's folder (`hydra.sweep.dir`). The runs may be on other machines that share this folder.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
             writable(Path(config.hydra.sweep.dir), "paths.runs")
         except UserError as error:
-            sys.exit(f"error: {error}")  # Hydra logs other exceptions of a callback, and goes on
+            sys.exit(f"error: {error}")  # Hydra logs other exceptions of a callback and continues
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         hide_secrets(config)
@@ -36,8 +36,8 @@ class SweepTable(Callback):
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if config.hydra.mode.name != "MULTIRUN":
             return
-        done = job_return.cfg if job_return.status == JobStatus.COMPLETED else None
-        run_dir = None if done is None else done.paths.run_dir
+        completed = job_return.cfg if job_return.status == JobStatus.COMPLETED else None
+        run_dir = None if completed is None else completed.paths.run_dir
         if run_dir and not Path(run_dir).is_dir():  # the job was refused before its first step
             run_dir = None
         swept = dict(map(shown, config.hydra.overrides.task))
@@ -70,9 +70,9 @@ class SweepTable(Callback):
 
 
 def hide_secrets(config: DictConfig) -> None:
-    """In what Hydra itself has noted of the sweep."""
+    """Redact the secrets in multirun.yaml, which Hydra writes."""
     file = Path(config.hydra.sweep.dir, "multirun.yaml")
-    if config.hydra.mode.name == "MULTIRUN" and file.is_file() and (noted := file.read_text()) != (hidden := redacted(noted)):
+    if config.hydra.mode.name == "MULTIRUN" and file.is_file() and (text := file.read_text()) != (hidden := redacted(text)):
         with whole_file(file) as copy:
             copy.write(hidden.encode())
 
@@ -80,9 +80,9 @@ def hide_secrets(config: DictConfig) -> None:
 def lack(runs: Sequence[str]) -> str:
     """Return why no run has a metric for the table."""
     if not runs:
-        return "no job has trained, their errors are above"
+        return "no job has trained, the errors are above"
     if not any(Path(run, "metrics.csv").is_file() for run in runs):
-        return "it is made of metrics.csv, add logger=csv"
+        return "it reads metrics.csv, add logger=csv"
     return (
         "no run has measured a metric named val/, add callbacks=evaluation for FID and CLIP score, or for val/loss give "
         "data.val_shards and a trainer.val_check_interval of at most trainer.max_steps"
@@ -94,23 +94,23 @@ def number(value: float | None) -> str:
 
 
 def last_metrics(file: Path) -> dict[str, float]:
-    """The last value of each `val/` column of a run's metrics.csv."""
-    found: dict[str, float] = {}
+    """Return the last value of each `val/` column of a run's metrics.csv."""
+    metrics: dict[str, float] = {}
     if file.is_file():
         with file.open(newline="") as lines:
             for row in csv.DictReader(lines):
-                found |= {name: float(value) for name, value in row.items() if name.startswith("val/") and value}
-    return found
+                metrics |= {name: float(value) for name, value in row.items() if name.startswith("val/") and value}
+    return metrics
 
 
 def varied(swept: Sequence[dict[str, str]]) -> list[str]:
-    """The overrides that differ between runs, the one with most values last."""
-    values = {key: {str(one.get(key)) for one in swept} for one in swept for key in one}
+    """Return the overrides that differ between runs, the one with most values last."""
+    values = {key: {str(run.get(key)) for run in swept} for first in swept for key in first}
     return sorted((key for key in values if len(values[key]) > 1), key=lambda key: len(values[key]))
 
 
 def plot(notes: Sequence[dict[str, Any]], keys: Sequence[str], names: Sequence[str], file: Path) -> None:
-    """A panel a metric; the last key along x, a line for each value of the others."""
+    """Draw one panel for each metric: the last key along x, a line for each value of the other keys."""
     *others, last = keys or [""]
     ticks = list(dict.fromkeys(note["swept"].get(last, "") for note in notes))
     figure = Figure(figsize=(3.6 * len(names), 3.2), layout="constrained")

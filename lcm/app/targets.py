@@ -1,6 +1,6 @@
-"""Targets in a file that came from elsewhere: a `_target_` is code that runs, so only parts of a training are allowed.
+"""Which `_target_` a file from elsewhere may name. A target is code that runs, so only parts of a training are allowed.
 
-The command line and a user's own conf/ are trusted.
+The command line and the user's own conf/ are trusted.
 """
 
 import os
@@ -16,7 +16,7 @@ from hydra.utils import get_object
 from lcm.core.errors import UserError
 
 PACKAGE = Path(__file__).parents[1]
-CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # of an installation; of a checkout
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # installed; in a checkout
 OWN = tuple(filter(None, re.split(r"[\s,]+", os.environ.get("LCM_ALLOW_TARGETS", ""))))  # before a configuration can set it
 FUNCTIONS = ("lcm.core", *OWN)
 CLASSES = (
@@ -29,7 +29,7 @@ CLASSES = (
 
 
 def check_targets(node: Any, key: str = "") -> None:
-    """Raise UserError for what plain containers name that is not allowed."""
+    """Raise UserError for a target in plain containers that is not allowed."""
     if isinstance(node, Mapping):
         for name, value in node.items():
             here = f"{key}.{name}" if key else str(name)
@@ -53,26 +53,28 @@ def check_target(target: Any, key: str) -> None:
 
 @cache
 def shipped() -> frozenset[str]:
-    """All that the yaml files here name."""
+    """Return all targets in the yaml files of conf/."""
     texts = [path.read_text() for path in CONF.rglob("*.yaml")]
     return frozenset(name for text in texts for name in re.findall(r"^[\s-]*_target_:\s*([\w.]+)", text, re.MULTILINE))
 
 
 def is_allowed(target: str) -> bool:
-    """A class, of some packages a function, by where it is defined: `lcm.runtime.run_dir.os.system` is os.system, and a
-    method such as `from_pretrained` may run code that it downloads."""
+    """Whether a target is a class, or a function of FUNCTIONS. The module that defines it decides.
+
+    `lcm.runtime.run_dir.os.system` is os.system. A method such as `from_pretrained` may run code that it downloads.
+    """
     packages = {name.partition(".")[0] for name in CLASSES} | {*OWN}
     if not any(within(target, package) for package in packages):
         return False  # without importing it
     try:
-        found = get_object(target)
-    except Exception:  # it is not there, or Hydra's own list of what is dangerous has it
+        value = get_object(target)
+    except Exception:  # it does not exist, or Hydra's own list of dangerous targets has it
         return False
-    home = getattr(found, "__module__", None) or ""
-    if isinstance(found, type):
+    home = getattr(value, "__module__", None) or ""
+    if isinstance(value, type):
         return any(within(home, package) for package in CLASSES)
-    plain = isinstance(found, FunctionType) and "." not in found.__qualname__
-    return plain and any(within(home, package) for package in FUNCTIONS)
+    is_function = isinstance(value, FunctionType) and "." not in value.__qualname__
+    return is_function and any(within(home, package) for package in FUNCTIONS)
 
 
 def within(name: str, package: str) -> bool:

@@ -18,7 +18,7 @@ def test_grid_pastes_each_image_in_its_cell():
     assert picture.getpixel((picture.width - 30, bottom)) == (255, 0, 0)
 
 
-def test_a_grid_keeps_the_shape_of_its_images():
+def test_grid_keeps_shape_of_images():
     tall = torch.zeros(3, 16, 8).byte()
     picture = grid([torch.stack([tall, tall])], ["a row"], cell=16)
     assert picture.getpixel((picture.width - 10, picture.height - 30)) == (0, 0, 0)
@@ -49,9 +49,11 @@ WORDS = " ".join(["a very detailed scene with several objects on a wooden table"
 TAGS = ",".join(f"tag_{i}" for i in range(400))
 
 
-@pytest.mark.parametrize("label", ["a", "", WORDS, TAGS, "一只橙色的猫 🐱" * 40, WORDS.replace(" ", "\n"), "x" * 10**6])
-@pytest.mark.parametrize("side", [16, 256])
-def test_a_grid_is_as_large_whatever_its_labels_and_they_keep_to_their_rows(label, side):
+@pytest.mark.parametrize(
+    ("label", "side"),
+    [("", 16), (WORDS, 16), (TAGS, 256), ("一只橙色的猫 🐱" * 40, 16), (WORDS.replace(" ", "\n"), 256), ("x" * 10**6, 256)],
+)
+def test_labels_keep_to_their_rows(label, side):
     rows, white = [torch.full((2, 3, side, side), 255).byte()] * 3, (255, 255, 255)
     plain = grid(rows, ["a"] * 3, ["c", "d"])
     for labels in ([label, "", ""], [[label] * 4, "", ""]):
@@ -64,8 +66,8 @@ def test_a_grid_is_as_large_whatever_its_labels_and_they_keep_to_their_rows(labe
             assert picture.crop(box).getcolors() == [((box[2] - box[0]) * (box[3] - box[1]), white)]
 
 
-@pytest.mark.parametrize("text", [WORDS, TAGS, "x" * 999, "red apple"])
-def test_labels_are_broken_at_the_width_and_cut_to_a_few_lines(text):
+@pytest.mark.parametrize("text", [WORDS, TAGS, "red apple"])
+def test_labels_are_wrapped_and_cut(text):
     font = label_font(14)
     whole, cut = wrap(text, font, 200), wrap(text, font, 200, 3)
     assert "".join("".join(whole).split()) == "".join(text.split())
@@ -74,11 +76,11 @@ def test_labels_are_broken_at_the_width_and_cut_to_a_few_lines(text):
     assert cut == whole if len(whole) <= 3 else cut[-1].endswith("...")
 
 
-def test_what_the_font_lacks_is_escaped():
+def test_missing_glyphs_are_escaped():
     assert drawable("café, кот, ﾈｺ, 猫, 🇯🇵") == "café, кот, \\uff88\\uff7a, \\u732b, \\U0001f1ef\\U0001f1f5"
 
 
-def test_long_names_of_columns_keep_to_their_columns():
+def test_column_names_keep_to_their_columns():
     rows = [torch.full((3, 3, 16, 16), 255).byte()]
     for name in ("n" * 300, "a long name " * 30):
         picture = grid(rows, [""], ["", f"{name}\n4 steps", ""])
@@ -86,6 +88,6 @@ def test_long_names_of_columns_keep_to_their_columns():
             assert picture.crop((x, 0, x + 125, picture.height)).getcolors() == [(125 * picture.height, (255, 255, 255))]
 
 
-def test_a_text_is_not_taken_for_a_list_of_prompts():
+def test_text_is_not_a_list_of_prompts():
     with pytest.raises(UserError, match=r"^callbacks\.samples\.prompts=red apple: give a list"):
         ImageGrid("samples", "red apple", steps=[1], w=1.0)

@@ -1,4 +1,4 @@
-"""What the programs make of prompts, prompt files and folders that are given to them."""
+"""Prompts, prompt files and output folders on the command line."""
 
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-@pytest.mark.parametrize("mark", ["", "\ufeff"])
-@pytest.mark.parametrize("name", ["p.txt", "P.TXT"])
-def test_a_prompt_file_is_read_whatever_program_wrote_it(here: Path, name: str, mark: str, end: str) -> None:
+@pytest.mark.parametrize(("name", "mark", "end"), [("p.txt", "", "\n"), ("P.TXT", "\ufeff", "\r\n"), ("p.txt", "", "\r")])
+def test_prompt_file(here: Path, name: str, mark: str, end: str) -> None:
     lines = ["", " red apple ", "", "café\u2028au lait", "# 1 in a list", " ", ""]
     (here / name).write_bytes((mark + end.join(lines)).encode())
     assert read(name) == ["red apple", "café\u2028au lait", "# 1 in a list"]
@@ -33,33 +31,38 @@ def test_a_prompt_file_is_read_whatever_program_wrote_it(here: Path, name: str, 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("red apple".encode("utf-16"), "looks like UTF-16 or UTF-32: save it as UTF-8"),
         ("red apple".encode("utf-16-le"), "looks like UTF-16 or UTF-32: save it as UTF-8"),
         ("red apple".encode("utf-32-be"), "looks like UTF-16 or UTF-32: save it as UTF-8"),
         ("café".encode("cp1252"), "byte 0xe9 at position 3 is not UTF-8"),
         (b"\xef\xbb\xbf\r\n\r\n", "has no prompts"),
     ],
 )
-def test_a_prompt_file_that_cannot_be_read_is_refused_with_the_cause(here: Path, content: bytes, says: str) -> None:
+def test_unreadable_prompt_file(here: Path, content: bytes, says: str) -> None:
     (here / "p.txt").write_bytes(content)
     with pytest.raises(UserError, match=rf"p\.txt .*{says}"):
         read("p.txt")
 
 
-@pytest.mark.parametrize(
-    "prompts",
-    ["prompts.csv", "Prompts.JSON", "a/b.jsonl", ["prompts.txt"], ["red apple", "prompts.tsv"], "list", "my list.csv", "a/dir"],
-    ids=str,
-)
-def test_the_name_of_a_file_is_not_drawn(here: Path, prompts: Any) -> None:
+def test_name_of_file_is_refused(here: Path) -> None:
     (here / "a/dir").mkdir(parents=True)
     for name in ("list", "my list.csv"):
         (here / name).write_text("red apple")
-    with pytest.raises(UserError, match=r"names a file: give one \.txt file with a prompt a line, or"):
-        read(prompts)
+    names = [
+        "prompts.csv",
+        "Prompts.JSON",
+        "a/b.jsonl",
+        ["prompts.txt"],
+        ["red apple", "prompts.tsv"],
+        "list",
+        "my list.csv",
+        "a/dir",
+    ]
+    for prompts in names:
+        with pytest.raises(UserError, match=r"names a file: give one \.txt file with a prompt a line, or"):
+            read(prompts)
 
 
-def test_a_prompt_that_only_resembles_a_file_is_drawn(here: Path) -> None:
+def test_prompt_like_file_name_is_drawn(here: Path) -> None:
     (here / "cat").mkdir()
     (here / "p.txt").write_text("prompts.csv\n")
     for prompts in ("cat", "v1.5", "a logo of example.com", "a screenshot of package.json", "e.g. a cat", "x" * 5000):
@@ -67,25 +70,22 @@ def test_a_prompt_that_only_resembles_a_file_is_drawn(here: Path) -> None:
     assert read("p.txt") == ["prompts.csv"]
 
 
-@pytest.mark.parametrize(("prompts", "texts"), [(2024, ["2024"]), (["a", 7], ["a", "7"]), ([""], [""]), ("val", ["a caption"])])
-def test_prompts_are_texts(prompts: Any, texts: list[str]) -> None:
-    assert read(prompts) == texts
+def test_prompts_are_texts() -> None:
+    for prompts, texts in ((2024, ["2024"]), (["a", 7], ["a", "7"]), ([""], [""]), ("val", ["a caption"])):
+        assert read(prompts) == texts
+    for wrong in (None, "", [], ["a", None], [["a", "b"]]):
+        with pytest.raises(UserError, match=r"^prompts="):
+            read(wrong)
 
 
-@pytest.mark.parametrize("prompts", [None, "", [], ["a", None], [["a", "b"]], {"a": 1}.items()])
-def test_prompts_that_are_no_texts_are_refused(prompts: Any) -> None:
-    with pytest.raises(UserError, match=r"^prompts="):
-        read(prompts)
-
-
-@pytest.mark.parametrize("folder", ["/proc/nowhere", "file", "file/below"])
-def test_a_folder_that_cannot_be_written_is_one_sentence(here: Path, folder: str) -> None:
+@pytest.mark.parametrize("folder", ["/proc/nowhere", "file/below"])
+def test_output_folder_that_cannot_be_written(here: Path, folder: str) -> None:
     (here / "file").touch()
     with pytest.raises(UserError, match=rf"^cannot write to {folder} \(.*\): set out to a writable folder$"):
         output_folder(folder, "out")
 
 
-def test_a_sweeps_folder_that_cannot_be_written_ends_the_program_with_a_sentence() -> None:
+def test_sweep_folder_that_cannot_be_written() -> None:
     config = OmegaConf.create({"hydra": {"sweep": {"dir": "/proc/nowhere/sweeps"}}})
     with pytest.raises(SystemExit, match=r"^error: cannot write to /proc/nowhere/sweeps \(.*\): set paths\.runs to a"):
         SweepTable().on_multirun_start(config)

@@ -9,24 +9,20 @@ from lcm.app import resolvers
 from lcm.app.composition import compose
 
 
-@pytest.mark.parametrize(
-    ("cpu", "fast"),
-    [
+def test_bfloat16_on_cpu(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    assert not resolvers.bfloat16_is_fast("cpu", str(file))
+    for text, fast in (
         ("vendor_id : GenuineIntel\nflags : avx512f avx512_bf16 amx_tile amx_bf16", True),
         ("vendor_id : GenuineIntel\nflags : avx512f avx512_bf16", False),
         ("vendor_id : AuthenticAMD\nflags : avx512f avx512_bf16", True),
         ("vendor_id : AuthenticAMD\nflags : avx2", False),
-        (None, False),
-    ],
-)
-def test_a_cpu_with_fast_instructions_does(cpu: str | None, fast: bool, tmp_path: Path) -> None:
-    file = tmp_path / "cpuinfo"
-    if cpu is not None:
-        file.write_text(cpu)
-    assert resolvers.bfloat16_is_fast("cpu", str(file)) == fast
+    ):
+        file.write_text(text)
+        assert resolvers.bfloat16_is_fast("cpu", str(file)) == fast
 
 
-def test_a_gpu_does_where_it_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for has in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
@@ -34,7 +30,7 @@ def test_a_gpu_does_where_it_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
         assert resolvers.fast_dtype("auto") == ("bfloat16" if has else "float32")
 
 
-def test_training_and_evaluation_follow_and_obey(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_of_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     for fast, names in ((True, ("bf16-mixed", "bfloat16")), (False, ("32-true", "float32"))):
         monkeypatch.setattr(resolvers, "bfloat16_is_fast", lambda device, fast=fast: fast)
         cfg = compose("train", ["experiment=lcd_mini"])

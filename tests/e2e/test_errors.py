@@ -21,38 +21,28 @@ def complaint(done) -> str:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("model.emma_decay=0.9", "did you mean 'model.ema_decay'?"),
-        ("model/solver=ddmi", "model/solver has: ddim"),
-        ("model/solvr=ddim", "did you mean 'model/solver'?"),
-        ("model.ema_decay=1.5", "model.ema_decay=1.5 is not in [0, 1)"),
-        ("model.pipeline=nowhere", "there is no pipeline folder 'nowhere'"),
-        ("data.batch_size=0", "data.batch_size=0: expected a whole number from 1"),
-        ("trainer.precision=8", "trainer.precision=8: the modules here train in one of 32-true"),
+        ("model.emma_decay=0.9", "did you mean 'model.ema_decay'?"),  # refused while the configuration is composed
+        ("data.batch_size=0", "data.batch_size=0: expected a whole number from 1"),  # by its annotation
+        ("model.ema_decay=1.5", "model.ema_decay=1.5 is not in [0, 1)"),  # by the constructor
+        ("trainer.accelerator=gpuu", "invalid accelerator name: `accelerator='gpuu'`"),  # by Lightning
+        ("model.pipeline=nowhere", "there is no pipeline folder 'nowhere'"),  # by a file
         ("trainer.devices=0", "trainer.devices=0: expected auto, a number from 1"),
-        ("trainer.devices=abc", "trainer.devices=abc: expected auto, a number from 1"),
         ("trainer.accelerator=gpu", "No supported gpu backend found!"),
-        ("--max_steps=3", "there is no option --max_steps=3: overrides have no dashes, did you mean 'trainer.max_steps=3'?"),
-        ("lcd_mini", "'lcd_mini' sets nothing, did you mean 'experiment=lcd_mini'?"),
         ("data.resolution=30", "data.resolution=30 is not a multiple of the VAE's factor 4"),
         ("data.shards=missing/*.tar", "no shards match 'missing/*.tar'"),
+        ("data.shards=.", "data.shards: . is a folder: give its shards, as in './*.tar'"),
         ("model.timesteps.points=5000", "a grid of 5000 points does not fit"),
         ("paths.runs=/proc/nowhere", "set paths.runs to a writable folder"),
         ("ckpt_path=nothing.ckpt", "ckpt_path=nothing.ckpt is not a file"),
-        ("ckpt_path=https://example.org/a.ckpt", "ckpt_path must be a local file"),
-        ("data.shards=[]", "data.shards=[] names no shards"),
-        ("data.shards=.", "data.shards: . is a folder: give its shards, as in './*.tar'"),
-        ("trainer.accelerator=gpuu", "invalid accelerator name: `accelerator='gpuu'`"),
-        ("model.compile=yess", "model.compile=yess: expected true or false"),
-        ("model.objective.skip_steps=2000", "expected a whole number from 1 to 1000"),
         ("name=", "name= is empty"),
     ],
 )
 def test_train_refuses(run, tiny, override, says, tmp_path):
     assert says in complaint(run("train.py", *tiny, override))
-    assert not list(tmp_path.glob("runs/*/*")), "a run that never was"
+    assert not list(tmp_path.glob("runs/*/*")), "a run folder without a run"
 
 
-def test_a_folder_that_is_not_a_pipeline_or_predicts_something_unknown(run, tiny, tiny_pipeline, tmp_path):
+def test_train_refuses_pipeline_folder(run, tiny, tiny_pipeline, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "is not a pipeline folder: it lacks unet" in complaint(run("train.py", *tiny, f"model.pipeline={tmp_path}/empty"))
     broken = shutil.copytree(tiny_pipeline, tmp_path / "broken")
@@ -69,7 +59,7 @@ def test_shards_without_captions(run, tiny, tmp_path):
     assert "has no captions" in complaint(run("train.py", *tiny, f"data.shards={tmp_path}/bare.tar"))
 
 
-def test_a_diverging_loss_stops_and_keeps_the_last_good_checkpoint(run, tiny, tmp_path):
+def test_diverging_loss_keeps_last_checkpoint(run, tiny, tmp_path):
     import torch
 
     says = complaint(run("train.py", *tiny, "model.optimizer.lr=1e25", "trainer.max_steps=50"))
@@ -80,12 +70,29 @@ def test_a_diverging_loss_stops_and_keeps_the_last_good_checkpoint(run, tiny, tm
         assert all(torch.isfinite(value).all() for value in weights.values())
 
 
-def test_sample_refuses_more_steps_than_the_grid_and_empty_prompts(run, tiny, tiny_pipeline, tmp_path):
-    assert "use 1 to 50" in complaint(run("sample.py", f"pipeline={tiny_pipeline}", "sampler=lcm", "steps=60", "prompts=a"))
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["sampler=lcm", "steps=60", "prompts=a"], "use 1 to 50"),
+        (["prompts=p.txt"], "has no prompts"),
+        (["prompts=a", "device=foo"], "unknown device=foo"),
+    ],
+)
+def test_sample_refuses(run, tiny_pipeline, args, says, tmp_path):
     (tmp_path / "p.txt").write_text("\n")
-    assert "has no prompts" in complaint(run("sample.py", f"pipeline={tiny_pipeline}", "prompts=p.txt"))
-    (tmp_path / "p.txt").write_bytes(b"caf\xe9")
-    assert "in UTF-8" in complaint(run("sample.py", f"pipeline={tiny_pipeline}", "prompts=p.txt"))
-    assert "prompts= has none" in complaint(run("sample.py", f"pipeline={tiny_pipeline}", "prompts="))
-    assert "at one steps=" in complaint(run("sample.py", f"pipeline={tiny_pipeline}", "prompts=a", "steps=[1,2]"))
-    assert "device=foo is none" in complaint(run("sample.py", f"pipeline={tiny_pipeline}", "prompts=a", "device=foo"))
+    assert says in complaint(run("sample.py", f"pipeline={tiny_pipeline}", *args))
+
+
+@pytest.mark.parametrize(
+    ("program", "args", "says"),
+    [
+        ("evaluate", ["samples=1"], "samples=1: expected a whole number from 2"),
+        ("encode", [], "out has no default"),
+        ("export", ["run=nowhere"], "nowhere is not the folder of a run"),
+        ("manifest", ["data.shards=nowhere.tar"], "no shards match 'nowhere.tar'"),
+        ("preview", ["data.shards=nowhere.tar"], "no shards match 'nowhere.tar'"),
+        ("bench", ["parts=speed"], "parts=speed is not a list"),
+    ],
+)
+def test_program_refuses(run, program, args, says):
+    assert says in complaint(run(f"lcm.{program}", *args))

@@ -310,7 +310,7 @@ def test_loggers_get_metrics_and_pictures(run, tmp_path):
         ("reference=nowhere/*.tar", "no shards match 'nowhere/*.tar': point reference at"),
         ("~entries.LCM ~entries.DDIM", "nothing to evaluate"),
         ("prompts=no.txt", "there is no prompt file no.txt"),
-        ("prompts=[]", "prompts=[] has none: give one"),
+        ("prompts=[]", "prompts=[] is empty: give a prompt"),
         ("backbone@fid_backbone=clip fid_backbone.model=/nowhere", "there is no CLIP folder '/nowhere'"),
         ("backbone@fid_backbone=inception", "torch-fidelity|no InceptionV3 weights at"),
     ],

@@ -78,7 +78,7 @@ def test_each_call_has_its_folder_and_draws_nothing_twice(run, runs, tmp_path):
         ("size=[64,64,64]", "size=[64, 64, 64]: expected pixels"),
         ("size=64x32", "size=64x32: expected pixels"),
         ("steps=51", "use 1 to 50"),
-        ("steps=null", "steps=None: images are drawn at one steps="),
+        ("steps=null", "steps=null: expected a whole number from 1"),
         ("images_per_prompt=[1,2]", "images_per_prompt=[1, 2]: expected a whole number from 1"),
         ("batch_size=[1,2]", "batch_size=[1, 2]: expected a whole number from 1"),
         ("pipeline=cd", "w=4: this consistency model has no input for w, its guidance is fixed: set w=0"),
