@@ -7,12 +7,12 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from lcm.manifest import verify, write
 
 from lcm import manifest
 from lcm.core.errors import UserError
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.source import Facts, Source
-from lcm.manifest import verify, write
 from tests.data.conftest import SIZES, pairs, png, write_shard
 
 

@@ -75,7 +75,7 @@ def distillation_step(module: ConsistencyModule, codec: LatentCodec, dtype: torc
         with torch.autocast(module.device.type, dtype, enabled=dtype != torch.float32):
             loss, _ = module.objective.loss(networks, batch, draws)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), module.clip_norm)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), module.optimization.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         for average, online in zip(target.parameters(), net.parameters(), strict=True):

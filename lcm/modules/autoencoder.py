@@ -2,37 +2,61 @@
 
 from typing import Any
 
+import lightning as L
 import torch
 from diffusers import AutoencoderKL
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from lcm.core.random import normal
+from lcm.core.numbers import Positive, Seed, Whole
+from lcm.core.random import RankSlice, normal
 from lcm.models.loading import cast_copy
-from lcm.modules.base import TrainedModule
+from lcm.modules.checkpoint import check_tensors
+from lcm.modules.optimization import Optimization, OptimizerFactory, ScheduleFactory, log_train
 
 
-class Autoencoder(TrainedModule):
+class Autoencoder(L.LightningModule):
     """Trains `vae` to rebuild pixels: L1 + squared error + kl_weight * KL(q(z|x) || N(0, I)).
 
-    The plain error replaces the paper's perceptual and adversarial terms, which need a pretrained network.
+    The plain error replaces the paper's perceptual and adversarial terms, which need a pretrained network. The other
+    arguments are those of `Optimization`.
     """
 
     latent_std: Tensor
 
-    def __init__(self, vae: AutoencoderKL, *, kl_weight: float = 1e-6, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.vae, self.kl_weight = vae, kl_weight
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        *,
+        optimizer: OptimizerFactory,
+        lr_schedule: ScheduleFactory,
+        kl_weight: float = 1e-6,
+        clip_norm: Positive | None = 1.0,
+        skip_non_finite: Whole = 0,
+        seed: Seed = 0,
+    ) -> None:
+        super().__init__()
+        self.vae, self.kl_weight, self.seed = vae, kl_weight, seed
+        self.optimization = Optimization(optimizer, lr_schedule, clip_norm, skip_non_finite)
         self.register_buffer("latent_std", torch.ones(()))
+        self.register_load_state_dict_pre_hook(check_tensors)
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [self.optimization]
+
+    def configure_optimizers(self) -> Any:
+        return self.optimization.configure([{"params": list(self.parameters())}], self.trainer.max_steps)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         x = batch["x"]
         posterior = self.vae.encode(x).latent_dist
-        noise = normal(posterior.mean.shape, self.rows(batch_idx), self.device)
+        keys = (self.seed, "train", batch_idx)
+        rows = RankSlice(self.device, *keys, rank=self.global_rank, world_size=self.trainer.world_size)
+        noise = normal(posterior.mean.shape, rows, self.device)
         error = self.vae.decode(posterior.mean + posterior.std * noise).sample.float() - x
         kl = posterior.kl().float().mean()
         loss = error.abs().mean() + error.square().mean() + self.kl_weight * kl
-        self.log_train(loss, {"psnr": psnr(error), "kl": kl}, len(x))
+        log_train(self, loss, {"psnr": psnr(error), "kl": kl}, len(x))
         return loss
 
     def on_validation_epoch_start(self) -> None:

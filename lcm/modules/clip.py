@@ -2,16 +2,19 @@
 
 from typing import Any
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from lcm.core.numbers import Positive, Seed, Whole
 from lcm.models.saving import save_clip
-from lcm.modules.base import TrainedModule
+from lcm.modules.checkpoint import check_tensors
+from lcm.modules.optimization import Optimization, OptimizerFactory, ScheduleFactory, log_train
 
-CANDIDATES = 256  # of the validation's captions and images
+CANDIDATES = 256  # captions and images of the validation set
 
 
 def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -21,12 +24,29 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-class Clip(TrainedModule):
-    """Trains a CLIP of the given tower sizes on (image, caption) pairs; validates by top-1 retrieval among `CANDIDATES`."""
+class Clip(L.LightningModule):
+    """Trains a CLIP on (image, caption) pairs; validates by top-1 retrieval among `CANDIDATES`.
 
-    def __init__(self, *, text: dict[str, Any], vision: dict[str, Any], tokenizer: CLIPTokenizer, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    text, vision: sizes of the two towers, as in transformers' configs. seed: unused; every model of conf/model has one. The
+    other arguments are those of `Optimization`.
+    """
+
+    def __init__(
+        self,
+        *,
+        text: dict[str, Any],
+        vision: dict[str, Any],
+        tokenizer: CLIPTokenizer,
+        optimizer: OptimizerFactory,
+        lr_schedule: ScheduleFactory,
+        clip_norm: Positive | None = 1.0,
+        skip_non_finite: Whole = 0,
+        seed: Seed = 0,
+    ) -> None:
+        super().__init__()
         self.tokenizer = tokenizer
+        self.optimization = Optimization(optimizer, lr_schedule, clip_norm, skip_non_finite)
+        self.register_load_state_dict_pre_hook(check_tensors)
         special = {
             "vocab_size": len(tokenizer),
             "bos_token_id": tokenizer.bos_token_id,
@@ -37,15 +57,21 @@ class Clip(TrainedModule):
         projection = {"projection_dim": text.get("projection_dim", 128)}
         self.clip = CLIPModel(CLIPConfig(text_config={**text, **special}, vision_config=vision, **projection))
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [self.optimization]
+
+    def configure_optimizers(self) -> Any:
+        return self.optimization.configure([{"params": list(self.parameters())}], self.trainer.max_steps)
+
     def embed(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Unit image and text embeddings `[B, D]` float32."""
+        """Return unit image and text embeddings `[B, D]` float32."""
         ids = self.tokenizer(batch["captions"], padding="max_length", truncation=True, return_tensors="pt").input_ids
         out = self.clip(pixel_values=batch["x"], input_ids=ids.to(self.device))
         return F.normalize(out.image_embeds.float(), dim=-1), F.normalize(out.text_embeds.float(), dim=-1)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss = contrastive_loss(*self.embed(batch), self.clip.logit_scale.exp().clamp(max=100))
-        self.log_train(loss, {}, len(batch["x"]))
+        log_train(self, loss, {}, len(batch["x"]))
         return loss
 
     def on_validation_epoch_start(self) -> None:

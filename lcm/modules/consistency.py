@@ -22,13 +22,13 @@ from lcm.modules.latent import LatentModule
 class ConsistencyModule(LatentModule):
     """Trains a student, a copy of `net`, by a consistency objective (LCD, TCD, LCF, CD, CT).
 
-    net: the pipeline's network: the teacher of a distillation, and the start of the student. loss: the paper's d. ema_decay:
-    the paper's mu of the target network; 0 makes the student its own target. w_min, w_max: the range of guidance weights; the
-    student takes w as an input where the objective is guided and the family has the input. timesteps: `num_timesteps -> [N]
-    int64`, the trained t. solver: the paper's Psi. zero_init: the projection of w starts at zero, so the student starts as
-    its teacher. prediction_type: of the student; None: the teacher's. adapters: `{rank, alpha, target_modules}`, to train
-    LoRA adapters on the teacher's own weights (2311.05556); such a student takes no w, and a checkpoint holds the adapters
-    and their averages only.
+    net: the pipeline's network: the teacher of a distillation, and the start of the student. loss: the paper's d.
+    ema_decay: the paper's mu of the target network; 0: the student is its own target. w_min, w_max: the range of guidance
+    weights. The student takes w as an input if the objective is guided and the family has the input. timesteps:
+    `num_timesteps -> [N] int64`, the trained t. solver: the paper's Psi. zero_init: the projection of w starts at zero, so the
+    student starts equal to its teacher. prediction_type: the student's; None: the teacher's. adapters: `{rank, alpha,
+    target_modules}` trains LoRA adapters on the teacher's own weights (2311.05556). Such a student takes no w, and its
+    checkpoint holds only the adapters and their averages.
     """
 
     averages = MappingProxyType({**LatentModule.averages, "target_net": "model.ema_decay"})
@@ -67,7 +67,7 @@ class ConsistencyModule(LatentModule):
             student = family.with_w(net, zero_init=zero_init) if w_max is not None else network_like(net)
         super().__init__(student, process, pipeline=pipeline, objective=lambda p: objective(p, **parts), **kwargs)
         self.teacher_prediction_type = load_prediction_type(pipeline)
-        # In the student's mode, so that both draw one dropout mask.
+        # In train mode, like the student, so that both draw the same dropout mask.
         self.target_net = frozen_copy(self.net).train() if ema_decay else None
         self.ema_decay, self.adapters = ema_decay, adapters
         if w_max is not None and adapters is None:
@@ -94,7 +94,7 @@ class ConsistencyModule(LatentModule):
         self.objective.advance(self.global_step, self.trainer.max_steps)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A validation or an export that follows is of the last update, as it was when the checkpoint was written."""
+        """Set the objective to the checkpoint's last update, for a validation or an export that follows."""
         super().on_load_checkpoint(checkpoint)
         self.objective.advance(max(checkpoint["global_step"] - 1, 0), self.trainer.max_steps)
 
@@ -109,7 +109,7 @@ class ConsistencyModule(LatentModule):
         super().after_optimizer_step()
         if self.target_net is not None:
             decay = self.objective.target_decay(self.ema_decay)
-            ema_update_(self.target_net.parameters(), self.net.parameters(), decay, self.left_out_on_device)
+            ema_update_(self.target_net.parameters(), self.net.parameters(), decay, self.optimization.skipped_on_device)
 
     def facts(self) -> dict[str, Any]:
         w_range = (self.objective.w_min, self.objective.w_max)

@@ -24,11 +24,13 @@ from lcm.modules.latent import LatentModule
 
 
 class GuidedDistillation(LatentModule):
-    """Stage one: the student matches its guided teacher for any w in [w_min, w_max]. Then comes one stage for each of
-    `steps`: the student of N DDIM steps learns two steps of the student before it, and starts from it.
+    """Train a student to match its guided teacher, then students of ever fewer DDIM steps.
 
-    net: the pipeline's network, which is the teacher. match_share: stage one's share of `trainer.max_steps`; the other stages
-    share the rest equally. All students are saved in one folder, which is sampled with any number of `steps`.
+    Stage one: the student matches the guided teacher for any w in [w_min, w_max]. Then one stage for each number in `steps`:
+    a student of N DDIM steps starts from the previous student and learns two of its steps in one.
+
+    net: the pipeline's network, the teacher. match_share: stage one's share of `trainer.max_steps`; the other stages share
+    the rest equally. All students are saved in one folder, which is sampled with any number in `steps`.
     """
 
     objective: GuidedDistillationObjective
@@ -60,20 +62,20 @@ class GuidedDistillation(LatentModule):
             **kwargs,
         )
         if not self.family.takes_w(student):
-            raise UserError(f"guided distillation needs a network with an input for w, which {pipeline} has not: use model=lcd")
+            raise UserError(f"guided distillation needs a network with an input for w, {pipeline} has none: use model=lcd")
         self.zero_init = zero_init
-        self.previous = frozen_copy(self.net)  # the finished student of the stage before
+        self.previous = frozen_copy(self.net)  # the finished student of the previous stage
         self.steps, self.match_share = list(steps), match_share
         self.stage = 0
         self.frozen["teacher"] = net.eval()
 
     @property
     def students(self) -> list[int]:
-        """The step counts of the students there are: those of finished stages, and the one in training."""
+        """The step counts of the students so far: those of finished stages and the current one."""
         return self.steps[: self.stage]
 
     def stage_at(self, step: int) -> int:
-        """0 is stage one, n is the stage of `steps[n - 1]`."""
+        """Return the stage of a step: 0 is stage one, n is the stage of `steps[n - 1]`."""
         first = self.match_share * self.trainer.max_steps
         if step < first:
             return 0
@@ -87,13 +89,12 @@ class GuidedDistillation(LatentModule):
             )
 
     def on_train_start(self) -> None:
-        """Checkpoints hold no finished students, which are in their run's folder: from another run's they are copied."""
-        super().on_train_start()
+        """Copy the finished students from another run's folder when its checkpoint is resumed: checkpoints do not hold them."""
         if not self.students[1:]:
             return
         theirs, ours = Path(str(self.trainer.ckpt_path)).parent.parent / "students", self.folder_of(self.steps[0]).parent
         if self.trainer.is_global_zero and theirs.is_dir() and theirs.resolve() != ours.resolve():
-            with suppress(OSError):  # what is missing then is named below, by every rank
+            with suppress(OSError):  # every rank names a missing student below
                 shutil.copytree(theirs, ours, dirs_exist_ok=True)
         self.trainer.strategy.barrier()
         self.more_networks()
@@ -103,7 +104,7 @@ class GuidedDistillation(LatentModule):
             self.finish_stage()
 
     def finish_stage(self) -> None:
-        """The student, as far as it came, is kept, and the next one starts from it."""
+        """Save the student of a finished stage, and start the next one from it."""
         done = self.best_net
         if self.stage and (student := gather(done)) is not None and self.trainer.is_global_zero:
             save_network(self.folder_of(self.steps[self.stage - 1]), student)
@@ -134,8 +135,8 @@ class GuidedDistillation(LatentModule):
         super().on_load_checkpoint(checkpoint)
         self.enter(checkpoint["stage"])
 
-    def settled(self) -> dict[str, Any]:
-        return {**super().settled(), **({"model.steps": self.steps} if self.stage else {})}
+    def fixed_settings(self) -> dict[str, Any]:
+        return {**super().fixed_settings(), **({"model.steps": self.steps} if self.stage else {})}
 
     def facts(self) -> dict[str, Any]:
         w_range = {"w_min": self.objective.w_min, "w_max": self.objective.w_max}

@@ -1,11 +1,12 @@
-"""The training of a network on latents: averages, compilation, sharding, saving."""
+"""The training of a network on latents: draws, averages, compilation, sharding, checkpoints, saving."""
 
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
+import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
@@ -14,8 +15,9 @@ from lcm.core.batch import LatentBatch
 from lcm.core.denoiser import Condition, Denoiser, Network
 from lcm.core.ema import ema_update_, warmed_up
 from lcm.core.errors import UserError
-from lcm.core.numbers import Positive, Share
+from lcm.core.numbers import Positive, Seed, Share, Whole
 from lcm.core.process import Process
+from lcm.core.random import RankSlice
 from lcm.models.attention import allow_graphs, check_compiler, fast_attention, recomputed
 from lcm.models.codec import LatentCodec
 from lcm.models.pipeline import find, load_family, load_prediction_type
@@ -23,23 +25,27 @@ from lcm.models.saving import save_pipeline
 from lcm.models.sharding import gather, is_sharded, shard
 from lcm.models.student import as_network, frozen_copy
 from lcm.models.text_to_image import TextToImage
-from lcm.modules.base import TrainedModule
+from lcm.modules.checkpoint import check_fixed_settings, check_method, check_tensors
+from lcm.modules.optimization import Optimization, OptimizerFactory, ScheduleFactory, log_train
+
+Draws = TypeVar("Draws")  # a dataclass of tensors with one row per sample
 
 log = logging.getLogger(__name__)
 
 
-class LatentModule(TrainedModule):
+class LatentModule(L.LightningModule):
     """Trains `net` on latents by an objective: a teacher by denoising, and the base of the distillations.
 
-    process, prediction_type (None: that of the pipeline): of `net`. objective: `process -> Objective`. pipeline: the folder
-    or hub id that `net` starts from; `save_model` copies its VAE and text encoders. eval_ema: decay of an average that is
-    sampled, validated and saved in place of `net`; None keeps none. w_lr_scale: learning-rate multiplier of the
-    zero-initialised projection of w; short runs need > 1. compile: torch.compile for the networks of a training step, for
-    batches of one shape; validation and sampling stay eager. gradient_checkpointing: recompute activations to save memory.
+    process: the process of `net`. prediction_type: the output of `net`; None: the pipeline's. objective: `process ->
+    Objective`. pipeline: the folder or hub id that `net` starts from; `save_model` copies its VAE and text encoders.
+    eval_ema: decay of an average that is sampled, validated and saved in place of `net`; None: no average.
+    guidance_lr_multiplier: learning-rate multiplier of the zero-initialised projection of w; short runs need > 1.
+    compile: torch.compile the networks of a training step; validation and sampling stay eager. gradient_checkpointing:
+    recompute activations to save memory. The other arguments are those of `Optimization`.
     """
 
-    averages = MappingProxyType({"ema_net": "model.eval_ema"})
-    zero_init: bool | None = None  # of the projection of w, if the module makes one
+    averages = MappingProxyType({"ema_net": "model.eval_ema"})  # networks that average `net`, and the options that do so
+    zero_init: bool | None = None  # the projection of w started at zero; None: the module made no projection
     calls: list[tuple[nn.Module, torch.Size, Condition, bool]] | None = None  # recorded network calls for FLOP counting
 
     def __init__(
@@ -49,34 +55,53 @@ class LatentModule(TrainedModule):
         *,
         pipeline: str,
         objective: Callable[..., Any],
+        optimizer: OptimizerFactory,
+        lr_schedule: ScheduleFactory,
         prediction_type: str | None = None,
         eval_ema: Share | None = None,
-        w_lr_scale: Positive = 1.0,
+        guidance_lr_multiplier: Positive = 1.0,
         compile: bool = False,
         gradient_checkpointing: bool = False,
-        **kwargs: Any,
+        clip_norm: Positive | None = 1.0,
+        skip_non_finite: Whole = 0,
+        seed: Seed = 0,
     ) -> None:
         if compile:
             check_compiler("model.compile")
-        super().__init__(**kwargs)
+        super().__init__()
+        self.optimization, self.seed = Optimization(optimizer, lr_schedule, clip_norm, skip_non_finite), seed
         self.net, self.process, self.pipeline, self.family = net.train(), process, pipeline, load_family(pipeline)
         self.prediction_type = prediction_type or load_prediction_type(pipeline)
         Denoiser(net, process, self.prediction_type)  # refuses an unknown prediction type
         self.objective = objective(process)
-        self.eval_ema, self.w_lr_scale, self.compile_networks = eval_ema, w_lr_scale, compile
+        self.eval_ema, self.guidance_lr_multiplier, self.compile_networks = eval_ema, guidance_lr_multiplier, compile
         self.ema_net = frozen_copy(net) if eval_ema is not None else None
+        self.frozen: dict[str, nn.Module] = {}  # a plain dict: not in the state dict, DDP or the optimizer
         self.compiled: dict[nn.Module, Callable[..., Any]] = {}
+        self.register_load_state_dict_pre_hook(check_tensors)
         if gradient_checkpointing:
             net.enable_gradient_checkpointing(None if compile else recomputed)
 
     def networks(self) -> list[Any]:
-        """Return the trained network, its averages and the teacher, which is as large."""
+        """Return the trained network, its averages and the teacher."""
         return [net for net in (*self.children(), *self.frozen.values()) if isinstance(net, self.family.network_class)]
+
+    @property
+    def world_size(self) -> int:
+        return 1 if self._trainer is None else self._trainer.world_size
+
+    # setup
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [self.optimization]
+
+    def configure_optimizers(self) -> Any:
+        return self.optimization.configure(self.parameter_groups(), self.trainer.max_steps)
 
     def configure_model(self) -> None:
         """Compile, or shard under `trainer=fsdp`, before a strategy wraps the networks."""
         if self.compile_networks:
-            # At most a graph for each network, or each of its sharded blocks, at each shape of batches.
+            # At most one graph for each network, or each of its sharded blocks, at each batch shape.
             shapes = len(getattr(self.trainer.datamodule, "buckets", ())) or 1  # type: ignore[attr-defined]
             parts = 1 if self.device_mesh is None else sum(isinstance(part, self.family.blocks) for part in self.net.modules())
             allow_graphs(len(self.networks()) * shapes * parts)
@@ -90,23 +115,22 @@ class LatentModule(TrainedModule):
 
     def compile_all(self, device: torch.device) -> None:
         for network in self.networks():
-            if device.type == "cuda":  # eager networks are slower so: CUDA's group norm gives up this layout
+            if device.type == "cuda":  # slower for eager networks: CUDA's group norm does not keep this layout
                 network.to(memory_format=torch.channels_last)
             self.compiled[network] = torch.compile(network, dynamic=False)
 
-    def settled(self) -> dict[str, Any]:
-        return {} if self.zero_init is None else {"model.zero_init": self.zero_init}
-
     def parameter_groups(self) -> list[dict[str, Any]]:
-        [group] = super().parameter_groups()
+        """Return the optimizer's groups: all trained parameters, with the projection of w in a group of its own."""
+        trained = [p for p in self.parameters() if p.requires_grad]
         projection = self.family.w_projection(self.net)
         if projection is None:
-            return [group]
-        rest = [p for p in group["params"] if p is not projection]
-        return [{"params": rest}, {"params": [projection], "lr_scale": self.w_lr_scale}]
+            return [{"params": trained}]
+        rest = [p for p in trained if p is not projection]
+        return [{"params": rest}, {"params": [projection], "lr_scale": self.guidance_lr_multiplier}]
 
     def on_fit_start(self) -> None:
-        super().on_fit_start()
+        for network in self.frozen.values():
+            network.to(self.device).requires_grad_(False).eval()
         data: Any = getattr(self.trainer, "datamodule", None)
         if (side := getattr(data, "sample_size", None)) is not None:
             own, factor = self.net.config["sample_size"], data.resolution // side
@@ -116,7 +140,7 @@ class LatentModule(TrainedModule):
                         f"{self.family.pipelines[0]} is trained at its own size only: set data.resolution={own * factor}"
                     )
                 rank_zero_only(log.warning)(
-                    "training at %d px a model of %d px images: it is drawn and saved as a model of %d px images "
+                    "training at %d px a model of %d px images: it is sampled and saved as a model of %d px images "
                     "(data.resolution=%d keeps its own size)", side * factor, own * factor, side * factor, own * factor,
                 )  # fmt: skip
             self.note_sample_size(side)
@@ -124,10 +148,21 @@ class LatentModule(TrainedModule):
             for network in self.frozen.values():
                 network.to(torch.bfloat16)
 
+    # steps
+
+    def draws(self, draw: Callable[..., Draws], z0: Tensor, batch_idx: int, stage: str = "train", **options: Any) -> Draws:
+        """Return this rank's rows of `draw(z0 of all ranks, generator, **options)`, see `RankSlice`."""
+        rows = RankSlice(self.device, self.seed, stage, batch_idx, rank=self.global_rank, world_size=self.world_size)
+        parts = []
+        for size, rng, rank_slice in rows.blocks(len(z0)):
+            drawn = draw(z0[:1].expand(size, *z0.shape[1:]), rng, **options)
+            parts.append({name: values[rank_slice] for name, values in vars(drawn).items()})
+        return type(drawn)(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
     def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
         draws = self.draws(self.objective.draw, batch.z0, batch_idx)
         loss, logs = self.objective.loss(self.denoisers(self.net), batch, draws)
-        self.log_train(loss, logs, len(batch))
+        log_train(self, loss, logs, len(batch))
         return loss
 
     def validation_step(self, batch: LatentBatch, batch_idx: int) -> None:
@@ -136,13 +171,19 @@ class LatentModule(TrainedModule):
         self.log("val/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
 
     def denoisers(self, online: nn.Module) -> Any:
-        """Return what the objective's loss takes, with `online` as the trained network."""
+        """Return the networks of the objective's loss, with `online` as the trained one."""
         return self.denoiser(online)
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if not self.optimization.skipped_update:
+            self.after_optimizer_step()
+
     def after_optimizer_step(self) -> None:
+        """Move the averages: once per optimizer step, also under gradient accumulation."""
         if self.ema_net is not None and self.eval_ema is not None:
             decay = warmed_up(self.eval_ema, self.global_step)
-            ema_update_(self.ema_net.parameters(), self.net.parameters(), decay, self.left_out_on_device)
+            ema_update_(self.ema_net.parameters(), self.net.parameters(), decay, self.optimization.skipped_on_device)
 
     def denoiser(self, net: nn.Module) -> Denoiser:
         return Denoiser(self.network(net), self.process, self.prediction_type)
@@ -161,19 +202,32 @@ class LatentModule(TrainedModule):
         return recorded
 
     def note_sample_size(self, side: int) -> None:
-        """Have the networks drawn and saved at the size of the training, in latent cells."""
+        """Set the size at which the networks are sampled and saved; side: in latent pixels."""
         for network in self.children():
             if isinstance(network, self.family.network_class):
                 network.register_to_config(sample_size=side)
 
+    # checkpoints and models
+
     @property
     def method(self) -> str:
-        """Return the objective's name: modules are shared by methods whose weights fit each other."""
+        """Return the objective's name, by which checkpoints are told apart: the tensors of two methods may fit each other."""
         return type(self.objective).__name__.removesuffix("Objective")
+
+    def fixed_settings(self) -> dict[str, Any]:
+        """Return the settings that cannot change once a training has begun, by option."""
+        return {} if self.zero_init is None else {"model.zero_init": self.zero_init}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["method"], checkpoint["settled"] = self.method, self.fixed_settings()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_method(checkpoint, self.method)
+        check_fixed_settings(checkpoint, self.fixed_settings())
 
     @property
     def best_net(self) -> Any:
-        """The network to sample, validate and save: the evaluation EMA if there is one."""
+        """The network to sample, validate and save: the evaluation average, or `net` without one."""
         return self.net if self.ema_net is None else self.ema_net
 
     def text_to_image(self, codec: LatentCodec) -> TextToImage:
@@ -189,7 +243,7 @@ class LatentModule(TrainedModule):
         }
 
     def save_model(self, folder: str, net: Any = None, *, dtype: torch.dtype = torch.float16) -> None:
-        """Write a pipeline folder with `net`, by default the best one. Every process calls this, the first one writes."""
+        """Write a pipeline folder with `net` (default: `best_net`). Call it on every rank; rank 0 writes."""
         net = gather(net or self.best_net)
         if net is not None and self.global_rank == 0:
             save_pipeline(
@@ -204,5 +258,5 @@ class LatentModule(TrainedModule):
             )
 
     def more_networks(self) -> dict[str, Path]:
-        """Return the folders of further networks that belong to the saved pipeline, by name."""
+        """Return the folders of further networks of the saved pipeline, by name."""
         return {}

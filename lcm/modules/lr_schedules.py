@@ -10,7 +10,7 @@ from lcm.core.numbers import Share, Whole
 
 
 def constant(optimizer: Optimizer, max_steps: int, *, warmup: Whole = 0) -> LambdaLR:
-    """Linear from 0 over `warmup` steps, then constant."""
+    """Linear from 0 over `warmup` steps, then constant. The first step is above 0."""
     return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
 
 

@@ -1,4 +1,4 @@
-"""Lightning's Trainer, of the settings that the modules here work with."""
+"""Lightning's Trainer, limited to the settings that the modules here support."""
 
 from typing import Annotated, Any
 
@@ -11,8 +11,8 @@ PRECISIONS = ("32-true", "bf16-mixed", "32", "bf16")
 
 
 class Trainer(L.Trainer):
-    """precision: of Lightning's others "16-mixed" scales losses, which the clipping and the guard against NaN do not know of;
-    "bf16-true" also rounds the schedule, and an average with mu near 1 then stands still.
+    """precision: one of `PRECISIONS`. "16-mixed" would scale losses, which clipping and the non-finite guard do not handle.
+    "bf16-true" would round averages, which stop moving with mu near 1.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, folders to write to, and text files of other programs."""
+"""Files that are complete or absent, writable folders, and text files of other programs."""
 
 import codecs
 import errno
@@ -17,7 +17,7 @@ from lcm.core.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_HANDLES = (errno.EMFILE, errno.ENFILE)  # too many files are open
-# What the system lacks for a moment: it says nothing of the file.
+# The system is short of something for a moment: the file may be sound.
 TRANSIENT = (
     *(*NO_HANDLES, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EBUSY),
     *(errno.ESTALE, errno.ETIMEDOUT),
@@ -26,10 +26,10 @@ TRANSIENT = (
 
 @contextmanager
 def whole_file(target: Path, writer: object = "", keep: Path | None = None) -> Iterator[BinaryIO]:
-    """Writes beside the target, syncs, renames: a kill at any moment leaves what was there before.
+    """Write beside the target, sync, rename: a kill at any moment leaves the old file or the new one.
 
-    writer: names this process where several may write one target at a time. keep: the name that what was there before gets.
-    Raises UserError where the disk is full.
+    writer: a name for this process if several may write one target at the same time. keep: the old file is renamed to this.
+    Raises UserError if the disk is full.
     """
     partial = target.with_name(f"{target.stem}{writer}.partial")
     try:
@@ -53,9 +53,9 @@ def whole_file(target: Path, writer: object = "", keep: Path | None = None) -> I
 
 
 def locked(file: Path) -> TextIO:
-    """The file, locked against other processes until it is closed, where the file system has locks.
+    """Open a file and lock it against other processes until it is closed, if the file system has locks.
 
-    Raises BlockingIOError while another has it. Processes forked meanwhile do not (flock's locks would live on in them).
+    Raises BlockingIOError if another process holds the lock. lockf's locks, unlike flock's, are not inherited by forks.
     """
     opened = file.open("a")
     try:
@@ -63,31 +63,31 @@ def locked(file: Path) -> TextIO:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             opened.close()
-            raise BlockingIOError(error.errno, "another process has it", str(file)) from None
+            raise BlockingIOError(error.errno, "another process holds the lock", str(file)) from None
     return opened
 
 
 def digest(facts: Any) -> str:
-    """16 hex digits, to name what depends on these plain containers."""
+    """Return 16 hex digits that identify plain containers, for the names of files that depend on them."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def sync_names(folder: Path) -> None:
-    """So that the names in it, too, survive a power cut."""
+    """Sync a folder, so that renames in it survive a power cut."""
     opened = os.open(folder, os.O_RDONLY)
     os.fsync(opened)
     os.close(opened)
 
 
 def os_error(error: BaseException | None, numbers: Container[int | None]) -> OSError | None:
-    """Return the system's error of one of these numbers among an error's causes: `torch.save` raises RuntimeError from it."""
+    """Return the OSError with one of these numbers among an error's causes: `torch.save` hides it in a RuntimeError."""
     while error is not None and not (isinstance(error, OSError) and error.errno in numbers):
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return error
 
 
 def remove(path: Path) -> None:
-    """A file or a folder, if it is there."""
+    """Remove a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -95,11 +95,11 @@ def remove(path: Path) -> None:
 
 
 def text_of(content: bytes) -> str:
-    """Return the text of another program's file: UTF-8, without byte order marks. UnicodeError says what it is instead."""
+    """Decode another program's UTF-8 file and drop byte order marks. The UnicodeError names the likely encoding."""
     if b"\0" in content or content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UnicodeError("it looks like UTF-16 or UTF-32: save it as UTF-8")
     try:
-        return content.decode().replace("\ufeff", "")  # files that were joined have a mark inside, too
+        return content.decode().replace("\ufeff", "")  # joined files have marks inside, too
     except UnicodeDecodeError as error:
         byte = f"byte 0x{content[error.start]:02x} at position {error.start}"
         raise UnicodeError(f"{byte} is not UTF-8 (Latin-1, Windows-1252?): save it as UTF-8") from None
@@ -112,7 +112,7 @@ def lines_of(file: str | Path) -> list[str]:
 
 
 def writable(folder: Path, option: str) -> Path:
-    """Make the folder that an option names, and return it. Raises UserError where nothing can be written."""
+    """Make the folder that an option names, and return it. Raises UserError if it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()

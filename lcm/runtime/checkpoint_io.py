@@ -1,4 +1,4 @@
-"""Checkpoint files that are whole or absent."""
+"""Checkpoint files that are complete or absent."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -12,21 +12,20 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from lcm.core.errors import UserError
 from lcm.runtime import sharded_checkpoint as sharded
 from lcm.runtime.atomic_io import whole_file
-from lcm.runtime.integrity import LAST, PREVIOUS, Summed, damage, keep, kept
+from lcm.runtime.integrity import LAST, PREVIOUS, damage, verified
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """A kill at any moment leaves a whole checkpoint (Lightning's own writer goes through $TMPDIR and can lose both).
+    """A kill at any moment leaves a complete checkpoint (Lightning's own writer goes through $TMPDIR and can lose both).
 
-    A file holds its own checksum, which loading verifies. A new last.ckpt leaves the one before as previous.ckpt.
-    asynchronous: training goes on while a copy in host memory is written; the next save, or the end, waits for the write and
-    raises its error. (Lightning's AsyncCheckpointIO copies on the GPU and lets copies queue up.)
+    A new last.ckpt leaves the one before as previous.ckpt. asynchronous: training continues while a copy in host memory is
+    written. The next save, or the end, waits for the write and raises its error. (Lightning's AsyncCheckpointIO copies on the
+    GPU and queues up copies.)
     """
 
     def __init__(self, asynchronous: bool = False) -> None:
         self.writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self.writing: Future[None] | None = None
-        self.proven: set[Path] = set()  # written whole or verified by this process
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         self.finish()
@@ -38,29 +37,27 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def write(self, checkpoint: dict[str, Any], target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         keep = target.with_name(PREVIOUS) if target.name == LAST else None
-        if keep is not None and target not in self.proven and damage(target):
-            keep = None  # a damaged file must not take the place of the whole one before it
+        if keep is not None and target not in verified and damage(target):
+            keep = None  # a damaged file must not replace the undamaged previous.ckpt
         folders = target.is_dir() or (keep is not None and keep.is_dir())
         with sharded.replacing(target) if folders else nullcontext(), whole_file(target, keep=keep) as file:
-            summed = Summed(file)
-            torch.save(checkpoint, summed)  # type: ignore[arg-type]
-            summed.seal()
-        self.proven.add(target)
+            torch.save(checkpoint, file)
+        verified.add(target)
 
     def finish(self) -> None:
-        """Wait for the write in flight; raises its error."""
+        """Wait for the write in progress, and raise its error."""
         writing, self.writing = self.writing, None
         if writing is not None:
             writing.result()
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """On the CPU. One that was read to choose it is not read again."""
+        """Return a checkpoint on the CPU. Raises UserError for a damaged one."""
         self.finish()
         path = Path(path)
-        if path not in kept and (reason := keep(path)):
+        if path not in verified and (reason := damage(path)):
             raise UserError(f"{path} is damaged ({reason}): give another checkpoint")
-        self.proven.add(path)
-        return sharded.read(path) if path.is_dir() else kept.pop(path)
+        verified.add(path)
+        return sharded.read(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
 
     def remove_checkpoint(self, path: Any) -> None:
         self.finish()

@@ -1,10 +1,11 @@
-"""Training with every network sharded over the processes: Lightning's strategy for FSDP2, our checkpoints."""
+"""Lightning's strategy for FSDP2, with this project's checkpoints."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -16,11 +17,11 @@ from lcm.runtime import sharded_checkpoint as sharded
 
 
 class FullySharded(ModelParallelStrategy):
-    """A module's `configure_model` shards its networks over `device_mesh`.
+    """Each rank holds its shards of every network. A module's `configure_model` shards its networks over `device_mesh`.
 
-    replicas: so many groups of processes hold the networks each (HSDP); 1 shards over all processes.
-    sharded_checkpoints: a checkpoint is a folder to which every process writes its shards; if not, it is one file, written by
-    process 0, the same as other strategies write. Both are loaded whatever this says, and by whatever number of processes.
+    replicas: number of groups of ranks that hold all shards each (HSDP); 1 shards over all ranks.
+    sharded_checkpoints: true: a checkpoint is a folder to which every rank writes its shards; false: it is one file, written
+    by rank 0, as with other strategies. Both kinds can be loaded with either setting and by any number of ranks.
     """
 
     def __init__(self, *, replicas: Count = 1, sharded_checkpoints: bool = False) -> None:
@@ -31,13 +32,15 @@ class FullySharded(ModelParallelStrategy):
         world = self.num_nodes * self.num_processes
         if self.replicas < 1 or world % self.replicas:
             raise UserError(f"trainer.strategy.replicas={self.replicas} does not divide the {world} processes")
+        assert self.lightning_module is not None
+        if not is_overridden("configure_model", self.lightning_module):
+            raise UserError(f"{type(self.lightning_module).__name__} cannot be sharded: train it with trainer=ddp")
         self._data_parallel_size, self._tensor_parallel_size = world, 1
         super().setup_environment()
         mesh = self.device_mesh["data_parallel"]
         if self.replicas > 1:
             shape = (self.replicas, world // self.replicas)
             mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicas", "shards"))
-        assert self.lightning_module is not None
         self.lightning_module._device_mesh = mesh
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -55,7 +58,7 @@ class FullySharded(ModelParallelStrategy):
 
         def gathered(name: str, value: Any) -> Any:
             if isinstance(value, DTensor):
-                value = value.full_tensor()  # by all processes
+                value = value.full_tensor()  # collective
                 return value.cpu() if self.is_global_zero else None
             return value
 
@@ -64,30 +67,32 @@ class FullySharded(ModelParallelStrategy):
             self.checkpoint_io.save_checkpoint(whole, path)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Restores networks and optimizers from a file or a folder; returns the rest."""
+        """Restore networks and optimizers from a file or a folder, and return the rest of the checkpoint."""
         assert self.lightning_module is not None
-        path, own = Path(self.broadcast(checkpoint_path)), self.lightning_module.state_dict()
-        trained = [[p for group in of.param_groups for p in group["params"]] for of in self.optimizers]
+        path, state = Path(self.broadcast(checkpoint_path)), self.lightning_module.state_dict()
+        trained = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in self.optimizers]
 
-        def like(name: str) -> Tensor | None:
+        def counterpart(name: str) -> Tensor | None:
+            """Return the tensor of this run that has the shards of a checkpoint's tensor."""
             kind, *keys = name.split("/")
             if kind == "state_dict":
-                return own.get(keys[0])
+                return state.get(keys[0])
             return trained[int(keys[0])][int(keys[2])].detach() if keys[1] == "state" and trained else None
 
-        def placed(name: str, value: Any) -> Any:
-            if not isinstance(value, Tensor) or not isinstance(of := like(name), DTensor) or of.shape != value.shape:
+        def distributed(name: str, value: Any) -> Any:
+            like = counterpart(name)
+            if not isinstance(value, Tensor) or not isinstance(like, DTensor) or like.shape != value.shape:
                 return value
-            return distribute_tensor(value, of.device_mesh, of.placements, src_data_rank=None)  # each takes its part
+            return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)  # no communication
 
-        def room(name: str) -> Tensor | None:
-            of = like(name)
-            return of if of is None or name.startswith("state_dict") else torch.empty_like(of)
+        def destination(name: str) -> Tensor | None:
+            like = counterpart(name)
+            return like if like is None or name.startswith("state_dict") else torch.empty_like(like)
 
         if path.is_dir():
-            checkpoint = sharded.read(path, room)
+            checkpoint = sharded.read(path, destination)
         else:
-            checkpoint = sharded.mapped(self.checkpoint_io.load_checkpoint(path, weights_only=True), placed)
+            checkpoint = sharded.mapped(self.checkpoint_io.load_checkpoint(path, weights_only=True), distributed)
         self.lightning_module.load_state_dict(checkpoint.pop("state_dict"), strict=self.lightning_module.strict_loading)
         for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states"), strict=False):
             optimizer.load_state_dict(state)

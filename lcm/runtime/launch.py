@@ -1,4 +1,4 @@
-"""Processes that torchrun, srun or mpirun started, and the run that they agree on."""
+"""Processes started by torchrun, srun or mpirun, and how they agree on a run and a checkpoint."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ from torch.distributed import Store, rendezvous
 from lcm.core.errors import UserError
 from lcm.runtime.slurm import meet_in_step
 
-trained: list[Path] = []  # the runs of this process that have ended
+trained: list[Path] = []  # run directories of the trainings that have ended in this process
 
 
 class Launcher(NamedTuple):
@@ -27,25 +27,25 @@ class Launcher(NamedTuple):
 
 
 def launcher() -> Launcher:
-    """Return torchrun, srun or mpirun with this process's rank; a process started alone is rank 0 of 1."""
+    """Return the launcher and this process's rank; a process started alone is rank 0 of 1."""
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:  # Lightning's own launcher sets no RANK
+    if "RANK" in env and "WORLD_SIZE" in env:  # Lightning's own launcher does not set RANK
         return Launcher("torchrun", int(env["RANK"]), int(env["WORLD_SIZE"]))
     if "OMPI_COMM_WORLD_SIZE" in env:
         return Launcher("mpirun", int(env.get("OMPI_COMM_WORLD_RANK", 0)), int(env["OMPI_COMM_WORLD_SIZE"]))
     rank = int(env.get("SLURM_PROCID", 0))
-    tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS") if rank else None)  # a batch script is rank 0 of no step
+    tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS") if rank else None)  # a batch script has no step
     if tasks is not None:
         return Launcher("srun", rank, int(tasks))
     return Launcher("mpirun", int(env.get("PMI_RANK", 0)), int(env.get("PMI_SIZE", 1)))
 
 
 def check_processes(trainer: DictConfig) -> None:
-    """Raise UserError where the processes that were started are not those that the trainer counts on."""
+    """Raise UserError if the number of started processes differs from the trainer's."""
     name, _, processes = launcher()
     devices, nodes = device_count(trainer), trainer.num_nodes
     wanted = f"trainer.devices={trainer.devices} and trainer.num_nodes={nodes} make {devices * nodes}"
-    interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")  # Lightning then joins no processes of srun's
+    interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")  # Lightning then ignores srun
     if processes == 1:
         tasks = os.environ.get("SLURM_NTASKS")
         if tasks is not None and devices * nodes > 1 and not interactive:
@@ -69,7 +69,9 @@ def check_processes(trainer: DictConfig) -> None:
         joined = joined if name == "torchrun" or local else f"srun --ntasks-per-node={processes} and trainer=slurm"
         raise UserError(f"{name} started {processes} processes, but {wanted}: use {joined}, or start one process")
     elif name == "srun" and "SLURM_NTASKS_PER_NODE" not in os.environ:
-        raise UserError(f"srun --ntasks={processes} leaves open who is where: use --ntasks-per-node and trainer=slurm")
+        raise UserError(
+            f"srun --ntasks={processes} does not say how many run on each node: use --ntasks-per-node and trainer=slurm"
+        )
     elif name == "srun" and interactive and "slurm_environment" not in str(trainer.get("plugins")):
         raise UserError(
             f"srun started {processes} processes in an interactive job, which only trainer=slurm joins: use trainer=slurm"
@@ -88,22 +90,32 @@ def device_count(trainer: DictConfig) -> int:
     return 1 if trainer.accelerator == "cpu" else max(torch.cuda.device_count(), 1)
 
 
-def agreed(choose: Callable[[], str]) -> str:
-    """Return the choice of the first of torchrun's or srun's processes; the others learn it in the store where they meet.
+def told_to_children(run_dir: Path) -> dict[str, str]:
+    """Return environment variables by which the processes that this one starts join its run."""
+    return {"LCM_RUN_ID": run_dir.name, "LCM_RUN_PROCESS": str(os.getpid())}
 
-    torchrun keeps its store over restarts. The first process's error is every process's.
+
+def is_child() -> bool:
+    """Whether the parent process is a training, or a sweep, that has chosen the run."""
+    return os.environ.get("LCM_RUN_PROCESS") == str(os.getppid())
+
+
+def agreed(subject: str, choose: Callable[[], str]) -> str:
+    """Return rank 0's choice; the other ranks of torchrun or srun read it from the rendezvous store.
+
+    A UserError of rank 0 is raised on every rank. torchrun keeps its store over restarts.
     """
     if launcher().processes == 1:
         return choose()
     store, rank = meeting_place()
-    key = f"run {len(trained)}, restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    key = f"{subject} of run {len(trained)}, restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     if rank == 0:
         try:
-            store.set(key, f"run {choose()}")
+            store.set(key, f"choice {choose()}")
         except UserError as error:
             store.set(key, f"error {error}")
     outcome, _, text = store.get(key).decode().partition(" ")
-    if launcher().name == "srun":  # where rank 0 serves the store until all have read
+    if launcher().name == "srun":  # rank 0 serves the store until all have read
         store.set(f"{key}, rank {rank}", "")
         store.wait([f"{key}, rank {other}" for other in range(launcher().processes)])
     if outcome == "error":
@@ -113,7 +125,7 @@ def agreed(choose: Callable[[], str]) -> str:
 
 @cache
 def meeting_place() -> tuple[Store, int]:
-    """Return the rendezvous' store and this process's rank; the store is kept, since the first process may be who serves it."""
+    """Return the rendezvous store and this process's rank. The store stays open: rank 0 may serve it."""
     name, rank, processes = launcher()
     if name == "srun":
         meet_in_step()

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from."""
+"""The checkpoint that a run resumes from."""
 
 import os
 import sys
@@ -8,79 +8,96 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from lcm.core.errors import UserError
-from lcm.runtime.integrity import LAST, PREVIOUS, damage, keep, kept
-from lcm.runtime.launch import say, warn
+from lcm.runtime.integrity import LAST, PREVIOUS, contents, damage, verified
+from lcm.runtime.launch import agreed, is_child, say, warn
 
-FOLDER = "checkpoints"  # of a run's directory
+FOLDER = "checkpoints"  # in a run directory
 
 
 def checkpoint_path(run_dir: Path, ckpt_path: str) -> str | None:
-    """A whole checkpoint: the one given, or for `last` the newest of the run. Raises UserError for a damaged one."""
+    """Return an undamaged checkpoint: the given one, or for `last` the newest of the run, or None without one.
+
+    Raises UserError for a damaged one, and for a file that holds only weights.
+    """
     if "://" in str(ckpt_path):
         raise UserError("ckpt_path must be a local file: copy the checkpoint here first")
     if ckpt_path == "last":
         return newest_whole(run_dir / FOLDER)
     path = Path(ckpt_path)
     if not path.exists():
-        raise UserError(f"ckpt_path={path} is not a file; ckpt_path=last goes on with the newest run of this name")
+        raise UserError(f"ckpt_path={path} is not a file; ckpt_path=last resumes the newest run of this name")
     if (path / FOLDER).is_dir():
-        raise UserError(f"ckpt_path={path} is a run's folder: give {path / FOLDER / LAST}")
-    if reason := keep(path):
+        raise UserError(f"ckpt_path={path} is a run directory: give {path / FOLDER / LAST}")
+    if reason := damage(path):
         others = [other for other in saved(path.parent) if other.resolve() != path.resolve() and not damage(other)]
-        instead = f"give ckpt_path={others[0]}, which is whole" if others else "no other checkpoint beside it is whole"
+        instead = f"give ckpt_path={others[0]}, which is undamaged" if others else "no other checkpoint beside it is undamaged"
         raise UserError(f"ckpt_path={path} is damaged ({reason}): {instead}")
-    if path in kept and not (isinstance(kept[path], dict) and {"loops", "optimizer_states"} <= kept[path].keys()):
-        raise UserError(
-            f"ckpt_path={path} holds no training to go on with, only weights: give a pipeline folder as model.pipeline"
-        )
+    if path.is_file() and not (isinstance(content := contents(path), dict) and {"loops", "optimizer_states"} <= content.keys()):
+        raise UserError(f"ckpt_path={path} holds only weights, no training to resume: give a pipeline folder as model.pipeline")
+    verified.add(path)
     return str(path)
 
 
 def saved(folder: Path) -> list[Path]:
-    """A run's checkpoints, first the one to go on from: last.ckpt, the one before it, then others, newest first.
+    """Return a run's checkpoints in the order of preference: last.ckpt, previous.ckpt, then others, newest first.
 
-    By name first: copying a run does not keep the times of its files.
+    Names count before times, because copying a run does not keep the times of its files.
     """
     files = [path for path in folder.glob("*.ckpt") if path.exists()]
     return sorted(files, key=lambda path: (path.name == LAST, path.name == PREVIOUS, path.stat().st_mtime), reverse=True)
 
 
 def newest_whole(folder: Path) -> str | None:
-    """Raises UserError where there are checkpoints, but no whole one: a fresh start would overwrite them."""
+    """Return the first undamaged checkpoint, or None in an empty folder.
+
+    Raises UserError if all are damaged: a fresh start would overwrite them.
+    """
     files = saved(folder)
     for path in files:
-        reason = keep(path)
+        reason = damage(path)
         if reason is None:
+            verified.add(path)
             return str(path)
-        print(f"warning: {path} is damaged ({reason}): it is left out, the one before it is used", file=sys.stderr, flush=True)
+        verified.discard(path)
+        print(f"warning: {path} is damaged ({reason}): it is skipped, the one before it is used", file=sys.stderr, flush=True)
     if files:
-        raise UserError(f"no checkpoint in {folder} is whole: put a copy there, or move the folder away to start anew")
+        raise UserError(f"all checkpoints in {folder} are damaged: put a copy there, or move the folder away to start anew")
     return None
 
 
 def resume_path(cfg: DictConfig) -> str | None:
-    """The checkpoint to go on from: a path, or for `last` the newest whole one of this run (a fresh start if there is none).
+    """Return the checkpoint to resume from, which rank 0 chooses and verifies for all ranks; None: a fresh start.
 
-    A job that SLURM started again goes on with its own, if it has one, whatever it began from. Every rank reads the same files
-    and comes to the same answer: none writes before all have started.
+    A job that SLURM started again resumes from its own checkpoint, if it has one, whatever `ckpt_path` says.
     """
+    if is_child() and "LCM_CHECKPOINT" in os.environ:  # a rank that Lightning's launcher started
+        path = os.environ["LCM_CHECKPOINT"]
+    else:
+        path = os.environ["LCM_CHECKPOINT"] = agreed("checkpoint", lambda: choose(cfg) or "")
+    if not path:
+        return None
+    verified.add(Path(path))
+    return path
+
+
+def choose(cfg: DictConfig) -> str | None:
     if "SLURM_RESTART_COUNT" in os.environ and saved(Path(cfg.paths.run_dir, FOLDER)):
         cfg.ckpt_path = "last"
     if cfg.ckpt_path is None:
         return None
-    found = checkpoint_path(Path(cfg.paths.run_dir), cfg.ckpt_path)
-    if found is None:
+    path = checkpoint_path(Path(cfg.paths.run_dir), cfg.ckpt_path)
+    if path is None:
         say("start:   from the first step: this run has no checkpoint yet")
         if runs := resumable(Path(cfg.paths.runs), cfg.name):
             warn(
                 f"warning: ckpt_path=last found no checkpoint of {cfg.name}: training starts anew; runs with checkpoints are "
-                f"{', '.join(runs)}: stop this one and give name=, or paths.run_id=, to go on with one of them"
+                f"{', '.join(runs)}: stop this one and give name=, or paths.run_id=, to resume one of them"
             )
-    return found
+    return path
 
 
 def resumable(runs: Path, name: str) -> list[str]:
-    """Return the runs that have a checkpoint, as `<name>/<id>`, up to five, those of the nearest names first."""
+    """Return up to five runs with a checkpoint, as `<name>/<id>`, nearest names first."""
     folders = {path.parent.parent for path in runs.glob(f"*/*/{FOLDER}/*.ckpt")}
     newest = sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True)
     newest.sort(key=lambda folder: SequenceMatcher(None, folder.parent.name, name).ratio(), reverse=True)

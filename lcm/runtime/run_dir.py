@@ -1,4 +1,4 @@
-"""A run's directory: its identity, configuration and model."""
+"""The run directory: its name, lock, configuration and notes."""
 
 import itertools
 import json
@@ -22,24 +22,24 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lcm.core.errors import UserError
 from lcm.runtime.atomic_io import digest, locked, remove, whole_file
-from lcm.runtime.launch import agreed, launcher, meeting_place, say, trained
+from lcm.runtime.launch import agreed, is_child, launcher, meeting_place, say, told_to_children, trained
 from lcm.runtime.redaction import redacted
 from lcm.runtime.resume import FOLDER, saved
 
 LOCK = ".lock"
-STARTED = {"run.json", "config.yaml", LOCK}  # all that a run's folder holds before its first step
-held: list[TextIO] = []
+STARTED = {"run.json", "config.yaml", LOCK}  # all files of a run before its first step
+locks: list[TextIO] = []  # of the run that this process trains
 
 
 def start_run(cfg: DictConfig) -> Path:
-    """Make the run's directory `<runs>/<name>/<id>`, the same for all ranks and restarts, and this run's alone.
+    """Make the run directory `<runs>/<name>/<id>`, the same for all ranks and restarts, and lock it.
 
-    The id is paths.run_id, or the SLURM job's, or the next free number. `ckpt_path=last` goes on in the newest run that has a
+    The id is paths.run_id, or the SLURM job's, or the next free number. `ckpt_path=last` resumes in the newest run that has a
     checkpoint.
     """
-    if launcher().processes == 1 and not is_told():
-        os.environ.pop("LOCAL_RANK", None)  # left by another training, Lightning would wait for ranks that nobody starts
-    if is_told() and "LOCAL_RANK" not in os.environ:
+    if launcher().processes == 1 and not is_child():
+        os.environ.pop("LOCAL_RANK", None)  # left by another program, it would make Lightning wait for other ranks
+    if is_child() and "LOCAL_RANK" not in os.environ:
         threading.Thread(target=end_with_sweep, daemon=True).start()
     run_dir = runs_folder(cfg) / run_name(cfg)
     with writable(cfg):
@@ -52,7 +52,7 @@ def start_run(cfg: DictConfig) -> Path:
 
 def runs_folder(cfg: DictConfig) -> Path:
     if not cfg.name:
-        raise UserError("name= is empty: a run's folder needs a name")
+        raise UserError("name= is empty: a run directory needs a name")
     return Path(cfg.paths.runs) / str(cfg.name)
 
 
@@ -66,31 +66,22 @@ def writable(cfg: DictConfig) -> Iterator[None]:
         ) from None
 
 
-def told_to_children(run_dir: Path) -> dict[str, str]:
-    """Return the environment by which the processes that this one starts join its run."""
-    return {"LCM_RUN_ID": run_dir.name, "LCM_RUN_PROCESS": str(os.getpid())}
-
-
-def is_told() -> bool:
-    return os.environ.get("LCM_RUN_PROCESS") == str(os.getppid())
-
-
 def run_name(cfg: DictConfig) -> str:
-    """Return the name of the run's folder, which exists then. One process chooses it, the others are told."""
-    if is_told():
+    """Return the name of the run directory, which then exists. Rank 0 chooses it."""
+    if is_child():
         return os.environ["LCM_RUN_ID"]
 
     def chosen() -> str:
         with writable(cfg):
             return choose(runs_folder(cfg), cfg.ckpt_path, cfg.paths.run_id)
 
-    return agreed(chosen)
+    return agreed("name", chosen)
 
 
 def choose(parent: Path, ckpt_path: str | None, run_id: str | None = None) -> str:
-    """Return the name of a new run, whose folder is made, or of the run to go on with.
+    """Return the name of a new run, whose folder is made, or of the run to resume.
 
-    Runs that go on are those of `ckpt_path=last` and those of a SLURM job's earlier start with the same command.
+    A run is resumed for `ckpt_path=last`, and after an earlier start of this SLURM job with the same command.
     """
     parent.mkdir(parents=True, exist_ok=True)
     if run_id is not None:
@@ -106,30 +97,30 @@ def choose(parent: Path, ckpt_path: str | None, run_id: str | None = None) -> st
         if saved(parent / name / FOLDER):
             return name
     if abandoned:
-        say(f"start:   a new run: {parent / abandoned[0]} is of another command, paths.run_id={abandoned[0]} goes on with it")
+        say(f"start:   a new run: {parent / abandoned[0]} is of another command, paths.run_id={abandoned[0]} resumes it")
     return new_run(parent, job)
 
 
 def given(parent: Path, name: str, ckpt_path: str | None) -> str:
-    """Return paths.run_id as a run's name, in a sweep with the job's number. Raises UserError where it would be overwritten."""
+    """Return paths.run_id as the run's name, with the job's number in a sweep. Raises UserError if that run exists."""
     if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
         name = f"{name}-{HydraConfig.get().job.num}"
     run_dir = parent / name
     run_dir.mkdir(exist_ok=True)
-    goes_on = ckpt_path == "last" or (ckpt_path and run_dir.resolve() in Path(ckpt_path).resolve().parents)
-    if begun(run_dir) and not goes_on and not left_by_earlier_start(run_dir):
-        raise UserError(f"{run_dir} holds a run: go on with it by ckpt_path=last, or choose another paths.run_id")
+    resumed = ckpt_path == "last" or (ckpt_path and run_dir.resolve() in Path(ckpt_path).resolve().parents)
+    if begun(run_dir) and not resumed and not left_by_earlier_start(run_dir):
+        raise UserError(f"{run_dir} holds a run: resume it with ckpt_path=last, or choose another paths.run_id")
     return name
 
 
 def run_names(parent: Path, job: str | None = None) -> list[str]:
-    """Return the names of the runs that are numbered or a SLURM job's, of all jobs or this one, the oldest first."""
+    """Return the names of numbered runs, or of the runs of a SLURM job, oldest first."""
     names = [path.name for path in parent.glob("[0-9]*") if re.fullmatch(rf"{job or '[0-9]+'}(-[0-9]+)?", path.name)]
     return sorted(names, key=lambda name: [int(number) for number in name.split("-")])
 
 
 def new_run(parent: Path, job: str | None = None) -> str:
-    """Make the first free folder, of the SLURM job's name or the next number; two programs that start at once get two."""
+    """Make the first free folder and return its name. Programs that start at the same moment get different ones."""
     free: Iterator[str]
     if job is None:
         numbers = [int(name.partition("-")[0]) for name in run_names(parent)]
@@ -146,14 +137,14 @@ def new_run(parent: Path, job: str | None = None) -> str:
 
 
 def remembered(run_dir: Path) -> dict[str, Any]:
-    """Return what run.json says of the run."""
+    """Return the content of run.json."""
     file = run_dir / "run.json"
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def left_by_earlier_start(run_dir: Path) -> bool:
-    """Whether an earlier start of this SLURM job trained here: SLURM has ended it."""
-    start = remembered(run_dir).get("slurm", [run_dir.name.partition("-")[0], 0])  # None: not under SLURM
+    """Whether an earlier start of this SLURM job, which has ended, trained here."""
+    start = remembered(run_dir).get("slurm", [run_dir.name.partition("-")[0], 0])  # None: without SLURM
     return start is not None and start[0] == os.environ.get("SLURM_JOB_ID") and start[1] < restarts()
 
 
@@ -162,7 +153,7 @@ def restarts() -> int:
 
 
 def command() -> dict[str, str]:
-    """Return digests of the overrides, which may hold secrets: of all, and of those that say what is trained."""
+    """Return digests of all overrides, and of those that define the training. The overrides themselves may hold secrets."""
     whole = sorted(override for override in overrides() if not override.startswith("paths.run_id="))
     settings = [override for override in whole if re.match(r"[+~]*(name|seed|experiment|model|data)[./=@]", override)]
     return {"command": digest(whole), "settings": digest(settings)}
@@ -178,9 +169,9 @@ def begun(run_dir: Path) -> bool:
 
 @contextmanager
 def training(run_dir: Path) -> Iterator[None]:
-    """Leave nothing of this training to the next in this process, and no folder of a run that had no first step.
+    """Restore the environment and the process group afterwards; remove the run directory if start-up fails.
 
-    Lightning's launcher leaves LOCAL_RANK, WORLD_SIZE and MASTER_PORT in the environment, and the process group.
+    Lightning's launcher leaves LOCAL_RANK, WORLD_SIZE and MASTER_PORT in the environment.
     """
     told = told_to_children(run_dir)
     before = {name: value for name, value in os.environ.items() if name not in told}
@@ -213,11 +204,11 @@ def remove_unbegun(run_dir: Path) -> None:
 
 @rank_zero_only
 def identify(run_dir: Path) -> str:
-    """Return the run's id in wandb, kept in run.json from its first start on; None on other ranks, which write nothing."""
+    """Lock the run and return its wandb id, which run.json keeps; None on other ranks."""
     run_dir.mkdir(parents=True, exist_ok=True)
     hold(run_dir)
-    for litter in list(run_dir.rglob("*.partial")):  # of a start that was killed
-        remove(litter)
+    for unfinished in list(run_dir.rglob("*.partial")):  # of a killed start
+        remove(unfinished)
     job = os.environ.get("SLURM_JOB_ID")
     note(run_dir, **command(), slurm=None if job is None else [job, restarts()])
     say(f"run:     {run_dir}")
@@ -226,53 +217,53 @@ def identify(run_dir: Path) -> str:
 
 @rank_zero_only
 def note(run_dir: Path, **more: Any) -> None:
-    """Remember this of the run in run.json."""
-    known = remembered(run_dir)
-    noted = {"id": uuid.uuid4().hex[:8], **known, **more}
-    if noted != known:
+    """Add values to run.json."""
+    before = remembered(run_dir)
+    after = {"id": uuid.uuid4().hex[:8], **before, **more}
+    if after != before:
         with whole_file(run_dir / "run.json") as file:
-            file.write(json.dumps(noted).encode())
+            file.write(json.dumps(after).encode())
 
 
 def hold(run_dir: Path) -> None:
-    """Keep other processes out of this run as long as this one lives. Raises UserError while one is in it.
+    """Lock the run for the life of this process. Raises UserError if another process holds the lock.
 
-    A file server may keep the lock of a node that was lost: an earlier start of the same SLURM job holds nothing.
+    A file server may keep the lock of a lost node, so the lock of an earlier start of the same SLURM job is ignored.
     """
     release()
     try:
-        held.append(locked(run_dir / LOCK))
+        locks.append(locked(run_dir / LOCK))
     except BlockingIOError:
         if left_by_earlier_start(run_dir):
             return
         raise UserError(
-            f"another process is training in {run_dir}: wait for its end or stop it, or start a run of its own "
+            f"another process is training in {run_dir}: wait for its end or stop it, or start another run "
             f"(ckpt_path=null); if its machine is lost, remove {run_dir / LOCK}"
         ) from None
 
 
 def release() -> None:
-    while held:
-        held.pop().close()
+    while locks:
+        locks.pop().close()
 
 
 def finish(run_dir: Path, metric: Any) -> float | None:
-    """Return the metric that a sweep minimises, and keep it for the sweep's own process."""
+    """Return the metric that a sweep minimises, and write it to run.json for the sweep's process."""
     value = None if metric is None else float(metric)
     note(run_dir, optimized=value)
     return value
 
 
 def end_with_sweep() -> None:
-    """Stop this job as SIGTERM does when the sweep's process is gone, which has the other end of this one's input."""
+    """Stop this job, as SIGTERM does, when the sweep's process ends and closes this one's input."""
     os.read(0, 1)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 class ConfigFile(L.Callback):
-    """Keeps the run's configuration, without secrets, beside its results and in its loggers.
+    """Writes the configuration, without secrets, to config.yaml and the loggers.
 
-    Written at the first batch: a resume that is refused leaves the configuration of what was run.
+    It is written at the first batch, so that a refused resume leaves the old one.
     """
 
     def __init__(self, cfg: DictConfig) -> None:

@@ -1,6 +1,6 @@
-"""Signals that ask a run to stop: noted when they come, acted on between two batches by `lcm.runtime.stop`.
+"""Signals that ask a run to stop: recorded on arrival, handled between two batches by `lcm.runtime.stop`.
 
-The standard library only: `train.py` listens before its other imports, which take seconds.
+Imports only the standard library: `train.py` listens before its other imports, which take seconds.
 """
 
 import multiprocessing
@@ -20,7 +20,7 @@ _asked = 0
 
 
 def listen(*signals: int) -> None:
-    """Note these signals from now on, those too that were held back since before the program began (`env --block-signal`)."""
+    """Record these signals from now on, also those blocked since before the program began (`env --block-signal`)."""
     global _process
     _process = os.getpid()
     for signum in signals:
@@ -30,10 +30,10 @@ def listen(*signals: int) -> None:
 
 def _note(signum: int, frame: FrameType | None) -> None:
     global _asked
-    if os.getpid() != _process:  # a forked loader worker inherits the handler, and has nothing to save
+    if os.getpid() != _process:  # a forked loader worker inherits the handler
         return
     if signum == SIGINT:
-        if _asked:  # nothing is lost: what is being written has another name until it is whole
+        if _asked:  # safe: an unfinished file has another name
             signal.signal(SIGINT, SIG_DFL)
             os.kill(_process, SIGINT)
         print("\nstopping after this step with a checkpoint; Ctrl-C again stops at once", file=sys.stderr, flush=True)
@@ -41,13 +41,13 @@ def _note(signum: int, frame: FrameType | None) -> None:
 
 
 def asked() -> int:
-    """The highest signal noted, 0 for none: SIGTERM, which ends a job, outranks SIGUSR1, after which it goes on."""
+    """Return the highest recorded signal, 0 for none. SIGTERM, which ends a job, outranks SIGUSR1, which requeues it."""
     return _asked
 
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """For the start of loader workers, which inherit it: a signal waits until they know what to do with it."""
+    """Block signals. Loader workers that start meanwhile inherit this until they set their own handlers."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {SIGINT, SIGTERM, SIGUSR1, SIGUSR2})
     try:
         yield
@@ -56,9 +56,12 @@ def held_back() -> Iterator[None]:
 
 
 def leave_to_parent() -> None:
-    """For a loader worker: only the process that started it may end it. SLURM signals every process of a job, a terminal every
-    one in the foreground, and the main one still needs batches to come to the end of a step."""
-    for signum in (SIGINT, SIGUSR1, SIGUSR2):  # the last is submitit's
+    """In a loader worker: obey only the signals of the main process.
+
+    SLURM signals every process of a job and a terminal every one in the foreground, but the main process still needs batches
+    to finish its step.
+    """
+    for signum in (SIGINT, SIGUSR1, SIGUSR2):  # submitit sends SIGUSR2
         signal.signal(signum, SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, {SIGTERM})
     threading.Thread(target=_obey_parent, daemon=True).start()
@@ -69,7 +72,7 @@ def _obey_parent() -> None:
     if hasattr(signal, "sigwaitinfo"):
         while parent is None or signal.sigwaitinfo({SIGTERM}).si_pid != parent.pid:
             pass
-    else:  # macOS does not say who sent it: the main process gets time for the end of its step
+    else:  # macOS does not tell the sender: give the main process time to finish its step
         signal.sigwait({SIGTERM})
         time.sleep(GRACE)
     os._exit(0)

@@ -1,4 +1,4 @@
-"""Processes that SLURM started."""
+"""Processes started by SLURM."""
 
 import os
 
@@ -8,16 +8,16 @@ from lcm.core.errors import UserError
 
 
 def slurm_environment() -> SLURMEnvironment:
-    """Ranks and rendezvous as SLURM set them for this process. Raises UserError outside `srun`."""
+    """Return ranks and rendezvous from SLURM's variables. Raises UserError outside of `srun`."""
     if "SLURM_PROCID" not in os.environ:
         raise UserError("trainer=slurm needs to be started by SLURM: `sbatch docker/train.sbatch ...`; or choose trainer=ddp")
     return SLURMEnvironment(auto_requeue=False)
 
 
 def meet_in_step() -> None:
-    """Set where the processes of this `srun` meet: on its own first node, at a port of its own in the job."""
+    """Set the rendezvous of this `srun`: its first node, and a port of its own in the job."""
     env = os.environ
     nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "127.0.0.1"))
     step = int(env.get("SLURM_STEP_ID", 0))
     env.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(nodes))
-    env.setdefault("MASTER_PORT", str(15000 + (int(env.get("SLURM_JOB_ID", 0)) + step) % 10000))  # of step 0 it is Lightning's
+    env.setdefault("MASTER_PORT", str(15000 + (int(env.get("SLURM_JOB_ID", 0)) + step) % 10000))  # step 0: as Lightning

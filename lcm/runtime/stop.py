@@ -1,4 +1,4 @@
-"""A run that is asked to stop, by Ctrl-C, by SLURM's preemption or time limit, is saved between two batches."""
+"""Save and stop a run between two batches, on Ctrl-C and at SLURM's preemption or time limit."""
 
 import logging
 import os
@@ -21,17 +21,16 @@ from lcm.core.numbers import Count
 from lcm.runtime import signals
 
 log = logging.getLogger(__name__)
-HEARD = (signals.SIGINT, signals.SIGUSR1, signals.SIGTERM)
+SIGNALS = (signals.SIGINT, signals.SIGUSR1, signals.SIGTERM)
 
 
 class StopOnSignal(Checkpoint):
-    """SIGINT (Ctrl-C), SIGTERM: save to `path`, exit with 130, 143. SIGUSR1: save, requeue the SLURM job if there is one, 138.
-    The last step of a training is saved, too.
+    """Saves to `path` and exits: SIGINT (Ctrl-C) with 130, SIGTERM with 143, SIGUSR1 with 138 after requeueing the SLURM job.
 
-    A signal to any rank counts for all. Several ranks agree at the end of every `every_n_steps`-th optimizer step and of as
-    many validation batches, on the CPU: no device is waited for. A second Ctrl-C ends the process as it stands.
+    It also saves the last step of a training. A signal to any rank counts for all. Ranks compare signals on the CPU at the end
+    of every `every_n_steps`-th optimizer step and after as many validation batches. A second Ctrl-C ends the process at once.
 
-    A Checkpoint only in Lightning's eyes, which calls those after all other callbacks: the step's measurements are then done.
+    Subclasses `Checkpoint` so that Lightning runs it after all other callbacks.
     """
 
     def __init__(self, path: str, *, every_n_steps: Count) -> None:
@@ -41,10 +40,10 @@ class StopOnSignal(Checkpoint):
         self.before: dict[int, Any] = {}
 
     def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
-        self.before = {signum: signal.getsignal(signum) for signum in HEARD}
-        signals.listen(*HEARD)
-        # Lightning's handlers save or broadcast inside the handler, in which ranks meet in different collectives and hang, its
-        # loop asks rank 0 for a SIGTERM every batch, which waits for the device, and then exits with 0.
+        self.before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+        signals.listen(*SIGNALS)
+        # Lightning's handlers run collectives inside the handler, where ranks can hang. Its loop broadcasts SIGTERM every
+        # batch, which waits for the device.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         if trainer.world_size > 1:
@@ -59,14 +58,14 @@ class StopOnSignal(Checkpoint):
         validate_again(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step != self.last and self.due(trainer.global_step):  # not while gradients add up
+        if trainer.global_step != self.last and self.due(trainer.global_step):  # not during accumulation
             self.stop_if_asked(trainer)
         self.last = trainer.global_step
         if trainer.global_step == trainer.max_steps:
             self.save_the_end(trainer)
 
     def save_the_end(self, trainer: L.Trainer) -> None:
-        """A run that is to go on with more steps, or to be exported, has the last one, whatever the others' period."""
+        """Save the last step, unless a ModelCheckpoint has just written it: more steps or an export may follow."""
         regular = [other for other in trainer.checkpoint_callbacks if isinstance(other, ModelCheckpoint)]
         saved = [other.filename for other in regular if other._last_global_step_saved == trainer.global_step]
         if Path(self.path).stem not in saved:
@@ -89,31 +88,30 @@ class StopOnSignal(Checkpoint):
             return
         asked = signal.Signals(int(signum))
         trainer.save_checkpoint(self.path)
-        trainer.strategy.checkpoint_io.teardown()  # waits for a writer in the background
+        trainer.strategy.checkpoint_io.teardown()  # wait for an asynchronous write
         if trainer.training:
             trainer._logger_connector.update_train_step_metrics()  # Lightning logs a step after this hook
         for logger in trainer.loggers if asked is signal.SIGUSR1 else ():
             logger.finalize("requeued")  # before SLURM ends wandb's process
         if trainer.is_global_zero:
-            goes_on = asked is signal.SIGUSR1 and requeue()
-            how = "the job is requeued" if goes_on else f"run the same command with {this_run()}ckpt_path=last to go on"
+            requeued = asked is signal.SIGUSR1 and requeue()
+            how = "the job is requeued" if requeued else f"run the same command with {this_run()}ckpt_path=last to resume"
             print(f"{asked.name}: stopped at step {trainer.global_step}: {how}", file=sys.stderr, flush=True)
         if self.group is not None:
-            dist.barrier(group=self.group)  # a rank that ends first makes srun end the others
+            dist.barrier(group=self.group)  # srun ends the other ranks when one ends first
         raise SystemExit(0 if started_by_lightning(trainer) else 128 + asked)
 
 
 def started_by_lightning(trainer: L.Trainer) -> bool:
-    """By this machine's first process, which Lightning kills, while it finishes its loggers, when one of these has another
-    code than 0."""
-    here = getattr(trainer.strategy, "cluster_environment", None)
-    return isinstance(here, LightningEnvironment) and here.local_rank() > 0
+    """Whether Lightning's launcher started this process: it kills the main process when a child's exit code is not 0."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return isinstance(environment, LightningEnvironment) and environment.local_rank() > 0
 
 
 def validate_again(trainer: L.Trainer) -> None:
-    """After a restart: a validation that was due at the checkpoint's step and had not ended is done from its start.
+    """Repeat a validation that was due at the checkpoint's step and had not ended; Lightning would skip it.
 
-    Lightning would leave it out. Called before the first step.
+    Called before the first step.
     """
     loop = trainer.fit_loop.epoch_loop
     train, validation = loop.batch_progress, loop.val_loop.batch_progress
@@ -123,16 +121,16 @@ def validate_again(trainer: L.Trainer) -> None:
         if train.current.completed < train.current.ready:
             train.increment_completed()
         validation.reset()
-        loop._restart_stage = LoopStage.RESTARTED_ON_LAST  # of the step's batch nothing is left to do, ...
-        loop.val_loop._restart_stage = ValidationStage.RESTARTED_MID_EVALUATION  # ... and of the validation everything
+        loop._restart_stage = LoopStage.RESTARTED_ON_LAST  # the batch is done
+        loop.val_loop._restart_stage = ValidationStage.RESTARTED_MID_EVALUATION  # the validation is not
 
 
 def requeue() -> bool:
-    """Ask SLURM to run this job again; in a container there is no `scontrol`, and docker/train.sbatch does it outside."""
+    """Ask SLURM to run this job again. A container has no `scontrol`: docker/train.sbatch then asks outside of it."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or shutil.which("scontrol") is None:
         return job is not None
-    with signals.held_back():  # scontrol, too, is sent the SIGTERM that it asks for
+    with signals.held_back():  # the requeue sends SIGTERM to scontrol, too
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     if done.returncode:
         log.error("job %s cannot be requeued: %s", job, done.stderr.strip())
@@ -140,5 +138,5 @@ def requeue() -> bool:
 
 
 def this_run() -> str:
-    """What names it to another job of SLURM's, whose runs have the job's number."""
+    """Return the override by which another SLURM job finds this run, which has this job's number."""
     return f"paths.run_id={os.environ['LCM_RUN_ID']} " if {"SLURM_JOB_ID", "LCM_RUN_ID"} <= set(os.environ) else ""

@@ -13,12 +13,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from lcm.core.errors import UserError
-from lcm.runtime.launch import launcher
-from lcm.runtime.run_dir import remembered, run_name, runs_folder, told_to_children
+from lcm.runtime.launch import launcher, told_to_children
+from lcm.runtime.run_dir import remembered, run_name, runs_folder
 
 
 def check_sweep(folder: Path, one_process: bool) -> None:
-    """Raise UserError where no sweep can start: it needs a folder, and trainings one first process."""
+    """Raise UserError if the sweep's folder cannot be written, or if a launcher started several processes."""
     name, _, processes = launcher()
     if one_process and processes > 1:
         raise UserError(
@@ -29,15 +29,15 @@ def check_sweep(folder: Path, one_process: bool) -> None:
         return
     try:
         folder.mkdir(parents=True)
-        folder.rmdir()  # Hydra makes it, under the name of another moment
+        folder.rmdir()  # Hydra makes it later, under another time
     except OSError as error:
         raise UserError(f"cannot write {folder} ({error.strerror}): set paths.runs to a writable folder") from None
 
 
 def sweep_job(cfg: DictConfig) -> tuple[int, float | None]:
-    """Train one of a sweep's jobs in a process of its own, whose environment, process group and memory end with it.
+    """Train one job of a sweep in a process of its own. Return its exit code and its metric.
 
-    Returns its exit code and its metric. A signal to the sweep goes to the job; when the job stops by it, so does the sweep.
+    A signal to the sweep is forwarded to the job. When the job stops on it, so does the sweep.
     """
     run_dir = runs_folder(cfg) / run_name(cfg)
     with open_dict(cfg):
@@ -60,7 +60,7 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 @contextmanager
 def forwarded(process: subprocess.Popen) -> Iterator[None]:
-    """Hand on signals, which a terminal sends to this process's group alone."""
+    """Forward signals, which a terminal sends only to this process's group."""
     before = {signum: signal.signal(signum, lambda signum, frame: process.send_signal(signum)) for signum in FORWARDED}
     try:
         yield
@@ -70,7 +70,7 @@ def forwarded(process: subprocess.Popen) -> Iterator[None]:
 
 
 def job_command() -> list[str]:
-    """Return the command line that trains this job of the sweep alone."""
+    """Return the command line of this one job."""
     options, given = get_args_parser().parse_args(sys.argv[1:]), HydraConfig.get().overrides
     spec = sys.modules["__main__"].__spec__
     program = [sys.argv[0]] if spec is None else ["-m", spec.name]

@@ -189,7 +189,7 @@ def test_refused_command(program: str, args: list[str], says: str) -> None:
             "+callbacks.evaluation.batch_size=1",
         ],
         ["model.solver=null", "logger=[csv,tensorboard]"],
-        ["trainer=fsdp", "data.codec=null", "~callbacks.watchdog"],
+        ["trainer=fsdp", "data.codec=null", "~callbacks.throughput"],
         ["+callbacks.stopping={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss}", "callbacks=default"],
         ["hydra.sweep.dir=/tmp/x", "-m", "seed=1,2"],
     ],

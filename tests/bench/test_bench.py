@@ -38,7 +38,7 @@ def test_reading_is_measured(tiny_pipeline: Path, shards: Path):
 @pytest.mark.slow
 def test_steps_are_measured(tiny_pipeline: Path, shards: Path):
     batch = ["data.batch_size=4", "trainer.precision=32-true", "data.num_workers=0"]
-    lcd = ["experiment=lcd_mini", f"model.pipeline={tiny_pipeline}", "model.w_lr_scale=1", *batch]
+    lcd = ["experiment=lcd_mini", f"model.pipeline={tiny_pipeline}", "model.guidance_lr_multiplier=1", *batch]
     teacher = ["experiment=teacher_mini", f"model.pipeline={tiny_pipeline}", "model/net=pipeline", *batch]
     table = step.measure(
         shards=f"{shards}/train-*.tar",

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import webdataset as wds
+from lcm.data.shards import Shard
 from tqdm import tqdm
 
 from lcm.core.batch import LatentBatch
@@ -17,7 +18,6 @@ from lcm.core.errors import UserError
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.encoding import Encoder, Variants
 from lcm.data.latents import DRAWN, POSTERIOR, TEXTS, DecodeLatents, short, stamp
-from lcm.data.shards import Shard
 from lcm.data.source import Source
 from lcm.data.transforms import Decode
 from lcm.encode import claim, done_file, encode_shard

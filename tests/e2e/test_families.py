@@ -21,7 +21,7 @@ PROMPT = "red apple on a white background"
 @pytest.mark.parametrize(
     ("name", "side", "pipeline"), [("pixart", 256, "PixArtAlphaPipeline"), ("sd3", 32, "StableDiffusion3Pipeline")]
 )
-def test_a_family_goes_through_every_program(name, side, pipeline, run, request, tiny_pipeline, tmp_path, monkeypatch):
+def test_family_runs_through_every_program(name, side, pipeline, run, request, tiny_pipeline, tmp_path, monkeypatch):
     teacher: Path = request.getfixturevalue(f"{name}_pipeline")
     samples = [{"__key__": str(i), "png": png((side, side), colour=(40 * i, 90, 200)), "txt": PROMPT} for i in range(4)]
     shard = write_shard(tmp_path / "0.tar", samples)

@@ -1,4 +1,4 @@
-"""What can befall a training: killed at random moments, a full disk, a stuck worker, no wandb."""
+"""Faults of a training: kills at random moments, a full disk, a stuck worker, no wandb."""
 
 import os
 import random
@@ -72,8 +72,8 @@ def loaded(path):
     return torch.load(path, weights_only=True)
 
 
-def test_killed_again_and_again_it_ends_as_the_uninterrupted_run(run, tiny, start, wait, tmp_path):
-    """LCM_ROUNDS=50 for the figure: in turn after a new checkpoint and inside the write of one, now and then while starting."""
+def test_killed_run_equals_uninterrupted(run, tiny, start, wait, tmp_path):
+    """Kill after a new checkpoint, inside a write and sometimes at start-up. LCM_ROUNDS=50 gives the published figure."""
     steps = ["trainer.max_steps=" + str(20 + 8 * ROUNDS), SAVE(1), "callbacks.samples.steps=[1]", "data.num_workers=1"]
     straight = run("train.py", *tiny, *steps, "name=straight")
     assert straight.returncode == 0, straight.stderr
@@ -135,7 +135,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_full_disk_ends_the_training_and_leaves_the_checkpoint(run, tiny, small_disk):
+def test_full_disk_leaves_the_checkpoint(run, tiny, small_disk):
     says = complaint(run("train.py", *tiny, "trainer.max_steps=30", SAVE(1), f"paths.runs={small_disk}"))
     folder = small_disk / "lcd_mini/0/checkpoints"
     assert f"{folder}/last.ckpt cannot be written whole (No space left on device): make room" in says
@@ -143,7 +143,7 @@ def test_a_full_disk_ends_the_training_and_leaves_the_checkpoint(run, tiny, smal
     assert not list(small_disk.rglob("*.partial"))
 
 
-def test_a_stuck_worker_ends_the_training_with_a_sentence(start, wait, tiny, tmp_path):
+def test_stuck_worker_ends_the_training(start, wait, tiny, tmp_path):
     """Also the interpreter's end does not wait for it. A killed one: tests/data/test_datamodule.py."""
     options = ["trainer.max_steps=100000", "trainer.val_check_interval=100000"]
     process = start(*tiny, *options, SAVE(1), "data.num_workers=1", "+data.timeout=10")
@@ -157,7 +157,7 @@ def test_a_stuck_worker_ends_the_training_with_a_sentence(start, wait, tiny, tmp
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
-def test_without_wandb_training_goes_on(run, tiny, tmp_path):
+def test_training_continues_without_wandb(run, tiny, tmp_path):
     options = ["logger=[csv,tensorboard,wandb]", "logger.wandb.settings.init_timeout=3", "trainer.max_steps=3"]
     nobody = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0123456789" * 4}
     done = run("train.py", *tiny, *options, **nobody)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from lcm.data.shards import expand_urls
 
 from lcm.data.captions import read_images
 from lcm.data.openmoji import build
-from lcm.data.shards import expand_urls
 from lcm.data.source import Source
 from lcm.evaluate.clip import mini_clip
 from lcm.models.pipeline import load_codec
@@ -24,7 +24,7 @@ def held_out(tmp_path_factory):
 
 
 @torch.no_grad()
-def test_the_autoencoder_rebuilds_held_out_images(held_out):
+def test_autoencoder_rebuilds_images(held_out):
     x, vae = held_out[0].float() / 127.5 - 1, load_codec("mini").vae
     errors = [vae.decode(vae.encode(part).latent_dist.mean).sample.clamp(-1, 1) - part for part in x.split(64)]
     decibels = float(psnr(torch.cat(errors)))
@@ -33,7 +33,7 @@ def test_the_autoencoder_rebuilds_held_out_images(held_out):
 
 
 @torch.no_grad()
-def test_clip_finds_the_image_of_a_held_out_caption(held_out):
+def test_clip_finds_the_image_of_a_caption(held_out):
     (x, captions), clip = held_out, mini_clip("mini")
     images = F.normalize(clip(x[:256]), dim=-1)
     ids = clip.tokenizer(captions[:256], padding="max_length", truncation=True, return_tensors="pt").input_ids

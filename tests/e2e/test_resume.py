@@ -47,7 +47,7 @@ def interrupt(args: list[str], cwd: Path, when: Path) -> int:
         return process.wait(timeout=120)
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(run, tiny, tmp_path):
+def test_interrupted_run_equals_uninterrupted(run, tiny, tmp_path):
     """Killed: tests/e2e/test_faults.py."""
     straight = run("train.py", *tiny, *STEPS, "name=straight")
     assert straight.returncode == 0, straight.stderr
@@ -56,7 +56,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(run, tiny, tmp_path):
     assert interrupt(command("train.py", *tiny, *STEPS, "name=cut"), tmp_path, last) == 130
     assert not (run_dir / "model").exists(), "it finished before the signal: raise max_steps"
     step, log = torch.load(last, weights_only=True)["global_step"], (tmp_path / "log").read_text()
-    assert f"stopped at step {step}: run the same command with ckpt_path=last to go on" in log
+    assert f"stopped at step {step}: run the same command with ckpt_path=last to resume" in log
     assert "Traceback" not in log
 
     resumed = run("train.py", *tiny, *STEPS, "name=cut", "ckpt_path=last")
@@ -73,7 +73,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(run, tiny, tmp_path):
     assert kept == {"last", "previous", "step_10", "step_20", "step_30"}
 
 
-def test_the_last_step_is_saved_and_more_steps_go_on_from_it(run, tiny, tiny_pipeline, tmp_path):
+def test_more_steps_resume_from_the_last_step(run, tiny, tiny_pipeline, tmp_path):
     options = ["callbacks.checkpoint.every_n_train_steps=100", "callbacks.samples.steps=[1]", "model/lr_schedule=constant"]
     for name, *more in (("a", "trainer.max_steps=3"), ("a", "trainer.max_steps=6", "ckpt_path=last"), ("b",)):
         done = run("train.py", *tiny, *options, f"name={name}", *more)
@@ -91,7 +91,7 @@ def test_the_last_step_is_saved_and_more_steps_go_on_from_it(run, tiny, tiny_pip
     assert "error: the checkpoint is of LatentConsistencyDistillation, this training is a Latent" in done.stderr
 
 
-def test_a_resumed_run_goes_by_its_command_line_and_a_refused_one_leaves_config_yaml(run, tiny, tmp_path):
+def test_resume_follows_the_command_line(run, tiny, tmp_path):
     options = [*tiny, "callbacks.samples.steps=[1]", "model/lr_schedule=constant", "model.lr_schedule.warmup=0", "name=lr"]
     assert run("train.py", *options, "trainer.max_steps=3").returncode == 0
     run_dir = tmp_path / "runs/lr/0"
@@ -101,7 +101,7 @@ def test_a_resumed_run_goes_by_its_command_line_and_a_refused_one_leaves_config_
     assert "error: model.zero_init was True when this training began and cannot change to False" in refused.stderr
     assert (run_dir / "config.yaml").read_text() == config
 
-    resumed = run("train.py", *options, "ckpt_path=last", "model.optimizer.lr=1e-6", "model.w_lr_scale=3")
+    resumed = run("train.py", *options, "ckpt_path=last", "model.optimizer.lr=1e-6", "model.guidance_lr_multiplier=3")
     assert resumed.returncode == 0, resumed.stderr
     rows = [row for row in csv.DictReader((run_dir / "metrics.csv").open()) if row["lr-AdamW/pg1"]]
     rates = [(float(row["lr-AdamW/pg1"]), float(row["lr-AdamW/pg2"])) for row in rows]

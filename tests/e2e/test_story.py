@@ -21,7 +21,7 @@ def rows(run_dir: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((run_dir / "metrics.csv").open()))
 
 
-def test_distil_sample_evaluate_and_fine_tune(run_cold, tiny, shards, tiny_pipeline, tmp_path):
+def test_distil_sample_evaluate_fine_tune(run_cold, tiny, shards, tiny_pipeline, tmp_path):
     run = run_cold
     done = run("train.py", *tiny, "callbacks.samples.every_n_steps=3")
     assert done.returncode == 0, done.stderr
@@ -71,7 +71,7 @@ def test_distil_sample_evaluate_and_fine_tune(run_cold, tiny, shards, tiny_pipel
     assert (tmp_path / "runs/lcf_mini/0/model/model_index.json").is_file()
 
 
-def test_a_teacher_trains_from_nothing_and_can_then_be_distilled(run, tiny, shards, tiny_pipeline, tmp_path):
+def test_teacher_trains_and_is_distilled(run, tiny, shards, tiny_pipeline, tmp_path):
     small = ["model.net.block_out_channels=[16,16,16]", "model.net.norm_num_groups=4", "model.net.cross_attention_dim=16"]
     small += ["model.net.sample_size=8", "model.net.attention_head_dim=2"]
     done = run(
@@ -106,7 +106,7 @@ def test_multirun_sweeps_groups_and_values(run, tiny, tmp_path):
     assert all((tmp_path / f"runs/lcd_mini/{i}/model/unet").is_dir() for i in range(4))
 
 
-def test_a_sweep_ends_with_one_table_and_one_plot(run, tiny, tmp_path):
+def test_sweep_writes_table_and_plot(run, tiny, tmp_path):
     done = run("train.py", "-m", *tiny, "trainer.max_steps=3", "model.ema_decay=0,0.95", "model/loss=l1,l2,huber")
     assert done.returncode == 0, done.stderr
     [folder] = (tmp_path / "runs/sweeps").iterdir()
@@ -119,14 +119,14 @@ def test_a_sweep_ends_with_one_table_and_one_plot(run, tiny, tmp_path):
     assert Image.open(folder / "plot.png").width > 300
 
 
-def test_a_sweep_without_metrics_says_why(run, tiny, tmp_path):
+def test_sweep_without_metrics_has_no_table(run, tiny, tmp_path):
     done = run("train.py", "-m", *tiny, "trainer.max_steps=2", "trainer.val_check_interval=500", "model.ema_decay=0,0.95")
     assert done.returncode == 0, done.stderr
     assert "sweep:   no table: no run has measured a metric named val/, add callbacks=evaluation for FID" in done.stdout
     assert not list((tmp_path / "runs/sweeps").glob("*/table.md"))
 
 
-def test_a_sweep_goes_on_when_a_job_cannot(run, tiny, tmp_path):
+def test_sweep_continues_after_a_failed_job(run, tiny, tmp_path):
     done = run("train.py", "-m", *tiny, "trainer.max_steps=3", "model.w_max=4,1,6", "model.w_min=2")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
@@ -137,7 +137,7 @@ def test_a_sweep_goes_on_when_a_job_cannot(run, tiny, tmp_path):
     assert [(w, loss == "failed") for w, loss, *_ in lines] == [("4", False), ("1", True), ("6", False)]
 
 
-def test_a_sweep_of_several_processes_gives_each_job_its_own_folder(run, tiny, tmp_path):
+def test_ddp_sweep_keeps_folders_apart(run, tiny, tmp_path):
     options = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.max_steps=3", "callbacks.samples.steps=[1]"]
     done = run("train.py", "-m", *tiny, *options, "trainer.devices=1,2", LOCAL_RANK="0", LCM_RUN_ID="0")
     assert done.returncode == 0, done.stderr
@@ -152,7 +152,7 @@ def test_a_sweep_of_several_processes_gives_each_job_its_own_folder(run, tiny, t
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_signal_to_a_sweep_stops_its_job_with_a_checkpoint(signum, code, tiny, tmp_path):
+def test_signal_to_a_sweep_saves_its_job(signum, code, tiny, tmp_path):
     endless = ["trainer.max_steps=100000", "callbacks.samples.steps=[1]", "model.ema_decay=0.5,0.95"]
     sweep = subprocess.Popen(
         command("train.py", "-m", *tiny, *endless),
@@ -171,7 +171,7 @@ def test_a_signal_to_a_sweep_stops_its_job_with_a_checkpoint(signum, code, tiny,
 
 
 @pytest.mark.parametrize(("experiment", "steps", "w"), [("guided_distill_mini", 8, 1.5), ("cd_mini", 2, 0), ("ct_mini", 2, 0)])
-def test_a_baseline_trains_and_samples(experiment, steps, w, run, tiny_pipeline, shards, tmp_path):
+def test_baseline_trains_and_samples(experiment, steps, w, run, tiny_pipeline, shards, tmp_path):
     done = run(
         "train.py", f"experiment={experiment}", f"model.pipeline={tiny_pipeline}", *tiny_data(shards),
         "trainer.max_steps=8", "callbacks=default",
@@ -185,7 +185,7 @@ def test_a_baseline_trains_and_samples(experiment, steps, w, run, tiny_pipeline,
     assert images.shape == (1, 32, 32, 3)
 
 
-def test_stable_diffusion_xl_is_distilled_by_two_processes_and_sampled(run, xl_pipeline, shards, tmp_path):
+def test_sdxl_is_distilled_by_two_ranks(run, xl_pipeline, shards, tmp_path):
     data = [option for option in tiny_data(shards) if option != "data.build=null"]  # data=shards has no such key
     sharded = ["trainer.accelerator=cpu", "trainer.devices=2", "model.compile=false", "callbacks.samples.steps=[1]"]
     teacher = f"model.pipeline={xl_pipeline}"

@@ -3,13 +3,13 @@
 import lightning as L
 import pytest
 import torch
+from lcm.data.shards import expand_urls
 
 from lcm.callbacks.samples import ImageGrid
 from lcm.core.errors import UserError
 from lcm.data.cache import ShardCache
 from lcm.data.captions import read_captions
 from lcm.data.filters import Filters
-from lcm.data.shards import expand_urls
 from lcm.data.source import Source
 from lcm.evaluate.callback import Evaluation
 from lcm.evaluate.clip import mini_clip

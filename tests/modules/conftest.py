@@ -20,7 +20,6 @@ from lcm.core.random import generator
 from lcm.data.datamodule import ShardDataModule
 from lcm.models.codec import LatentCodec
 from lcm.models.pipeline import load_codec, load_network, load_process
-from lcm.modules.base import TrainedModule
 from lcm.modules.consistency import ConsistencyModule
 from lcm.modules.guided_distillation import GuidedDistillation
 from lcm.modules.latent import LatentModule
@@ -40,7 +39,7 @@ def training(tiny_pipeline: Path) -> Make:
     return partial(new_module, tiny_pipeline)
 
 
-def new_module(pipeline: Path, kind: str, **options: Any) -> TrainedModule:
+def new_module(pipeline: Path, kind: str, **options: Any) -> Any:
     """Return a module whose training starts from the pipeline; options replace its arguments, `objective.<name>` the
     objective's.
     """

@@ -25,7 +25,7 @@ def test_constant_without_warmup() -> None:
     assert rates(constant, 5, 5) == [2.0] * 5
 
 
-def test_constant_warms_up_linearly_and_never_at_zero() -> None:
+def test_constant_warms_up_linearly() -> None:
     assert rates(constant, 6, 6, warmup=3) == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0, 2.0])
 
 
@@ -43,7 +43,7 @@ def test_cosine_ends_at_its_final_share_and_stays() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:::lightning")
-def test_the_learning_rate_moves_once_an_optimizer_step(training: Any, data: Any, fit: Any) -> None:
+def test_lr_moves_once_per_optimizer_step(training: Any, data: Any, fit: Any) -> None:
     module = training("diffusion", lr_schedule=lambda optimizer, max_steps: cosine(optimizer, max_steps, warmup=1), lr=1e-3)
     trainer = fit(module, data(), 4, accumulate_grad_batches=3)
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0)

@@ -43,15 +43,14 @@ def parameters(folder: Path, kind: Any) -> torch.Tensor:
     return torch.nn.utils.parameters_to_vector(kind.from_pretrained(folder).float().parameters())
 
 
-def test_an_autoencoder_learns(autoencoder: Autoencoder, pixels: Any, fit: Make) -> None:
+def test_autoencoder_learns(autoencoder: Autoencoder, pixels: Any, fit: Make) -> None:
     first = fit(autoencoder, pixels, 4, **EVERY).callback_metrics["val/psnr"]
     assert fit(autoencoder, pixels, 24, **EVERY).callback_metrics["val/psnr"] > first + 1
 
 
-def test_an_autoencoder_writes_a_vae_whose_latents_have_unit_variance(
-    autoencoder: Autoencoder, pixels: Any, fit: Make, tmp_path: Path
-) -> None:
-    fit(autoencoder, pixels, 4, **EVERY)
+def test_saved_vae_has_unit_variance_latents(autoencoder: Autoencoder, pixels: Any, fit: Make, tmp_path: Path) -> None:
+    fit(autoencoder, pixels, 4, **EVERY).save_checkpoint(tmp_path / "4.ckpt")
+    assert torch.load(tmp_path / "4.ckpt", weights_only=True)["state_dict"]["latent_std"] == autoencoder.latent_std != 1
     autoencoder.save_model(str(tmp_path))
     vae = AutoencoderKL.from_pretrained(tmp_path, subfolder="vae").float().eval()
     x = torch.cat([batch["x"] for batch in pixels.val_dataloader()]).float() / 127.5 - 1
@@ -60,26 +59,18 @@ def test_an_autoencoder_writes_a_vae_whose_latents_have_unit_variance(
     assert float(z.std()) == pytest.approx(1, abs=0.02)
 
 
-def test_an_autoencoders_checkpoint_holds_the_latents_deviation(
-    autoencoder: Autoencoder, pixels: Any, fit: Make, tmp_path: Path
-) -> None:
-    fit(autoencoder, pixels, 4, **EVERY).save_checkpoint(tmp_path / "4.ckpt")
-    content = torch.load(tmp_path / "4.ckpt", weights_only=True)
-    assert content["state_dict"]["latent_std"] == autoencoder.latent_std != 1
-
-
-def test_the_peak_signal_to_noise_ratio_of_a_known_error() -> None:
+def test_psnr_of_a_known_error() -> None:
     assert float(psnr(torch.full((2, 3, 4, 4), 0.02))) == pytest.approx(40)
 
 
-def test_a_clip_trains_and_is_validated(clip: Clip, pixels: Any, fit: Make) -> None:
+def test_clip_trains_and_validates(clip: Clip, pixels: Any, fit: Make) -> None:
     before = {name: value.clone() for name, value in clip.state_dict().items()}
     metrics = fit(clip, pixels, 4, **EVERY).callback_metrics
     assert 0 <= metrics["val/retrieval_top1"] <= 1
     assert all(not torch.equal(value, before[name]) for name, value in clip.named_parameters() if "k_proj.bias" not in name)
 
 
-def test_a_clip_overfits_a_batch(clip: Clip, pixels: Any, fit: Make) -> None:
+def test_clip_overfits_a_batch(clip: Clip, pixels: Any, fit: Make) -> None:
     pixels.setup()
     batch = next(iter(pixels.train_dataloader()))
     batch = {**batch, "x": batch["x"].float() / 127.5 - 1}
@@ -88,7 +79,7 @@ def test_a_clip_overfits_a_batch(clip: Clip, pixels: Any, fit: Make) -> None:
         assert contrastive_loss(*clip.embed(batch), clip.clip.logit_scale.exp()) < 0.5
 
 
-def test_a_clip_writes_its_towers_and_tokenizer(clip: Clip, pixels: Any, fit: Make, tmp_path: Path) -> None:
+def test_clip_saves_towers_and_tokenizer(clip: Clip, pixels: Any, fit: Make, tmp_path: Path) -> None:
     fit(clip, pixels, 2)
     trained = torch.nn.utils.parameters_to_vector(clip.clip.parameters()).half().float()
     clip.save_model(str(tmp_path))
@@ -102,7 +93,7 @@ def test_a_clip_writes_its_towers_and_tokenizer(clip: Clip, pixels: Any, fit: Ma
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "clip"])
-def test_saving_leaves_the_module_as_it_was(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_saving_keeps_the_module(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     module = request.getfixturevalue(name)
     before = {key: value.clone() for key, value in module.state_dict().items()}
     module.save_model(str(tmp_path))
@@ -110,7 +101,7 @@ def test_saving_leaves_the_module_as_it_was(name: str, request: pytest.FixtureRe
     assert all(after[key].dtype == value.dtype and torch.equal(after[key], value) for key, value in before.items())
 
 
-def test_the_contrastive_loss_of_orthogonal_pairs() -> None:
+def test_contrastive_loss_of_orthogonal_pairs() -> None:
     """B matching pairs at scale s: log(1 + (B - 1) e^-s)."""
     eye = torch.eye(4)
     expected = torch.log1p(3 * torch.exp(torch.tensor(-2.0)))

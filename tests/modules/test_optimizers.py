@@ -4,13 +4,14 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
 from lcm.core.errors import UserError
-from lcm.modules.base import TrainedModule, scheduled
 from lcm.modules.lr_schedules import constant
+from lcm.modules.optimization import Optimization, scheduled
 
 
 class WithModes(torch.optim.SGD):
@@ -25,15 +26,15 @@ class WithModes(torch.optim.SGD):
         self.mode = "eval"
 
 
-def test_an_optimizer_with_modes_is_told_when_weights_are_trained_and_when_they_are_used(monkeypatch: Any) -> None:
-    module = TrainedModule(optimizer=WithModes, lr_schedule=constant)
+def test_optimizer_modes_follow_the_training(monkeypatch: Any) -> None:
+    optimization, module = Optimization(WithModes, constant, None, 0), L.LightningModule()
     optimizers = [WithModes([torch.nn.Parameter(torch.zeros(1))]), torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])]
-    monkeypatch.setattr(TrainedModule, "trainer", SimpleNamespace(optimizers=optimizers, global_step=0, world_size=1))
+    trainer = SimpleNamespace(optimizers=optimizers, global_step=0)
     monkeypatch.setattr(module, "lr_schedulers", lambda: None)  # no update was made yet
     monkeypatch.setattr(module, "all_gather", lambda value: value[None])
     modes = []
     for hook in ("on_train_start", "on_validation_start", "on_validation_end", "on_train_end"):
-        getattr(module, hook)()
+        getattr(optimization, hook)(trainer, module)
         modes.append(optimizers[0].mode)
     assert modes == ["train", "eval", "train", "eval"]
 
@@ -48,7 +49,7 @@ def test_an_optimizer_with_modes_is_told_when_weights_are_trained_and_when_they_
     ],
     ids=["steps_missing", "steps_given", "class", "no_steps_needed"],
 )
-def test_a_schedule_of_any_library_is_given_the_number_of_steps(make: Any) -> None:
+def test_schedules_of_other_libraries_get_max_steps(make: Any) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = scheduled(make, optimizer, 10)
     for _ in range(10):
@@ -57,7 +58,7 @@ def test_a_schedule_of_any_library_is_given_the_number_of_steps(make: Any) -> No
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
 
 
-def test_a_schedule_that_needs_more_says_what() -> None:
+def test_schedule_with_more_arguments_is_refused() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(UserError, match="num_warmup_steps and num_training_steps"):
         scheduled(get_cosine_schedule_with_warmup, optimizer, 10)

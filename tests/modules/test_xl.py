@@ -46,7 +46,7 @@ def alike(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.std()))
 
 
-def test_texts_are_those_of_diffusers_pipeline(codec: LatentCodec, xl_pipeline: Path) -> None:
+def test_texts_match_diffusers(codec: LatentCodec, xl_pipeline: Path) -> None:
     states, no_states, pooled, not_pooled = opened(xl_pipeline).encode_prompt(PROMPTS, do_classifier_free_guidance=True)
     cond, uncond = codec.conditions(PROMPTS, torch.zeros(2, 4, 8, 8))
     torch.testing.assert_close(cond["states"], states)
@@ -59,7 +59,7 @@ def test_texts_are_those_of_diffusers_pipeline(codec: LatentCodec, xl_pipeline: 
     assert cond["pooled"].std() > 0.01
 
 
-def test_a_folder_may_say_that_the_null_prompt_is_read_as_any_other(xl_pipeline: Path, tmp_path: Path) -> None:
+def test_null_prompt_follows_the_folder(xl_pipeline: Path, tmp_path: Path) -> None:
     new_module(xl_pipeline, "diffusion").save_model(str(tmp_path / "a"))
     index = json.loads((tmp_path / "a/model_index.json").read_text())
     assert index["force_zeros_for_empty_prompt"] is True
@@ -70,7 +70,7 @@ def test_a_folder_may_say_that_the_null_prompt_is_read_as_any_other(xl_pipeline:
     torch.testing.assert_close(uncond["pooled"], pooled)
 
 
-def test_sizes_are_those_of_the_batch_or_of_whole_pictures(codec: LatentCodec) -> None:
+def test_sizes_come_from_the_batch(codec: LatentCodec) -> None:
     batch = codec.encode({**BATCH, **SIZES})
     assert batch.cond["sizes"].tolist() == [[64, 48, 5, 0, 32, 32], [32, 32, 0, 0, 32, 32], [900, 1200, 0, 7, 32, 32]]
     assert torch.equal(batch.uncond["sizes"], batch.cond["sizes"])
@@ -92,9 +92,7 @@ def test_texts_and_sizes_reach_the_network(codec: LatentCodec, xl_pipeline: Path
 
 
 @pytest.mark.parametrize("of_xl", [True, False])
-def test_text_encoders_of_the_other_kind_are_refused(
-    of_xl: bool, codec: LatentCodec, xl_pipeline: Path, tiny_pipeline: Path
-) -> None:
+def test_other_text_encoders_are_refused(of_xl: bool, codec: LatentCodec, xl_pipeline: Path, tiny_pipeline: Path) -> None:
     folder, texts = (xl_pipeline, load_codec(str(tiny_pipeline))) if of_xl else (tiny_pipeline, codec)
     reads, gives = ("pooled, sizes, states of width 40", "states of width 16")[:: 1 if of_xl else -1]
     z, net = torch.zeros(1, 4, 8, 8), as_network(load_family(str(folder)), load_network(str(folder)))
@@ -102,20 +100,14 @@ def test_text_encoders_of_the_other_kind_are_refused(
         net(z, torch.tensor([1]), texts.conditions(["a"], z)[0])
 
 
-def test_texts_of_another_width_are_refused(tiny_pipeline: Path) -> None:
-    net, z = as_network(load_family(str(tiny_pipeline)), load_network(str(tiny_pipeline))), torch.zeros(1, 4, 8, 8)
-    with pytest.raises(UserError, match="expects states of width 16, but the text encoders give states of width 24: set"):
-        net(z, torch.tensor([1]), {"states": torch.zeros(1, 16, 24)})
-
-
-@pytest.mark.parametrize(("steps", "w"), [(1, 3.0), (4, 7.5), (5, 0.0)])
-def test_diffusers_samples_the_teacher_alike(xl_pipeline: Path, steps: int, w: float) -> None:
+@pytest.mark.parametrize(("steps", "w"), [(1, 3.0), (5, 0.0)])
+def test_xl_teacher_matches_diffusers(xl_pipeline: Path, steps: int, w: float) -> None:
     options = {"guidance_scale": w + 1, "num_inference_steps": steps, "latents": ImageNoise(SEEDS, (4, 8, 8))()}
     theirs = opened(xl_pipeline)(PROMPTS, output_type="latent", **options).images
     alike(TextToImage.load(str(xl_pipeline)).latents(PROMPTS, SEEDS, steps=steps, w=w, sampler=sampling.ddim), theirs)
 
 
-def test_the_teacher_is_told_the_size_that_is_drawn(xl_pipeline: Path) -> None:
+def test_teacher_gets_the_sampled_size(xl_pipeline: Path) -> None:
     """diffusers' pipeline tells its UNet the height and width of the image, and the same for the original."""
     noise = ImageNoise(SEEDS, (4, 12, 6))()
     options = {"guidance_scale": 4.0, "num_inference_steps": 2, "latents": noise, "height": 48, "width": 24}
@@ -124,14 +116,12 @@ def test_the_teacher_is_told_the_size_that_is_drawn(xl_pipeline: Path) -> None:
     alike(model.latents(PROMPTS, SEEDS, steps=2, w=3.0, sampler=sampling.ddim, size=(48, 24)), theirs)
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-def test_a_student_is_distilled_saved_and_sampled_by_diffusers_alike(
+def test_xl_student_matches_diffusers(
     xl_pipeline: Path,
     codec: LatentCodec,
     data: Any,
     fit: Any,
     tmp_path: Path,
-    steps: int,
 ) -> None:
     module = new_module(xl_pipeline, "distillation", zero_init=False)
     before = [p.detach().clone() for p in module.net.parameters()]
@@ -142,21 +132,12 @@ def test_a_student_is_distilled_saved_and_sampled_by_diffusers_alike(
     assert read_lcm_json(str(tmp_path / "model"))["w_max"] == 14
     pipe = opened(tmp_path / "model")
     assert isinstance(pipe.scheduler, LCMScheduler)
-    options = {"guidance_scale": 8.0, "num_inference_steps": steps, "generator": ImageNoise(SEEDS, (4, 8, 8)).generators}
+    options = {"guidance_scale": 8.0, "num_inference_steps": 4, "generator": ImageNoise(SEEDS, (4, 8, 8)).generators}
     theirs = pipe(PROMPTS, output_type="latent", **options).images
-    alike(TextToImage.load(str(tmp_path / "model")).latents(PROMPTS, SEEDS, steps=steps, w=7.0), theirs)
+    alike(TextToImage.load(str(tmp_path / "model")).latents(PROMPTS, SEEDS, steps=4, w=7.0), theirs)
 
 
-@pytest.mark.parametrize("kind", ["diffusion", "finetuning", "guided", "cd", "lora"])
-def test_every_method_trains_it(kind: str, xl_pipeline: Path, codec: LatentCodec, data: Any, fit: Any) -> None:
-    module = new_module(xl_pipeline, kind)
-    before = [p.detach().clone() for p in module.net.parameters() if p.requires_grad]
-    fit(module, data(codec=codec), 6, max_epochs=1, limit_train_batches=1)
-    trained = [p for p in module.net.parameters() if p.requires_grad]
-    assert any(not torch.equal(p, old) for p, old in zip(trained, before, strict=True))
-
-
-def test_adapters_are_what_diffusers_loads(xl_pipeline: Path, codec: LatentCodec, data: Any, fit: Any, tmp_path: Path) -> None:
+def test_xl_adapters_match_diffusers(xl_pipeline: Path, codec: LatentCodec, data: Any, fit: Any, tmp_path: Path) -> None:
     module = new_module(xl_pipeline, "lora", lr=0.05)
     fit(module, data(codec=codec), 2)
     module.save_model(str(tmp_path / "model"), dtype=torch.float32)
@@ -169,7 +150,7 @@ def test_adapters_are_what_diffusers_loads(xl_pipeline: Path, codec: LatentCodec
 
 
 @pytest.mark.parametrize("text", [False, True])
-def test_latent_shards_give_the_batches_that_their_images_give(codec: LatentCodec, tmp_path: Path, text: bool) -> None:
+def test_latent_shards_equal_image_shards(codec: LatentCodec, tmp_path: Path, text: bool) -> None:
     """Texts, original sizes and crops, too."""
     sizes = [(48, 40), (64, 32), (32, 50)]
     write_shard(

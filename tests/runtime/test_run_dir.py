@@ -1,4 +1,4 @@
-"""Every training has a folder of its own, and processes that do not belong together are refused before they have one."""
+"""Every training has a run directory of its own; a wrong number of processes is refused before it is made."""
 
 import os
 import subprocess
@@ -53,7 +53,7 @@ def start(tmp_path, monkeypatch):
     return start
 
 
-def test_trainings_of_one_slurm_job_do_not_meet(start):
+def test_runs_of_one_slurm_job_get_own_folders(start):
     job = {"SLURM_JOB_ID": "4711"}
     assert [start(f"model.w_max={w}", **job) for w in (4, 8, 8)] == ["4711", "4711-1", "4711-2"]
     assert start("model.w_max=4", SLURM_JOB_ID="4712") == "4712"  # another one of the array
@@ -61,7 +61,7 @@ def test_trainings_of_one_slurm_job_do_not_meet(start):
     assert start() == "4713"
 
 
-def test_a_job_that_slurm_starts_again_goes_on_with_its_own_trainings_only(start):
+def test_requeued_job_resumes_its_own_runs(start):
     job, again = {"SLURM_JOB_ID": "4711"}, {"SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": "1"}
     for w in (4, 8):
         start(f"model.w_max={w}", **job)
@@ -74,10 +74,10 @@ def test_a_job_that_slurm_starts_again_goes_on_with_its_own_trainings_only(start
     assert start("model.w_max=4", **again) == "4711-3"  # the first has gone on already
 
 
-def test_a_run_that_is_named_is_not_begun_anew(start, tmp_path):
+def test_named_run_is_not_overwritten(start, tmp_path):
     assert start(run_id=7) == "7"
     with pytest.raises(
-        UserError, match=r"runs/a/7 holds a run: go on with it by ckpt_path=last, or choose another paths\.run_id"
+        UserError, match=r"runs/a/7 holds a run: resume it with ckpt_path=last, or choose another paths\.run_id"
     ):
         start(run_id=7)
     assert start(run_id=7, ckpt_path="last") == "7"
@@ -87,7 +87,7 @@ def test_a_run_that_is_named_is_not_begun_anew(start, tmp_path):
     assert start(run_id="mine", SLURM_JOB_ID="1") == start(run_id="mine", SLURM_JOB_ID="1", SLURM_RESTART_COUNT="1") == "mine"
 
 
-def test_slurm_s_trainings_are_locked_too_but_for_those_of_a_lost_node(start, tmp_path):
+def test_slurm_run_is_locked_except_after_a_lost_node(start, tmp_path):
     job = {"SLURM_JOB_ID": "4711"}
     start(**job)
     lock = tmp_path / "runs/a/4711/.lock"
@@ -104,7 +104,7 @@ def test_slurm_s_trainings_are_locked_too_but_for_those_of_a_lost_node(start, tm
         other.stdin.close()
 
 
-def test_a_training_leaves_nothing_to_the_next_in_its_process(start, tmp_path, monkeypatch):
+def test_training_restores_the_environment(start, tmp_path, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "1")
     before = dict(os.environ)
     for number in range(2):
@@ -116,11 +116,11 @@ def test_a_training_leaves_nothing_to_the_next_in_its_process(start, tmp_path, m
         with training(run_dir):
             os.environ |= {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_PORT": "2"}
         assert dict(os.environ) == before
-        assert not runs.held
+        assert not runs.locks
         assert finish(run_dir, None) is None
 
 
-def test_processes_that_a_training_starts_have_its_run(tmp_path, monkeypatch):
+def test_child_processes_share_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LCM_RUN_ID", "5")
     paths = {"runs": str(tmp_path), "run_id": None}
@@ -131,7 +131,7 @@ def test_processes_that_a_training_starts_have_its_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("obstacle", ["file", "dangling link", "name is a file"])
-def test_a_folder_that_cannot_be_made_is_named(obstacle, tmp_path):
+def test_unwritable_folder_is_named(obstacle, tmp_path):
     at = tmp_path / "runs"
     if obstacle == "dangling link":
         at.symlink_to(tmp_path / "gone")
@@ -168,7 +168,7 @@ DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
          "srun --ntasks-per-node=2 and trainer=slurm, or start one process"),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, [], "srun started 2 processes, but trainer.devices=1"),
         ({**SRUN, **PER_NODE}, [], "make 1: use trainer=slurm, or start one process"),
-        (SRUN, [*DDP, "trainer.devices=2"], "srun --ntasks=2 leaves open who is where: use --ntasks-per-node"),
+        (SRUN, [*DDP, "trainer.devices=2"], "srun --ntasks=2 does not say how many run on each node: use --ntasks-per-node"),
         ({**SRUN, **PER_NODE, "SLURM_JOB_NAME": "bash"}, [*DDP, "trainer.devices=2"], "which only trainer=slurm joins"),
         ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, [*DDP, "trainer.devices=2"], "SLURM has 1 task(s) and srun"),
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, [], "mpirun started 2 processes, which do not join in one "
@@ -177,7 +177,7 @@ DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
         ({}, [*DDP, "trainer.devices=1", "trainer.num_nodes=2"], "trainer.num_nodes=2 needs a launcher on every node"),
     ],
 )  # fmt: skip
-def test_processes_that_would_train_side_by_side_are_refused(env, overrides, says, monkeypatch):
+def test_wrong_process_counts_are_refused(env, overrides, says, monkeypatch):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError) as refusal:
@@ -200,13 +200,13 @@ def test_processes_that_would_train_side_by_side_are_refused(env, overrides, say
         ({"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "bash", "SLURM_STEP_NUM_TASKS": "1"}, [*DDP, "trainer.devices=2"]),
     ],
 )
-def test_processes_that_belong_together_and_single_ones_pass(env, overrides, monkeypatch):
+def test_matching_process_counts_pass(env, overrides, monkeypatch):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     check_processes(compose("train", overrides).trainer)
 
 
-def test_a_sweep_is_started_by_one_process(tmp_path, monkeypatch):
+def test_sweep_needs_one_process(tmp_path, monkeypatch):
     check_sweep(tmp_path / "now", one_process=True)
     assert not (tmp_path / "now").exists()
     check_sweep(tmp_path, one_process=True)  # hydra.sweep.dir=<a folder that is there>

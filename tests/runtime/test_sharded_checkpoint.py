@@ -46,7 +46,7 @@ def step_of(folder: Path) -> int:
     return step
 
 
-def test_what_is_written_is_read_and_the_next_one_takes_its_place(mesh: DeviceMesh, tmp_path: Path) -> None:
+def test_folder_is_written_read_and_replaced(mesh: DeviceMesh, tmp_path: Path) -> None:
     target = tmp_path / "last.ckpt"
     for step in (1, 2):
         sharded.write(checkpoint(mesh, step), target)
@@ -56,7 +56,7 @@ def test_what_is_written_is_read_and_the_next_one_takes_its_place(mesh: DeviceMe
     assert step_of(tmp_path / "previous.ckpt") == 1
 
 
-def test_a_folder_takes_the_place_of_a_file(mesh: DeviceMesh, tmp_path: Path) -> None:
+def test_folder_and_file_replace_each_other(mesh: DeviceMesh, tmp_path: Path) -> None:
     target = tmp_path / "last.ckpt"
     target.write_text("a checkpoint of another strategy")
     sharded.write(checkpoint(mesh, 1), target)
@@ -74,7 +74,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize(("where", "step"), [("writing", 2), ("aside", 2), ("between", 2), ("renamed", 3)])
-def test_a_kill_at_any_point_leaves_a_whole_checkpoint(
+def test_kill_at_any_point_leaves_a_checkpoint(
     where: str, step: int, mesh: DeviceMesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two checkpoints are there when the third is written; the last three points are the steps of `replacing`."""
@@ -116,13 +116,20 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
-@pytest.mark.parametrize("name", ["shard-00001-model-00001-of-00001.safetensors", "rest.ckpt", "files.json"])
-def test_a_damaged_folder_is_not_taken(name: str, damage: Any, mesh: DeviceMesh, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("shard-00001-model-00001-of-00001.safetensors", flip),
+        ("rest.ckpt", cut),
+        ("rest.ckpt", Path.unlink),
+        ("files.json", cut),
+    ],
+)
+def test_damaged_folder_is_refused(name: str, damage: Any, mesh: DeviceMesh, tmp_path: Path) -> None:
     target = tmp_path / "last.ckpt"
     sharded.write(checkpoint(mesh, 1), target)
     damage(target / name)
-    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
         newest_whole(tmp_path)
     with pytest.raises(UserError, match=r"last.ckpt is damaged \(.*(missing or not as written|no readable files.json)"):
         AtomicCheckpointIO().load_checkpoint(target)
@@ -138,7 +145,7 @@ class Hostile:
         return (Path.touch, (self.mark,))
 
 
-def test_nothing_in_a_folder_runs_code(mesh: DeviceMesh, tmp_path: Path) -> None:
+def test_folder_runs_no_code(mesh: DeviceMesh, tmp_path: Path) -> None:
     target, mark = tmp_path / "last.ckpt", tmp_path / "mark"
     sharded.write(checkpoint(mesh, 1), target)
     (target / ".metadata").write_bytes(pickle.dumps(Hostile(mark)))  # where torch's own format keeps its pickle

@@ -1,8 +1,6 @@
-"""Stopping and watching, without a cluster: tests/slurm has the same on one."""
+"""Stopping, without a cluster. tests/slurm has the same on a cluster."""
 
-import logging
 import os
-import time
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +14,6 @@ from lcm.runtime import signals
 from lcm.runtime.checkpoint_io import AtomicCheckpointIO
 from lcm.runtime.resume import resume_path
 from lcm.runtime.stop import StopOnSignal, requeue, started_by_lightning
-from lcm.runtime.watchdog import Watchdog
 from tests.runtime.test_checkpoint_io import content
 
 
@@ -42,7 +39,7 @@ def rank(number: int, folder: Path, asked: int) -> None:
         stop.on_train_batch_end(trainer, None, None, None, step - 1)
 
 
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, monkeypatch):
+def test_signal_to_one_rank_stops_all(tmp_path, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     spawn = get_context("spawn")
     ranks = [spawn.Process(target=rank, args=(number, tmp_path, signals.SIGTERM)) for number in range(2)]
@@ -56,7 +53,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, monkeypatch):
     assert [(tmp_path / f"saved-{number}").read_text() for number in range(2)] == ["4", "4"]
 
 
-def test_a_job_is_requeued_by_its_number(tmp_path, monkeypatch):
+def test_job_is_requeued_by_number(tmp_path, monkeypatch):
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
     scontrol.chmod(0o755)
@@ -78,13 +75,13 @@ def test_a_job_is_requeued_by_its_number(tmp_path, monkeypatch):
     ("environment", "local", "expected"),
     [(LightningEnvironment, 0, False), (LightningEnvironment, 1, True), (TorchElasticEnvironment, 1, False), (None, 0, False)],
 )
-def test_only_processes_that_lightning_watches_leave_with_0(environment, local, expected, monkeypatch):
+def test_lightning_children_exit_with_0(environment, local, expected, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", str(local))
     strategy = SimpleNamespace(cluster_environment=environment()) if environment else SimpleNamespace()
     assert started_by_lightning(SimpleNamespace(strategy=strategy)) is expected
 
 
-def test_a_restarted_job_goes_on_with_its_own_checkpoint_whatever_it_began_from(tmp_path, monkeypatch):
+def test_requeued_job_resumes_its_checkpoint(tmp_path, monkeypatch):
     cfg = OmegaConf.create({"ckpt_path": None, "paths": {"run_dir": str(tmp_path)}})
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert resume_path(cfg.copy()) is None
@@ -93,23 +90,3 @@ def test_a_restarted_job_goes_on_with_its_own_checkpoint_whatever_it_began_from(
     assert resume_path(cfg.copy()) == f"{tmp_path}/checkpoints/last.ckpt"
     monkeypatch.delenv("SLURM_RESTART_COUNT")
     assert resume_path(cfg.copy()) is None
-
-
-@pytest.mark.parametrize(
-    ("places", "silent", "speaker", "told"),
-    [
-        ([9, 8, 9], (), 0, "not arrived: rank 1 on n1"),
-        ([8, 9, 8], (), 1, "not arrived: rank 0 on n0, rank 2 on n2"),
-        ([9, 9, 9], (2,), 0, "not arrived: rank 2 on n2 (it does not answer)"),
-        ([9, 9, 9], (), 0, "all ranks are in it"),
-    ],
-)
-def test_the_watchdog_names_who_is_late_once(places, silent, speaker, told, caplog):
-    now = time.time()
-    beats = {number: (place, f"n{number}", now - 100 * (number in silent)) for number, place in enumerate(places)}
-    for number in range(3):
-        caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            Watchdog(timeout=10).tell(number, 3, beats)
-        assert (told in caplog.text) == (number == speaker)
-        assert bool(caplog.text) == (number == speaker)

@@ -87,7 +87,7 @@ class Family:
         return network_like(net)
 
     def w_projection(self, net: nn.Module) -> nn.Parameter | None:
-        """Return the weight of the projection of w, whose learning rate `model.w_lr_scale` multiplies."""
+        """Return the weight of the projection of w, whose learning rate `model.guidance_lr_multiplier` multiplies."""
         return None
 
     def student_pipeline(self, takes_w: bool, scheduler: str) -> str:
