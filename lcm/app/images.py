@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -141,3 +142,11 @@ def steps_label(steps: int) -> str:
 def columns_to_rows(columns: Sequence[Tensor]) -> list[Tensor]:
     """Column-wise batches `[rows, 3, H, W]`, one a column, -> the rows that `grid` takes."""
     return list(torch.stack(list(columns), dim=1))
+
+
+def log_picture(logger: Any, name: str, picture: Image.Image, step: int) -> None:
+    """Log a picture to wandb or TensorBoard. Loggers without pictures ignore it."""
+    if hasattr(logger, "log_image"):
+        logger.log_image(name, [picture], step=step)
+    elif hasattr(getattr(logger, "experiment", None), "add_image"):
+        logger.experiment.add_image(name, np.asarray(picture), step, dataformats="HWC")

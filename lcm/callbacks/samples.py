@@ -5,12 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
-from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image
 from torch import Tensor
 
-from lcm.app.images import columns_to_rows, grid, steps_label
+from lcm.app.images import columns_to_rows, grid, log_picture, steps_label
 from lcm.core.errors import NonFiniteError, UserError
 from lcm.core.numbers import Count, Seed
 
@@ -68,11 +65,3 @@ class ImageGrid(L.Callback):
         picture.save(self.folder / f"step-{step:06d}.png")
         for logger in trainer.loggers:
             log_picture(logger, "val/samples", picture, step)
-
-
-def log_picture(logger: Any, name: str, picture: Image.Image, step: int) -> None:
-    """To a logger that takes pictures; others are left alone."""
-    if hasattr(logger, "log_image"):
-        logger.log_image(name, [picture], step=step)
-    elif isinstance(logger, TensorBoardLogger):
-        logger.experiment.add_image(name, np.asarray(picture), step, dataformats="HWC")

@@ -1,40 +1,37 @@
-"""FID and CLIP score during training, by the code of `python -m lcm.evaluate`."""
+"""Metrics during training, computed as `python -m lcm.evaluate` computes them."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lcm.core.errors import NonFiniteError, UserError
 from lcm.core.numbers import Count, Limit, Seed
 from lcm.data.captions import read_captions
 from lcm.evaluate.clip import ClipBackbone
-from lcm.evaluate.features import DISTANCES, Extractor, Features, scores
+from lcm.evaluate.features import Extractor, joined
 from lcm.evaluate.inception import InceptionBackbone
+from lcm.evaluate.metrics import FeatureMetric, Features, scores
 from lcm.models.text_to_image import TextToImage
 
 log = logging.getLogger(__name__)
-LOWER = tuple(f"val/{metric}_" for metric in DISTANCES)  # is better
 
 
 class Evaluation(L.Callback):
-    """Every `every_n_steps` optimizer steps, and at the end, draws `samples` captions of `shards` at each of `steps`.
+    """Draw `samples` captions of `shards` at each of `steps`, every `every_n_steps` optimizer steps and at the end.
 
-    Logs `val/<metric>_<steps>_steps` against all images of `shards`, which are filtered and cached as the data's; with `_raw`
-    appended for the trained network beside its average. Images that are not finite give a warning and no metric.
+    Logs `val/<metric>_<steps>_steps` for the averaged network, and with `_raw` appended for the trained network if it has an
+    average. The real images are those of `shards`, filtered and cached as the training data is. Non-finite images cause a
+    warning and no metric. The cost is `samples` x the sum of `steps` network calls, twice that for a guided teacher and twice
+    that with an average, divided among the ranks. The backbones are not part of the module or its checkpoints.
 
-    resolution: the size at which images are drawn and compared; None: that of the training.
-
-    keep_best: the metric, such as `val/fid_4_steps`, by which the best checkpoint so far is kept as `folder`/best.ckpt: a high
-    score, a low distance.
-
-    A time costs `samples` x the sum of `steps` network calls (twice for a guided teacher, twice with an average), shared out
-    over the ranks. The backbones are no part of the module: no checkpoint, average or optimizer sees them.
+    resolution: pixels per side at which images are drawn and compared; None: the size of the training. keep_best: a logged
+    name, such as `val/fid_4_steps`, whose best checkpoint is saved as `folder`/best.ckpt.
     """
 
     def __init__(
@@ -42,13 +39,13 @@ class Evaluation(L.Callback):
         shards: str | list[str],
         *,
         backbone: ClipBackbone,
+        metrics: Mapping[str, FeatureMetric],
         reference_cache: str,
         steps: list[Count],
         w: float,
         resolution: Count | None = None,
         samples: Annotated[int, Limit(2)] = 128,
         every_n_steps: Count = 1000,
-        metrics: Sequence[str] = ("fid", "clip_score"),
         fid_backbone: ClipBackbone | InceptionBackbone | None = None,
         batch_size: Count = 64,
         seed: Seed = 0,
@@ -58,30 +55,29 @@ class Evaluation(L.Callback):
         if not shards:
             raise UserError("evaluation during training needs captions and images: set data.val_shards")
         self.backbone, self.fid_backbone, self.resolution = backbone, fid_backbone, resolution
-        self.shards, self.reference_cache = shards, reference_cache
-        self.steps, self.w, self.samples, self.metrics = steps, w, samples, metrics
+        self.shards, self.reference_cache, self.metrics = shards, reference_cache, metrics
+        self.steps, self.w, self.samples = steps, w, samples
         self.every_n_steps, self.batch_size, self.seed = every_n_steps, batch_size, seed
         self.keep_best, self.best_file = keep_best, Path(folder, "best.ckpt")
-        self.best = float("inf")
+        self.best: float | None = None
         self.real: Features = {}
         self.captions: list[str] = []
-        self.last = 0
+        self.last_step = 0
+        directions = {f"val/{name}_{n}_steps": metric.lower_is_better for name, metric in metrics.items() for n in steps}
+        if keep_best is not None and keep_best not in directions:
+            raise UserError(f"callbacks.evaluation.keep_best={keep_best} is not measured: choose from {', '.join(directions)}")
+        self.lower_is_better = directions.get(keep_best or "", True)
 
     def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
-        names = [f"val/{metric}_{steps}_steps" for metric in self.metrics for steps in self.steps]
-        if self.keep_best not in (None, *names):
-            raise UserError(f"callbacks.evaluation.keep_best={self.keep_best} is not measured: choose of {', '.join(names)}")
-        if self.shards is None:
-            raise UserError("the evaluation compares with real images, but data.val_shards is null: set it to your shards")
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         resolution = self.resolution or data.resolution
         module.text_to_image(data.codec).size(resolution, "callbacks.evaluation.resolution")
         self.extract = Extractor(self.backbone, self.fid_backbone, resolution=resolution).to(module.device)
         source = data.reader(self.shards, "callbacks.evaluation.shards")
-        known = read_captions(source, self.samples)
-        if not known:
+        captions = read_captions(source, self.samples)
+        if not captions:
             raise UserError(f"{self.shards} hold no captions: give others with callbacks.evaluation.shards")
-        self.captions = [known[i % len(known)] for i in range(self.samples)]
+        self.captions = [captions[i % len(captions)] for i in range(self.samples)]
         if trainer.is_global_zero:
             self.real = self.extract.reference(source, self.reference_cache, "callbacks.evaluation.reference_cache")
 
@@ -93,58 +89,65 @@ class Evaluation(L.Callback):
         self.evaluate(trainer, module)
 
     def evaluate(self, trainer: L.Trainer, module: Any) -> None:
-        if trainer.global_step == self.last:
+        if trainer.global_step == self.last_step:
             return
-        self.last = trainer.global_step
+        self.last_step = trainer.global_step
         model = module.text_to_image(trainer.datamodule.codec)  # type: ignore[attr-defined]
         models = {"": model} if model.net is module.net else {"": model, "_raw": replace(model, net=module.net)}
         values: dict[str, float] = {}
-        for suffix, one in models.items():
+        for suffix, model in models.items():
             for steps in self.steps:
                 names = {metric: f"val/{metric}_{steps}_steps{suffix}" for metric in self.metrics}
-                features = self.features(trainer, one, steps)
                 for name in names.values():
                     trainer.callback_metrics.pop(name, None)
+                features = self.features(trainer, model, steps)
                 if features is not None and trainer.is_global_zero:
                     values |= {names[metric]: value for metric, value in scores(features, self.real, self.metrics).items()}
         values = trainer.strategy.broadcast(values)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
-        if self.keep_best in values:
-            value = values[self.keep_best] * (1 if self.keep_best.startswith(LOWER) else -1)
-            if value < self.best:  # the same on all ranks; before last.ckpt is written, which then knows it
-                self.best = value
-                trainer.save_checkpoint(self.best_file)
+        if self.keep_best in values and self.is_best(values[self.keep_best]):
+            self.best = values[self.keep_best]  # set on all ranks, and before last.ckpt is written
+            trainer.save_checkpoint(self.best_file)
+
+    def is_best(self, value: float) -> bool:
+        return self.best is None or (value < self.best if self.lower_is_better else value > self.best)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "metric": self.keep_best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict.get("metric", self.keep_best) == self.keep_best:  # the best of another metric is no measure
+        if state_dict.get("metric") == self.keep_best:  # values of other metrics do not compare
             self.best = state_dict["best"]
 
     def features(self, trainer: L.Trainer, model: TextToImage, steps: int) -> Features | None:
-        """Of all captions, on every rank: rank r of R draws r, r + R, ...; the last ones twice where R does not divide them, so
-        that all ranks bring as much to the gathering. None where an image of any rank is not finite."""
-        world, rank = trainer.world_size, trainer.global_rank
-        mine = [i % self.samples for i in range(rank, -(-self.samples // world) * world, world)]
+        """Return the features of all samples, on every rank. Return None if an image of any rank is not finite.
+
+        Every rank draws the same number of images, because the ranks run a sharded network together. If the world size does not
+        divide `samples`, the last ranks draw some captions again and drop their features.
+        """
+        count = -(-self.samples // trainer.world_size)
+        start = count * trainer.global_rank
+        kept = min(max(self.samples - start, 0), count)
         options: dict[str, Any] = {"steps": steps, "w": self.w, "size": self.extract.resolution, "batch_size": self.batch_size}
         parts: list[Features] = []
         failure: NonFiniteError | None = None
-        for i in range(0, len(mine), self.batch_size):  # to the end, since a sharded network is run by all ranks together
-            part = mine[i : i + self.batch_size]
-            captions = [self.captions[i] for i in part]
+        for first in range(start, start + count, self.batch_size):
+            numbers = [i % self.samples for i in range(first, min(first + self.batch_size, start + count))]
+            captions = [self.captions[i] for i in numbers]
             try:
-                parts.append(self.extract(next(model.images(captions, [self.seed + i for i in part], **options)), captions))
+                images = next(model.images(captions, [self.seed + i for i in numbers], **options))
+                parts.append(self.extract(images, captions))
             except NonFiniteError as error:
                 failure = error
         if failure is not None:
             log.warning("no metrics of %d sampling steps at step %d: %s", steps, trainer.global_step, failure)
         if not trainer.strategy.reduce_boolean_decision(failure is None):
             return None
-        return {name: self.gathered(trainer, torch.cat([part[name] for part in parts])) for name in parts[0]}
-
-    def gathered(self, trainer: L.Trainer, own: Tensor) -> Tensor:
-        every = trainer.strategy.all_gather(own.to(trainer.strategy.root_device))
-        return every.reshape(trainer.world_size, *own.shape).transpose(0, 1).flatten(0, 1)[: self.samples].cpu()
+        features = {name: values[:kept] for name, values in joined(parts).items()}
+        if trainer.world_size == 1:
+            return features
+        # The features are gathered, not the metrics: the state of FID alone is 32 MiB per rank with InceptionV3.
+        device = trainer.strategy.root_device
+        return {name: torch.cat(gather_all_tensors(values.to(device))).cpu() for name, values in features.items()}

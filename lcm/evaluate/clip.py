@@ -1,4 +1,4 @@
-"""CLIP as a backbone of metrics: embeddings of images for distances, of captions for the CLIP score."""
+"""CLIP as a backbone of metrics: embeddings of images and of captions."""
 
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,15 @@ from lcm.core.errors import UserError
 from lcm.models.loading import load_part, load_tokenizer, read_json
 from lcm.models.pipeline import find
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's CLIP
-HALF = (0.5, 0.5, 0.5)
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's CLIP
+HALF = (0.5, 0.5, 0.5)  # the mini CLIP
 
 
 class ClipBackbone(nn.Module):
-    """A CLIP with the preprocessing it was trained with: uint8 images `[B, 3, H, W]` -> image embeddings `[B, D]` float32.
+    """A CLIP with its preprocessing: uint8 images `[B, 3, H, W]` -> float32 image embeddings `[B, D]`.
 
-    name: what a table calls it. mean, std: of the normalisation of [0, 1] pixels; the mini CLIP's is to [-1, 1].
-    antialias: of the bicubic resize to the image tower's size; False is the plain bilinear one of old scores.
+    name: its name in the table's note. mean, std: normalise pixels in [0, 1]. antialias: resize to the size of the image tower
+    by antialiased bicubic interpolation, else by plain bilinear interpolation, as older scores do.
     """
 
     mean: Tensor
@@ -42,14 +42,14 @@ class ClipBackbone(nn.Module):
         return self.clip.get_image_features((x - self.mean) / self.std).pooler_output.float()
 
     def text(self, captions: list[str]) -> Tensor:
-        """`[B, D]` float32; captions are cut to the text tower's length with EOS kept."""
+        """Return float32 text embeddings `[B, D]`. Captions are cut to the length of the text tower. EOS is kept."""
         length = self.clip.config.text_config.max_position_embeddings
         tokens = self.tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         return self.clip.get_text_features(**tokens.to(self.mean.device)).pooler_output.float()
 
 
 def mini_clip(pipeline: str, *, antialias: bool = True) -> ClipBackbone:
-    """The CLIP in the `clip` folder of a mini pipeline, trained on the pipeline's own data."""
+    """Load the CLIP in the `clip` folder of a mini pipeline, trained on the pipeline's data."""
     folder: Path = find(pipeline)
     if not (folder / "clip").is_dir():
         raise UserError(f"{pipeline} has no folder clip, as the mini pipeline has: set backbone=clip")
@@ -59,7 +59,7 @@ def mini_clip(pipeline: str, *, antialias: bool = True) -> ClipBackbone:
 
 
 def pretrained_clip(model: str, *, antialias: bool = True) -> ClipBackbone:
-    """A CLIP by folder or hub id, in transformers' format with safetensors. Raises UserError if it is not there."""
+    """Load a CLIP from a folder or by hub id, in transformers' format with safetensors. Raise UserError if it is missing."""
     folder = Path(model).expanduser()
     if model == "mini" or (folder / "model_index.json").is_file():
         raise UserError(f"{model} is a pipeline: choose its CLIP by backbone=mini backbone.pipeline={model}")
@@ -76,10 +76,10 @@ def pretrained_clip(model: str, *, antialias: bool = True) -> ClipBackbone:
 
 
 def snapshot(hub_id: str) -> Path:
-    """The CLIP of a hub repository, without its pickled weights."""
+    """Download a CLIP from the hub, without pickled weights."""
     try:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", "model*.safetensors"]))
-    except Exception as error:  # the hub's client raises many kinds
+    except Exception as error:  # the hub client raises many types
         raise UserError(
             f"cannot load the CLIP {hub_id!r} ({type(error).__name__}): offline, copy its config.json, model.safetensors (a "
             "pickled .bin is not read) and tokenizer files to a folder and give that"
@@ -87,6 +87,6 @@ def snapshot(hub_id: str) -> Path:
 
 
 def normalisation(folder: Path) -> dict[str, Any]:
-    """Mean and standard deviation of `preprocessor_config.json`, where a folder has one; else OpenAI's, which others share."""
+    """Return mean and standard deviation from `preprocessor_config.json`, by default those of OpenAI's CLIP."""
     config = read_json(folder / "preprocessor_config.json")
     return {"mean": config.get("image_mean", MEAN), "std": config.get("image_std", STD)}

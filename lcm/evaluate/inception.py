@@ -1,4 +1,4 @@
-"""InceptionV3 as torch-fidelity has it, the network of FID and KID at full size."""
+"""torch-fidelity's InceptionV3, the usual network of FID and KID."""
 
 import pickle
 from pathlib import Path
@@ -14,7 +14,7 @@ FILE = "weights-inception-2015-12-05-6726825d.pth"
 
 
 class InceptionBackbone(nn.Module):
-    """uint8 images `[B, 3, H, W]` -> pool features `[B, 2048]` float32. antialias=False resizes as TensorFlow 1 did."""
+    """uint8 images `[B, 3, H, W]` -> float32 pool features `[B, 2048]`. antialias=False resizes as TensorFlow 1 did."""
 
     num_features = 2048
 
@@ -29,7 +29,7 @@ class InceptionBackbone(nn.Module):
 
 
 def check(weights: str) -> None:
-    """Raises UserError unless torch-fidelity is there and the file holds tensors only (torch-fidelity would unpickle any)."""
+    """Raise UserError without torch-fidelity, or for a file of more than tensors, which torch-fidelity would unpickle."""
     try:
         import torch_fidelity  # noqa: F401
     except ImportError:

@@ -1,6 +1,5 @@
-"""What an evaluation draws: cells of its table, each in chunks of images whose features are files of their own."""
+"""Evaluation jobs: one per model, step count and w, split into chunks of images whose features are cached on disk."""
 
-import hashlib
 import logging
 from collections import Counter
 from dataclasses import dataclass
@@ -22,12 +21,15 @@ from lcm.models.text_to_image import Sampler, TextToImage
 from lcm.runtime.atomic_io import digest
 
 log = logging.getLogger(__name__)
-SHOWN = 32  # images of a cell that are kept for grids
+GRID_IMAGES = 32  # first images of a job that are cached for the grid
+# Part of the cache key. Raise it when a code change alters the images or features of the same seed and prompt: in the noise,
+# samplers, guidance, text encoding, decoding or resizing. Cached features of other versions are ignored.
+CACHE_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The configuration of a model to be measured."""
+    """The configuration of one model in the table."""
 
     pipeline: str
     steps: Count | list[Count]
@@ -38,8 +40,8 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One model at one step count and w, drawn at `size` pixels a side; `folder` has its features, a file a chunk."""
+class Job:
+    """One model at one step count and w, drawn at `size` pixels per side. `folder` caches its features, one file per chunk."""
 
     name: str
     steps: int
@@ -49,37 +51,42 @@ class Cell:
     size: int
     folder: Path
 
+    def chunks(self, prompts: list[str], seed: int, length: int) -> "list[Chunk]":
+        return [Chunk(self, start, prompts[start : start + length], seed) for start in range(0, len(prompts), length)]
+
 
 @dataclass(frozen=True)
 class Chunk:
-    """The images `[first, first + len(prompts))` of a cell; image i has seed `seed + i`."""
+    """The images `[start, start + len(prompts))` of a job. Image i has seed `seed + i`."""
 
-    cell: Cell
-    first: int
+    job: Job
+    start: int
     prompts: list[str]
     seed: int
 
     @property
     def file(self) -> Path:
-        return self.cell.folder / f"{self.first:06d}-{digest([self.prompts, self.seed])}.safetensors"
+        return self.job.folder / f"{self.start:06d}-{digest([self.prompts, self.seed])}.safetensors"
 
     def draw(self, extract: Extractor, batch_size: int, bar: tqdm) -> None:
-        seeds = [self.seed + self.first + i for i in range(len(self.prompts))]
-        cell, shown, parts = self.cell, [], []
-        options: dict[str, Any] = {"steps": cell.steps, "w": cell.w, "sampler": cell.sampler, "size": cell.size}
+        """Draw the images and save their features, with the images of the grid."""
+        job, images, features = self.job, [], []
+        seeds = [self.seed + self.start + i for i in range(len(self.prompts))]
+        options: dict[str, Any] = {"steps": job.steps, "w": job.w, "sampler": job.sampler, "size": job.size}
         try:
-            for i, images in enumerate(cell.model.images(self.prompts, seeds, batch_size=batch_size, **options)):
-                parts.append(extract(images, self.prompts[i * batch_size :][: len(images)]))
-                shown.append(images[: max(SHOWN - self.first - i * batch_size, 0)].cpu())
-                bar.update(len(images) * cell.steps)
+            for i, batch in enumerate(job.model.images(self.prompts, seeds, batch_size=batch_size, **options)):
+                features.append(extract(batch, self.prompts[i * batch_size :][: len(batch)]))
+                images.append(batch[: max(GRID_IMAGES - self.start - i * batch_size, 0)].cpu())
+                bar.update(len(batch) * job.steps)
         except NonFiniteError as error:
-            raise NonFiniteError(f"{cell.name} at {cell.steps} steps and w = {cell.w:g}: {error}") from error
-        kept = {"images": torch.cat(shown)} if self.first < SHOWN else {}
-        save(self.file, {**joined(parts), **kept}, {"name": cell.name, "steps": cell.steps, "w": cell.w, "seeds": seeds[0]})
+            raise NonFiniteError(f"{job.name} at {job.steps} steps and w = {job.w:g}: {error}") from error
+        grid_images = {"images": torch.cat(images)} if self.start < GRID_IMAGES else {}
+        description = {"name": job.name, "steps": job.steps, "w": job.w, "seeds": seeds[0]}
+        save(self.file, {**joined(features), **grid_images}, description)
 
 
 def load_models(cfg: DictConfig, device: str) -> dict[str, TextToImage]:
-    """The entries' models by path, which the entries then have in the place of "last"."""
+    """Return the models by path. Replace `last` in the entries by its path."""
     models: dict[str, TextToImage] = {}
     for entry in cfg.entries.values():
         path = entry.pipeline = find_pipeline(entry.pipeline, cfg.paths.runs)
@@ -91,82 +98,66 @@ def load_models(cfg: DictConfig, device: str) -> dict[str, TextToImage]:
 
 
 def choose_resolution(cfg: DictConfig, models: dict[str, TextToImage]) -> int:
-    """Return the pixels a side at which images are compared: as configured, or the one size of all entries."""
+    """Return the pixels per side at which images are compared: `resolution`, or the common size of all entries."""
     if cfg.resolution is not None:
         return cfg.resolution
     sizes = {models[entry.pipeline].size(entry.get("size"), f"entries.{name}.size") for name, entry in cfg.entries.items()}
     height, width = sorted(sizes)[0]
     if len(sizes) > 1 or height != width:
-        given = " and ".join(f"{height} x {width}" for height, width in sorted(sizes))
-        raise UserError(f"the entries draw {given} px images: set resolution=<pixels> to compare squares of one size")
+        listed_sizes = " and ".join(f"{height} x {width}" for height, width in sorted(sizes))
+        raise UserError(f"the entries draw {listed_sizes} px images: set resolution=<pixels> to compare squares of one size")
     return height
 
 
 def choose_size(name: str, entry: Any, model: TextToImage, resolution: int) -> int:
-    """Return the pixels a side at which an entry is drawn: its own `size`, or those at which images are compared."""
-    asked, own = entry.get("size"), model.net.config["sample_size"]
-    if asked is None:
-        size, _ = model.size(resolution, "resolution")
-        if isinstance(own, int) and own * model.codec.factor != size:
-            log.warning(
-                "entries.%s draws %d px images by a model of %d px images: entries.%s.size=%d draws at the model's own size",
-                name, size, own * model.codec.factor, name, own * model.codec.factor,
-            )  # fmt: skip
-        return size
-    height, width = model.size(asked, f"entries.{name}.size")
-    if height != width:
-        raise UserError(f"entries.{name}.size={asked}: metrics compare squares, give one number")
-    return height
+    """Return the pixels per side at which an entry is drawn: its own `size`, or the resolution."""
+    if entry.get("size") is not None:
+        height, width = model.size(entry.size, f"entries.{name}.size")
+        if height != width:
+            raise UserError(f"entries.{name}.size={entry.size}: metrics compare squares, give one number")
+        return height
+    size, _ = model.size(resolution, "resolution")
+    trained = model.net.config["sample_size"]
+    if isinstance(trained, int) and (native := trained * model.codec.factor) != size:
+        log.warning(
+            "entries.%s draws %d px images with a model of %d px images: entries.%s.size=%d draws at the model's own size",
+            name, size, native, name, native,
+        )  # fmt: skip
+    return size
 
 
-def make_cells(cfg: DictConfig, models: dict[str, TextToImage], extract: Extractor) -> list[Cell]:
-    """Every entry x w x steps. Raises UserError, before any drawing, for what cannot be drawn."""
-    makes = {path: drawn_by(model, cfg.dtype) for path, model in models.items()}
-    cells = []
+def make_jobs(cfg: DictConfig, models: dict[str, TextToImage], extract: Extractor) -> list[Job]:
+    """Return the jobs of all entries. Raise UserError for a job that its model or sampler does not support."""
+    identities = {path: model.identity() for path, model in models.items()}
+    jobs = []
     for name, entry in cfg.entries.items():
-        sampler, model, ws = make_sampler(name, entry.get("sampler")), models[entry.pipeline], listed(entry.get("w", cfg.w))
-        size = choose_size(name, entry, model, extract.resolution)
+        model, sampler = models[entry.pipeline], make_sampler(name, entry.get("sampler"))
+        size, ws = choose_size(name, entry, model, extract.resolution), listed(entry.get("w", cfg.w))
         for option, values in (("steps", listed(entry.steps)), ("w", ws)):
-            if twice := [value for value, count in Counter(values).items() if count > 1]:
-                raise UserError(f"entries.{name}.{option} has {twice[0]:g} twice: each belongs in the table once")
+            if repeated := [value for value, count in Counter(values).items() if count > 1]:
+                raise UserError(f"entries.{name}.{option} has {repeated[0]:g} twice: give each value once")
         for w in ws:
             model.check_w(w, f"entries.{name}.w")
             for steps in listed(entry.steps):
                 model.check_steps(steps, sampler)
                 options = {"sampler": plain(entry.get("sampler")), "steps": steps, "w": float(w), "size": size}
-                facts = {**makes[entry.pipeline], **options}
-                folder = Path(cfg.features, digest([facts, extract.facts]))
-                cells.append(Cell(str(entry.get("label", name)), steps, float(w), model, sampler, size, folder))
-    if not cells:
-        raise UserError("there is nothing to evaluate: give entries, e.g. entries.LCM.pipeline=<folder>")
-    return cells
+                drawing = {**identities[entry.pipeline], **options, "dtype": cfg.dtype, "version": CACHE_VERSION}
+                folder = Path(cfg.features, digest([drawing, extract.identity]))
+                jobs.append(Job(str(entry.get("label", name)), steps, float(w), model, sampler, size, folder))
+    if not jobs:
+        raise UserError("there is nothing to evaluate: give an entry steps, e.g. entries.LCM.steps=[4]")
+    return jobs
 
 
 def make_sampler(name: str, sampler: Any) -> Sampler | None:
-    """sampler: a name in conf/sampler, a `_target_`, or None for the model's natural one."""
+    """Return the sampler of an entry: a name in conf/sampler, a `_target_`, or None for the model's default."""
     if isinstance(sampler, str):
-        known = sorted(path.stem for path in (CONF / "sampler").glob("*.yaml"))
-        if sampler not in known:
-            raise UserError(f"entries.{name}.sampler={sampler} is none of {', '.join(known)}")
+        names = sorted(path.stem for path in (CONF / "sampler").glob("*.yaml"))
+        if sampler not in names:
+            raise UserError(f"entries.{name}.sampler={sampler} is none of {', '.join(names)}")
         sampler = OmegaConf.load(CONF / "sampler" / f"{sampler}.yaml")
     return build(sampler)
 
 
-def drawn_by(model: TextToImage, dtype: str) -> dict[str, Any]:
-    """Return the identity of the weights and of the sampling code. An image depends on it beside prompt, seed, size, steps,
-    w and sampler."""
-    root = Path(__file__).parents[1]
-    files = [file for part in ("core", "models", "models/families") for file in sorted((root / part).glob("*.py"))]
-    return {
-        **model.identity(),
-        "dtype": dtype,
-        "code": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16],
-    }
-
-
 def listed(values: Any) -> list[Any]:
     return list(values) if OmegaConf.is_list(values) else [values]
-
-
-def chunks_of(cell: Cell, prompts: list[str], cfg: DictConfig) -> list[Chunk]:
-    return [Chunk(cell, i, prompts[i : i + cfg.chunk], cfg.seed) for i in range(0, len(prompts), cfg.chunk)]

@@ -1,9 +1,9 @@
-"""What an evaluation writes: table.md, .csv and .json, plots, a grid of pictures; all of it also to loggers."""
+"""Output of an evaluation: table.md, table.csv, table.json, plots and an image grid, also sent to loggers."""
 
 import csv
 import json
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,30 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from lcm.app.images import columns_to_rows, grid, steps_label
-from lcm.callbacks.samples import log_picture
-from lcm.evaluate.features import DISTANCES, Extractor, Features, scores
+from lcm.app.images import columns_to_rows, grid, log_picture, steps_label
+from lcm.evaluate.features import Extractor
+from lcm.evaluate.metrics import FeatureMetric, Features, scores
 from lcm.runtime.redaction import redacted
 
-Row = dict[str, Any]  # name, steps, w, and a value a metric
-TITLES = {"fid": "FID", "clip_score": "CLIP", "kid": "KID x 1000", "cmmd": "CMMD"}
+Row = dict[str, Any]  # name, steps, w, and one value per metric
+Metrics = Mapping[str, FeatureMetric]
+PER_TABLE = 2  # metrics side by side in a table and in a plot
 
 
 def write(
-    folder: Path, rows: Sequence[Row], footer: str, columns: Sequence[Tensor], prompts: list[str], cfg: DictConfig, loggers: Any
+    folder: Path,
+    rows: Sequence[Row],
+    note: str,
+    columns: Sequence[Tensor],
+    prompts: list[str],
+    cfg: DictConfig,
+    metrics: Metrics,
+    loggers: Sequence[Any],
 ) -> None:
-    """rows: a table's cells; columns: of the grid, uint8 `[grid_rows, 3, H, W]` a cell."""
-    text = table(rows, cfg.metrics, footer, cfg.w)
+    """Write all files. columns: the images of the grid, uint8 `[grid_rows, 3, H, W]` per row of the table."""
+    text = table(rows, metrics, note, cfg.w)
     (folder / "table.md").write_text(text)
-    record = {"rows": rows, "note": footer, "config": OmegaConf.to_container(cfg, resolve=True)}
+    record = {"rows": rows, "note": note, "config": OmegaConf.to_container(cfg, resolve=True)}
     (folder / "table.json").write_text(json.dumps(redacted(record), indent=2))
     with (folder / "table.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -40,60 +48,76 @@ def write(
         writer.writerows(rows)
     labels = [f"{label(row, cfg.w)}\n{steps_label(row['steps'])}" for row in rows]
     pictures = {"grid": grid(columns_to_rows(columns), prompts[: len(columns[0])], labels)}
-    shown = [metric for metric in ("fid", "clip_score") if metric in cfg.metrics] or list(cfg.metrics)
-    pictures["plot"] = plot(rows, shown, "steps", lambda row: label(row, cfg.w))
-    if several := [row for row in rows if len({other["w"] for other in rows if other["name"] == row["name"]}) > 1]:
-        pictures["w"] = plot(several, shown, "w", lambda row: f"{row['name']}, {steps_label(row['steps'])}")
+    plotted = {name: metrics[name] for name in list(metrics)[:PER_TABLE]}
+    pictures["plot"] = plot(rows, plotted, "steps", lambda row: label(row, cfg.w))
+    names = {(row["name"], row["w"]) for row in rows}
+    if several := [row for row in rows if sum(name == row["name"] for name, _ in names) > 1]:
+        pictures["w"] = plot(several, plotted, "w", lambda row: f"{row['name']}, {steps_label(row['steps'])}")
     for name, picture in pictures.items():
         picture.save(folder / f"{name}.png")
     for logger in loggers:
-        log(logger, rows, pictures, cfg)
+        log(logger, rows, pictures, cfg.w, metrics)
     print(f"\n{text}\ntable:   {folder}/table.md, .csv, .json")
     print(f"picture: {folder}/grid.png\nplot:    {', '.join(f'{folder}/{name}.png' for name in list(pictures)[1:])}")
 
 
 def label(row: Row, w: Any) -> str:
-    """A row's name, with its w where that is not the table's one w."""
+    """Return a row's name, with its w if that differs from the w of the table."""
     return row["name"] if row["w"] == w else f"{row['name']}, w = {row['w']:g}"
 
 
-def table(rows: Sequence[Row], metrics: Sequence[str], footer: str, w: Any = None) -> str:
-    """The paper's Table 1 in markdown: a line a method, two metrics at each step count; further metrics in further tables."""
+def table(rows: Sequence[Row], metrics: Metrics, note: str, w: Any = None) -> str:
+    """Return the paper's Table 1 in markdown: one line per method, two metrics at each step count, as many tables as needed."""
     steps = sorted({row["steps"] for row in rows})
     cells = {(label(row, w), row["steps"]): row for row in rows}
-    lines = []
-    for i in range(0, len(metrics), 2):
-        heads = [f"{TITLES[metrics[i]]}, {steps_label(n)}" for n in steps]
-        heads += [f"{TITLES[m]}, {n}" for m in metrics[i + 1 : i + 2] for n in steps]
+    names, lines = list(metrics), []
+    for i in range(0, len(names), PER_TABLE):
+        first, *others = names[i : i + PER_TABLE]
+        heads = [f"{metrics[first].title}, {steps_label(n)}" for n in steps]
+        heads += [f"{metrics[name].title}, {n}" for name in others for n in steps]
         lines += ["| | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
-        for name in dict.fromkeys(name for name, _ in cells):
-            values = [f"{cells[name, n][m]:.2f}" if (name, n) in cells else "" for m in metrics[i : i + 2] for n in steps]
-            lines.append(f"| {name} | " + " | ".join(values) + " |")
+        for line in dict.fromkeys(line for line, _ in cells):
+            values = [f"{cells[line, n][name]:.2f}" if (line, n) in cells else "" for name in (first, *others) for n in steps]
+            lines.append(f"| {line} | " + " | ".join(values) + " |")
         lines.append("")
-    return "\n".join([*lines, footer, ""])
+    return "\n".join([*lines, note, ""])
 
 
-def footer(
-    cfg: DictConfig, extract: Extractor, *, real: Features, different: int, reference: str, warnings: Sequence[str]
+def note(
+    cfg: DictConfig,
+    extract: Extractor,
+    metrics: Metrics,
+    *,
+    real: Features,
+    different: int,
+    reference: str,
+    warnings: Sequence[str],
 ) -> str:
-    """All that a reader needs to repeat the numbers, in sentences."""
-    known = cfg.shards if cfg.prompts == "val" else cfg.prompts if isinstance(cfg.prompts, str) else "prompts"
-    again = "" if different == cfg.samples else f" of {different} captions, each again with other seeds"
-    w = f"w = {cfg.w:g} where a row says nothing else" if isinstance(cfg.w, int | float) else "w as the rows say"
+    """Return everything a reader needs to repeat the numbers, in sentences. different: the number of different prompts."""
+    prompts = cfg.shards if cfg.prompts == "val" else cfg.prompts if isinstance(cfg.prompts, str) else "prompts"
+    repeated = "" if different == cfg.samples else f" of {different} captions, repeated with other seeds"
+    w = f"w = {cfg.w:g} unless a row names another" if isinstance(cfg.w, int | float) else "w as the rows say"
     clip, fid = (f"{extract.names[i]}, weights {extract.weights[i]}" for i in (0, -1))
-    networks = f"All metrics: {clip}." if extract.fid is None else f"FID and KID: {fid}. CMMD and CLIP score: {clip}."
+    titles = {
+        network: " and ".join(metric.title for metric in metrics.values() if metric.features == network)
+        for network in ("fid", "clip")
+    }
+    networks = f"All metrics: {clip}."
+    if extract.fid is not None:
+        networks = " ".join(f"{titles[key]}: {name}." for key, name in (("fid", fid), ("clip", clip)) if titles[key])
+    against_captions = {metric.title: metric for metric in metrics.values() if metric.against == "captions"}
+    own = "".join(f", whose own {title} is {value:.2f}" for title, value in scores(real, real, against_captions).items())
     models = ", ".join(f"{name} is {entry.pipeline}" for name, entry in cfg.entries.items())
-    own = scores(real, real, ["clip_score"])["clip_score"]
     return redacted(
-        f"{cfg.samples} images a cell{again} (`{known}`), seeds from {cfg.seed} on; {w} (diffusers' guidance_scale is w + 1). "
-        f"Reference: {len(real['clip'])} images of `{reference}`, whose own CLIP score is {own:.2f}; centre crop, antialiased "
-        f"bicubic resize to {cfg.resolution} px. {networks} UNet in {cfg.dtype}, features in float32, distances in float64. "
+        f"{cfg.samples} images per cell{repeated} (`{prompts}`), seeds from {cfg.seed}; {w} (diffusers' guidance_scale is "
+        f"w + 1). Reference: {len(real['clip'])} images of `{reference}`{own}; centre crop, antialiased bicubic resize to "
+        f"{cfg.resolution} px. {networks} UNet in {cfg.dtype}, features in float32, distances in float64. "
         + " ".join([f"{models}.", *(f"{sentence.rstrip('.')}." for sentence in warnings), f"Commit {commit()}."])
     )
 
 
 def commit() -> str:
-    """Of the working tree this code runs from, with a + if it has changes; the package's version where there is none."""
+    """Return the commit of the working tree, with a + if it has changes, or the version of the installed package."""
     root = str(Path(__file__).parents[2])
     try:
         head = subprocess.run(["git", "-C", root, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
@@ -103,29 +127,27 @@ def commit() -> str:
     return head.stdout.strip() + "+" * bool(changes.stdout.strip())
 
 
-def plot(rows: Sequence[Row], metrics: Sequence[str], x: str, line: Callable[[Row], str]) -> Image.Image:
-    """A panel a metric against `x` ("steps", logarithmic, or "w"), a line a value of `line`."""
+def plot(rows: Sequence[Row], metrics: Metrics, x: str, line: Callable[[Row], str]) -> Image.Image:
+    """Plot one panel per metric against `x` ("steps", logarithmic, or "w"), and one curve per value of `line(row)`."""
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}):
         figure = Figure(figsize=(4.6 * len(metrics), 3.8), dpi=150, layout="constrained")
-        for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
-            for i, name in enumerate(dict.fromkeys(map(line, rows))):
-                points = sorted((row[x], row[metric]) for row in rows if line(row) == name)
-                axes.plot(*zip(*points, strict=True), marker="osD^vP"[i % 6], markersize=5, label=name)
+        panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+        for axes, (name, metric) in zip(panels, metrics.items(), strict=True):
+            for i, curve in enumerate(dict.fromkeys(map(line, rows))):
+                points = sorted((row[x], row[name]) for row in rows if line(row) == curve)
+                axes.plot(*zip(*points, strict=True), marker="osD^vP"[i % 6], markersize=5, label=curve)
             ticks = sorted({row[x] for row in rows})
             if x == "steps":
                 axes.set_xscale("log", base=2)
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
-            if metric in DISTANCES and min(row[metric] for row in rows) > 0:
+            if metric.lower_is_better and min(row[name] for row in rows) > 0:
                 axes.set_yscale("log")
                 axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes.yaxis.set_major_formatter(ScalarFormatter())
                 axes.yaxis.set_minor_locator(NullLocator())
-            axes.set(
-                xlabel=x,
-                ylabel=TITLES[metric],
-                title=f"{TITLES[metric]} ({'lower' if metric in DISTANCES else 'higher'} is better)",
-            )
+            better = "lower" if metric.lower_is_better else "higher"
+            axes.set(xlabel=x, ylabel=metric.title, title=f"{metric.title} ({better} is better)")
             axes.grid(alpha=0.25)
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False)
@@ -134,11 +156,11 @@ def plot(rows: Sequence[Row], metrics: Sequence[str], x: str, line: Callable[[Ro
         return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
-def log(logger: Any, rows: Sequence[Row], pictures: dict[str, Image.Image], cfg: DictConfig) -> None:
-    """Metrics over sampling steps, and the pictures."""
+def log(logger: Any, rows: Sequence[Row], pictures: dict[str, Image.Image], w: Any, metrics: Metrics) -> None:
+    """Log the metrics over sampling steps, the pictures and the table."""
     for steps in sorted({row["steps"] for row in rows}):
-        here = [row for row in rows if row["steps"] == steps]
-        logger.log_metrics({f"{m}/{label(row, cfg.w)}": row[m] for row in here for m in cfg.metrics}, step=steps)
+        values = {f"{name}/{label(row, w)}": row[name] for row in rows if row["steps"] == steps for name in metrics}
+        logger.log_metrics(values, step=steps)
     for name, picture in pictures.items():
         log_picture(logger, f"evaluate/{name}", picture, step=0)
     if hasattr(logger, "log_table"):

@@ -1,4 +1,4 @@
-"""CLIP as a backbone: what transformers computes, on images of any size and captions of any length."""
+"""The CLIP backbone against transformers, for any image size and caption length."""
 
 import shutil
 
@@ -11,7 +11,7 @@ from transformers import CLIPModel
 from lcm.app.images import resized
 from lcm.core.errors import UserError
 from lcm.evaluate.clip import mini_clip, pretrained_clip
-from lcm.evaluate.distances import clip_score
+from tests.evaluate.test_metrics import METRICS
 
 
 @pytest.fixture(scope="module")
@@ -23,23 +23,25 @@ def images(count: int, size: int = 32) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(0)).byte()
 
 
-def test_clip_score_is_100_cosine_of_transformers(backbone, tiny_pipeline):
+@torch.no_grad()
+def test_clip_score_matches_transformers(backbone, tiny_pipeline):
     x, captions = images(4), ["red apple", "rocket", "dog", "dog " * 40]
     clip = CLIPModel.from_pretrained(tiny_pipeline / "clip")
     ids = backbone.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
     out = clip(pixel_values=x.float() / 127.5 - 1, **ids)
     expected = 100 * torch.cosine_similarity(out.image_embeds, out.text_embeds).mean()
-    assert clip_score(backbone(x), backbone.text(captions)) == pytest.approx(float(expected), abs=1e-4)
+    features = {"clip": backbone(x), "text": backbone.text(captions)}
+    assert METRICS["clip_score"](features, features) == pytest.approx(float(expected), abs=1e-4)
 
 
-def test_a_long_caption_is_cut_with_its_end_kept(backbone):
+def test_long_caption_keeps_eos(backbone):
     [cut] = backbone.tokenizer(["dog " * 40], truncation=True, max_length=16).input_ids
     assert len(cut) == 16
     assert cut[-1] == backbone.tokenizer.eos_token_id
     torch.testing.assert_close(backbone.text(["dog " * 40]), backbone.text(["dog " * 60]))
 
 
-def test_images_are_resized_as_pillow_does_unless_asked_otherwise(backbone):
+def test_resize_matches_pillow(backbone):
     x = images(1, 96)
     pillow = Image.fromarray(x[0].permute(1, 2, 0).numpy()).resize((32, 32), Image.Resampling.BICUBIC)
     expected = torch.from_numpy(np.array(pillow)).permute(2, 0, 1)[None]
@@ -48,7 +50,7 @@ def test_images_are_resized_as_pillow_does_unless_asked_otherwise(backbone):
     assert (resized(x, 32, antialias=False).int() - expected.int()).abs().max() > 50
 
 
-def test_a_resize_that_overshoots_is_clamped():
+def test_resize_overshoot_is_clamped():
     x = torch.zeros(1, 3, 8, 8).byte()
     x[..., 4:] = 255
     assert resized(x, 32)[0, 0, 0, 0] == 0
@@ -57,14 +59,14 @@ def test_a_resize_that_overshoots_is_clamped():
 
 @pytest.fixture(scope="module")
 def folder(tiny_pipeline, tmp_path_factory):
-    """A CLIP as hubs have it: model and tokenizer in one folder."""
+    """A CLIP in the layout of the hub: model and tokenizer in one folder."""
     folder = tmp_path_factory.mktemp("clip") / "tiny"
     shutil.copytree(tiny_pipeline / "clip", folder)
     shutil.copytree(tiny_pipeline / "tokenizer", folder, dirs_exist_ok=True)
     return folder
 
 
-def test_a_clip_by_folder_normalises_as_openai_or_as_its_folder_says(folder, backbone):
+def test_normalisation_comes_from_the_folder(folder, backbone):
     clip, x = pretrained_clip(str(folder)), images(2)
     mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
     pixels = (x.float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
@@ -74,11 +76,11 @@ def test_a_clip_by_folder_normalises_as_openai_or_as_its_folder_says(folder, bac
 
 
 @pytest.mark.parametrize("model", ["/nowhere/clip", "nobody/no-such-clip"])
-def test_a_missing_clip_says_what_to_get(model):
+def test_missing_clip_error_names_the_files(model):
     with pytest.raises(UserError, match=r"model\.safetensors"):
         pretrained_clip(model)
 
 
-def test_a_pipeline_without_a_clip_of_its_own_is_a_user_error(pixart_pipeline):
+def test_pipeline_without_clip_is_an_error(pixart_pipeline):
     with pytest.raises(UserError, match="has no folder clip, as the mini pipeline has: set backbone=clip"):
         mini_clip(str(pixart_pipeline))

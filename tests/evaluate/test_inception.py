@@ -1,4 +1,4 @@
-"""InceptionV3: that of torch-fidelity where it is installed; what a missing or poisoned file is answered with."""
+"""The InceptionV3 backbone against torch-fidelity; errors for missing and poisoned files."""
 
 import sys
 from types import ModuleType
@@ -16,24 +16,24 @@ def installed(monkeypatch):
         monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))
 
 
-def test_without_the_package_it_says_what_to_install(monkeypatch):
+def test_missing_package_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(UserError, match="pip install"):
         inception.check("weights.pth")
 
 
-def test_a_missing_file_says_what_to_get_and_where_to_put_it(installed, tmp_path):
+def test_missing_weights_error(installed, tmp_path):
     with pytest.raises(UserError, match=rf"{tmp_path}/w.pth: get {inception.FILE} .* put it there"):
         inception.check(str(tmp_path / "w.pth"))
 
 
-def test_a_file_that_would_run_code_is_refused(installed, tmp_path):
+def test_pickled_code_is_refused(installed, tmp_path):
     torch.save({"code": UserError("x")}, tmp_path / "w.pth")
     with pytest.raises(UserError, match="not a file of weights only"):
         inception.check(str(tmp_path / "w.pth"))
 
 
-def test_features_are_those_of_torch_fidelity(tmp_path, monkeypatch):
+def test_features_match_torch_fidelity(tmp_path, monkeypatch):
     fidelity, file = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3"), tmp_path / "w.pth"
     torch.manual_seed(0)
     torch.save({}, file)
