@@ -253,7 +253,9 @@ def test_latents_are_alike_whatever_was_done_before(
     tmp_path: Path, codec: LatentCodec, workers: int, capfd: pytest.CaptureFixture
 ) -> None:
     """A killed encoding goes on with other shards before a shard, and with other workers."""
-    urls = [write_shard(tmp_path / f"{n}.tar", [{**sample, "png": png((40, 32), n)} for sample in pairs(n, 7)]) for n in range(3)]
+    urls = [
+        write_shard(tmp_path / f"{n}.tar", [{**sample, "png": png((40, 32), n)} for sample in pairs(n, 7)]) for n in range(3)
+    ]
     for done in (0, 1, 2):
         folder = tmp_path / f"latents-{done}"
         folder.mkdir()
