@@ -10,21 +10,20 @@ from typing import Any
 import pytest
 import torch
 import webdataset as wds
-from lcm.data.shards import Shard
-from tqdm import tqdm
 
 from lcm.core.batch import LatentBatch
 from lcm.core.errors import UserError
 from lcm.data.datamodule import ShardDataModule
-from lcm.data.encoding import Encoder, Variants
+from lcm.data.encoding import Encoder, Variants, gathered
 from lcm.data.latents import DRAWN, POSTERIOR, TEXTS, DecodeLatents, short, stamp
 from lcm.data.source import Source
+from lcm.data.stream import PassStream
 from lcm.data.transforms import Decode
-from lcm.encode import claim, done_file, encode_shard
+from lcm.encode import claim, done_file, encode_shards
 from lcm.models.codec import LatentCodec
 from lcm.models.pipeline import load_codec
 from lcm.models.text import TextEncoder
-from tests.data.conftest import png, write_shard
+from tests.data.conftest import pairs, png, write_shard
 
 Encode = Callable[..., Path]
 SAMPLES = 9
@@ -41,7 +40,8 @@ def codec(tiny_pipeline: Path) -> LatentCodec:
 def images(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     """A few OpenMoji pictures, each with two captions."""
     folder = tmp_path_factory.mktemp("images")
-    samples = [dict(sample) for sample, _ in zip(Shard(str(next(shards.glob("train-*.tar")))), range(SAMPLES), strict=False)]
+    source = Source([str(next(shards.glob("train-*.tar")))])
+    samples = [source.read(0, number) for number in range(SAMPLES)]
     for sample in samples:
         sample["json"] = {"blip": f"not {sample['txt'].decode()}"}
     write_shard(folder / "0.tar", samples)
@@ -59,15 +59,24 @@ def encode(tmp_path: Path, images: Path, codec: LatentCodec) -> Encode:
         data = ShardDataModule(f"{images}/0.tar", codec=codec, resolution=32, num_workers=0, val_batch_size=4)
         encoder = Encoder(codec, seed, content.get("drawn", False), content.get("text", False))
         decode = Variants(Decode(32, captions=captions), 1, False)
-        with torch.inference_mode():
-            encode_shard(Source([f"{images}/0.tar"]), encoder, decode, folder / "0.tar", data, tqdm(disable=True))
+        encoded([f"{images}/0.tar"], folder, encoder, decode, data)
         return folder
 
     return make
 
 
-def latents(folder: Path) -> Shard:
-    return Shard(str(folder / "0.tar"), needs=DecodeLatents.needs)
+def encoded(urls: list[str], folder: Path, encoder: Encoder, decode: Variants, data: ShardDataModule) -> None:
+    """Encode shards into a folder under their names, as `python -m lcm.encode` does."""
+    source = Source(urls)
+    options = {"batch_size": data.val_batch_size, "seed": data.seed, "by_shard": True}
+    stream = PassStream(source, decode=decode, collate=gathered, **options)
+    with torch.inference_mode():
+        encode_shards(source, [folder / source.name(shard) for shard in range(len(urls))], stream, encoder, data)
+
+
+def latents(folder: Path) -> list[dict[str, Any]]:
+    source = Source([str(folder / "0.tar")], needs=DecodeLatents.needs)
+    return [source.read(0, number) for number in range(source.notes(0).samples)]
 
 
 def batch(codec: LatentCodec, folder: Path, **options: Any) -> LatentBatch:
@@ -78,7 +87,7 @@ def batch(codec: LatentCodec, folder: Path, **options: Any) -> LatentBatch:
     return data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
 
 
-def test_latents_give_the_batches_that_their_images_give(codec: LatentCodec, images: Path, encode: Encode) -> None:
+def test_latents_give_the_batches_of_their_images(codec: LatentCodec, images: Path, encode: Encode) -> None:
     options = {"caption_dropout": 0.4, "seed": 5}
     expected, got = batch(codec, images, **options), batch(codec, encode(), latents=True, **options)
     assert got.captions == expected.captions
@@ -87,7 +96,7 @@ def test_latents_give_the_batches_that_their_images_give(codec: LatentCodec, ima
     assert torch.equal(got.cond["states"], expected.cond["states"])
 
 
-def test_a_drawn_sample_is_one_of_the_posterior_whatever_the_seed_of_training(codec: LatentCodec, encode: Encode) -> None:
+def test_drawn_sample_is_of_the_posterior(codec: LatentCodec, encode: Encode) -> None:
     posterior, drawn = latents(encode()), encode("drawn", drawn=True)
     members = {POSTERIOR, DRAWN, *(name for name, _ in TEXTS.values())}
     assert [set(sample) & members for sample in latents(drawn)] == SAMPLES * [{DRAWN}]
@@ -108,7 +117,7 @@ def test_draws_are_a_function_of_seed_shard_and_key(codec: LatentCodec, encode: 
     assert first != other
 
 
-def test_stored_text_states_take_the_text_encoders_place(
+def test_stored_text_embeddings_replace_the_text_encoder(
     codec: LatentCodec, images: Path, encode: Encode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, options = encode(text=True), {"caption_dropout": 0.4, "seed": 5}
@@ -122,27 +131,27 @@ def test_stored_text_states_take_the_text_encoders_place(
     torch.testing.assert_close(got.cond["states"], expected.cond["states"], rtol=1e-3, atol=1e-3)
 
 
-def test_a_dropped_caption_has_the_states_of_the_null_prompt_all_the_same(codec: LatentCodec, encode: Encode) -> None:
+def test_dropped_caption_has_the_null_prompts_embedding(codec: LatentCodec, encode: Encode) -> None:
     got = batch(codec, encode(text=True), latents=True, caption_dropout=0.5, seed=5)
     assert 0 < got.captions.count("") < SAMPLES
     for caption, states in zip(got.captions, got.cond["states"], strict=True):
         assert torch.equal(states, got.uncond["states"][0]) == (caption == "")
 
 
-def test_states_are_those_of_the_caption_chosen(codec: LatentCodec, encode: Encode) -> None:
+def test_text_embeddings_are_of_the_chosen_caption(codec: LatentCodec, encode: Encode) -> None:
     got = batch(codec, encode(text=True, captions={"txt": 1, "blip": 1}), latents=True)
     assert 0 < sum(caption.startswith("not ") for caption in got.captions) < SAMPLES
     torch.testing.assert_close(got.cond["states"], codec.text(got.captions)["states"], rtol=1e-3, atol=1e-3)
 
 
-def test_a_choice_of_captions_is_refused_where_states_of_one_are_stored(codec: LatentCodec, encode: Encode) -> None:
+def test_captions_are_refused_where_embeddings_are_stored(codec: LatentCodec, encode: Encode) -> None:
     batch(codec, encode(), latents=True, captions={"blip": 1})
     with pytest.raises(UserError, match=r"data\.captions chooses among captions, but the latents in .* hold the text states"):
         batch(codec, encode("text", text=True), latents=True, captions={"blip": 1})
 
 
 @pytest.mark.parametrize(("content", "refused"), [({}, False), ({"drawn": True}, False), ({"text": True}, True)])
-def test_another_text_encoder_refuses_what_holds_its_states(
+def test_embeddings_of_another_text_encoder_are_refused(
     tiny_pipeline: Path, encode: Encode, content: dict[str, bool], refused: bool
 ) -> None:
     folder, other = encode(**content), load_codec(str(tiny_pipeline))
@@ -154,20 +163,20 @@ def test_another_text_encoder_refuses_what_holds_its_states(
         assert len(batch(other, folder, latents=True)) == SAMPLES
 
 
-def test_a_complaint_shows_where_two_text_encoders_differ() -> None:
+def test_message_shows_where_two_text_encoders_differ() -> None:
     assert short(f"{'a' * 64} {'b' * 64}") == f"{'a' * 12} {'b' * 12}"
     assert short("posterior mean and std, unscaled, float16") == "posterior mean and std, unscaled, float16"
     assert short(512) == "512"
 
 
-def test_a_folder_keeps_to_what_it_holds(encode: Encode) -> None:
+def test_folder_refuses_other_latents(encode: Encode) -> None:
     encode()
     for content in ({"drawn": True}, {"text": True}):
         with pytest.raises(UserError, match="holds latents of another VAE, size, crop or content"):
             encode(**content)
 
 
-def test_a_stored_array_that_is_damaged_costs_that_sample(codec: LatentCodec, encode: Encode) -> None:
+def test_damaged_array_costs_its_sample(codec: LatentCodec, encode: Encode) -> None:
     folder = encode(text=True)
     samples = list(latents(folder))
     samples[2][STATES], samples[4][POSTERIOR] = samples[2][STATES][:-8], b""
@@ -192,7 +201,7 @@ class FullDisk:
 
 
 @pytest.mark.parametrize("space", [0, 12_000])
-def test_a_full_disk_is_one_sentence_and_leaves_no_shard(
+def test_full_disk_is_one_sentence_and_leaves_no_shard(
     encode: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, space: int
 ) -> None:
     writer = wds.TarWriter
@@ -205,7 +214,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_shard(
     assert len(latents(encode())) == SAMPLES
 
 
-def test_what_a_killed_encoding_left_is_written_anew(encode: Encode, tmp_path: Path) -> None:
+def test_partial_shard_is_written_anew(encode: Encode, tmp_path: Path) -> None:
     whole = (encode("whole") / "0.tar").read_bytes()
     (tmp_path / "latents").mkdir()
     (tmp_path / "latents/0.partial").write_bytes(whole[: len(whole) // 2])
@@ -215,7 +224,7 @@ def test_what_a_killed_encoding_left_is_written_anew(encode: Encode, tmp_path: P
 
 
 @pytest.mark.parametrize("size", [(40, 32), (90, 61), (32, 57)])
-def test_a_mirrored_copys_crop_is_that_of_the_mirrored_picture(size: tuple[int, int]) -> None:
+def test_crop_of_a_mirrored_copy(size: tuple[int, int]) -> None:
     sample = {"__key__": "a", "__url__": "0.tar", "png": png(size), "txt": "a"}
     crops = set()
     for seed in range(20):
@@ -228,15 +237,34 @@ def test_a_mirrored_copys_crop_is_that_of_the_mirrored_picture(size: tuple[int, 
     assert len(crops) > 3 or size[0] == min(size)
 
 
-def test_samples_of_one_name_are_drawn_apart_and_stay_apart(tmp_path: Path, codec: LatentCodec) -> None:
+def test_samples_of_one_name_stay_apart(tmp_path: Path, codec: LatentCodec) -> None:
     write_shard(tmp_path / "0.tar", [{"__key__": key, "png": png(), "txt": key} for key in ("p.1", "p.2", "p.1")])
     claim(tmp_path, stamp(codec, 32, drawn=True), 0)
     data = ShardDataModule(f"{tmp_path}/0.tar", codec=codec, resolution=32, num_workers=0)
-    with torch.inference_mode():
-        encode_shard(
-            Source([f"{tmp_path}/0.tar"]), Encoder(codec, 0, True, False), Variants(Decode(32), 1, False),
-            tmp_path / "latents.tar", data, tqdm(disable=True),
-        )  # fmt: skip
-    samples = list(Shard(str(tmp_path / "latents.tar"), needs=DecodeLatents.needs))
+    (tmp_path / "latents").mkdir()
+    encoded([f"{tmp_path}/0.tar"], tmp_path / "latents", Encoder(codec, 0, True, False), Variants(Decode(32), 1, False), data)
+    samples = latents(tmp_path / "latents")
     assert [sample["txt"] for sample in samples] == [b"p.1", b"p.2", b"p.1"]
     assert len({sample["__key__"] for sample in samples}) == len({sample[DRAWN] for sample in samples}) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_latents_are_alike_whatever_was_done_before(
+    tmp_path: Path, codec: LatentCodec, workers: int, capfd: pytest.CaptureFixture
+) -> None:
+    """A killed encoding goes on with other shards before a shard, and with other workers."""
+    urls = [
+        write_shard(tmp_path / f"{n}.tar", [{**sample, "png": png((40, 32), n)} for sample in pairs(n, 7)]) for n in range(3)
+    ]
+    for done in (0, 1, 2):
+        folder = tmp_path / f"latents-{done}"
+        folder.mkdir()
+        data = ShardDataModule(
+            f"{tmp_path}/0.tar", codec=codec, resolution=32, num_workers=workers if done else 0, val_batch_size=4
+        )
+        decode = Variants(Decode(32, random_crop=True), 2, True)
+        encoded(urls[done:], folder, Encoder(codec, 0, True, False), decode, data)
+        for number in range(done, 3):
+            assert (folder / f"{number}.tar").read_bytes() == (tmp_path / f"latents-0/{number}.tar").read_bytes()
+            assert done_file(folder / f"{number}.tar").is_file()
+    assert "images/s" in capfd.readouterr().err

@@ -39,6 +39,18 @@ def test_latents_train_as_their_images_do(run, encode, tiny, tmp_path):
     assert len(encoded) == 6
 
 
+def test_folder_of_pictures_trains_and_encodes(run, tiny, tiny_pipeline, shards, tmp_path):
+    with tarfile.open(shards / "train-00000.tar") as tar:
+        tar.extractall(tmp_path / "pictures", filter="data")
+    folder = ["data=folder", "data.folder=pictures", "data.resolution=32"]
+    done = run("train.py", *without_data(tiny), *folder, "trainer.val_check_interval=null", "callbacks.samples.steps=[1]")
+    assert done.returncode == 0, done.stderr
+    done = run("lcm.encode", *folder, f"data.codec.pipeline={tiny_pipeline}", "out=latents")
+    assert done.returncode == 0, done.stderr
+    stats = [json.loads(file.read_text()) for file in (tmp_path / "latents").glob("*_stats.json")]
+    assert sum(record["successes"] for record in stats) == 32
+
+
 def test_encoding_goes_on_where_it_was_stopped(run, encode, tmp_path):
     assert encode().returncode == 0
     lost = tmp_path / "latents/train-00001_stats.json"
@@ -57,7 +69,7 @@ def test_encoding_goes_on_where_it_was_stopped(run, encode, tmp_path):
         (["sample=true", "text=true"], {"sample.npy": b"(1, 4, 8, 8)", "text.npy": b"(16, 16)"}),
     ],
 )
-def test_what_is_asked_for_is_stored(encode, tmp_path, options, heads):
+def test_options_choose_the_stored_arrays(encode, tmp_path, options, heads):
     assert encode(*options, "data.val_shards=null").returncode == 0
     with tarfile.open(tmp_path / "latents/train-00000.tar") as tar:
         arrays = {name.partition(".")[2]: tar.extractfile(name).read() for name in tar.getnames() if name.endswith(".npy")}

@@ -1,4 +1,4 @@
-"""The manifest's program: what it prints, and its exit code."""
+"""`python -m lcm.index`: its output and its exit code."""
 
 import os
 import shutil
@@ -8,11 +8,14 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-def test_a_cut_shard_is_named_and_ends_in_an_error(run, shards, tmp_path):
+def test_cut_shard_is_named_and_ends_in_an_error(run, shards, tmp_path):
     mine = shutil.copytree(shards, tmp_path / "mine")
-    assert run("lcm.manifest", "data=shards", "data.shards=mine/*.tar").returncode == 0
+    scanned = run("lcm.index", "data.shards=mine/*.tar", "jobs=2")
+    assert scanned.returncode == 0, scanned.stderr
+    assert "usable samples)" in scanned.stdout
+    assert run("lcm.index", "data.shards=mine/*.tar", "checksums=true").returncode == 0
     os.truncate(mine / "train-00001.tar", 20480)
-    done = run("lcm.manifest", "data=shards", "data.shards=mine/*.tar", "verify=true")
+    done = run("lcm.index", "data.shards=mine/*.tar", "verify=true")
     assert done.returncode == 1
     assert done.stdout.startswith("mine/train-00001.tar: 20480 bytes instead of ")
     assert "error: 1 shards are not whole" in done.stderr
