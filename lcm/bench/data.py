@@ -10,7 +10,7 @@ from lcm.bench import peers
 from lcm.bench.measure import Table, in_turn, one_thread, reading_rate
 from lcm.bench.shards import write_latents, write_photos
 from lcm.data.datamodule import ShardDataModule
-from lcm.data.shards import expand_urls
+from lcm.data.urls import expand_urls
 from lcm.models.pipeline import load_codec
 
 Loader = Callable[[int], Iterator[int]]  # number of workers -> batch sizes, endless

@@ -18,7 +18,7 @@ from lcm.bench.measure import Table, in_turn, now, peak_memory, reset_memory
 from lcm.bench.shards import write_latents
 from lcm.callbacks.throughput import Throughput
 from lcm.data.datamodule import ShardDataModule
-from lcm.data.shards import expand_urls
+from lcm.data.urls import expand_urls
 from lcm.models.flops import matmul_tflops
 
 WARM_UP = 2  # steps that are not timed

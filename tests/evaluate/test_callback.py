@@ -3,7 +3,6 @@
 import lightning as L
 import pytest
 import torch
-from lcm.data.shards import expand_urls
 
 from lcm.app.cli import build
 from lcm.app.composition import compose

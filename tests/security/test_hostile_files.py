@@ -63,8 +63,10 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize(("part", "indexed"), [*((part, False) for part in PARTS), ("unet", True), ("text_encoder", True)])
-def test_pickled_weights_of_a_pipeline_are_refused(
+@pytest.mark.parametrize(
+    ("part", "indexed"), [*((part, False) for part in PARTS), ("unet", True), ("vae", True), ("text_encoder_3", True)]
+)
+def test_a_pipeline_folder_with_pickled_weights_is_refused(
     part: str, indexed: bool, request: pytest.FixtureRequest, tmp_path: Path, marker: Path
 ) -> None:
     base, name, load = PARTS[part]
