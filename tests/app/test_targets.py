@@ -31,7 +31,8 @@ REFUSED = [
     "torch.utils.cpp_extension.load",
     "lcm.runtime.run_dir.os.system",
     "lcm.core.ema.torch.load",
-    "lcm.data.remote.run",
+    "lcm.data.cache.output_of",
+    "lcm.data.cache.subprocess.run",
     "lcm.models.saving.save_pipeline",
     "lcm.models.saving.shutil.rmtree",
     "lcm.app.sweep_table.hide_secrets",
@@ -161,10 +162,8 @@ def test_a_run_s_config_from_elsewhere_builds_nothing_that_is_not_allowed(tmp_pa
     (run / "checkpoints").mkdir(parents=True)
     AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "global_step": 0}, run / "checkpoints/last.ckpt")
     trap = {
-        "_target_": "lcm.data.remote.run",
-        "command": f"touch {tmp_path / 'ran'}",
-        "file": str(tmp_path / "out"),
-        "timeout": 9,
+        "_target_": "lcm.data.cache.subprocess.run",
+        "args": ["touch", str(tmp_path / "ran")],
     }
     for model in ({**trap}, {"_target_": "torch.nn.SiLU", "inner": trap}, {"_target_": "torch.nn.SiLU", "x": "${evil}"}):
         OmegaConf.save({"model": model, "evil": trap, "trainer": {"max_steps": 1}}, run / "config.yaml")

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from lcm.data.captions import read_images
 from lcm.data.openmoji import build
-from lcm.data.shards import expand_urls
 from lcm.data.source import Source
+from lcm.data.urls import expand_urls
 from lcm.evaluate.clip import mini_clip
 from lcm.models.pipeline import load_codec
 from lcm.modules.autoencoder import psnr

@@ -9,8 +9,8 @@ from lcm.core.errors import UserError
 from lcm.data.cache import ShardCache
 from lcm.data.captions import read_captions
 from lcm.data.filters import Filters
-from lcm.data.shards import expand_urls
 from lcm.data.source import Source
+from lcm.data.urls import expand_urls
 from lcm.evaluate.callback import Evaluation
 from lcm.evaluate.clip import mini_clip
 from lcm.evaluate.features import Extractor, joined, scores

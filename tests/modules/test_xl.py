@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline
-from tqdm import tqdm
 
 from lcm.core import sampling
 from lcm.core.errors import UserError
 from lcm.core.random import ImageNoise, generator
 from lcm.data.datamodule import ShardDataModule
-from lcm.data.encoding import Encoder, Variants
+from lcm.data.encoding import Encoder, Variants, gathered
 from lcm.data.latents import stamp
 from lcm.data.source import Source
+from lcm.data.stream import PassStream
 from lcm.data.transforms import Decode
-from lcm.encode import claim, encode_shard
+from lcm.encode import claim, encode_shards
 from lcm.models.codec import LatentCodec
 from lcm.models.pipeline import load_codec, load_family, load_network, training_facts
 from lcm.models.student import as_network
@@ -180,7 +180,9 @@ def test_latent_shards_give_the_batches_that_their_images_give(codec: LatentCode
     images = ShardDataModule(f"{tmp_path}/0.tar", codec=codec, resolution=32, num_workers=0, batch_size=3, shuffle=0)
     with torch.inference_mode():
         encoder, decode = Encoder(codec, 0, False, text), Variants(Decode(32), 1, False)
-        encode_shard(Source([f"{tmp_path}/0.tar"]), encoder, decode, tmp_path / "latents/0.tar", images, tqdm(disable=True))
+        source = Source([f"{tmp_path}/0.tar"])
+        stream = PassStream(source, decode=decode, collate=gathered, batch_size=64, by_shard=True)
+        encode_shards(source, [tmp_path / "latents/0.tar"], stream, encoder, images)
     shard = f"{tmp_path}/latents/0.tar"
     latents = ShardDataModule(shard, codec=codec, resolution=32, num_workers=0, batch_size=3, shuffle=0, latents=True)
     found = []

@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from lcm.app.cli import build
 from lcm.core.errors import UserError
 from lcm.data.datamodule import ShardDataModule
+from lcm.data.source import Source
 from lcm.evaluate.inception import check
-from lcm.manifest import write
+from lcm.index import write_manifests
 from lcm.models.pipeline import load_codec, load_network
 from lcm.runtime.resume import resume_path
 from tests.data.conftest import keys, pairs, png, stream, take, write_shard
@@ -143,7 +144,7 @@ def test_no_member_is_written_anywhere(tmp_path: Path, caplog: pytest.LogCapture
     assert inside == {str(folder / "absolute").lstrip("/"), "sound/a", "sound/b"}
     for name in ("../../up", "sound/../../../around"):
         assert f"leaving out sample {name} of {shard}: name" in caplog.text
-    assert write(folder, [Path(shard)]) == []
+    assert write_manifests([(Source([shard]), 0)]) == []
     assert {file for file in tmp_path.rglob("*") if file.is_file()} == {Path(shard), folder / "manifest.json"}
 
 
