@@ -167,7 +167,7 @@ def test_a_run_s_config_from_elsewhere_builds_nothing_that_is_not_allowed(tmp_pa
     }
     for model in ({**trap}, {"_target_": "torch.nn.SiLU", "inner": trap}, {"_target_": "torch.nn.SiLU", "x": "${evil}"}):
         OmegaConf.save({"model": model, "evil": trap, "trainer": {"max_steps": 1}}, run / "config.yaml")
-        with pytest.raises(UserError, match=r"lcm\.data\.remote\.run is not allowed"):
+        with pytest.raises(UserError, match=r"lcm\.data\.cache\.subprocess\.run is not allowed"):
             trained(run, "last")
     assert not (tmp_path / "ran").exists()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lcm.data.shards import Shard, expand_urls
 
 from lcm.core.errors import UserError
 from lcm.data.captions import read_captions, read_images
@@ -16,7 +17,6 @@ from lcm.data.encoding import Variants
 from lcm.data.filters import Filters
 from lcm.data.latents import DecodeLatents
 from lcm.data.sample_fields import CaptionChoice, Skip, caption_of, captions_of
-from lcm.data.shards import Shard, expand_urls
 from lcm.data.source import Source
 from lcm.data.transforms import Decode
 from lcm.runtime.atomic_io import lines_of
