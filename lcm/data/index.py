@@ -23,7 +23,7 @@ from lcm.data.cache import POLL
 from lcm.data.manifest import Expected
 from lcm.data.sample_fields import CAPTIONS, Skip, captions_of, metadata
 from lcm.data.tar import FOREIGN, MAX_BYTES, Bytes, Links, Member, Sample, advice, samples, why_empty
-from lcm.runtime.atomic_io import whole_file
+from lcm.runtime.atomic_io import locked, whole_file
 
 log = logging.getLogger(__name__)
 RECORD = np.dtype([("start", "<u8"), ("size", "<u4"), ("aspect", "u1"), ("repeated", "u1")])
@@ -205,14 +205,20 @@ class ShardIndex:
                 raise self.failure
             if self.path.exists() or (self.thread is not None and self.thread.is_alive()):
                 return
-            self.thread = cache.start_writer(self.lock, self._scan)
+            try:
+                lock = locked(self.lock)
+            except BlockingIOError:
+                return
+            self.thread = threading.Thread(target=self._scan, args=(lock,), daemon=True, name="index")
+            self.thread.start()
 
-    def _scan(self) -> None:
-        try:
-            if not self.path.exists():
-                self._write()
-        except Exception as error:
-            self.failure = error
+    def _scan(self, lock: Any) -> None:
+        with lock:
+            try:
+                if not self.path.exists():
+                    self._write()
+            except Exception as error:
+                self.failure = error
 
     def _write(self) -> None:
         self.part.unlink(missing_ok=True)

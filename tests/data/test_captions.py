@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lcm.data.shards import Shard, expand_urls
 
 from lcm.core.errors import UserError
 from lcm.data.captions import read_captions, read_images
@@ -17,6 +16,7 @@ from lcm.data.encoding import Variants
 from lcm.data.filters import Filters
 from lcm.data.latents import DecodeLatents
 from lcm.data.sample_fields import CaptionChoice, Skip, caption_of, captions_of
+from lcm.data.shards import Shard, expand_urls
 from lcm.data.source import Source
 from lcm.data.transforms import Decode
 from lcm.runtime.atomic_io import lines_of

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from lcm.core.random import generator
-from lcm.data.source import Source
+from lcm.data.shards import Shard
 from lcm.data.transforms import Decode
 from lcm.models.codec import LatentCodec, to_signed_range
 from lcm.models.pipeline import load_codec
@@ -241,8 +241,7 @@ def test_the_networks_are_frozen(codec: LatentCodec) -> None:
 def test_the_cache_tells_samples_of_one_name_apart(tiny_pipeline: Path, tmp_path: Path) -> None:
     colours = ("red", "green", "blue")
     pictures = [{"__key__": key, "png": png(colour=colour), "txt": colour} for key, colour in zip("aba", colours, strict=True)]
-    source = Source([write_shard(tmp_path / "a.tar", pictures)])
-    samples = [Decode(32)(source.read(0, number), random.Random(0)) for number in range(source.notes(0).samples)]
+    samples = [Decode(32)(sample, random.Random(0)) for sample in Shard(write_shard(tmp_path / "a.tar", pictures))]
     codec = load_codec(str(tiny_pipeline), cache=True)
     first, _, last = (codec.posterior(sample["x"][None], [sample["key"]]) for sample in samples)
     assert not torch.equal(first, last)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from hydra.utils import instantiate
-from lcm.data.shards import expand_urls
 
 from lcm.app.composition import compose
 from lcm.core.errors import UserError
@@ -24,6 +23,7 @@ from lcm.data.openmoji import (
     is_held_out,
     is_wanted,
 )
+from lcm.data.shards import expand_urls
 from lcm.data.source import Source
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lcm.data.shards import Shard, expand_urls
 
 from lcm.core.errors import UserError
+from lcm.data.shards import Shard, expand_urls
 from lcm.runtime.redaction import redacted
 from tests.data.conftest import SIZES, pairs, png, write_shard, write_tar
 

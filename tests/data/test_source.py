@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lcm.data.epochs import training_order
-from lcm.data.shards import IMAGES, LATENTS, Shard
 
 from lcm.core.errors import UserError
 from lcm.data.cache import ShardCache
+from lcm.data.epochs import training_order
 from lcm.data.filters import Filters
+from lcm.data.shards import IMAGES, LATENTS, Shard
 from lcm.data.source import Facts, Source
 from tests.data.conftest import SIZES, keys, pairs, png, stream, take, write_shard, write_tar
 

@@ -21,9 +21,8 @@ from safetensors.torch import save_file
 from lcm.app.cli import build
 from lcm.core.errors import UserError
 from lcm.data.datamodule import ShardDataModule
-from lcm.data.source import Source
 from lcm.evaluate.inception import check
-from lcm.index import write_manifests
+from lcm.manifest import write
 from lcm.models.pipeline import load_codec, load_network
 from lcm.runtime.resume import resume_path
 from tests.data.conftest import keys, pairs, png, stream, take, write_shard
@@ -144,7 +143,7 @@ def test_no_member_is_written_anywhere(tmp_path: Path, caplog: pytest.LogCapture
     assert inside == {str(folder / "absolute").lstrip("/"), "sound/a", "sound/b"}
     for name in ("../../up", "sound/../../../around"):
         assert f"leaving out sample {name} of {shard}: name" in caplog.text
-    assert write_manifests([(Source([shard]), 0)]) == []
+    assert write(folder, [Path(shard)]) == []
     assert {file for file in tmp_path.rglob("*") if file.is_file()} == {Path(shard), folder / "manifest.json"}
 
 
