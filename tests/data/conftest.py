@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lcm.data.order import Order
 from lcm.data.source import Source
-from lcm.data.stream import ShardStream
+from lcm.data.stream import PassStream, Stream, TrainStream
 
 SIZES = (11, 12, 13, 9)  # 45 samples in 4 shards: no batch size of the tests divides an epoch
 
@@ -61,15 +61,16 @@ def gather(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return {"keys": [sample["key"] for sample in samples], "draws": [sample["draw"] for sample in samples]}
 
 
-def stream(urls: list[str], *, shuffle: int = 16, lanes: int = 3, seed: int = 0, **options: Any) -> ShardStream:
-    """Of keys and draws; shuffle = 0 is a validation pass."""
-    source = Source(urls)
-    order = Order([facts.samples for facts in source.facts()], seed=seed, shuffle=shuffle, lanes=lanes)
-    options = {"decode": keep, "collate": gather, "batch_size": 4, "stop": None if shuffle else order.size, **options}
-    return ShardStream([source], order, seed=seed, **options)
+def stream(source: Source | list[str], *, shuffle: int = 16, lanes: int = 3, seed: int = 0, **options: Any) -> Stream:
+    """Return a stream of keys and draws. shuffle = 0: one ordered pass."""
+    source = source if isinstance(source, Source) else Source(source)
+    options = {"decode": keep, "collate": gather, "batch_size": 4, "seed": seed, **options}
+    if not shuffle:
+        return PassStream(source, **options)
+    return TrainStream([source], Order([source], [1.0], seed=seed, shuffle=shuffle, lanes=lanes), **options)
 
 
-def take(source: ShardStream, count: int | None = None, workers: int = 0, context: str | None = None) -> list[dict[str, Any]]:
+def take(source: Stream, count: int | None = None, workers: int = 0, context: str | None = None) -> list[dict[str, Any]]:
     return list(islice(DataLoader(source, batch_size=None, num_workers=workers, multiprocessing_context=context), count))
 
 
