@@ -14,6 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lcm.data.order import Order
+from lcm.data.sample_fields import Sample
 from lcm.data.source import Source
 from lcm.data.stream import PassStream, Stream, TrainStream
 
@@ -76,3 +77,12 @@ def take(source: Stream, count: int | None = None, workers: int = 0, context: st
 
 def keys(batches: list[dict[str, Any]]) -> list[str]:
     return [key for batch in batches for key in batch["keys"]]
+
+
+def samples_of(source: Source, shard: int = 0) -> list[Sample]:
+    """Return the usable samples of a shard."""
+    return [source.read(shard, number) for number in range(source.notes(shard).samples)]
+
+
+def sample_keys(source: Source, shard: int = 0) -> list[str]:
+    return [sample["__key__"] for sample in samples_of(source, shard)]
