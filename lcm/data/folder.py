@@ -147,8 +147,8 @@ class FolderSource(Source):
         if readable:
             return
         raise UserError(
-            f"{self.option}={self.root}: the first pictures have no captions that can be read ({flaw}): put 1.txt beside 1.jpg, "
-            f"or a metadata.jsonl or metadata.csv with the columns {NAME} and {TEXT} into the folder, or name others by "
+            f"{self.option}={self.root}: its first pictures have no captions that can be read ({flaw}): put 1.txt beside "
+            f"1.jpg, or a metadata.jsonl or metadata.csv with the columns {NAME} and {TEXT} into the folder, or name others by "
             "data.captions"
         )
 

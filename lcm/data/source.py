@@ -227,11 +227,13 @@ class Source:
             self.files.pop(shard)[0].close()
 
     def _close_oldest(self) -> bool:
-        """Close the shard that was read longest ago. Return whether any was open."""
-        if not self.files:
-            return False
-        self.files.popitem(last=False)[1][0].close()
-        return True
+        """Close the shard and the index that were used longest ago. Return whether any was open."""
+        was_open = bool(self.indexes or self.files)
+        if self.indexes:
+            self.indexes.popitem(last=False)[1].close()
+        if self.files:
+            self.files.popitem(last=False)[1][0].close()
+        return was_open
 
     def retried(self, shard: int, work: Callable[[], Any]) -> Any:
         """Return `work()`. Errors that say nothing of the shard, such as too many open files, are retried.
