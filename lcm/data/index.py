@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -204,14 +205,18 @@ class ShardIndex:
         with cache.starting:
             if self.failure is not None:
                 raise self.failure
-            if self.path.exists() or (self.thread is not None and self.thread.is_alive()):
+            writer = writers.get(self.path)  # another source of this process may have the shard, too
+            if writer is not None and writer.thread is not None and writer.thread.is_alive():
+                writer.asked = max(writer.asked, self.asked)
+                return
+            if self.path.exists():
                 return
             self.lock.parent.mkdir(parents=True, exist_ok=True)
             try:
                 lock = locked(self.lock)
             except BlockingIOError:
                 return
-            self.thread = threading.Thread(target=self._scan, args=(lock,), daemon=True, name="index")
+            self.thread, writers[self.path] = threading.Thread(target=self._scan, args=(lock,), daemon=True, name="index"), self
             self.thread.start()
 
     def _scan(self, lock: Any) -> None:
@@ -302,6 +307,7 @@ class Named:
 
 
 named = Named()
+writers: WeakValueDictionary[Path, ShardIndex] = WeakValueDictionary()  # of this process: a file's lock does not part threads
 left_out_now: Counter[str] = Counter()  # samples left out of the shards that this process scanned, until a batch reports them
 
 

@@ -13,6 +13,7 @@ import webdataset as wds
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from lcm.data.index import Named
 from lcm.data.order import Order
 from lcm.data.sample_fields import Sample
 from lcm.data.source import Source
@@ -46,6 +47,13 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> str:
 
 def pairs(shard: int, count: int) -> list[dict[str, Any]]:
     return [{"__key__": f"{shard}-{i:02d}", "png": png(), "txt": f"sample {i} of {shard}"} for i in range(count)]
+
+
+@pytest.fixture(autouse=True)
+def name_all_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count anew how many damaged samples the log named, which a process does once."""
+    monkeypatch.setattr("lcm.data.index.named", Named())
+    monkeypatch.setattr("lcm.data.folder.named", Named())
 
 
 @pytest.fixture(scope="session")

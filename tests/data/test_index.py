@@ -108,8 +108,7 @@ def test_left_out_samples_are_reported_once(tmp_path: Path) -> None:
         assert take_left_out() == reported
 
 
-def test_left_out_samples_are_named_a_few_times(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
-    monkeypatch.setattr(index, "named", index.Named())
+def test_left_out_samples_are_named_a_few_times(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     apart = [
         write_tar(tmp_path / f"{s}.tar", [(f"{n}.{end}", png()) for end in ("png", "txt") for n in range(50)]) for s in "ab"
     ]
@@ -152,6 +151,22 @@ def test_processes_scan_a_shard_once(tmp_path: Path) -> None:
     lines = log.read_text().splitlines()
     assert len(lines) == 40
     assert len({line.split()[0] for line in lines}) == 1
+
+
+def test_sources_of_one_process_scan_a_shard_once(tmp_path: Path) -> None:
+    """Training and validation may read the same shard. The file's lock does not part two threads."""
+    shard, judged = write_shard(tmp_path / "a.tar", pairs(0, 40)), []
+
+    def judge(caption: str | None, meta: Mapping[str, Any]) -> None:
+        judged.append(caption)
+        time.sleep(0.002)
+
+    shards = [shard_index(tmp_path, shard, judge) for _ in range(3)]
+    for one in shards:
+        one.wait(1)
+    shards[0].close()
+    assert [one.notes().samples for one in shards] == [40] * 3
+    assert len(judged) == 40
 
 
 def test_index_of_a_killed_process_is_written_anew(tmp_path: Path) -> None:

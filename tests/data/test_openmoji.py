@@ -23,8 +23,8 @@ from lcm.data.openmoji import (
     is_held_out,
     is_wanted,
 )
-from lcm.data.shards import expand_urls
 from lcm.data.source import Source
+from lcm.data.urls import expand_urls
 
 
 def captions(folder: Path, split: str) -> list[str]:
