@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from lcm.core.errors import UserError
 from lcm.data.index import Notes, named
-from lcm.data.sample_fields import Sample, Skip, captions_of, metadata, skipping
+from lcm.data.sample_fields import CAPTIONS, Sample, Skip, captions_of, metadata, skipping
 from lcm.data.source import LOOKED_AT, Source
 from lcm.data.tar import is_litter
 from lcm.data.urls import IMAGES
@@ -41,6 +41,7 @@ class FolderSource(Source):
         self.pictures = [path for path in paths if extension_of(path) in IMAGES and not is_litter(path)]
         if not self.pictures:
             raise UserError(f"{option}={folder} holds no pictures ({', '.join(IMAGES)})")
+        self.stems = Counter(path.rpartition(".")[0] for path in self.pictures)
         self.rows: dict[str, dict[str, Any]] = {}
         for path in paths:
             if os.path.basename(path) in TABLES:
@@ -102,8 +103,8 @@ class FolderSource(Source):
         row = self.rows.get(path)
         if row is not None:
             meta = {**metadata(sample), **{name: value for name, value in row.items() if name != NAME}}
-            if TEXT in meta and not any(name in sample for name in self.rules.tells if name != "json"):
-                sample["txt"] = str(meta[TEXT]).encode() if meta[TEXT] is not None else b""
+            if TEXT in meta and sample.keys() <= {"json"}:
+                meta[CAPTIONS[0]] = meta[TEXT]
             sample["json"] = json.dumps(meta).encode()
         return sample
 
@@ -111,12 +112,9 @@ class FolderSource(Source):
         path = self._choose(shard)[number]
         with skipping("image", OSError):
             picture = (self.root / path).read_bytes()
-        return {
-            "__key__": path.rpartition(".")[0],
-            "__url__": str(self.root),
-            **self.texts(path),
-            extension_of(path): picture,
-        }
+        stem, _, extension = path.rpartition(".")
+        key = stem if self.stems[stem] == 1 else f"{stem}@{extension}"  # 1.jpg and 1.png are two samples
+        return {"__key__": key, "__url__": str(self.root), **self.texts(path), extension.lower(): picture}
 
     def aspect(self, shard: int, sample: int) -> int:
         assert self.rules.aspect is not None
@@ -138,17 +136,20 @@ class FolderSource(Source):
 
     def check(self) -> None:
         """Refuse a folder whose first pictures have no captions. Raises UserError."""
-        self.first_samples = []
+        self.first_samples, readable, flaw = [], False, None
         for path in self.pictures[:LOOKED_AT]:
-            with contextlib.suppress(Skip):
-                self.first_samples.append({"__key__": path, extension_of(path): b"", **self.texts(path)})
-        for sample in self.first_samples:
-            with contextlib.suppress(Skip):
-                captions_of(sample, self.captions)
-                return
+            try:
+                sample = {"__key__": path, extension_of(path): b"", **self.texts(path)}
+                self.first_samples.append(sample)
+                readable = bool(captions_of(sample, self.captions)) or readable
+            except Skip as skip:
+                flaw = flaw or skip
+        if readable:
+            return
         raise UserError(
-            f"{self.option}={self.root}: the first pictures have no captions: put 1.txt beside 1.jpg, or a metadata.jsonl or "
-            f"metadata.csv with the columns {NAME} and {TEXT} into the folder, or name others by data.captions"
+            f"{self.option}={self.root}: its first pictures have no captions that can be read ({flaw}): put 1.txt beside "
+            f"1.jpg, or a metadata.jsonl or metadata.csv with the columns {NAME} and {TEXT} into the folder, or name others by "
+            "data.captions"
         )
 
 
@@ -164,20 +165,22 @@ def read_table(root: Path, path: str) -> dict[str, dict[str, Any]]:
         reader: Callable[[str], Any] = lines_of_json if path.endswith(".jsonl") else lines_of_csv
         for row in reader(content):
             row = {str(name).strip().lower(): value for name, value in row.items()}
+            if not row[NAME]:
+                raise KeyError(NAME)
             rows[os.path.normpath(os.path.join(folder, str(row[NAME])))] = row
     except KeyError:
         raise UserError(f"{root / path} has a row without {NAME}: give each row the picture's {NAME} and its {TEXT}") from None
-    except (OSError, UnicodeError, ValueError, csv.Error) as error:
+    except (OSError, UnicodeError, ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"{root / path} cannot be read ({error}): write a JSON object a line, or a CSV with a header") from None
     return rows
 
 
 def lines_of_json(content: str) -> list[Mapping[str, Any]]:
-    rows = [json.loads(line) for line in io.StringIO(content) if line.strip()]
+    rows = [json.loads(line) for line in io.StringIO(content, newline=None) if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("a line is no JSON object")
     return rows
 
 
 def lines_of_csv(content: str) -> list[Mapping[str, Any]]:
-    return list(csv.DictReader(io.StringIO(content)))
+    return list(csv.DictReader(io.StringIO(content, newline=None)))

@@ -15,15 +15,17 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 
+from lcm.core.errors import UserError
 from lcm.data import cache
 from lcm.data.cache import POLL
 from lcm.data.manifest import Expected
 from lcm.data.sample_fields import CAPTIONS, Skip, captions_of, metadata
 from lcm.data.tar import FOREIGN, MAX_BYTES, Bytes, Links, Member, Sample, advice, samples, why_empty
-from lcm.runtime.atomic_io import locked, whole_file
+from lcm.runtime.atomic_io import FULL, locked, os_error, whole_file
 
 log = logging.getLogger(__name__)
 RECORD = np.dtype([("start", "<u8"), ("size", "<u4"), ("aspect", "u1"), ("repeated", "u1")])
@@ -181,14 +183,14 @@ class ShardIndex:
                 if self.file is not None:
                     self.file.close()
                 self.file = open(self.part, "rb")  # noqa: SIM115 - closed when the index is whole
-            self.arrived = max(self.arrived, os.fstat(self.file.fileno()).st_size // RECORD.itemsize)
+            self.arrived = os.fstat(self.file.fileno()).st_size // RECORD.itemsize
 
     def __getitem__(self, number: int) -> Any:
-        """Return record `number`, for which `wait` was called."""
-        if self.whole:
-            assert self.records is not None
+        """Return record `number`. Raises IndexError if the shard has fewer usable samples, and what `wait` raises."""
+        if number >= self.wait(number + 1)[0]:
+            raise IndexError(number)
+        if self.records is not None:
             return self.records[number]
-        self._look()
         content = os.pread(self.file.fileno(), RECORD.itemsize, number * RECORD.itemsize)
         return np.frombuffer(content, RECORD)[0]
 
@@ -203,13 +205,18 @@ class ShardIndex:
         with cache.starting:
             if self.failure is not None:
                 raise self.failure
-            if self.path.exists() or (self.thread is not None and self.thread.is_alive()):
+            writer = writers.get(self.path)  # another source of this process may have the shard, too
+            if writer is not None and writer.thread is not None and writer.thread.is_alive():
+                writer.asked = max(writer.asked, self.asked)
                 return
+            if self.path.exists():
+                return
+            self.lock.parent.mkdir(parents=True, exist_ok=True)
             try:
                 lock = locked(self.lock)
             except BlockingIOError:
                 return
-            self.thread = threading.Thread(target=self._scan, args=(lock,), daemon=True, name="index")
+            self.thread, writers[self.path] = threading.Thread(target=self._scan, args=(lock,), daemon=True, name="index"), self
             self.thread.start()
 
     def _scan(self, lock: Any) -> None:
@@ -219,6 +226,10 @@ class ShardIndex:
                     self._write()
             except Exception as error:
                 self.failure = error
+                if full := os_error(error, FULL):
+                    self.failure = UserError(
+                        f"{self.part.parent} cannot hold the shards' indexes ({full.strerror}): make room, or set data.index"
+                    )
 
     def _write(self) -> None:
         self.part.unlink(missing_ok=True)
@@ -296,6 +307,7 @@ class Named:
 
 
 named = Named()
+writers: WeakValueDictionary[Path, ShardIndex] = WeakValueDictionary()  # of this process: a file's lock does not part threads
 left_out_now: Counter[str] = Counter()  # samples left out of the shards that this process scanned, until a batch reports them
 
 

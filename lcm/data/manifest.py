@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from lcm.data.cache import connect
 from lcm.data.urls import is_remote, local, scheme_of
+from lcm.runtime.atomic_io import NO_HANDLES, os_error
 from lcm.runtime.redaction import redacted
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ def read_json(url: str) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return {}
     except Exception as error:  # whatever a file system's client raises
+        if os_error(error, NO_HANDLES):
+            raise
         if getattr(error, "status", None) not in (401, 403):  # what some stores answer for a file that is not there
             log.warning("%s cannot be read (%s): what it says of shards is not checked", redacted(url), type(error).__name__)
         return {}

@@ -121,7 +121,7 @@ class Source:
             return 0, True
 
     def aspect(self, shard: int, sample: int) -> int:
-        return int(self._index(shard)[sample]["aspect"])
+        return int(self.retried(shard, lambda: self._index(shard)[sample])["aspect"])
 
     def weight(self, shard: int) -> float:
         """Return the bytes of a local shard, 1 for a remote one."""
@@ -164,7 +164,11 @@ class Source:
                 return self._read(shard, number)
 
     def _read(self, shard: int, number: int) -> Sample:
-        record = self._index(shard)[number]
+        changed = Skip("missing", f"sample {number} of {self.title(shard)}, which was changed since it was indexed")
+        try:
+            record = self.retried(shard, lambda: self._index(shard)[number])
+        except IndexError:
+            raise changed from None
         start, size = int(record["start"]), int(record["size"])
         file, links = self.retried(shard, lambda: self._file(shard))
         content = file.read(start, size)
@@ -179,14 +183,14 @@ class Source:
                 elif target := links.target(member):
                     sample[extension] = file.read(target.data, target.size)
             return sample
-        raise Skip("missing", f"sample {number} of {self.title(shard)}, which was changed since it was indexed")
+        raise changed
 
     def _index(self, shard: int) -> ShardIndex:
         if shard not in self.indexes:
             while len(self.indexes) >= self.limit:
                 self.indexes.popitem(last=False)[1].close()
-            opener = partial(self.retried, shard, partial(self._open, shard))
             options: dict[str, Any] = {"rules": self.rules, "expected": partial(self.manifests.__getitem__, self.urls[shard])}
+            opener = partial(self._open, shard)
             self.indexes[shard] = ShardIndex(self.folder, self.key(shard), self.title(shard), opener, **options)
         self.indexes.move_to_end(shard)
         return self.indexes[shard]
@@ -223,11 +227,13 @@ class Source:
             self.files.pop(shard)[0].close()
 
     def _close_oldest(self) -> bool:
-        """Close the shard that was read longest ago. Return whether any was open."""
-        if not self.files:
-            return False
-        self.files.popitem(last=False)[1][0].close()
-        return True
+        """Close the shard and the index that were used longest ago. Return whether any was open."""
+        was_open = bool(self.indexes or self.files)
+        if self.indexes:
+            self.indexes.popitem(last=False)[1].close()
+        if self.files:
+            self.files.popitem(last=False)[1][0].close()
+        return was_open
 
     def retried(self, shard: int, work: Callable[[], Any]) -> Any:
         """Return `work()`. Errors that say nothing of the shard, such as too many open files, are retried.

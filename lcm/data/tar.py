@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 BLOCK = 512  # bytes of a header, and the unit of a tar
 WINDOW = 4096  # bytes that a scan reads at once: the headers and texts of a sample, but not its picture
 MAX_BYTES = 64 * 2**20  # of a sample: no image that is trained on comes near it
+LARGEST = 2**50  # bytes of a member: a header that claims more is damaged
 FOREIGN = 2**20  # bytes of other samples that may lie between a sample's members
 FILES, LINKS, EXTENDED = b"0\0", b"12", b"xgLK"  # type flags of headers
 # Files that Windows, macOS, a NAS and Jupyter leave beside a user's own.
@@ -127,7 +128,7 @@ def headers(file: Bytes, window: int = WINDOW) -> Iterator[Member]:
         if len(block) < BLOCK:
             return
         if (info := parsed(block)) is None:
-            offset += BLOCK
+            offset, name, link, extended = offset + BLOCK, "", "", False  # a long name is of the damaged member
             continue
         own_name, size, kind, own_link = info
         data = offset + BLOCK
@@ -156,10 +157,12 @@ def parsed(block: bytes) -> tuple[str, int, bytes, str] | None:
         total = int(block[148:156].strip(b" \0") or b"-1", 8)
         if sum(block) - sum(block[148:156]) + 256 != total:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")  # signed sums of old programs
-            return info.name, info.size, info.type, info.linkname
+            return (info.name, info.size, info.type, info.linkname) if 0 <= info.size <= LARGEST else None
         digits = block[124:136]
         size = int.from_bytes(digits[1:], "big") if digits[0] == 0x80 else int(digits.strip(b" \0") or b"0", 8)
     except (ValueError, tarfile.TarError):
+        return None
+    if not 0 <= size <= LARGEST:
         return None
     name = block[:100].partition(b"\0")[0]
     if block[257:263] == b"ustar\0" and block[345]:

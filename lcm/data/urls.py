@@ -74,6 +74,8 @@ def way_from(folder: str, option: str) -> str:
         if any(file.endswith(".tar") for file in files):
             pattern = f"{escaped}/*/*.tar"
         elif any(file.rpartition(".")[2] in IMAGES for file in files):
+            if option == "data.shards":
+                return f" of pictures: train on it with data=folder data.folder={quote(folder)}"
             name = f"{os.path.basename(os.path.abspath(folder))}.tar"
             return (
                 f" of pictures: pack it with `tar --sort=name -cf {quote(name)} -C {quote(folder)} .`, each picture with a "

@@ -13,9 +13,11 @@ import webdataset as wds
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from lcm.data.index import Named
 from lcm.data.order import Order
+from lcm.data.sample_fields import Sample
 from lcm.data.source import Source
-from lcm.data.stream import ShardStream
+from lcm.data.stream import PassStream, Stream, TrainStream
 
 SIZES = (11, 12, 13, 9)  # 45 samples in 4 shards: no batch size of the tests divides an epoch
 
@@ -47,6 +49,13 @@ def pairs(shard: int, count: int) -> list[dict[str, Any]]:
     return [{"__key__": f"{shard}-{i:02d}", "png": png(), "txt": f"sample {i} of {shard}"} for i in range(count)]
 
 
+@pytest.fixture(autouse=True)
+def name_all_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count anew how many damaged samples the log named, which a process does once."""
+    monkeypatch.setattr("lcm.data.index.named", Named())
+    monkeypatch.setattr("lcm.data.folder.named", Named())
+
+
 @pytest.fixture(scope="session")
 def urls(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     root = tmp_path_factory.mktemp("shards")
@@ -61,17 +70,27 @@ def gather(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return {"keys": [sample["key"] for sample in samples], "draws": [sample["draw"] for sample in samples]}
 
 
-def stream(urls: list[str], *, shuffle: int = 16, lanes: int = 3, seed: int = 0, **options: Any) -> ShardStream:
-    """Of keys and draws; shuffle = 0 is a validation pass."""
-    source = Source(urls)
-    order = Order([facts.samples for facts in source.facts()], seed=seed, shuffle=shuffle, lanes=lanes)
-    options = {"decode": keep, "collate": gather, "batch_size": 4, "stop": None if shuffle else order.size, **options}
-    return ShardStream([source], order, seed=seed, **options)
+def stream(source: Source | list[str], *, shuffle: int = 16, lanes: int = 3, seed: int = 0, **options: Any) -> Stream:
+    """Return a stream of keys and draws. shuffle = 0: one ordered pass."""
+    source = source if isinstance(source, Source) else Source(source)
+    options = {"decode": keep, "collate": gather, "batch_size": 4, "seed": seed, **options}
+    if not shuffle:
+        return PassStream(source, **options)
+    return TrainStream([source], Order([source], [1.0], seed=seed, shuffle=shuffle, lanes=lanes), **options)
 
 
-def take(source: ShardStream, count: int | None = None, workers: int = 0, context: str | None = None) -> list[dict[str, Any]]:
+def take(source: Stream, count: int | None = None, workers: int = 0, context: str | None = None) -> list[dict[str, Any]]:
     return list(islice(DataLoader(source, batch_size=None, num_workers=workers, multiprocessing_context=context), count))
 
 
 def keys(batches: list[dict[str, Any]]) -> list[str]:
     return [key for batch in batches for key in batch["keys"]]
+
+
+def samples_of(source: Source, shard: int = 0) -> list[Sample]:
+    """Return the usable samples of a shard."""
+    return [source.read(shard, number) for number in range(source.notes(shard).samples)]
+
+
+def sample_keys(source: Source, shard: int = 0) -> list[str]:
+    return [sample["__key__"] for sample in samples_of(source, shard)]

@@ -1,9 +1,7 @@
 """Captions as other programs leave them: under any name, in lists, with byte order marks, in other encodings."""
 
-import io
 import json
 import random
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +14,20 @@ from lcm.data.encoding import Variants
 from lcm.data.filters import Filters
 from lcm.data.latents import DecodeLatents
 from lcm.data.sample_fields import CaptionChoice, Skip, caption_of, captions_of
-from lcm.data.shards import Shard, expand_urls
 from lcm.data.source import Source
 from lcm.data.transforms import Decode
+from lcm.data.urls import expand_urls
 from lcm.runtime.atomic_io import lines_of
-from tests.data.conftest import png
+from tests.data.conftest import png, samples_of, write_tar
 
 Members = dict[str, bytes]
 
 
 def shard(path: Path, *samples: Members) -> str:
     """A tar of these members, byte by byte."""
-    with tarfile.open(path, "w") as tar:
-        for number, members in enumerate(samples):
-            for extension, content in {"png": png(), **members}.items():
-                info = tarfile.TarInfo(f"{number:03d}.{extension}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    return str(path)
+    numbered = enumerate({"png": png(), **members} for members in samples)
+    items = [(f"{number:03d}.{name}", content) for number, sample in numbered for name, content in sample.items()]
+    return write_tar(path, items)
 
 
 def fields(**fields: Any) -> Members:
@@ -54,14 +48,12 @@ def fields(**fields: Any) -> Members:
     ],
     ids=["field", "member", "with its dot", "kohya", "beside .txt", "kohya unasked", "cap", "cap field"],
 )
-@pytest.mark.parametrize("filters", [None, Filters(), Filters(min_caption=3)], ids=["unfiltered", "default", "by length"])
-def test_captions_are_read_under_the_names_of_data_captions(
-    tmp_path: Path, members: Members, captions: Any, text: str, filters: Filters | None
-) -> None:
+@pytest.mark.parametrize("filters", [None, Filters(min_caption=3)], ids=["unfiltered", "by length"])
+def test_captions_are_read_by_name(tmp_path: Path, members: Members, captions: Any, text: str, filters: Filters | None) -> None:
     url = shard(tmp_path / "a.tar", *[members] * 8)
     data = ShardDataModule(url, val_shards=url, captions=captions, filters=filters, resolution=8, batch_size=8, num_workers=0)
     data.setup("fit")
-    assert data.order.size == 8
+    assert [source.notes(0).samples for source in data.train_sources] == [8]
     for loader in (data.train_dataloader(), data.val_dataloader()):
         assert next(iter(loader))["captions"] == [text] * 8
     source = data.reader(url, "callbacks.evaluation.shards")
@@ -69,7 +61,7 @@ def test_captions_are_read_under_the_names_of_data_captions(
     assert next(read_images(source, resolution=8))["captions"] == [text] * 8
 
 
-def test_prompts_and_real_images_of_an_evaluation_have_the_same_captions(tmp_path: Path) -> None:
+def test_prompts_are_the_captions_of_real_images(tmp_path: Path) -> None:
     url = shard(tmp_path / "a.tar", *[{"txt": b"short", "blip": b"long"}] * 40)
     source = Source([url], captions={"txt": 1, "blip": 1})
     captions = read_captions(source, 40)
@@ -77,7 +69,6 @@ def test_prompts_and_real_images_of_an_evaluation_have_the_same_captions(tmp_pat
     assert captions == next(read_images(source, resolution=8))["captions"]
 
 
-@pytest.mark.parametrize("filters", [None, Filters()], ids=["unfiltered", "default"])
 @pytest.mark.parametrize(
     ("members", "captions", "says"),
     [
@@ -102,35 +93,27 @@ def test_prompts_and_real_images_of_an_evaluation_have_the_same_captions(tmp_pat
         ({"txt": b"caf\xe9"}, None, "byte 0xe9 at position 3 is not UTF-8"),
     ],
 )
-def test_shards_whose_captions_cannot_be_read_are_refused_with_the_cause(
-    tmp_path: Path, members: Members, captions: Any, says: str, filters: Filters | None
-) -> None:
+def test_unreadable_captions_are_refused_with_the_cause(tmp_path: Path, members: Members, captions: Any, says: str) -> None:
     url = shard(tmp_path / "a.tar", *[members] * 8)
-    with pytest.raises(UserError, match=rf"a\.tar has no captions.*{says}"):
-        ShardDataModule(url, captions=captions, filters=filters, resolution=8, num_workers=0).setup("fit")
+    for filters in (None, Filters()):
+        with pytest.raises(UserError, match=rf"a\.tar has no captions.*{says}"):
+            ShardDataModule(url, captions=captions, filters=filters, resolution=8, num_workers=0).setup("fit")
 
 
-def test_a_length_limit_holds_for_every_caption_that_may_be_drawn(tmp_path: Path) -> None:
+def test_length_limits_hold_for_every_caption(tmp_path: Path) -> None:
     url = shard(tmp_path / "a.tar", {"txt": b"a", "blip": b"a cat"}, {"txt": b"a dog", "blip": b"a cat"}, {"blip": b"a cat"})
     source = Source([url], captions={"txt": 1, "blip": 1}, filters=Filters(min_caption=3))
-    assert source.facts()[0][:2] == (2, {"caption_short": 1})
-
-
-def test_an_index_counts_again_under_other_names(tmp_path: Path) -> None:
-    url = shard(tmp_path / "a.tar", fields(blip="a cat"), fields(blip="a dog", long="a large dog"))
-    for captions, used in (({"blip": 1}, 2), ({"long": 1}, 1), ({"blip": 2}, 2)):
-        source = Source([url], captions=captions, filters=Filters(), index=str(tmp_path / "index"))
-        assert source.facts()[0].samples == used
+    assert source.notes(0) == (2, {"caption_short": 1}, 0)
 
 
 @pytest.mark.parametrize("value", [["a cat", "a pet"], ["a cat", None, " a pet "], ["a cat", "", "a pet"]])
-def test_of_a_list_of_captions_one_is_drawn(value: list[Any]) -> None:
+def test_one_of_a_list_of_captions_is_drawn(value: list[Any]) -> None:
     for captions in (None, {"caption": 1}):
         draw = CaptionChoice(weights=captions)
         assert {draw(fields(caption=value), random.Random(seed)) for seed in range(30)} == {"a cat", "a pet"}
 
 
-def test_latents_keep_every_caption_and_metadata_but_no_picture() -> None:
+def test_latents_keep_captions_and_metadata_but_no_picture() -> None:
     utf_16 = "ein Apfel".encode("utf-16")
     texts = {"txt": b"short", "blip": b"a long one", "llava": utf_16, "json": b'{"url": "x"}', "cap": b"c"}
     sample = {"__key__": "0", "__url__": "a.tar", "png": png(), "mask": png(), **texts}
@@ -142,7 +125,7 @@ def test_latents_keep_every_caption_and_metadata_but_no_picture() -> None:
     assert "llava" not in Variants(Decode(8), 1, False)(sample, random.Random(0))["members"]
 
 
-def test_a_name_in_data_captions_that_no_sample_has_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_absent_caption_names_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     url = shard(tmp_path / "a.tar", {"txt": b"a cat", **fields(long="a large cat")}, {"txt": b"a dog"})
     data = ShardDataModule(url, captions={"txt": 1, "blip": 3, "long": 1}, resolution=8, num_workers=0)
     data.setup("fit")
@@ -174,12 +157,12 @@ MARKED = "\ufeff".encode()
     ],
     ids=["mark", "two marks", "line ends", "json", "field", "utf-16 json", "utf-32 json"],
 )
-def test_a_byte_order_mark_is_no_part_of_a_caption(members: Members) -> None:
+def test_byte_order_mark_is_no_part_of_a_caption(members: Members) -> None:
     assert caption_of(members) == "a red apple"
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
-def test_text_in_another_unicode_encoding_is_refused_by_its_name(encoding: str, tmp_path: Path) -> None:
+def test_other_unicode_encodings_are_refused_by_name(encoding: str, tmp_path: Path) -> None:
     content = "a red apple".encode(encoding)
     with pytest.raises(Skip, match=r"^caption_encoding: txt: it looks like UTF-16 or UTF-32"):
         captions_of({"txt": content})
@@ -193,12 +176,12 @@ def test_text_in_another_unicode_encoding_is_refused_by_its_name(encoding: str, 
 @pytest.mark.parametrize(
     "members", [{"txt": b"a\0b"}, fields(caption="a\0b"), {"txt": "café".encode("cp1252")}, {"txt": "红苹果".encode("gbk")}]
 )
-def test_what_is_not_text_in_utf_8_is_counted_as_such(members: Members) -> None:
+def test_other_encodings_are_damage(members: Members) -> None:
     with pytest.raises(Skip, match=r"^caption_encoding: .*: save it as UTF-8$"):
         captions_of(members)
 
 
-def test_lists_are_read_whatever_program_wrote_them(tmp_path: Path) -> None:
+def test_lists_of_any_program_are_read(tmp_path: Path) -> None:
     url = shard(tmp_path / "a.tar", {"txt": b"a cat"})
     for number, end in enumerate((b"\n", b"\r\n", b"\r")):
         file = tmp_path / f"{number}.txt"
@@ -214,17 +197,12 @@ def test_lists_are_read_whatever_program_wrote_them(tmp_path: Path) -> None:
         expand_urls(f"@{file}")
 
 
-def test_a_shard_knows_images_of_dalle_pytorch(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, content in (("0.img", png()), ("0.cap", b"a cat")):
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    [sample] = Shard(str(tmp_path / "a.tar"))
+def test_images_of_dalle_pytorch_are_read(tmp_path: Path) -> None:
+    [sample] = samples_of(Source([write_tar(tmp_path / "a.tar", [("0.img", png()), ("0.cap", b"a cat")])]))
     assert Decode(8)(sample, random.Random(0))["caption"] == "a cat"
 
 
 @pytest.mark.parametrize("captions", ["blip", ["txt", "blip"], {"json": 1}])
-def test_data_captions_that_name_no_captions_are_refused(captions: Any) -> None:
+def test_wrong_data_captions_are_refused(captions: Any) -> None:
     with pytest.raises(UserError, match=r"^data\.captions="):
         CaptionChoice(weights=captions)

@@ -11,11 +11,11 @@ import torch
 from diffusers import AutoencoderKL
 
 from lcm.core.random import generator
-from lcm.data.shards import Shard
+from lcm.data.source import Source
 from lcm.data.transforms import Decode
 from lcm.models.codec import LatentCodec, to_signed_range
 from lcm.models.pipeline import load_codec
-from tests.data.conftest import png, write_shard
+from tests.data.conftest import png, samples_of, write_shard
 
 Encoded = Callable[..., tuple[LatentCodec, list[int]]]
 X = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -40,7 +40,7 @@ def count_encodings(codec: LatentCodec, monkeypatch: pytest.MonkeyPatch) -> list
     return sizes
 
 
-def test_z0_is_the_scaled_posterior_of_the_vae(codec: LatentCodec, vae: AutoencoderKL) -> None:
+def test_z0_is_the_scaled_posterior(codec: LatentCodec, vae: AutoencoderKL) -> None:
     with torch.no_grad():
         posterior = vae.encode(X.float() / 127.5 - 1).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=generator("cpu", 7))
@@ -86,7 +86,7 @@ def test_nothing_encoded_carries_a_gradient(codec: LatentCodec) -> None:
     assert not any(tensor.requires_grad for tensor in (batch.z0, batch.cond["states"], batch.uncond["states"]))
 
 
-def test_chunks_bound_what_the_vae_takes_and_change_nothing(
+def test_chunks_bound_the_vae_batch_and_change_nothing(
     tiny_pipeline: Path, codec: LatentCodec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chunked = load_codec(str(tiny_pipeline), chunk=2)
@@ -155,7 +155,7 @@ def test_a_caption_is_encoded_once(encoded: Encoded) -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_remembered_states_are_those_of_a_plain_encoding(encoded: Encoded, dtype: str | None) -> None:
+def test_cached_states_are_those_of_a_plain_encoding(encoded: Encoded, dtype: str | None) -> None:
     """Bit-equal where a row of a matrix product does not depend on how many there are, as on the CPUs tried; else nearly so."""
     (codec, _), (plain, sizes) = encoded(dtype=dtype), encoded(dtype=dtype, text_cache=0)
     codec.text(["rocket", "sun"])["states"]
@@ -167,7 +167,7 @@ def test_remembered_states_are_those_of_a_plain_encoding(encoded: Encoded, dtype
     assert sizes == [4, 4]
 
 
-def test_text_states_are_bounded_and_the_longest_unused_go_first(
+def test_text_cache_is_bounded_and_drops_the_oldest(
     encoded: Encoded,
 ) -> None:
     codec, _ = encoded(text_cache=2.5 * 16 * 16 * 4 / 1e6)  # two captions
@@ -215,7 +215,7 @@ def test_decoding_undoes_the_scaling(codec: LatentCodec, vae: AutoencoderKL) -> 
     assert torch.equal(codec.decode(z0), ((x.clamp(-1, 1) + 1) * 127.5).round().byte())
 
 
-def test_wild_latents_decode_to_the_full_range_of_bytes(codec: LatentCodec) -> None:
+def test_wild_latents_decode_to_all_bytes(codec: LatentCodec) -> None:
     x = codec.decode(1000 * torch.randn(2, 4, 8, 8, generator=generator("cpu", 0)))
     assert (x.dtype, x.shape) == (torch.uint8, (2, 3, 32, 32))
     assert (x.min(), x.max()) == (0, 255)
@@ -238,10 +238,12 @@ def test_the_networks_are_frozen(codec: LatentCodec) -> None:
     assert not codec.text.encoders[0].training
 
 
-def test_the_cache_tells_samples_of_one_name_apart(tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_cache_tells_samples_of_one_name_apart(tiny_pipeline: Path, tmp_path: Path) -> None:
     colours = ("red", "green", "blue")
     pictures = [{"__key__": key, "png": png(colour=colour), "txt": colour} for key, colour in zip("aba", colours, strict=True)]
-    samples = [Decode(32)(sample, random.Random(0)) for sample in Shard(write_shard(tmp_path / "a.tar", pictures))]
+    samples = [
+        Decode(32)(sample, random.Random(0)) for sample in samples_of(Source([write_shard(tmp_path / "a.tar", pictures)]))
+    ]
     codec = load_codec(str(tiny_pipeline), cache=True)
     first, _, last = (codec.posterior(sample["x"][None], [sample["key"]]) for sample in samples)
     assert not torch.equal(first, last)

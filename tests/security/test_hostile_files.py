@@ -21,8 +21,10 @@ from safetensors.torch import save_file
 from lcm.app.cli import build
 from lcm.core.errors import UserError
 from lcm.data.datamodule import ShardDataModule
+from lcm.data.source import Source
+from lcm.data.tar import Memory, headers
 from lcm.evaluate.inception import check
-from lcm.manifest import write
+from lcm.index import write_manifests
 from lcm.models.pipeline import load_codec, load_network
 from lcm.runtime.resume import resume_path
 from tests.data.conftest import keys, pairs, png, stream, take, write_shard
@@ -61,8 +63,9 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("indexed", [False, True], ids=["alone", "by an index"])
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    ("part", "indexed"), [*((part, False) for part in PARTS), ("unet", True), ("vae", True), ("text_encoder_3", True)]
+)
 def test_a_pipeline_folder_with_pickled_weights_is_refused(
     part: str, indexed: bool, request: pytest.FixtureRequest, tmp_path: Path, marker: Path
 ) -> None:
@@ -143,8 +146,22 @@ def test_no_member_is_written_anywhere(tmp_path: Path, caplog: pytest.LogCapture
     assert inside == {str(folder / "absolute").lstrip("/"), "sound/a", "sound/b"}
     for name in ("../../up", "sound/../../../around"):
         assert f"leaving out sample {name} of {shard}: name" in caplog.text
-    assert write(folder, [Path(shard)]) == []
+    assert write_manifests([(Source([shard]), 0)]) == []
     assert {file for file in tmp_path.rglob("*") if file.is_file()} == {Path(shard), folder / "manifest.json"}
+
+
+@pytest.mark.parametrize("size", [b"-0000002000\0", b"-0000000001\0", b"\x80" + b"\xff" * 11, b"\xff" * 12], ids=repr)
+def test_impossible_sizes_are_damage(size: bytes, tmp_path: Path) -> None:
+    """A negative size would lead the scan back, and a huge one beyond any file."""
+    shard = Path(write_shard(tmp_path / "a.tar", pairs(0, 3)))
+    content = bytearray(shard.read_bytes())
+    with tarfile.open(shard) as tar:
+        start = tar.getmember("0-01.png").offset
+    content[start + 124 : start + 136] = size
+    content[start + 148 : start + 156] = b" " * 8
+    content[start + 148 : start + 156] = b"%06o\0 " % sum(content[start : start + 512])
+    found = [member.name for member in headers(Memory(bytes(content)))]
+    assert found == ["0-00.png", "0-00.txt", "0-01.txt", "0-02.png", "0-02.txt"]
 
 
 def bomb(side: int) -> bytes:
