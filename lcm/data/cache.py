@@ -143,7 +143,7 @@ class Arrival:
             raise self.failure
         if self.path.exists() or (self.thread is not None and self.thread.is_alive()):
             return
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, NotADirectoryError):
             if self.failed.stat().st_mtime >= self.cache.started:  # by another process of this training
                 raise OSError(self.failed.read_text())
         try:
