@@ -172,6 +172,6 @@ def test_scan_writes_indexes_that_a_training_finds(
     out = capsys.readouterr().out
     assert f"(4 shards, {sum(SIZES) - SIZES[1] + 3} usable samples)" in out
     assert "1 left out: no_caption (it has no text under the names of data.captions)" in out
-    monkeypatch.setattr(Source, "_open", None)  # whoever opens a shard now, fails
+    monkeypatch.setattr(Source, "_open", lambda *_: pytest.fail("opened"))
     source = Source([str(shard) for shard in shards], index=str(tmp_path / "index"))
     assert [source.notes(shard).samples for shard in range(4)] == [SIZES[0], 3, *SIZES[2:]]

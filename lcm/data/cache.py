@@ -143,7 +143,7 @@ class Arrival:
             raise self.failure
         if self.path.exists() or (self.thread is not None and self.thread.is_alive()):
             return
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, NotADirectoryError):
             if self.failed.stat().st_mtime >= self.cache.started:  # by another process of this training
                 raise OSError(self.failed.read_text())
         try:
@@ -168,9 +168,8 @@ class Arrival:
 
     def _download(self) -> None:
         """Write the file piece by piece. A failed piece is requested again, after a growing pause."""
-        attempt = 1
+        attempt, reached = 1, 0
         while True:
-            part: bytes | None = None
             try:
                 with self.partial.open("wb" if scheme_of(self.url) == "pipe" else "ab") as file:
                     for part in parts(self.url, file.tell(), self.cache.timeout):
@@ -185,8 +184,9 @@ class Arrival:
             except Exception as error:  # a file system's client raises errors of many kinds
                 if failure := os_error(error, NO_HANDLES):
                     raise OSError(failure.errno, failure.strerror) from error
-                if part is not None and not isinstance(error, Differs):
-                    attempt = 1  # some of it came: attempts are counted in a row
+                with suppress(FileNotFoundError):
+                    if (size := self.partial.stat().st_size) > reached:
+                        attempt, reached = 1, size  # more of it came than before: attempts are counted in a row
                 message = f"{redacted(self.url)}: {type(error).__name__}: {str(error).replace(self.url, redacted(self.url))}"
                 if attempt == self.cache.attempts or isinstance(error, ImportError | TooLarge):
                     self.partial.unlink(missing_ok=True)

@@ -74,7 +74,7 @@ def test_thread_and_broken_picture_have_an_aspect() -> None:
 
 def test_nearest_shape_crops_least() -> None:
     """To the byte's precision: no other shape would keep 3 % more of the picture."""
-    shapes, rng = shapes_of(4, 512), random.Random(0)
+    shapes, rng = tuple(shapes_of(4, 512)), random.Random(0)
 
     def kept(shape: tuple[int, int], ratio: float) -> float:
         mine = shape[1] / shape[0]

@@ -163,7 +163,7 @@ def test_sources_of_one_process_scan_a_shard_once(tmp_path: Path) -> None:
 
     shards = [shard_index(tmp_path, shard, judge) for _ in range(3)]
     for one in shards:
-        one.wait(1)
+        one.ensure()
     shards[0].close()
     assert [one.notes().samples for one in shards] == [40] * 3
     assert len(judged) == 40

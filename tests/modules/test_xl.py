@@ -162,7 +162,7 @@ def test_latent_shards_equal_image_shards(codec: LatentCodec, tmp_path: Path, te
     with torch.inference_mode():
         encoder, decode = Encoder(codec, 0, False, text), Variants(Decode(32), 1, False)
         source = Source([f"{tmp_path}/0.tar"])
-        stream = PassStream(source, decode=decode, collate=gathered, batch_size=3, by_shard=True)
+        stream = PassStream(source, decode=decode, collate=gathered, batch_size=64, by_shard=True)
         encode_shards(source, [tmp_path / "latents/0.tar"], stream, encoder, images)
     shard = f"{tmp_path}/latents/0.tar"
     latents = ShardDataModule(shard, codec=codec, resolution=32, num_workers=0, batch_size=3, shuffle=0, latents=True)
