@@ -24,7 +24,7 @@ from lcm.data.cache import POLL
 from lcm.data.manifest import Expected
 from lcm.data.sample_fields import CAPTIONS, Skip, captions_of, metadata
 from lcm.data.tar import FOREIGN, MAX_BYTES, Bytes, Links, Member, Sample, advice, samples, why_empty
-from lcm.runtime.atomic_io import FULL, locked, os_error, whole_file
+from lcm.runtime.atomic_io import FULL, os_error, whole_file
 
 log = logging.getLogger(__name__)
 RECORD = np.dtype([("start", "<u8"), ("size", "<u4"), ("aspect", "u1"), ("repeated", "u1")])
@@ -203,31 +203,24 @@ class ShardIndex:
         with cache.starting:
             if self.failure is not None:
                 raise self.failure
-            writer = writers.get(self.path)  # another source of this process may have the shard, too
-            if writer is not None and writer.thread is not None and writer.thread.is_alive():
-                writer.asked = max(writer.asked, self.asked)
-                return
             if self.path.exists():
                 return
             self.lock.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                lock = locked(self.lock)
-            except BlockingIOError:
-                return
-            self.thread, writers[self.path] = threading.Thread(target=self._scan, args=(lock,), daemon=True, name="index"), self
-            self.thread.start()
+            if cache.start_writer(self.lock, self._scan):
+                writers[self.lock] = self
+            elif writer := writers.get(self.lock):  # another source of this process scans the shard
+                writer.asked = max(writer.asked, self.asked)
 
-    def _scan(self, lock: Any) -> None:
-        with lock:
-            try:
-                if not self.path.exists():
-                    self._write()
-            except Exception as error:
-                self.failure = error
-                if full := os_error(error, FULL):
-                    self.failure = UserError(
-                        f"{self.part.parent} cannot hold the shards' indexes ({full.strerror}): make room, or set data.index"
-                    )
+    def _scan(self) -> None:
+        try:
+            if not self.path.exists():
+                self._write()
+        except Exception as error:
+            self.failure = error
+            if full := os_error(error, FULL):
+                self.failure = UserError(
+                    f"{self.part.parent} cannot hold the shards' indexes ({full.strerror}): make room, or set data.index"
+                )
 
     def _write(self) -> None:
         self.part.unlink(missing_ok=True)
@@ -305,7 +298,7 @@ class Named:
 
 
 named = Named()
-writers: WeakValueDictionary[Path, ShardIndex] = WeakValueDictionary()  # of this process: a file's lock does not part threads
+writers: WeakValueDictionary[Path, ShardIndex] = WeakValueDictionary()  # of this process
 left_out_now: Counter[str] = Counter()  # samples left out of the shards that this process scanned, until a batch reports them
 
 
