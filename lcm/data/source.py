@@ -124,11 +124,16 @@ class Source:
         return int(self.retried(shard, lambda: self._index(shard)[sample])["aspect"])
 
     def weight(self, shard: int) -> float:
-        """Return the bytes of a local shard, 1 for a remote one."""
-        url = self.urls[shard]
+        """Return the bytes of a shard, or 1 where some shards are remote, of unknown size."""
+        if self.any_remote:
+            return 1.0
         with contextlib.suppress(OSError):
-            return 1.0 if is_remote(url) else float(max(os.path.getsize(local(url)), 1))
+            return float(max(os.path.getsize(local(self.urls[shard])), 1))
         return 1.0
+
+    @cached_property
+    def any_remote(self) -> bool:
+        return any(map(is_remote, self.urls))
 
     def prefetch(self, shard: int) -> None:
         """Begin to fetch and to scan a shard that will be needed soon."""

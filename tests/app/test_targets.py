@@ -15,44 +15,30 @@ from lcm.core.errors import UserError
 from lcm.export import trained
 from lcm.runtime.checkpoint_io import AtomicCheckpointIO
 
-REFUSED = [
-    "lcm.core.process.VP.at",
-    "lcm.models.text_to_image.TextToImage.load",
-    "os.system",
-    "builtins.eval",
-    "builtins.print",
-    "subprocess.Popen",
-    "torch.load",
-    "torch.hub.load",
-    "torch.os.system",
-    "torch.nn.modules.module.torch.load",
-    "torch.optim.optimizer.functools.partial",
-    "torch.optim.Optimizer.step",
-    "torch.utils.cpp_extension.load",
-    "lcm.runtime.run_dir.os.system",
-    "lcm.core.ema.torch.load",
-    "lcm.data.cache.output_of",
-    "lcm.data.cache.subprocess.run",
-    "lcm.models.saving.save_pipeline",
-    "lcm.models.saving.shutil.rmtree",
-    "lcm.app.sweep_table.hide_secrets",
-    "diffusers.DiffusionPipeline.from_pretrained",
-    "diffusers.UNet2DConditionModel.from_pretrained",
-    "diffusers.DiffusionPipeline",
-    "transformers.AutoModel.from_pretrained",
-    "lightning.pytorch.cli.LightningCLI",
-    "lightning.pytorch.Trainer",
-    "lightning.pytorch.callbacks.Checkpoint.__init__",
-    "hydra.utils.instantiate",
-    "hydra.utils.get_method",
-    "lightning",
-    "nowhere.at.all",
-    "lcm.core.nothing",
-    "lcm_core.x",
-    "",
-    None,
-    7,
-]
+REFUSED = {
+    "other packages": ["os.system", "builtins.eval", "subprocess.Popen", "transformers.AutoModel.from_pretrained"],
+    "hydra": ["hydra.utils.instantiate", "hydra.utils.get_method"],
+    "functions of allowed packages": ["torch.load", "torch.hub.load", "torch.utils.cpp_extension.load"],
+    "modules seen through others": [
+        *("torch.os.system", "torch.nn.modules.module.torch.load", "torch.optim.optimizer.functools.partial"),
+        *("lcm.runtime.run_dir.os.system", "lcm.core.ema.torch.load", "lcm.models.saving.shutil.rmtree"),
+    ],
+    "own functions": [
+        "lcm.data.cache.output_of",
+        "lcm.models.saving.save_pipeline",
+        "lcm.app.sweep_table.hide_secrets",
+    ],
+    "methods": [
+        *("lcm.core.process.VP.at", "lcm.models.text_to_image.TextToImage.load", "torch.optim.Optimizer.step"),
+        *("diffusers.UNet2DConditionModel.from_pretrained", "lightning.pytorch.callbacks.Checkpoint.__init__"),
+    ],
+    "classes": [
+        "diffusers.DiffusionPipeline",
+        "lightning.pytorch.cli.LightningCLI",
+        "lightning.pytorch.Trainer",
+    ],
+    "nothing there": ["lightning", "nowhere.at.all", "lcm.core.nothing", "lcm_core.x", "", None, 7],
+}
 ALLOWED = [
     "torch.optim.SGD",
     "torch.optim.lr_scheduler.CosineAnnealingLR",
@@ -160,12 +146,14 @@ def test_foreign_run_builds_nothing(tmp_path: Path) -> None:
     (run / "checkpoints").mkdir(parents=True)
     AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "global_step": 0}, run / "checkpoints/last.ckpt")
     trap = {
-        "_target_": "lcm.data.cache.subprocess.run",
-        "args": ["touch", str(tmp_path / "ran")],
+        "_target_": "lcm.data.cache.output_of",
+        "command": f"touch {tmp_path / 'ran'}",
+        "file": str(tmp_path / "out"),
+        "timeout": 9,
     }
     for model in ({**trap}, {"_target_": "torch.nn.SiLU", "inner": trap}, {"_target_": "torch.nn.SiLU", "x": "${evil}"}):
         OmegaConf.save({"model": model, "evil": trap, "trainer": {"max_steps": 1}}, run / "config.yaml")
-        with pytest.raises(UserError, match=r"lcm\.data\.cache\.subprocess\.run is not allowed"):
+        with pytest.raises(UserError, match=r"lcm\.data\.cache\.output_of is not allowed"):
             trained(run, "last")
     assert not (tmp_path / "ran").exists()
 

@@ -137,7 +137,7 @@ def test_check_reads_no_pictures_and_one_shard(tmp_path: Path, monkeypatch: pyte
     [
         ("source.LocalFile", errno.EMFILE),
         ("source.LocalFile", errno.ESTALE),
-        ("index.locked", errno.EMFILE),
+        ("cache.locked", errno.EMFILE),
         ("index.open", errno.ENOMEM),
     ],
 )

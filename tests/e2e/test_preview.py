@@ -12,7 +12,7 @@ def test_preview_prints_counts_and_writes_a_grid(run, shards, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "left out: caption_long" in done.stdout
     assert "filter:   max_unsafe leaves out nothing" in done.stdout
-    assert "bucket:   (32, 32) with" in done.stdout
+    assert "bucket:   32 x 32 with" in done.stdout
     assert "samples/s with 1 workers" in done.stdout
     with Image.open(tmp_path / "outputs/preview/grid.png") as grid:
         assert grid.height > 2 * 128
