@@ -173,7 +173,7 @@ def rate(*, folder: str, samples: int, size: int, resolution: int, workers: list
                     for number in range(shards):
                         data.train_sources[0].notes(number)
             peer = peers.image_loader(str(shard), size=resolution, batch_size=64, workers=count)
-            row["webdataset, samples/s"], row["webdataset, CPU ms"] = measured(peer, 1, seconds)
+            row["webdataset, samples/s"], _ = measured(peer, 1, seconds)
             rows.append(row)
             print(row, flush=True)
     note = (

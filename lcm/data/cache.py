@@ -27,7 +27,7 @@ from lcm.runtime.redaction import redacted
 
 log = logging.getLogger(__name__)
 FIRST_PART, LARGEST_PART = 2**18, 2**22  # bytes of a request: the first samples arrive soon, later ones at full rate
-AHEAD = 2**22  # bytes of a file that arrive before they are asked for; then a part a second arrives
+AHEAD = 2**21  # bytes of a file that arrive before they are asked for; then a part a second arrives
 POLL = 0.005  # seconds between two looks at a file that another thread or process writes
 starting = threading.Lock()  # held while a thread is started
 writing: set[Path] = set()  # lock files that threads of this process hold: a POSIX lock does not exclude its own process

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,6 +94,7 @@ def init_worker(worker: int) -> None:
     """Decoding scales over workers, not over threads within one."""
     signals.leave_to_parent()
     torch.set_num_threads(1)
+    sys.setswitchinterval(5e-4)  # so that a scan in a thread does not hold up decoding
     random.seed(worker)
 
 
