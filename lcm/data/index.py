@@ -185,7 +185,7 @@ class ShardIndex:
 
     def __getitem__(self, number: int) -> Any:
         """Return record `number`. Raises IndexError if the shard has fewer usable samples, and what `wait` raises."""
-        if number >= self.wait(number + 1)[0]:
+        if number >= self.arrived and number >= self.wait(number + 1)[0]:
             raise IndexError(number)
         if self.records is not None:
             return self.records[number]

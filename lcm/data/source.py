@@ -169,11 +169,10 @@ class Source:
                 return self._read(shard, number)
 
     def _read(self, shard: int, number: int) -> Sample:
-        changed = Skip("missing", f"sample {number} of {self.title(shard)}, which was changed since it was indexed")
         try:
             record = self.retried(shard, lambda: self._index(shard)[number])
         except IndexError:
-            raise changed from None
+            raise self._changed(shard, number) from None
         start, size = int(record["start"]), int(record["size"])
         file, links = self.retried(shard, lambda: self._file(shard))
         content = file.read(start, size)
@@ -188,7 +187,10 @@ class Source:
                 elif target := links.target(member):
                     sample[extension] = file.read(target.data, target.size)
             return sample
-        raise changed
+        raise self._changed(shard, number)
+
+    def _changed(self, shard: int, number: int) -> Skip:
+        return Skip("missing", f"sample {number} of {self.title(shard)}, which was changed since it was indexed")
 
     def _index(self, shard: int) -> ShardIndex:
         if shard not in self.indexes:
