@@ -212,6 +212,9 @@ def check_part(before: DictConfig, key: str, text: str | None, value: Any, group
             f"{key}={text}: {key} is a part, which a slash swaps, {'' if key in chosen else '+'}{group}=<name>, by one of "
             f"{', '.join(options)}; a dot sets a key in it, {key}.<key>=..."
         )
+    name = key.rpartition(".")[2]
+    if groups.options(name):
+        raise UserError(f"{key}={text}: {key} holds parts, which their group sets: {name}@{key}={text}")
     raise UserError(f"{key}={text}: {key} holds several keys, set one of them, {key}.<key>=...")
 
 

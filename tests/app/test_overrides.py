@@ -130,6 +130,7 @@ REFUSED = [
     ("train", ["callbacks=default", "callbacks.samples.steps=[1,2]"], "callbacks.samples is not chosen: choose it, callbacks="),
     ("train", ["callbacks=default", "callbacks.samples.every_n_steps=5"], "choose it, callbacks="),
     ("train", ["callbacks.evaluation.samples=9"], "choose it, callbacks=evaluation"),
+    ("train", ["callbacks=evaluation", "callbacks.evaluation.metrics=[fid]"], "metrics@callbacks.evaluation.metrics=[fid]"),
     ("train", ["callbacks=evaluation", "callbacks.evaluation.batch_size=1"], "a plus, +callbacks.evaluation.batch_size=1"),
     ("train", ["logger.wandb.project=x"], "choose it, logger=wandb"),
     ("train", ["experiment=teacher_mini", "model.w_min=2"], "model.w_min is no key of model=diffusion"),
