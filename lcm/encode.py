@@ -75,7 +75,7 @@ def claim(folder: Path, made_with: dict[str, Any], rank: int) -> None:
 @torch.inference_mode()
 @workers_watched()
 def main(cfg: DictConfig) -> None:
-    """Encode what is not encoded yet; stopped at any moment, the same command goes on."""
+    """Encode the shards that are not encoded yet. A stopped encoding is resumed by the same command."""
     folder, device = output_folder(cfg.out, "out"), pick_device(cfg.device, cfg.local_rank)
     data: ShardDataModule = build(cfg.data)
     if data.codec is None:

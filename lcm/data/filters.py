@@ -1,4 +1,4 @@
-"""Which samples are trained on, by their metadata: img2dataset's .json members of LAION's, COYO's or CC12M's kind."""
+"""Filters by metadata: the .json members that img2dataset writes for LAION, COYO and CC12M."""
 
 import hashlib
 import inspect
@@ -11,16 +11,16 @@ from lcm.core.errors import UserError
 from lcm.runtime.atomic_io import digest, lines_of
 
 Fields = Mapping[str, Any]
-READING = 2  # raised when a rule reads other fields than before: what was counted with it is counted again
+READING = 2  # raised when a rule reads other fields than before, so that shards are scanned again
 
 
 def lowered(meta: Mapping[str, Any]) -> Fields:
-    """The metadata under lower-case names: LAION's tables spell one field `aesthetic`, another `AESTHETIC_SCORE`."""
+    """Return the metadata under lower-case names: LAION's tables spell one field `aesthetic`, another `AESTHETIC_SCORE`."""
     return {str(name).lower(): value for name, value in meta.items()}
 
 
 def number(fields: Fields, *names: str) -> float | None:
-    """The first finite number under these names, also one stored as text; null and NaN count as missing, 0.0 does not."""
+    """Return the first finite number under these names, also one stored as text. Null and NaN count as missing."""
     for name in names:
         try:
             value = float(fields.get(name))  # type: ignore[arg-type]  # None and lists raise, as they shall
@@ -32,8 +32,10 @@ def number(fields: Fields, *names: str) -> float | None:
 
 
 def sides(fields: Fields) -> tuple[float, float] | None:
-    """(shorter, longer) side in pixels of the picture as published: published limits are about it, and only it tells of a
-    picture that img2dataset blew up, padded or cropped to a square. Without it, those of the stored copy."""
+    """Return the (shorter, longer) side in pixels of the published picture, else of the stored copy.
+
+    img2dataset may have enlarged, padded or cropped the copy.
+    """
     for prefix in ("original_", ""):
         width, height = number(fields, f"{prefix}width"), number(fields, f"{prefix}height")
         if width is not None and height is not None and min(width, height) > 0:
@@ -58,13 +60,13 @@ def score(*names: str) -> Callable[[str | None, Fields], float | None]:
 
 
 def unsafe(_: str | None, fields: Fields) -> float | None:
-    """A classifier's probability; without one, what LAION's textual NSFW column stands for."""
+    """Return a classifier's probability, else the number for LAION's textual NSFW column."""
     found = number(fields, "punsafe", "nsfw_score_opennsfw2")
     return NSFW.get(str(fields.get("nsfw")).strip().upper()) if found is None else found
 
 
 def identities(_: str | None, fields: Fields) -> frozenset[str] | None:
-    """What a removal list may call the sample: its `hash`, `sha256`, `md5`, its `url`, or the url's sha256."""
+    """Return the names by which a removal list can mean the sample: its `hash`, `sha256`, `md5`, its `url`, or the url's sha256."""
     digests = (fields.get(name) for name in ("hash", "sha256", "md5"))
     found = {str(digest).lower() for digest in digests if isinstance(digest, str | int) and digest != ""}
     if isinstance(url := fields.get("url"), str) and url:
@@ -147,12 +149,12 @@ class Filters:
         return None
 
     def blind(self, samples: Iterable[tuple[str | None, Mapping[str, Any]]]) -> list[str]:
-        """The active rules for which none of these (caption, metadata) has anything to go by."""
+        """Return the active rules whose value is missing in all of these (caption, metadata)."""
         seen = [(caption, lowered(meta)) for caption, meta in samples]
         return [option for option in self.limits if seen and all(RULES[option].value(*sample) is None for sample in seen)]
 
     def signature(self) -> str:
-        """16 hex digits that change with the rules in force, also with what the removal list says: the key of an index."""
+        """Return 16 hex digits that change with the active rules and the removal list. They are part of an index's key."""
         limits = {option: sorted(limit) if isinstance(limit, frozenset) else limit for option, limit in self.limits.items()}
         return digest([READING, self.missing, limits])
 

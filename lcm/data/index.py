@@ -38,7 +38,7 @@ Judge = Callable[[str | None, Mapping[str, Any]], str | None]
 class Rules(NamedTuple):
     """The rules by which the samples of a shard are chosen.
 
-    needs: extensions of which a sample must have one. captions: see `captions_of`. judge: `(caption, metadata) -> reason or
+    needs: a sample must have one of these extensions. captions: see `captions_of`. judge: `(caption, metadata) -> reason or
     None`, asked for every caption that may be drawn. aspect: `picture's first bytes -> byte`, for aspect-ratio buckets.
     """
 

@@ -32,7 +32,7 @@ STAMP = "latents.json"
 class DecodeLatents:
     """`sample -> {"moments": float16 [2C, h, w], "caption", "key"}`: mean and standard deviation of q(z|x), unscaled.
 
-    A member `latent.npy` is `[V, 2C, h, w]`: V crops or mirrored copies, of which one is drawn. A member `sample.npy`
+    A member `latent.npy` is `[V, 2C, h, w]`: V crops or mirrored copies. One of them is drawn. A member `sample.npy`
     `[V, C, h, w]` is a draw of each posterior: the mean of one without width. With a member `text.npy` there is "states", the
     float16 `[L, D]` text states of the .txt member, whether that is dropped or not, and with `pooled.npy` "pooled" `[P]`.
     A member `sizes.npy` `[V, 4]` gives its "original_sizes" and "crops", see `collate` of pictures.
@@ -88,7 +88,7 @@ def collate_latents(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def stamp(codec: LatentCodec, resolution: int, *, drawn: bool = False, text: bool = False) -> dict[str, Any]:
-    """What latents depend on: another VAE, size or convention makes others. drawn, text: what `lcm.encode` stores."""
+    """Return the settings that latents depend on. drawn, text: the options of `lcm.encode`."""
     found = {"vae": weights_hash(codec.vae), "resolution": resolution, "content": CONTENT[DRAWN if drawn else POSTERIOR]}
     if not text:
         return found
@@ -132,5 +132,5 @@ def check_stamp(urls: Sequence[str], codec: LatentCodec, resolution: int, captio
 
 
 def short(value: Any) -> str:
-    """Hashes, one a text encoder, by their first digits."""
+    """Shorten sha256 digests in error messages."""
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", str(value))

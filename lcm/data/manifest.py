@@ -19,7 +19,7 @@ TIMEOUT = 60.0  # seconds
 
 
 class Expected(NamedTuple):
-    """Of one shard; None where nothing is said. samples: those that a reader leaves out, too."""
+    """The record of one shard. None: unknown. samples: with the ones that a reader leaves out."""
 
     samples: int | None = None
     bytes: int | None = None
@@ -34,7 +34,7 @@ class Expected(NamedTuple):
 
 
 class Manifests:
-    """`manifests[url]`: what is said of that shard. A folder's manifest is read once."""
+    """`manifests[url]` is the record of a shard. A folder's manifest is read once."""
 
     def __init__(self) -> None:
         self.columns: dict[str, dict[str, dict[str, Any]]] = {}

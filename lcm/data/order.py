@@ -137,7 +137,7 @@ class Lane:
         return number - (number - first) % size, size
 
     def _shuffled_block(self, shard: int, first: int, size: int) -> list[int]:
-        """Return the shuffled samples of a block, of which the first in the shard is number `first`."""
+        """Return the shuffled samples of the block that begins at sample `first` of the shard."""
         place = self.first + first, size
         if self.block[0] != place:
             numbers = list(range(first, first + size))
@@ -221,7 +221,7 @@ class Order:
 
 
 class BucketOrder:
-    """An order of which each global batch has one shape.
+    """An order whose global batches have one shape each.
 
     The samples of `WINDOW` global batches are sorted by aspect ratio and cut into batches, which are shuffled. A batch has the
     shape nearest to its middle sample. Every sample comes once. All ranks learn the aspect ratios of all lanes.

@@ -25,7 +25,7 @@ REASONS = {
     "name": "its name has .. in it",
     "apart": "its members do not follow each other",
     "link": "it is a link to a file that is not in its shard",
-    "duplicate": "its name stands for several images or captions, of which none tells what belongs together",
+    "duplicate": "its name stands for several images or captions, and nothing tells which belong together",
     "bytes": "it has more bytes than any image",
     "no_image": "it has no image",
     "image": "its image cannot be decoded",
@@ -117,9 +117,8 @@ def caption_of(sample: Sample, captions: Mapping[str, float] | None = None) -> s
 class CaptionChoice:
     """`(sample, rng) -> caption`: "" with probability `dropout`, else one of the sample's captions.
 
-    weights: members or .json fields that hold a caption, each with the weight of its being chosen among those that the sample
-    has; None: the first of `CAPTIONS` that says something. Of a list of texts one is drawn. Raises `Skip` for a sample without
-    a caption, dropped or not.
+    weights: members or .json fields that hold a caption. One that the sample has is drawn by weight. None: the first of `CAPTIONS`
+    with a text. One text of a list is drawn. Raises `Skip` for a sample without a caption, dropped or not.
     """
 
     def __init__(self, dropout: float = 0.0, weights: Mapping[str, float] | None = None) -> None:

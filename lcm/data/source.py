@@ -36,9 +36,9 @@ PAUSES = (0.1, 0.5, 2.0)  # seconds before a shard is opened again that the syst
 
 
 class Source:
-    """A list of shards, of which nothing is opened or counted before it is needed.
+    """A list of shards. None is opened or counted before it is needed.
 
-    urls: paths or URLs of tars. needs: extensions of which every sample must have one. captions: see `captions_of`; the filters
+    urls: paths or URLs of tars. needs: every sample must have one of these extensions. captions: see `captions_of`; the filters
     judge these captions. aspect: `picture's first bytes -> byte`, stored for each sample. index: the folder of the shards'
     indexes; None, or a folder that cannot be written: a temporary one. option: the configuration's key that names the shards.
     """
@@ -104,7 +104,7 @@ class Source:
         """Return the shard's URL for messages, without secrets."""
         return redacted(self.urls[shard])
 
-    # What an order asks for
+    # Called by an order
 
     def usable(self, shard: int, count: int) -> tuple[int, bool]:
         """Wait until the shard is known to hold `count` usable samples. Return how many are known, and whether that is all.

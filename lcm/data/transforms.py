@@ -1,4 +1,4 @@
-"""From the bytes of a shard's sample to an RGB tensor of the size that is trained on, and a caption."""
+"""Decode a sample: an RGB tensor of the training's size, and a caption."""
 
 import io
 import random
@@ -57,7 +57,7 @@ def ended(content: bytes) -> bytes:
     """Return a JPEG with its end marker. Raises OSError for one that lacks it and is cut.
 
     A scan that ends where the file does is whole: bytes that follow change no pixel, and none of its last bytes can be spared.
-    A cut one goes on in these bytes, after a restart marker if it stops at one.
+    The scan of a cut JPEG continues into the appended bytes, after a restart marker if it stops at one.
     """
     if content.endswith(END) or content.rfind(END) > (scan := content.rfind(SCAN)):
         return content

@@ -1,4 +1,4 @@
-"""A loader's workers: what they may touch, and what a user sees when one dies or hangs."""
+"""The worker processes of a loader, and the message when one dies or hangs."""
 
 import errno
 import multiprocessing
@@ -25,10 +25,10 @@ SHARED_MEMORY = (
 
 
 class Loader(DataLoader):
-    """Ready batches of a stream, for one of which it waits no longer than `patience` seconds; raises UserError.
+    """A DataLoader that waits no longer than `patience` seconds for a batch. Raises UserError.
 
-    The DataLoader's own timeout does not cover it all: a worker that stops with a batch half handed over blocks its reader for
-    ever. So does one in its shutdown: those left are killed.
+    The DataLoader's own timeout is not enough. A worker that stops while it hands over a batch blocks the reader for ever, and so
+    does one that hangs in the shutdown. Such workers are killed.
     """
 
     def __init__(self, stream: IterableDataset, *, num_workers: int, patience: float, pin_memory: bool = False) -> None:
@@ -76,9 +76,9 @@ def share(batch: Any) -> Any:
 
 
 def kill(workers: list[Any]) -> None:
-    """SIGKILL, since one that is stopped does not hear SIGTERM; all are gone afterwards.
+    """Kill workers with SIGKILL, which also ends stopped ones, and wait until they are gone.
 
-    torch tells of a worker's end by an error wherever the program is just then. Here it is no news, and would leave the others.
+    torch's SIGCHLD handler is muted: it would raise at the first dead worker and leave the others running.
     """
     before = signal.signal(signal.SIGCHLD, lambda *_: None)
     try:
@@ -117,7 +117,7 @@ def alarm(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def workers_watched() -> Iterator[None]:
-    """Turns a worker's death, of which torch tells wherever the training is just then, into a UserError."""
+    """Turn the RuntimeError that torch raises for a dead worker, at any place of the training, into a UserError."""
     try:
         yield
     except RuntimeError as error:
