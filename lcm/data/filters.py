@@ -66,7 +66,7 @@ def unsafe(_: str | None, fields: Fields) -> float | None:
 
 
 def identities(_: str | None, fields: Fields) -> frozenset[str] | None:
-    """Return the names by which a removal list can mean the sample: its `hash`, `sha256`, `md5`, its `url`, or the url's sha256."""
+    """Return the names of the sample in a removal list: its `hash`, `sha256`, `md5`, `url`, or the url's sha256."""
     digests = (fields.get(name) for name in ("hash", "sha256", "md5"))
     found = {str(digest).lower() for digest in digests if isinstance(digest, str | int) and digest != ""}
     if isinstance(url := fields.get("url"), str) and url:

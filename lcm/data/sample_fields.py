@@ -117,8 +117,8 @@ def caption_of(sample: Sample, captions: Mapping[str, float] | None = None) -> s
 class CaptionChoice:
     """`(sample, rng) -> caption`: "" with probability `dropout`, else one of the sample's captions.
 
-    weights: members or .json fields that hold a caption. One that the sample has is drawn by weight. None: the first of `CAPTIONS`
-    with a text. One text of a list is drawn. Raises `Skip` for a sample without a caption, dropped or not.
+    weights: members or .json fields that hold a caption. One that the sample has is drawn by weight. None: the first of
+    `CAPTIONS` with a text. One text of a list is drawn. Raises `Skip` for a sample without a caption, dropped or not.
     """
 
     def __init__(self, dropout: float = 0.0, weights: Mapping[str, float] | None = None) -> None:

@@ -27,8 +27,8 @@ SHARED_MEMORY = (
 class Loader(DataLoader):
     """A DataLoader that waits no longer than `patience` seconds for a batch. Raises UserError.
 
-    The DataLoader's own timeout is not enough. A worker that stops while it hands over a batch blocks the reader for ever, and so
-    does one that hangs in the shutdown. Such workers are killed.
+    The DataLoader's own timeout is not enough. A worker that stops while it hands over a batch blocks the reader for ever.
+    So does a worker that hangs in the shutdown. Such workers are killed.
     """
 
     def __init__(self, stream: IterableDataset, *, num_workers: int, patience: float, pin_memory: bool = False) -> None:

@@ -153,7 +153,7 @@ def restarts() -> int:
 
 
 def command() -> dict[str, str]:
-    """Return two digests: of all overrides, and of the overrides that define the training. The overrides themselves may hold secrets."""
+    """Return two digests: of all overrides, and of the training's. Overrides may hold secrets."""
     whole = sorted(override for override in overrides() if not override.startswith("paths.run_id="))
     settings = [override for override in whole if re.match(r"[+~]*(name|seed|experiment|model|data)[./=@]", override)]
     return {"command": digest(whole), "settings": digest(settings)}
