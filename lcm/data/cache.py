@@ -27,7 +27,8 @@ from lcm.runtime.redaction import redacted
 
 log = logging.getLogger(__name__)
 FIRST_PART, LARGEST_PART = 2**18, 2**22  # bytes of a request: the first samples arrive soon, later ones at full rate
-AHEAD = 2**21  # bytes of a file that arrive before they are asked for; then a part a second arrives
+AHEAD = 2**21  # bytes of a file that arrive before they are asked for; then a part arrives each `PAUSE` seconds
+PAUSE = 1.0
 POLL = 0.005  # seconds between two looks at a file that another thread or process writes
 starting = threading.Lock()  # held while a thread is started
 writing: set[Path] = set()  # lock files that threads of this process hold: a POSIX lock does not exclude its own process
@@ -68,6 +69,32 @@ def start_writer(lock: Path, write: Callable[[], None]) -> threading.Thread | No
     return thread
 
 
+class Asked:
+    """The extent of a growing file that is asked for, by this process and by others of the node that wait for it."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.here, self.told = file, 0.0, 0.0
+        self.is_own = False  # whether this object's process writes the file
+
+    def add(self, extent: float) -> None:
+        self.here = max(self.here, extent)
+
+    def tell(self) -> None:
+        """Tell the process that writes the file. Called by a process that waits."""
+        if self.here > self.told and not self.is_own:
+            self.told = self.here
+            with suppress(OSError):
+                self.file.write_text(str(self.here))
+
+    def pause(self, extent: float, ahead: float, seconds: float) -> None:
+        """Sleep until a file of this extent is less than `ahead` before its readers, but no longer than `seconds`."""
+        until = time.monotonic() + seconds
+        while extent > self.here + ahead and time.monotonic() < until:
+            with suppress(OSError, ValueError):
+                self.add(float(self.file.read_text()))
+            time.sleep(POLL)
+
+
 class TooLarge(OSError):
     """A file does not end where it should."""
 
@@ -102,16 +129,17 @@ class GrowingFile:
             if self.whole or (size is not None and self.arrived >= size):
                 return
             self.arrival.ensure()
+            self.arrival.asked.tell()
             time.sleep(POLL)
 
     def read(self, start: int, size: int) -> bytes:
-        self.arrival.asked = max(self.arrival.asked, start + size)
+        self.arrival.asked.add(start + size)
         self._wait(start + size)
         assert self.file is not None
         return os.pread(self.file.fileno(), size, start)
 
     def size(self) -> int:
-        self.arrival.asked = math.inf
+        self.arrival.asked.add(math.inf)
         self._wait(None)
         return self.arrived
 
@@ -129,7 +157,7 @@ class Arrival:
         name = cache.folder / hashlib.sha256(url.encode()).hexdigest()[:32]
         self.path, self.partial = name.with_suffix(".tar"), name.with_suffix(".partial")
         self.lock, self.failed = name.with_suffix(".lock"), name.with_suffix(".failed")
-        self.asked: float = 0  # bytes that this process reads or waits for
+        self.asked = Asked(name.with_suffix(".asked"))  # in bytes
         self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
 
@@ -149,6 +177,7 @@ class Arrival:
         try:
             self.cache.folder.mkdir(parents=True, exist_ok=True)
             self.thread = start_writer(self.lock, self._fetch)
+            self.asked.is_own = self.asked.is_own or self.thread is not None
         except OSError as error:
             if error.errno in TRANSIENT:
                 raise
@@ -165,6 +194,8 @@ class Arrival:
             self.failure = error
             with suppress(OSError):
                 self.failed.write_text(str(error))
+        finally:
+            self.asked.file.unlink(missing_ok=True)
 
     def _download(self) -> None:
         """Write the file piece by piece. A failed piece is requested again, after a growing pause."""
@@ -176,7 +207,7 @@ class Arrival:
                         check_size(file.tell() + len(part), self.cache.max_gb * 1e9)
                         file.write(part)
                         file.flush()
-                        self._pause(file.tell())
+                        self.asked.pause(file.tell(), AHEAD, PAUSE)
                 if wrong := self.flaw(str(self.partial)):
                     self.partial.unlink()
                     raise Differs(wrong)
@@ -196,12 +227,6 @@ class Arrival:
                 attempt += 1
         self.cache.make_room(self.partial.stat().st_size)
         self.partial.rename(self.path)
-
-    def _pause(self, arrived: int) -> None:
-        """Leave the network to files that are waited for. Another process may wait for this one: pause no longer than 1 s."""
-        until = time.monotonic() + 1
-        while arrived > self.asked + AHEAD and time.monotonic() < until:
-            time.sleep(POLL)
 
 
 class ShardCache:

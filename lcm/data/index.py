@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -147,7 +146,7 @@ class ShardIndex:
         self.title, self.opener, self.rules, self.expected = title, opener, rules, expected
         self.records: np.ndarray | None = None  # memory-mapped once it is whole
         self.file: Any = None
-        self.arrived = self.asked = 0
+        self.arrived, self.asked = 0, cache.Asked(base.with_suffix(".asked"))  # in records
         self.failure: Exception | None = None
 
     @property
@@ -166,12 +165,13 @@ class ShardIndex:
 
         Raises OSError for a shard that cannot be had, UserError where the system fails whatever the shard.
         """
-        self.asked = max(self.asked, count)
+        self.asked.add(count)
         while not self.whole and self.arrived < count:
             self._look()
             if self.arrived >= count or self.whole:
                 break
             self.ensure()
+            self.asked.tell()
             time.sleep(POLL)
         return self.arrived, self.whole
 
@@ -207,9 +207,7 @@ class ShardIndex:
                 return
             self.lock.parent.mkdir(parents=True, exist_ok=True)
             if cache.start_writer(self.lock, self._scan):
-                writers[self.lock] = self
-            elif writer := writers.get(self.lock):  # another source of this process scans the shard
-                writer.asked = max(writer.asked, self.asked)
+                self.asked.is_own = True
 
     def _scan(self) -> None:
         try:
@@ -245,8 +243,7 @@ class ShardIndex:
                     part.write(np.array(pending, RECORD).tobytes())
                     part.flush()
                     pending = []
-                    if count > self.asked + AHEAD:  # leave the processor to shards that are waited for
-                        time.sleep(PAUSE)
+                    self.asked.pause(count, AHEAD, PAUSE)  # leave the processor to shards that are waited for
             part.write(np.array(pending, RECORD).tobytes())
             for name in lacking["no_image"].keys() & lacking["no_caption"].keys():  # parts of one sample, far from each other
                 for reason in lacking:
@@ -274,6 +271,7 @@ class ShardIndex:
         with whole_file(self.notes_file) as file:
             file.write(json.dumps({"samples": count, "left_out": left_out, "repeated": repeated}).encode())
         self.part.rename(self.path)
+        self.asked.file.unlink(missing_ok=True)
 
     def close(self) -> None:
         if self.file is not None:
@@ -298,7 +296,6 @@ class Named:
 
 
 named = Named()
-writers: WeakValueDictionary[Path, ShardIndex] = WeakValueDictionary()  # of this process
 left_out_now: Counter[str] = Counter()  # samples left out of the shards that this process scanned, until a batch reports them
 
 

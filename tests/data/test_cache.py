@@ -172,7 +172,7 @@ def fetched(cache: ShardCache, url: str) -> bytes:
 
 
 def leftovers(tmp_path: Path) -> list[Path]:
-    return [file for file in (tmp_path / "cache").iterdir() if file.suffix not in (".lock", ".failed")]
+    return [file for file in (tmp_path / "cache").iterdir() if file.suffix not in (".lock", ".failed", ".asked")]
 
 
 def counts(source: Source) -> list[int]:
