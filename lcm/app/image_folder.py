@@ -106,7 +106,7 @@ def numbered(folder: Path) -> list[Path]:
 
 
 def text_of(file: Path) -> dict[str, Any]:
-    """Return a PNG's text chunks without reading its pixels. Another file has none."""
+    """Return a PNG's text chunks without reading its pixels. Return an empty mapping for another file."""
     try:
         with Image.open(file) as image:
             return {str(name): value for name, value in image.info.items()}

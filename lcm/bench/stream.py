@@ -44,6 +44,14 @@ def write_crawl(path: Path, *, count: int, size: int) -> Path:
     return path
 
 
+def copies(shard: Path, folder: Path, count: int) -> Path:
+    """Make a folder with `count` links to one shard, and return it."""
+    folder.mkdir()
+    for number in range(count):
+        (folder / f"{number:06d}.tar").symlink_to(shard.resolve())
+    return folder
+
+
 def first_batch(urls: list[str], folder: Path, *, workers: int, resolution: int) -> float:
     """Return the seconds from the shards' names to the first batch, with default filters and without any index."""
     started = time.perf_counter()
@@ -127,10 +135,7 @@ def start(*, folder: str, samples: int, size: int, resolution: int, counts: list
     for count in counts:
         with TemporaryDirectory() as made, server(shard, latency) as (address, served):
             row: dict[str, Any] = {"shards": count}
-            links = Path(made, "shards")
-            links.mkdir()
-            for number in range(count):
-                (links / f"{number:06d}.tar").symlink_to(shard.resolve())
+            links = copies(shard, Path(made, "shards"), count)
             row["local, s"] = first_batch([f"{links}/*.tar"], Path(made, "local"), workers=workers, resolution=resolution)
             urls = [f"{address}/{{000000..{count - 1:06d}}}.tar"]
             row["http, s"] = first_batch(urls, Path(made, "http"), workers=workers, resolution=resolution)
@@ -151,10 +156,7 @@ def rate(*, folder: str, samples: int, size: int, resolution: int, workers: list
     shard = write_crawl(Path(folder, f"crawl-{samples}-{size}.tar"), count=samples, size=size)
     rows = []
     with TemporaryDirectory() as made:
-        links = Path(made, "shards")
-        links.mkdir()
-        for number in range(shards):
-            (links / f"{number:06d}.tar").symlink_to(shard.resolve())
+        links = copies(shard, Path(made, "shards"), shards)
         for count in workers:
             row: dict[str, Any] = {"workers": count}
             index = Path(made, f"index-{count}")
@@ -207,10 +209,7 @@ def memory(*, folder: str, samples: int, size: int, shards: int, reads: int) -> 
     shard = write_crawl(Path(folder, f"crawl-{samples}-{size}.tar"), count=samples, size=size)
     rows = []
     with TemporaryDirectory() as made:
-        links = Path(made, "shards")
-        links.mkdir()
-        for number in range(shards):
-            (links / f"{number:06d}.tar").symlink_to(shard.resolve())
+        links = copies(shard, Path(made, "shards"), shards)
         urls = sorted(str(path) for path in links.iterdir())
         source = Source(urls, filters=Filters(), index=f"{made}/index")
         source.notes(0)

@@ -5,94 +5,25 @@ import hashlib
 import logging
 import math
 import os
-import re
-import shlex
-import signal
-import subprocess
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import fsspec
+from typing import BinaryIO
 
 from lcm.core.errors import UserError
 from lcm.core.numbers import Count, NonNegative, Positive
+from lcm.data import growing
+from lcm.data.fetch import parts
+from lcm.data.growing import POLL, Asked, start_writer
 from lcm.data.urls import scheme_of
-from lcm.runtime.atomic_io import NO_HANDLES, TRANSIENT, locked, os_error
+from lcm.runtime.atomic_io import NO_HANDLES, TRANSIENT, os_error
 from lcm.runtime.redaction import redacted
 
 log = logging.getLogger(__name__)
-FIRST_PART, LARGEST_PART = 2**18, 2**22  # bytes of a request: the first samples arrive soon, later ones at full rate
 AHEAD = 2**21  # bytes of a file that arrive before they are asked for; then a part arrives each `PAUSE` seconds
 PAUSE = 1.0
-POLL = 0.005  # seconds between two looks at a file that another thread or process writes
-starting = threading.Lock()  # held while a thread is started
-writing: set[Path] = set()  # lock files that threads of this process hold: a POSIX lock does not exclude its own process
-
-
-def reset() -> None:
-    global starting
-    starting = threading.Lock()
-    writing.clear()
-
-
-os.register_at_fork(after_in_child=reset)  # another thread of the parent may have held the lock; none lives on in the child
-
-
-def start_writer(lock: Path, write: Callable[[], None]) -> threading.Thread | None:
-    """Run `write` in a thread that holds a lock file. Return None while another thread or process holds it.
-
-    Called with `starting` held. Raises OSError where the lock file cannot be written.
-    """
-    if lock in writing:
-        return None
-    try:
-        file = locked(lock)
-    except BlockingIOError:
-        return None
-    writing.add(lock)
-
-    def run() -> None:
-        try:
-            write()
-        finally:
-            with starting:
-                file.close()
-                writing.discard(lock)
-
-    thread = threading.Thread(target=run, daemon=True, name=f"writes {lock.stem}")
-    thread.start()
-    return thread
-
-
-class Asked:
-    """The extent of a growing file that is asked for, by this process and by others of the node that wait for it."""
-
-    def __init__(self, file: Path) -> None:
-        self.file, self.here, self.told = file, 0.0, 0.0
-        self.is_own = False  # whether this object's process writes the file
-
-    def add(self, extent: float) -> None:
-        self.here = max(self.here, extent)
-
-    def tell(self) -> None:
-        """Tell the process that writes the file. Called by a process that waits."""
-        if self.here > self.told and not self.is_own:
-            self.told = self.here
-            with suppress(OSError):
-                self.file.write_text(str(self.here))
-
-    def pause(self, extent: float, ahead: float, seconds: float) -> None:
-        """Sleep until a file of this extent is less than `ahead` before its readers, but no longer than `seconds`."""
-        until = time.monotonic() + seconds
-        while extent > self.here + ahead and time.monotonic() < until:
-            with suppress(OSError, ValueError):
-                self.add(float(self.file.read_text()))
-            time.sleep(POLL)
 
 
 class TooLarge(OSError):
@@ -163,7 +94,7 @@ class Arrival:
 
     def ensure(self) -> None:
         """Start to fetch the file unless this or another process does. Raises the error of a fetch that failed."""
-        with starting:
+        with growing.starting:
             self._ensure()
 
     def _ensure(self) -> None:
@@ -242,17 +173,13 @@ class ShardCache:
         self.folder, self.max_gb = Path(folder), max_gb
         self.attempts, self.pause, self.timeout = attempts, pause, timeout
         self.started = time.time()
-        self.arrivals: dict[str, Arrival] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "arrivals": {}}  # a worker that is spawned, as on macOS, has its own threads
 
     def open(self, url: str, flaw: Callable[[str], str | None] = lambda file: None) -> GrowingFile:
         """Return the file of `url`, which arrives from now on. Raises OSError and UserError as `Arrival.ensure` does.
 
         flaw: tells how a whole file differs from its manifest. Such a file is fetched again.
         """
-        arrival = self.arrivals.setdefault(url, Arrival(self, url, flaw))
+        arrival = Arrival(self, url, flaw)
         arrival.ensure()
         with suppress(OSError):
             os.utime(arrival.path)  # used now: it makes room last
@@ -274,105 +201,3 @@ class ShardCache:
 def check_size(size: int, limit: float) -> None:
     if size > limit:
         raise TooLarge(f"it is larger than {limit / 1e9:g} GB, all that the cache may hold (its max_gb)")
-
-
-def parts(url: str, start: int, timeout: float) -> Iterator[bytes]:
-    """Yield the content of a URL from byte `start` on, in growing parts. Raises the errors of the file system's client."""
-    if scheme_of(url) == "pipe":
-        yield from output_of(url.partition(":")[2], timeout)
-        return
-    files, name = connect(url, timeout)
-    length = FIRST_PART
-    if url.startswith("http"):
-        # One byte twice, since a server refuses a range behind the end. One that ignores ranges sends the whole.
-        headers = {"Range": f"bytes={max(start - 1, 0)}-{start + length - 1}", "Accept-Encoding": "identity"}
-        with contextlib.closing(files.open(name, block_size=0, size=1, headers=headers)) as stream:
-            ranged = stream.r.status == 206
-            skip = min(start, 1) if ranged else start
-            while part := read_up_to(stream, skip or length):
-                if skip:
-                    skip -= len(part)
-                    continue
-                yield part
-                start, length = start + len(part), min(2 * length, LARGEST_PART)
-            if not ranged:
-                return
-            total = stream.r.headers.get("Content-Range", "").rpartition("/")[2]
-        size = int(total) if total.isdigit() else files.info(name)["size"]
-    else:
-        size = files.info(name)["size"]
-    while start < size:
-        end = min(start + length, size)
-        part = files.cat_file(name, start=start, end=end)
-        if len(part) > end - start:
-            part = part[start:end]  # the server ignored this range
-        if not part:
-            raise OSError(f"{start} of {size} bytes came")
-        yield part
-        start, length = start + len(part), min(2 * length, LARGEST_PART)
-
-
-def read_up_to(stream: Any, size: int) -> bytes:
-    """Return `size` bytes of a stream, fewer at its end."""
-    pieces, left = [], size
-    while left and (piece := stream.read(min(left, FIRST_PART))):
-        pieces.append(piece)
-        left -= len(piece)
-    return b"".join(pieces)
-
-
-def connect(url: str, timeout: float) -> tuple[Any, str]:
-    """Return the file system of a URL or path, and the name there. timeout: seconds without data, for http."""
-    if not url.startswith("http"):
-        return fsspec.url_to_fs(url)
-    import aiohttp
-
-    # The whole transfer may take longer than the timeout. Without a cache of clients, since it would keep the first timeout.
-    limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
-    return fsspec.url_to_fs(url, client_kwargs={"timeout": limits}, skip_instance_cache=True)
-
-
-def output_of(command: str, timeout: float) -> Iterator[bytes]:
-    """Yield the output of a command. There is no shell: `sh -c '...'` is one.
-
-    Raises OSError if it fails or prints nothing for `timeout` seconds. The message has the last line of its errors, without its
-    arguments.
-    """
-    words = shlex.split(command)
-    with tempfile.TemporaryFile() as errors:
-        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors}
-        process = subprocess.Popen(words, **streams, start_new_session=True)
-        assert process.stdout is not None
-        silent = threading.Event()
-
-        def kill() -> None:
-            silent.set()
-            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
-
-        try:
-            while True:
-                alarm = threading.Timer(timeout, kill)
-                alarm.start()
-                try:
-                    part = os.read(process.stdout.fileno(), LARGEST_PART)
-                finally:
-                    alarm.cancel()
-                if not part:
-                    break
-                yield part
-            process.wait(timeout)
-        finally:
-            if process.poll() is None:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            process.stdout.close()
-        errors.seek(max(errors.seek(0, os.SEEK_END) - 4096, 0))
-        lines = errors.read().decode(errors="replace").split("\n")
-    if silent.is_set():
-        raise OSError(f"nothing came for {timeout:g} seconds")
-    if process.returncode:
-        last = next((line for line in reversed(lines) if line.strip()), "")
-        for word in sorted(re.findall(r"[^\s'\"|;<>()]{4,}", command.removeprefix(words[0])), key=len, reverse=True):
-            last = last.replace(word, "...")
-        raise OSError(f"exit code {process.returncode}: {last}")

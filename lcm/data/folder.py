@@ -51,9 +51,6 @@ class FolderSource(Source):
         self.chosen: dict[int, list[str]] = {}
         self.reasons: dict[int, Counter[str]] = {}
 
-    def key(self, shard: int) -> str:
-        raise NotImplementedError  # a folder has no index
-
     def title(self, shard: int) -> str:
         return str(self.root)
 

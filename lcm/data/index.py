@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lcm.core.errors import UserError
-from lcm.data import cache
-from lcm.data.cache import POLL
+from lcm.data import growing
+from lcm.data.growing import POLL, Asked, start_writer
 from lcm.data.manifest import Expected
 from lcm.data.sample_fields import CAPTIONS, Skip, captions_of, metadata
 from lcm.data.tar import FOREIGN, MAX_BYTES, Bytes, Links, Member, Sample, advice, samples, why_empty
@@ -120,7 +120,7 @@ def content_of(member: Member, file: Bytes, links: Links, limit: int | None = No
 
 
 class Notes(NamedTuple):
-    """samples: usable ones. left_out: the others by reason. damaged: the first few damaged ones, by reason."""
+    """samples: usable ones. left_out: the others by reason. repeated: usable samples under a name that another one has."""
 
     samples: int
     left_out: dict[str, int]
@@ -146,7 +146,7 @@ class ShardIndex:
         self.title, self.opener, self.rules, self.expected = title, opener, rules, expected
         self.records: np.ndarray | None = None  # memory-mapped once it is whole
         self.file: Any = None
-        self.arrived, self.asked = 0, cache.Asked(base.with_suffix(".asked"))  # in records
+        self.arrived, self.asked = 0, Asked(base.with_suffix(".asked"))  # in records
         self.failure: Exception | None = None
 
     @property
@@ -195,18 +195,17 @@ class ShardIndex:
     def notes(self) -> Notes:
         """Return what is known of the whole shard. Wait for it."""
         self.wait(2**63)
-        found = json.loads(self.notes_file.read_bytes())
-        return Notes(found["samples"], found["left_out"], found["repeated"])
+        return Notes(**json.loads(self.notes_file.read_bytes()))
 
     def ensure(self) -> None:
         """Start to scan the shard unless this or another process does. Raises the error of a scan that failed."""
-        with cache.starting:
+        with growing.starting:
             if self.failure is not None:
                 raise self.failure
             if self.path.exists():
                 return
             self.lock.parent.mkdir(parents=True, exist_ok=True)
-            if cache.start_writer(self.lock, self._scan):
+            if start_writer(self.lock, self._scan):
                 self.asked.is_own = True
 
     def _scan(self) -> None:
@@ -266,7 +265,7 @@ class ShardIndex:
                 log.warning("%s has %d bytes, %d in its manifest: it is cut, damaged or another", self.title, actual, size)
         if repeated:
             log.warning("%s holds %d samples under names that other samples have: all are used", self.title, repeated)
-        with cache.starting:
+        with growing.starting:
             left_out_now.update(left_out)
         with whole_file(self.notes_file) as file:
             file.write(json.dumps({"samples": count, "left_out": left_out, "repeated": repeated}).encode())
@@ -301,7 +300,7 @@ left_out_now: Counter[str] = Counter()  # samples left out of the shards that th
 
 def take_left_out() -> dict[str, int]:
     """Return the counts of `left_out_now`, and begin anew."""
-    with cache.starting:
+    with growing.starting:
         counts = dict(left_out_now)
         left_out_now.clear()
     return counts

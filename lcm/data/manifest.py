@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from lcm.data.cache import connect
+from lcm.data.fetch import connect
 from lcm.data.urls import is_remote, local, scheme_of
 from lcm.runtime.atomic_io import NO_HANDLES, os_error
 from lcm.runtime.redaction import redacted
@@ -64,7 +64,7 @@ class Manifests:
 
 
 def columns(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Those of a manifest, by field; one of another make has none."""
+    """Return the known fields of a manifest. Files of other programs may lack all of them."""
     return {field: content[field] for field in TYPES if isinstance(content.get(field), dict)}
 
 

@@ -1,4 +1,4 @@
-"""Which sample comes at which position: the endless order of a training, a function of (shard names, seed, position).
+"""The endless order of a training: it maps a position to a sample, as a function of shard names, seed and position.
 
 The shards of a source are dealt to lanes by the seed. A lane walks its shards one after another, in a new order each epoch, and
 shuffles samples within blocks of a shard. Positions take turns over the lanes. How many samples a shard holds is learnt when a

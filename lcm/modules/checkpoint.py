@@ -42,7 +42,7 @@ def match_averages(state: dict[str, Any], expected: Mapping[str, Any], averages:
     for network, option in averages.items():
         here, there = ([name for name in names if name.startswith(f"{network}.")] for names in (expected, state))
         if here and not there:
-            say(f"resume:  the average of {option} starts from the trained network: the checkpoint has none")
+            say(f"resume:  the average of {option} starts from the trained network, because the checkpoint lacks it")
             online = {name: f"net{name.removeprefix(network)}" for name in here}
             state |= {name: state[source] for name, source in online.items() if source in state}
         elif there and not here:

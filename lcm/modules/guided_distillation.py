@@ -62,7 +62,7 @@ class GuidedDistillation(LatentModule):
             **kwargs,
         )
         if not self.family.takes_w(student):
-            raise UserError(f"guided distillation needs a network with an input for w, {pipeline} has none: use model=lcd")
+            raise UserError(f"guided distillation needs a network with an input for w, which {pipeline} lacks: use model=lcd")
         self.zero_init = zero_init
         self.previous = frozen_copy(self.net)  # the finished student of the previous stage
         self.steps, self.match_share = list(steps), match_share

@@ -24,7 +24,7 @@ REFUSED = {
         *("lcm.runtime.run_dir.os.system", "lcm.core.ema.torch.load", "lcm.models.saving.shutil.rmtree"),
     ],
     "own functions": [
-        "lcm.data.cache.output_of",
+        "lcm.data.fetch.output_of",
         "lcm.models.saving.save_pipeline",
         "lcm.app.sweep_table.hide_secrets",
     ],
@@ -146,14 +146,14 @@ def test_foreign_run_builds_nothing(tmp_path: Path) -> None:
     (run / "checkpoints").mkdir(parents=True)
     AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "global_step": 0}, run / "checkpoints/last.ckpt")
     trap = {
-        "_target_": "lcm.data.cache.output_of",
+        "_target_": "lcm.data.fetch.output_of",
         "command": f"touch {tmp_path / 'ran'}",
         "file": str(tmp_path / "out"),
         "timeout": 9,
     }
     for model in ({**trap}, {"_target_": "torch.nn.SiLU", "inner": trap}, {"_target_": "torch.nn.SiLU", "x": "${evil}"}):
         OmegaConf.save({"model": model, "evil": trap, "trainer": {"max_steps": 1}}, run / "config.yaml")
-        with pytest.raises(UserError, match=r"lcm\.data\.cache\.output_of is not allowed"):
+        with pytest.raises(UserError, match=r"lcm\.data\.fetch\.output_of is not allowed"):
             trained(run, "last")
     assert not (tmp_path / "ran").exists()
 

@@ -157,8 +157,8 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, size in (("FIRST_PART", 4096), ("LARGEST_PART", 16384), ("AHEAD", 16384)):
-        monkeypatch.setattr(f"lcm.data.cache.{name}", size)
+    for name, size in (("fetch.FIRST_PART", 4096), ("fetch.LARGEST_PART", 16384), ("cache.AHEAD", 16384)):
+        monkeypatch.setattr(f"lcm.data.{name}", size)
 
 
 def cache(tmp_path: Path, **options: Any) -> ShardCache:

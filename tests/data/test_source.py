@@ -137,7 +137,7 @@ def test_check_reads_no_pictures_and_one_shard(tmp_path: Path, monkeypatch: pyte
     [
         ("source.LocalFile", errno.EMFILE),
         ("source.LocalFile", errno.ESTALE),
-        ("cache.locked", errno.EMFILE),
+        ("growing.locked", errno.EMFILE),
         ("index.open", errno.ENOMEM),
     ],
 )

@@ -84,11 +84,11 @@ def test_a_run_s_config_that_names_a_command_is_refused_by_export(run, tiny, tmp
     done = run("train.py", *tiny[:-1], "callbacks=default", "trainer.max_steps=2")
     assert done.returncode == 0, done.stderr
     config = tmp_path / "runs/lcd_mini/0/config.yaml"
-    trap = "{_target_: lcm.data.cache.subprocess.run, args: [touch, ran]}"
+    trap = "{_target_: lcm.data.fetch.subprocess.run, args: [touch, ran]}"
     config.write_text(re.sub(r"^  solver:\n(    .*\n)*", f"  solver: {trap}\n", config.read_text(), flags=re.MULTILINE))
     done = run("lcm.export", "run=runs/lcd_mini/0")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: solver._target_=lcm.data.cache.subprocess.run is not allowed"), done.stderr
+    assert done.stderr.startswith("error: solver._target_=lcm.data.fetch.subprocess.run is not allowed"), done.stderr
     assert not (tmp_path / "ran").exists()
 
 

@@ -104,7 +104,7 @@ def test_average_switches_on_and_off_on_resume(
     kind: str, option: str, network: str, on: Any, off: Any, resume: Make, training: Make, data: Make, fit: Make,
     tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    started = f"the average of model.{option} starts from the trained network: the checkpoint has none"
+    started = f"the average of model.{option} starts from the trained network, because the checkpoint lacks it"
     dropped = f"the checkpoint's average of model.{option} is dropped: this run keeps none"
     options = {"steps": [2]} if kind == "guided" else {}
     module, _ = resume(kind, {option: on, **options}, {option: off, **options})

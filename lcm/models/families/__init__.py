@@ -42,7 +42,7 @@ class Family:
     resizable: whether a network may be trained and saved at a size other than its own.
     blocks: the modules that are sharded, compiled and recomputed one at a time.
     lora_targets: suffixes of the names of the layers that get adapters by default.
-    lora_mixin: diffusers' loader of adapters. None: diffusers has none, and adapters are an error.
+    lora_mixin: diffusers' loader of adapters. None: diffusers cannot load them, and adapters are an error.
     """
 
     pipelines: ClassVar[Sequence[str]]

@@ -1,0 +1,121 @@
+"""The content of a URL, piece by piece: through fsspec, or from the user's own command (`pipe:` URLs)."""
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import fsspec
+
+from lcm.data.urls import scheme_of
+
+FIRST_PART, LARGEST_PART = 2**18, 2**22  # bytes of a request: the first samples arrive soon, later ones at full rate
+
+
+def parts(url: str, start: int, timeout: float) -> Iterator[bytes]:
+    """Yield the content of a URL from byte `start` on, in growing parts. Raises the errors of the file system's client."""
+    if scheme_of(url) == "pipe":
+        yield from output_of(url.partition(":")[2], timeout)
+        return
+    files, name = connect(url, timeout)
+    length = FIRST_PART
+    if url.startswith("http"):
+        # One byte twice, since a server refuses a range behind the end. One that ignores ranges sends the whole.
+        headers = {"Range": f"bytes={max(start - 1, 0)}-{start + length - 1}", "Accept-Encoding": "identity"}
+        with contextlib.closing(files.open(name, block_size=0, size=1, headers=headers)) as stream:
+            ranged = stream.r.status == 206
+            skip = min(start, 1) if ranged else start
+            while part := read_up_to(stream, skip or length):
+                if skip:
+                    skip -= len(part)
+                    continue
+                yield part
+                start, length = start + len(part), min(2 * length, LARGEST_PART)
+            if not ranged:
+                return
+            total = stream.r.headers.get("Content-Range", "").rpartition("/")[2]
+        size = int(total) if total.isdigit() else files.info(name)["size"]
+    else:
+        size = files.info(name)["size"]
+    while start < size:
+        end = min(start + length, size)
+        part = files.cat_file(name, start=start, end=end)
+        if len(part) > end - start:
+            part = part[start:end]  # the server ignored this range
+        if not part:
+            raise OSError(f"{start} of {size} bytes came")
+        yield part
+        start, length = start + len(part), min(2 * length, LARGEST_PART)
+
+
+def read_up_to(stream: Any, size: int) -> bytes:
+    """Return `size` bytes of a stream, fewer at its end."""
+    pieces, left = [], size
+    while left and (piece := stream.read(min(left, FIRST_PART))):
+        pieces.append(piece)
+        left -= len(piece)
+    return b"".join(pieces)
+
+
+def connect(url: str, timeout: float) -> tuple[Any, str]:
+    """Return the file system of a URL or path, and the name there. timeout: seconds without data, for http."""
+    if not url.startswith("http"):
+        return fsspec.url_to_fs(url)
+    import aiohttp
+
+    # The whole transfer may take longer than the timeout. Without a cache of clients, since it would keep the first timeout.
+    limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
+    return fsspec.url_to_fs(url, client_kwargs={"timeout": limits}, skip_instance_cache=True)
+
+
+def output_of(command: str, timeout: float) -> Iterator[bytes]:
+    """Yield the output of a command. There is no shell: `sh -c '...'` is one.
+
+    Raises OSError if it fails or prints nothing for `timeout` seconds. The message has the last line of its errors, without its
+    arguments.
+    """
+    words = shlex.split(command)
+    with tempfile.TemporaryFile() as errors:
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors}
+        process = subprocess.Popen(words, **streams, start_new_session=True)
+        assert process.stdout is not None
+        silent = threading.Event()
+
+        def kill() -> None:
+            silent.set()
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
+
+        try:
+            while True:
+                alarm = threading.Timer(timeout, kill)
+                alarm.start()
+                try:
+                    part = os.read(process.stdout.fileno(), LARGEST_PART)
+                finally:
+                    alarm.cancel()
+                if not part:
+                    break
+                yield part
+            process.wait(timeout)
+        finally:
+            if process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            process.stdout.close()
+        errors.seek(max(errors.seek(0, os.SEEK_END) - 4096, 0))
+        lines = errors.read().decode(errors="replace").split("\n")
+    if silent.is_set():
+        raise OSError(f"nothing came for {timeout:g} seconds")
+    if process.returncode:
+        last = next((line for line in reversed(lines) if line.strip()), "")
+        for word in sorted(re.findall(r"[^\s'\"|;<>()]{4,}", command.removeprefix(words[0])), key=len, reverse=True):
+            last = last.replace(word, "...")
+        raise OSError(f"exit code {process.returncode}: {last}")
