@@ -66,7 +66,9 @@ def claim(folder: Path, made_with: dict[str, Any], rank: int) -> None:
     """Note what the folder's latents are made with. Raises UserError if it holds others."""
     file = folder / STAMP
     if file.is_file() and json.loads(file.read_bytes()) != made_with:
-        raise UserError(f"{folder} holds latents of another VAE, size, crop or content: give out another folder, or remove it")
+        raise UserError(
+            f"{folder} holds latents of another VAE, size, crop or content: set out=<another folder>, or remove this one"
+        )
     with whole_file(file, rank) as stream:
         stream.write(json.dumps(made_with, indent=2).encode())
 

@@ -77,7 +77,7 @@ def choose_net(module: LatentModule, weights: str) -> Any:
         return module.best_net
     net = getattr(module, WEIGHTS[weights], None)
     if net is None:
-        raise UserError(f"weights={weights}: this run has no such weights; weights=best are those that train.py saves")
+        raise UserError(f"weights={weights}: this run has no such weights: use weights=best, which train.py saves")
     return net
 
 

@@ -49,7 +49,7 @@ def main(cfg: DictConfig) -> None:
         print(flaw)
     if flaws:
         raise UserError(
-            f"{len(flaws)} shards are not whole, or differ from {MANIFEST}: fetch them again; if they are as they should be, "
+            f"{len(flaws)} shards are not whole, or differ from {MANIFEST}: fetch them again; if they are correct, "
             f"remove {MANIFEST} and write it anew"
         )
 

@@ -73,9 +73,9 @@ def print_sources(data: ShardDataModule) -> int:
         for reason, count in left_out.most_common():
             print(f"          {count} ({count / (used + left_out.total()):.1%}) left out: {described(reason)}")
         for name in source.blind_filters():
-            print(f"filter:   {name} leaves out nothing: no sample says what it reads")
+            print(f"filter:   {name} leaves out nothing, because no sample has the field that it reads")
         for name in source.absent_captions():
-            print(f"captions: {name} is in no sample, neither a member nor a field of the .json")
+            print(f"captions: {name} is in no sample, neither as a member nor as a field of the .json")
     return usable
 
 

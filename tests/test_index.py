@@ -88,7 +88,7 @@ def test_lost_shard_is_named_when_training_starts(shards: list[Path], caplog: py
     for lost in (False, True):
         data = ShardDataModule(f"{shards[0].parent}/*.tar", resolution=8, num_workers=0)
         data.setup("fit")
-        assert (f"not there, such as {shards[2]}" in caplog.text) == lost
+        assert (f"do not exist, such as {shards[2]}" in caplog.text) == lost
         shards[2].unlink(missing_ok=True)
 
 

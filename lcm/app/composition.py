@@ -153,7 +153,7 @@ def check_choice(override: str, groups: Groups) -> None:
         near = nearest(group, [name for name in groups.default_keys if name != key])
         raise UserError(f"there is no group '{group}'{did_you_mean(near)}")
     if not text:
-        raise UserError(f"{key}= chooses nothing; {group} has: {', '.join(options)}")
+        raise UserError(f"{key}= is empty: choose one of {', '.join(options)}")
     reading = parsed(override)
     if reading is None:
         raise UserError(f"{override} cannot be read: a choice is <group>=<name>, one of {', '.join(options)}")
@@ -204,18 +204,18 @@ def check_part(before: DictConfig, key: str, text: str | None, value: Any, group
     group = chosen.get(key, key.replace(".", "/"))
     options = groups.options(group)
     if text in options:
-        raise UserError(f"{key} is a part, and a slash swaps it: {'' if key in chosen else '+'}{group}={text}")
+        raise UserError(f"{key} is a part, choose it with a slash: {'' if key in chosen else '+'}{group}={text}")
     if not OmegaConf.is_dict(value) or text == "null" or str(text).lstrip().startswith("{"):
         return
     if options:
         raise UserError(
-            f"{key}={text}: {key} is a part, which a slash swaps, {'' if key in chosen else '+'}{group}=<name>, by one of "
-            f"{', '.join(options)}; a dot sets a key in it, {key}.<key>=..."
+            f"{key}={text}: {key} is a part: choose one of {', '.join(options)} with a slash, "
+            f"{'' if key in chosen else '+'}{group}=<name>, or set a key in it with a dot, {key}.<key>=..."
         )
     name = key.rpartition(".")[2]
     if groups.options(name):
-        raise UserError(f"{key}={text}: {key} holds parts, which their group sets: {name}@{key}={text}")
-    raise UserError(f"{key}={text}: {key} holds several keys, set one of them, {key}.<key>=...")
+        raise UserError(f"{key}={text}: {key} holds parts: choose them from their group, {name}@{key}={text}")
+    raise UserError(f"{key}={text}: {key} holds several keys: set one of them, {key}.<key>=...")
 
 
 def unknown_key(before: DictConfig, key: str, text: str | None, groups: Groups, hints: Mapping[str, Hint]) -> str:
@@ -258,7 +258,7 @@ def not_chosen(key: str, part: str, groups: Groups) -> str:
 def check_keys_are_read(cfg: DictConfig, overrides: Sequence[str], groups: Groups, hints: Mapping[str, Hint]) -> None:
     """Raise UserError for a key that nothing reads: of a part that is not chosen, or added with `+` where nothing looks."""
     if cfg.hydra.output_subdir is not None:
-        raise UserError("hydra.output_subdir would hold secrets of the overrides: leave it null, config.yaml has the settings")
+        raise UserError("hydra.output_subdir would store secrets in overrides: leave it null, config.yaml has the settings")
     for override in overrides:
         prefix, key, _ = typed(override)
         if prefix == "~" or key.startswith("hydra") or groups.are_chosen_by(override):

@@ -24,19 +24,21 @@ def read_prompts(prompts: Any, captions: Callable[[], list[str]]) -> list[str]:
         except FileNotFoundError:
             raise UserError(f"there is no prompt file {prompts}") from None
         except (OSError, UnicodeError) as error:
-            raise UserError(f"the prompt file {prompts} cannot be read ({error}): write one prompt a line, in UTF-8") from error
+            raise UserError(
+                f"the prompt file {prompts} cannot be read ({error}): write one prompt per line, in UTF-8"
+            ) from error
         if not lines:
-            raise UserError(f"{prompts} has no prompts: write one a line")
+            raise UserError(f"{prompts} has no prompts: write one per line")
         return lines
     texts = [prompts] if isinstance(prompts, str | int | float) else list(prompts or ())
     if not texts or prompts == "":
         raise UserError(f"prompts={prompts} is empty: give a prompt, a list, or a .txt file; prompts=[''] draws without a text")
     for prompt in texts:
         if not isinstance(prompt, str | int | float):
-            raise UserError(f"prompts={prompts} holds {prompt!r}, which is not a text: write texts only")
+            raise UserError(f"prompts={prompts} holds {prompt!r}, which is not text: give texts only")
         if is_file_name(str(prompt)):
             raise UserError(
-                f"prompts={prompt} names a file: give one .txt file with a prompt a line, or write these words in one"
+                f"prompts={prompt} names a file: give a .txt file with one prompt per line, or write this prompt in such a file"
             )
     return [str(prompt) for prompt in texts]
 

@@ -46,8 +46,9 @@ def check_target(target: Any, key: str) -> None:
     if target in shipped() or (isinstance(target, str) and is_allowed(target)):
         return
     raise UserError(
-        f"{key}={target} is not allowed: a run's config.yaml may name what conf/ does, and the optimizers, layers, callbacks, "
-        "loggers and models of lcm, torch, lightning and diffusers; for your own package set LCM_ALLOW_TARGETS=<package>"
+        f"{key}={target} is not allowed: a run's config.yaml may only name what conf/ names, and the optimizers, layers, "
+        "callbacks, loggers and models of lcm, torch, lightning and diffusers; for your own package set "
+        "LCM_ALLOW_TARGETS=<package>"
     )
 
 

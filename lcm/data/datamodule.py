@@ -47,8 +47,8 @@ class Skips:
         self.left_out.update(left_out)
         if self.seen >= ENOUGH and self.by_reason.total() > self.max_ratio * self.seen:
             raise UserError(
-                f"{self}, more than data.max_skip_ratio={self.max_ratio}: the warnings above name some of them; mend the "
-                "shards, or raise it"
+                f"{self}, more than data.max_skip_ratio={self.max_ratio}: the warnings above name some of them; repair "
+                "the shards, or raise data.max_skip_ratio"
             )
 
     def __str__(self) -> str:
@@ -121,7 +121,7 @@ class ShardDataModule(L.LightningDataModule):
         super().__init__()
         if sum(given is not None for given in (shards, folder, source, sources)) != 1:
             raise UserError(
-                "give the training data, once: data.shards=<.tar files>, data=folder data.folder=<pictures>, or "
+                "give the training data in one way: data.shards=<.tar files>, data=folder data.folder=<pictures>, or "
                 "data.sources=[{urls: ..., weight: ...}, ...]"
             )
         self.option = "data.sources" if sources is not None else "data.folder" if folder is not None else "data.shards"
@@ -149,7 +149,7 @@ class ShardDataModule(L.LightningDataModule):
         if latents:
             if codec is None or random_crop or flip or self.buckets:
                 raise UserError(
-                    "data.latents=true needs a codec, and lcm.encode chose crops, flips and shape: set none of them"
+                    "data.latents=true needs a codec; lcm.encode has fixed crops, flips and shape: leave these keys out"
                 )
             self.decode = DecodeLatents(caption_dropout=caption_dropout, captions=captions)
             self.val_decode = DecodeLatents(captions=captions)
@@ -181,7 +181,7 @@ class ShardDataModule(L.LightningDataModule):
             self.warn_of_blindness()
             for source in self.train_sources:
                 if gone := source.gone():
-                    log.warning("%d shards are in their manifest, but not there, such as %s", len(gone), gone[0])
+                    log.warning("%d shards are in their manifest but do not exist, such as %s", len(gone), gone[0])
 
     def check_validation(self) -> None:
         """Raise UserError if no validation sample decodes: a pass over the data would be empty."""
@@ -196,7 +196,9 @@ class ShardDataModule(L.LightningDataModule):
                     tried, number = tried + 1, number + 1
             if not tried:
                 raise source.nothing_usable()
-            raise UserError("no sample of data.val_shards could be decoded, see the warnings above; null: no validation")
+            raise UserError(
+                "no sample of data.val_shards could be decoded, see the warnings above: repair it, or set data.val_shards=null"
+            )
 
     def warn_of_blindness(self) -> None:
         """Warn of each filter and caption name that no sample has."""
@@ -204,9 +206,9 @@ class ShardDataModule(L.LightningDataModule):
             for name in source.blind_filters():
                 if source.filters is None or name not in source.filters.chosen:
                     continue  # a default, which need not leave out anything
-                log.warning("data.filters.%s leaves out nothing, no sample says what it reads (null: it need not)", name)
+                log.warning("data.filters.%s leaves out nothing, because no sample has the field that it reads", name)
             for name in source.absent_captions():
-                log.warning("data.captions.%s is in no sample, neither a member nor a field of the .json", name)
+                log.warning("data.captions.%s is in no sample, neither as a member nor as a field of the .json", name)
 
     @property
     def way(self) -> dict[str, Any]:

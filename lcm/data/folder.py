@@ -168,14 +168,16 @@ def read_table(root: Path, path: str) -> dict[str, dict[str, Any]]:
     except KeyError:
         raise UserError(f"{root / path} has a row without {NAME}: give each row the picture's {NAME} and its {TEXT}") from None
     except (OSError, UnicodeError, ValueError, RecursionError, csv.Error) as error:
-        raise UserError(f"{root / path} cannot be read ({error}): write a JSON object a line, or a CSV with a header") from None
+        raise UserError(
+            f"{root / path} cannot be read ({error}): write one JSON object per line, or a CSV with a header"
+        ) from None
     return rows
 
 
 def lines_of_json(content: str) -> list[Mapping[str, Any]]:
     rows = [json.loads(line) for line in io.StringIO(content, newline=None) if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("a line is no JSON object")
+        raise ValueError("a line is not a JSON object")
     return rows
 
 

@@ -260,11 +260,11 @@ class ShardIndex:
                 log.warning("%s holds %d of its %d samples: it is cut or damaged", self.title, scanned, samples_there)
             elif not scanned:
                 left_out["shard"] = 1
-                log.warning("%s holds no samples, it is no webdataset shard: %s", self.title, why_empty(shard))
+                log.warning("%s holds no samples, it is not a webdataset shard: %s", self.title, why_empty(shard))
             elif size not in (None, actual := shard.size()):
-                log.warning("%s has %d bytes, %d in its manifest: it is cut, damaged or another", self.title, actual, size)
+                log.warning("%s has %d bytes, %d in its manifest: it is cut, damaged or another file", self.title, actual, size)
         if repeated:
-            log.warning("%s holds %d samples under names that other samples have: all are used", self.title, repeated)
+            log.warning("%s holds %d samples with the names of other samples: all are used", self.title, repeated)
         with growing.starting:
             left_out_now.update(left_out)
         with whole_file(self.notes_file) as file:

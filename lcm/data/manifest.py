@@ -79,7 +79,7 @@ def read_json(url: str) -> dict[str, Any]:
         if os_error(error, NO_HANDLES):
             raise
         if getattr(error, "status", None) not in (401, 403):  # what some stores answer for a file that is not there
-            log.warning("%s cannot be read (%s): what it says of shards is not checked", redacted(url), type(error).__name__)
+            log.warning("%s cannot be read (%s): shards are not checked against it", redacted(url), type(error).__name__)
         return {}
     return content if isinstance(content, dict) else {}
 

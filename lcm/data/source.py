@@ -395,7 +395,9 @@ def index_folder(index: str | None) -> Path:
             return folder
         except OSError as error:
             log.warning(
-                "%s cannot be written (%s): each start scans the shards again; data.index names another", index, error.strerror
+                "%s cannot be written (%s), so each start scans the shards again: set data.index to a writable folder",
+                index,
+                error.strerror,
             )
     temporary = tempfile.TemporaryDirectory(prefix="lcm-index-")
     kept.append(temporary)

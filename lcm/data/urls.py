@@ -32,9 +32,9 @@ def expand_urls(shards: str | Sequence[str], option: str = "data.shards", *, all
         for url in map(os.path.expanduser, expand_braces(pattern, option)):
             scheme = scheme_of(url)
             if scheme == "pipe" and not allow_pipe:
-                raise UserError(f"{option}: pipe: URLs run a command: only data.allow_pipe=true allows that, and no list file")
+                raise UserError(f"{option}: pipe: URLs run commands: set data.allow_pipe=true, list files cannot hold them")
             if scheme not in (*SCHEMES, "pipe"):
-                raise UserError(f"{option}: {scheme}: URLs are not read, only local paths and {', '.join(SCHEMES[2:])}")
+                raise UserError(f"{option}: {scheme}: URLs are not supported: use local paths or {', '.join(SCHEMES[2:])}")
             urls += [url] if is_remote(url) else local_files(url, option)
     if not urls:
         raise UserError(f"{option}={shards} names no shards: point it at webdataset .tar files (globs and braces work)")

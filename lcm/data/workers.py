@@ -19,7 +19,7 @@ from lcm.runtime import signals
 
 DIED = "a data worker died: if memory ran out, set a smaller data.num_workers, data.shuffle or data.batch_size"
 SHARED_MEMORY = (
-    "shared memory (/dev/shm) is full: give more, as docker run --shm-size=16g does, or set a smaller data.batch_size, or "
+    "shared memory (/dev/shm) is full: enlarge it, as docker run --shm-size=16g does, or set a smaller data.batch_size, or "
     "data.num_workers=0, which needs none"
 )
 

@@ -70,7 +70,7 @@ class Extractor:
             batches = tqdm(read_images(source, resolution=self.resolution), desc="real images", unit="batch")
             parts = [self(batch["x"], batch["captions"]) for batch in batches]
             if sum(len(part["clip"]) for part in parts) < 2:
-                raise UserError(f"the {len(source.urls)} shards of real images hold fewer than two of them: give others")
+                raise UserError(f"the {len(source.urls)} shards of real images hold fewer than two images: give others")
             save(file, joined(parts), identity)
         return load_file(file)
 

@@ -114,7 +114,7 @@ def choose_size(name: str, entry: Any, model: TextToImage, resolution: int) -> i
     if entry.get("size") is not None:
         height, width = model.size(entry.size, f"entries.{name}.size")
         if height != width:
-            raise UserError(f"entries.{name}.size={entry.size}: metrics compare squares, give one number")
+            raise UserError(f"entries.{name}.size={entry.size}: metrics compare squares: give one number")
         return height
     size, _ = model.size(resolution, "resolution")
     trained = model.net.config["sample_size"]

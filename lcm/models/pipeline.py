@@ -110,7 +110,7 @@ def load_network(pipeline: str | Path, dtype: torch.dtype = torch.float32, *, na
     network = load_part(family.network_class, folder / (name or family.network), torch_dtype=dtype)
     check_fit(network, folder, family)
     if (adapters := adapters_in(folder)) and "rank" not in read_lcm_json(folder):  # our own adapters are merged already
-        log.warning(f"{adapters[0]} is not used, only the network beside it: merge adapters into a pipeline by {MERGE}")
+        log.warning(f"{adapters[0]} is not used, only the network in this folder: merge adapters into a pipeline by {MERGE}")
     return network
 
 
@@ -125,7 +125,9 @@ def check_fit(network: Any, folder: Path, family: Family) -> None:
             f"{latent_channels}: give a text-to-image pipeline, not one for inpainting, depth or upscaling"
         )
     if config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None:
-        raise UserError(f"{folder}: its network takes a class besides the text: give a text-to-image pipeline without classes")
+        raise UserError(
+            f"{folder}: its network takes a class label besides the text: give a text-to-image pipeline without classes"
+        )
     width = family.embedding_width([read_json(folder / tower.encoder / "config.json") for tower in family.towers])
     if width not in (None, config[family.width]):
         raise UserError(

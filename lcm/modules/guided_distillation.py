@@ -85,7 +85,7 @@ class GuidedDistillation(LatentModule):
         steps, stages = self.trainer.max_steps, len(self.steps) + 1
         if len(set(map(self.stage_at, range(steps)))) < stages:
             raise UserError(
-                f"trainer.max_steps={steps} leaves one of {stages} stages without a step: give more, or fewer model.steps"
+                f"trainer.max_steps={steps} leaves one of {stages} stages without a step: set more steps, or fewer model.steps"
             )
 
     def on_train_start(self) -> None:

@@ -90,7 +90,7 @@ class Optimization(L.Callback):
         assert isinstance(steps, Tensor)
         if steps.min() != steps.max():
             raise UserError(
-                f"the ranks start at different steps, {sorted(set(steps.tolist()))}: all must see one folder paths.runs"
+                f"the ranks start at different steps, {sorted(set(steps.tolist()))}: all must see the same folder paths.runs"
             )
         schedule: Any = module.lr_schedulers()
         with warnings.catch_warnings():

@@ -28,8 +28,8 @@ class Trainer(L.Trainer):
     ) -> None:
         if precision not in PRECISIONS:
             raise UserError(
-                f"trainer.precision={precision}: the modules here train in one of {', '.join(PRECISIONS)}; float16 would scale "
-                "the losses that are clipped, and 16-bit weights would round the averages"
+                f"trainer.precision={precision}: use one of {', '.join(PRECISIONS)}; float16 needs scaled losses, which "
+                "clipping does not support, and 16-bit weights would round the averages"
             )
         try:
             super().__init__(

@@ -22,8 +22,8 @@ def check_sweep(folder: Path, one_process: bool) -> None:
     name, _, processes = launcher()
     if one_process and processes > 1:
         raise UserError(
-            f"{name} started {processes} processes of a sweep, which starts those of its jobs itself: start one process with "
-            "trainer=ddp trainer.devices=<processes of a job>"
+            f"{name} started {processes} processes, but a sweep starts the processes of its jobs itself: start one process "
+            "with trainer=ddp trainer.devices=<processes of a job>"
         )
     if folder.is_dir() and os.access(folder, os.W_OK):
         return

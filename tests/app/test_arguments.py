@@ -138,5 +138,5 @@ def test_huber_of_width_zero_is_l1() -> None:
 
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-true", "8"])
 def test_trainer_refuses_precision(precision: str) -> None:
-    with pytest.raises(UserError, match=rf"trainer\.precision={precision}: .* float16 would scale the losses that are clipped"):
+    with pytest.raises(UserError, match=rf"trainer\.precision={precision}: .* float16 needs scaled losses, which clipping"):
         Trainer(precision=precision, accelerator="cpu")

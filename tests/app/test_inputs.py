@@ -58,7 +58,7 @@ def test_name_of_file_is_refused(here: Path) -> None:
         "a/dir",
     ]
     for prompts in names:
-        with pytest.raises(UserError, match=r"names a file: give one \.txt file with a prompt a line, or"):
+        with pytest.raises(UserError, match=r"names a file: give a \.txt file with one prompt per line, or"):
             read(prompts)
 
 

@@ -113,11 +113,11 @@ def test_comma_is_sweep_with_m() -> None:
 
 
 REFUSED = [
-    ("train", ["model.solver=heun"], "model.solver is a part, and a slash swaps it: model/solver=heun"),
-    ("train", ["data.filters=aesthetics"], "data.filters is a part, and a slash swaps it: +data/filters=aesthetics"),
+    ("train", ["model.solver=heun"], "model.solver is a part, choose it with a slash: model/solver=heun"),
+    ("train", ["data.filters=aesthetics"], "data.filters is a part, choose it with a slash: +data/filters=aesthetics"),
     ("train", ["data.filters=none"], "a slash adds a part, +data/filters=<name>, one of aesthetics"),
     ("train", ["callbacks=evaluation", "callbacks.evaluation.backbone=clip"], "backbone@callbacks.evaluation.backbone=clip"),
-    ("train", ["model.solver=ddmi"], "by one of ddim, dpm_solver_2"),
+    ("train", ["model.solver=ddmi"], "choose one of ddim, dpm_solver_2"),
     ("train", ["model=1"], "there is no config 'model/1'; model has: "),
     ("train", ["model/w_max=8"], "there is no group 'model/w_max', set the key with a dot: model.w_max=8"),
     ("train", ["model/solvr=ddim"], "there is no group 'model/solvr', did you mean 'model/solver'?"),
@@ -135,7 +135,7 @@ REFUSED = [
     ("train", ["logger.wandb.project=x"], "choose it, logger=wandb"),
     ("train", ["experiment=teacher_mini", "model.w_min=2"], "model.w_min is no key of model=diffusion"),
     ("train", ["experiment=lcd_mni"], "there is no config 'experiment/lcd_mni', did you mean experiment=lcd_mini?"),
-    ("train", ["model/solver="], "model/solver= chooses nothing; model/solver has: ddim"),
+    ("train", ["model/solver="], "model/solver= is empty: choose one of ddim"),
     ("train", ["model/solver=[ddim,heun]"], "model/solver takes one of ddim"),
     ("train", ["-m"], "-m has nothing to sweep"),
     ("train", ["model.w_max=4,8"], 'gives several values: a list needs brackets, "model.w_max=[4,8]"'),
@@ -225,7 +225,7 @@ def test_own_folder_of_configs(tmp_path: Path) -> None:
     (tmp_path / "model/solver").mkdir(parents=True)
     (tmp_path / "model/solver/mine.yaml").write_text("_target_: lcm.core.solvers.heun\n_partial_: true\n")
     check("train", "--config-dir", str(tmp_path), "model/solver=mine")
-    with pytest.raises(UserError, match=r"a slash swaps it: model/solver=mine"):
+    with pytest.raises(UserError, match=r"choose it with a slash: model/solver=mine"):
         check("train", "--config-dir", str(tmp_path), "model.solver=mine")
 
 

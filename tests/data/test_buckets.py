@@ -52,7 +52,7 @@ def test_buckets_without_sense_are_refused(buckets: Any) -> None:
 
 def test_every_side_must_fit_the_vae() -> None:
     shapes_of([[512, 512], [384, 640]], 512, 8)
-    with pytest.raises(UserError, match=r"384 x 644 is not made of multiples of the VAE's factor 8"):
+    with pytest.raises(UserError, match=r"384 x 644 has a side that is not a multiple of the VAE's factor 8"):
         shapes_of([[512, 512], [384, 644]], 512, 8)
 
 

@@ -246,12 +246,12 @@ def test_order_without_its_buckets_starts_anew(wide: Path, caplog: pytest.LogCap
 
 
 def test_bucket_off_the_vaes_grid_is_a_user_error(shards: Path, codec: LatentCodec) -> None:
-    with pytest.raises(UserError, match="24 x 42 is not made of multiples of the VAE's factor 4"):
+    with pytest.raises(UserError, match="24 x 42 has a side that is not a multiple of the VAE's factor 4"):
         datamodule(shards, codec=codec, buckets=[[24, 42]])
 
 
 def test_latents_have_no_buckets(shards: Path, codec: LatentCodec) -> None:
-    with pytest.raises(UserError, match=r"lcm\.encode chose crops, flips and shape"):
+    with pytest.raises(UserError, match=r"lcm\.encode has fixed crops, flips and shape"):
         datamodule(shards, codec=codec, latents=True, buckets=2)
 
 
@@ -268,7 +268,7 @@ def test_filters_hold_for_training_and_validation(shards: Path) -> None:
 
 def test_filter_without_its_fields_is_named(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
     datamodule(shards, filters=Filters(min_aesthetic=6, max_caption=100))
-    assert "data.filters.min_aesthetic leaves out nothing, no sample says what it reads" in caplog.text
+    assert "data.filters.min_aesthetic leaves out nothing, because no sample has the field that it reads" in caplog.text
     assert "max_unsafe" not in caplog.text  # a default
     assert "max_caption" not in caplog.text
     caplog.clear()

@@ -97,7 +97,7 @@ def test_empty_and_repeated_samples_are_noted(tmp_path: Path, caplog: pytest.Log
         assert source.notes(0) == (0, {"no_caption": 1}, 0)
         assert source.notes(1) == (4, {}, 2)
         assert len(set(sample_keys(source, 1))) == 4
-    assert caplog.text.count("holds 2 samples under names that other samples have: all are used") == 1
+    assert caplog.text.count("holds 2 samples with the names of other samples: all are used") == 1
 
 
 def test_left_out_samples_are_reported_once(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_shard_of_another_length_is_named(tmp_path: Path, caplog: pytest.LogCapt
     shard = Path(write_shard(tmp_path / "a.tar", pairs(0, 2)))
     (tmp_path / "manifest.json").write_text(json.dumps({"bytes": {"a.tar": shard.stat().st_size + 1}}))
     assert Source([str(shard)]).notes(0) == (2, {}, 0)
-    assert "it is cut, damaged or another" in caplog.text
+    assert "it is cut, damaged or another file" in caplog.text
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])

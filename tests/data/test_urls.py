@@ -48,7 +48,7 @@ def test_missing_shards_name_the_option(urls: list[str], pattern: str) -> None:
 
 @pytest.mark.parametrize(("url", "allow_pipe"), [("ftp://a/{}.tar", False), ("memory://{}", True)])
 def test_unsafe_schemes_are_refused(url: str, allow_pipe: bool) -> None:
-    with pytest.raises(UserError, match="URLs are not read"):
+    with pytest.raises(UserError, match="URLs are not supported"):
         expand_urls(url, allow_pipe=allow_pipe)
 
 

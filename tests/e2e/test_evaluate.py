@@ -189,7 +189,7 @@ def test_invalid_sizes_are_errors(run, drawn, tiny_pipeline, tmp_path):
     larger = f"entries.LCM.pipeline={larger_copy(tiny_pipeline, tmp_path / 'larger')}"
     with pytest.raises(UserError, match="the entries draw 32 x 32 and 64 x 64 px images: set resolution=<pixels>"):
         run("resolution=null", larger)
-    with pytest.raises(UserError, match=r"entries\.LCM\.size=\[64, 32\]: metrics compare squares, give one number"):
+    with pytest.raises(UserError, match=r"entries\.LCM\.size=\[64, 32\]: metrics compare squares: give one number"):
         run("+entries.LCM.size=[64,32]")
     with pytest.raises(UserError, match=r"entries\.LCM\.size=63: 63 is not a multiple of the VAE's factor 4"):
         run("+entries.LCM.size=63")

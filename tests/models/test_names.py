@@ -128,7 +128,7 @@ def test_other_folder_is_an_error(kind: str, tiny_pipeline: Path, tmp_path: Path
 def test_unused_adapters_are_warned_of(tiny_pipeline: Path, tmp_path: Path, caplog: Any) -> None:
     folder = adapters(shutil.copytree(tiny_pipeline, tmp_path / "both"))
     TextToImage.load(str(folder))
-    assert [record.message for record in caplog.records if "is not used, only the network beside it" in record.message]
+    assert [record.message for record in caplog.records if "is not used, only the network in this folder" in record.message]
     caplog.clear()
     (folder / "lcm.json").write_text('{"rank": 4}')  # our runs merge their adapters
     TextToImage.load(str(folder))

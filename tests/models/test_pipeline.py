@@ -121,8 +121,8 @@ def test_broken_json_is_an_error(tiny_pipeline: Path, tmp_path: Path, file: str)
     [
         ({"in_channels": 9}, "takes 9 channels and gives 4, its latents have 4: give a text-to-image pipeline"),
         ({"in_channels": 16, "out_channels": 16}, "takes 16 channels and gives 16, its latents have 4"),
-        ({"num_class_embeds": 10}, "takes a class besides the text"),
-        ({"class_embed_type": "timestep"}, "takes a class besides the text"),
+        ({"num_class_embeds": 10}, "takes a class label besides the text"),
+        ({"class_embed_type": "timestep"}, "takes a class label besides the text"),
     ],
 )
 def test_unsuitable_unet_is_an_error(tiny_pipeline: Path, tmp_path: Path, changes: dict[str, Any], says: str) -> None:

@@ -214,6 +214,6 @@ def test_sweep_needs_one_process(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     check_sweep(tmp_path / "now", one_process=False)  # of a program that starts no processes
     with pytest.raises(
-        UserError, match="torchrun started 2 processes of a sweep, which starts those of its jobs itself: start one"
+        UserError, match="torchrun started 2 processes, but a sweep starts the processes of its jobs itself: start one"
     ):
         check_sweep(tmp_path / "now", one_process=True)
