@@ -13,7 +13,8 @@ ConsistencyFn = Callable[..., Tensor]  # (denoise, z_t [B, C, H, W], t [B], *, p
 def boundary_scalings(t: Tensor, *, sigma_data: float = 0.5, timestep_scaling: float = 10.0) -> tuple[Tensor, Tensor]:
     """Return c_skip, c_out `[B]` float32 at timesteps t `[B]`, as used by every released LCM.
 
-    `c_skip = sd^2 / ((a t)^2 + sd^2)`, `c_out = a t / sqrt((a t)^2 + sd^2)`. Consistency Models multiply c_out by sd.
+    `c_skip = sd^2 / ((a t)^2 + sd^2)`, `c_out = a t / sqrt((a t)^2 + sd^2)`, with sd = sigma_data and a = timestep_scaling.
+    Consistency Models multiply c_out by sd.
     """
     scaled = timestep_scaling * t.float()
     square = scaled**2 + sigma_data**2
@@ -36,7 +37,7 @@ def consistency_fn(denoise: Denoise, z_t: Tensor, t: Tensor, *, process: Process
 def cm_scalings(sigma: Tensor, sigma_min: Tensor | float, *, sigma_data: float) -> tuple[Tensor, Tensor]:
     """Return c_skip, c_out of Consistency Models (2303.01469, appendix C) at noise `sigma` of `x = z_0 + sigma eps`.
 
-    `c_skip = sd^2 / ((sigma - sigma_min)^2 + sd^2)`, `c_out = sd (sigma - sigma_min) / sqrt(sigma^2 + sd^2)`.
+    `c_skip = sd^2 / ((sigma - sigma_min)^2 + sd^2)`, `c_out = sd (sigma - sigma_min) / sqrt(sigma^2 + sd^2)`, sd = sigma_data.
     """
     gap = sigma - sigma_min
     return sigma_data**2 / (gap**2 + sigma_data**2), sigma_data * gap / (sigma**2 + sigma_data**2).sqrt()

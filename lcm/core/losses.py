@@ -1,4 +1,4 @@
-"""Distances d(x, y) of consistency training: elementwise and unreduced, so that a caller can weight samples.
+"""Distances d(x, y) of consistency training: elementwise and not averaged, so that a caller can weight samples.
 
 Each is `(x, y) -> [B, C, H, W]`, non-negative, and 0 where x = y.
 """

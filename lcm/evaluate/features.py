@@ -24,7 +24,7 @@ from lcm.runtime.atomic_io import digest, whole_file, writable
 
 
 class Extractor:
-    """The backbones `clip` and `fid` (None: `clip` serves metrics of `fid` features, too)."""
+    """The backbones `clip` and `fid`. None: `clip` also computes the `fid` features."""
 
     def __init__(self, clip: ClipBackbone, fid: ClipBackbone | InceptionBackbone | None = None, *, resolution: int) -> None:
         self.clip, self.fid, self.resolution = clip, fid, resolution

@@ -18,7 +18,7 @@ FIRST_EDITION = {  # method names in checkpoints of the first edition, whose ten
 
 
 def check_method(checkpoint: Mapping[str, Any], method: str) -> None:
-    """Raise UserError for the checkpoint of another method, whose tensors may even fit."""
+    """Raise UserError for the checkpoint of another method, even if its tensors fit."""
     saved = checkpoint.get("method", method)
     if FIRST_EDITION.get(saved, saved) != method:
         raise UserError(

@@ -27,7 +27,7 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 class Clip(L.LightningModule):
     """Trains a CLIP on (image, caption) pairs; validates by top-1 retrieval among `CANDIDATES`.
 
-    text, vision: sizes of the two towers, as in transformers' configs. seed: unused; every model of conf/model has one. The
+    text, vision: sizes of the two towers, as in transformers' configs. seed: unused, but every model in conf/model sets it. The
     other arguments are those of `Optimization`.
     """
 

@@ -43,8 +43,8 @@ class ConsistencyObjective(nn.Module):
     """Subclasses define `loss`.
 
     process: the student's. timesteps: the trained t, `[N]` int64 ascending. distance: the paper's d. w is uniform in
-    [w_min, w_max]. f: the consistency function. saved_steps: the number of sampling steps that the saved scheduler of a flow
-    student is exact for.
+    [w_min, w_max]. f: the consistency function. saved_steps: the number of sampling steps for which the saved scheduler of a flow
+    student is exact.
     """
 
     sampler: ClassVar[str] = "consistency"  # a function of `lcm.core.sampling`
@@ -87,7 +87,7 @@ class ConsistencyObjective(nn.Module):
         )
 
     def distances(self, online: Callable[[], Tensor], target: Callable[[], Tensor], device: torch.device) -> Loss:
-        """Return the mean distance. The random state is restored after the target, so both networks share dropout masks."""
+        """Return the mean distance. The random state is restored between the networks, so their dropout masks are equal."""
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             target_point = target()
         prediction = online()

@@ -20,7 +20,7 @@ from lcm.core.timesteps import karras, neighbours
 class ConsistencyModel(ConsistencyObjective):
     """The base of both methods: pairs of neighbours on a Karras grid, and the paper's consistency function.
 
-    points: of the grid. sigma_data: the standard deviation of the latents, see `cm_consistency_fn`.
+    points: the number of points of the grid. sigma_data: the standard deviation of the latents, see `cm_consistency_fn`.
     """
 
     def __init__(self, process: Process, *, points: Count = 18, sigma_data: Positive = 1.0, **options: Any) -> None:

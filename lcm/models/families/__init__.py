@@ -82,7 +82,7 @@ class Family:
     def with_w(self, net: nn.Module, *, zero_init: bool = True) -> nn.Module:
         """Return a copy of the network that takes w if the family supports it, else a plain copy.
 
-        A student without the input learns one guidance, the mean over w. zero_init: whether new weights start at zero.
+        A student without the input learns the mean over w. zero_init: whether new weights start at zero.
         """
         return network_like(net)
 
