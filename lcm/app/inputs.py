@@ -15,7 +15,7 @@ FILE_NAME = re.compile(r"\S+\.(txt|text|csv|tsv|json|jsonl|ndjson|md|yaml|yml|pa
 
 
 def read_prompts(prompts: Any, captions: Callable[[], list[str]]) -> list[str]:
-    """Return the prompts. prompts: one, a list, a .txt file with one a line, or "val" for the validation captions."""
+    """Return the prompts. prompts: one, a list, a .txt file with one per line, or "val" for the validation captions."""
     if prompts == "val":
         return captions()
     if isinstance(prompts, str) and prompts.lower().endswith(".txt"):

@@ -105,8 +105,8 @@ class Filters:
     min_side: pixels, max_aspect: longer / shorter side, both of the picture as published. min_aesthetic: LAION's predictor, 0
     to 10; the paper's recipes are 6 and 6.5. max_watermark, max_unsafe: probabilities; where LAION's NSFW column is all there
     is, UNLIKELY counts as 0, UNSURE as 0.75, NSFW as 1. min_similarity: CLIP's cosine. min_caption, max_caption: characters.
-    Limits are included. removal_list: a text file of samples to leave out, one a line: an img2dataset `sha256` or `md5` of the
-    image, LAION's `hash`, the URL or its sha256 (`#` begins a comment line).
+    Limits are included. removal_list: a text file of samples to leave out, one per line: an img2dataset `sha256` or `md5` of
+    the image, LAION's `hash`, the URL or its sha256 (`#` begins a comment line).
     missing: whether a sample that lacks what an active rule needs is kept or dropped.
     Raises `UserError` for a setting that makes no sense.
     """

@@ -19,7 +19,7 @@ SCHEMES = ("", "file", "http", "https", "s3", "gs", "hf")
 
 
 def expand_urls(shards: str | Sequence[str], option: str = "data.shards", *, allow_pipe: bool = False) -> list[str]:
-    """Return shard paths or URLs from globs, `{000..123}` braces and list files (`@shards.txt`, one a line).
+    """Return shard paths or URLs from globs, `{000..123}` braces and list files (`@shards.txt`, one per line).
 
     Local ones must exist. allow_pipe: also `pipe:<command that prints a shard>`, but never from a list file, which may be
     another's.

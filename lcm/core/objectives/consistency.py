@@ -43,8 +43,8 @@ class ConsistencyObjective(nn.Module):
     """Subclasses define `loss`.
 
     process: the student's. timesteps: the trained t, `[N]` int64 ascending. distance: the paper's d. w is uniform in
-    [w_min, w_max]. f: the consistency function. saved_steps: the number of sampling steps for which the saved scheduler of a flow
-    student is exact.
+    [w_min, w_max]. f: the consistency function. saved_steps: the number of sampling steps for which the saved scheduler of a
+    flow student is exact.
     """
 
     sampler: ClassVar[str] = "consistency"  # a function of `lcm.core.sampling`
