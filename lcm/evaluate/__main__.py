@@ -18,6 +18,7 @@ program = Program(
     chunk=Count,
     resolution=Count | None,
     entries=GenericAlias(dict, (str, "lcm.evaluate.jobs.Entry")),
+    teacher="lcm.evaluate.jobs.Entry",
     w=float | list[float],
     metrics=dict[str, Any],
     shards=TEXTS,
@@ -35,11 +36,12 @@ if __name__ == "__main__":
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from omegaconf import DictConfig
 from safetensors.torch import load_file
+from torch import Tensor
 from tqdm import tqdm
 
 from lcm.app.images import resized
@@ -50,7 +52,7 @@ from lcm.data.source import Source
 from lcm.evaluate import report
 from lcm.evaluate.features import Extractor, joined
 from lcm.evaluate.jobs import GRID_IMAGES, Chunk, Job, choose_resolution, load_models, make_jobs
-from lcm.evaluate.metrics import scores
+from lcm.evaluate.metrics import FeatureMetric, Features, scores
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +93,22 @@ def wait(chunks: Sequence[Chunk], patience: float) -> None:
                 )
 
 
+def load(job: Job, chunks: Sequence[Chunk]) -> tuple[Features, Tensor]:
+    """Return the features of a job's images, and its images for the grid."""
+    parts = [load_file(chunk.file) for chunk in chunks if chunk.job is job]
+    images = torch.cat([part.pop("images") for part in parts if "images" in part])
+    return joined(parts), images
+
+
+def check_teacher(cfg: DictConfig, metrics: Mapping[str, FeatureMetric]) -> None:
+    """Raise UserError for a metric without its teacher, and for a teacher without a metric."""
+    compared = [name for name, metric in metrics.items() if metric.against == "teacher"]
+    if compared and cfg.teacher is None:
+        raise UserError(f"metrics={compared} compare with a teacher's images: set 'teacher={{pipeline: mini, steps: 50}}'")
+    if cfg.teacher is not None and not compared:
+        raise UserError("teacher is used by no metric: choose one that compares with it, as in metrics=[fid,fid_teacher]")
+
+
 def check(cfg: DictConfig) -> None:
     if not cfg.get("metrics"):
         raise UserError("metrics=[] measures nothing: choose metrics of conf/metrics, as in metrics=[fid,clip_score]")
@@ -119,11 +137,13 @@ def evaluate(cfg: DictConfig) -> None:
     output_folder(cfg.features, "features")
     prompts, different = make_prompts(cfg)
     metrics, backbone, fid_backbone = build(cfg.metrics), build(cfg.backbone), build(cfg.get("fid_backbone"))
+    check_teacher(cfg, metrics)
     models = load_models(cfg, device)
     cfg.resolution = choose_resolution(cfg, models)
     extract = Extractor(backbone, fid_backbone, resolution=cfg.resolution).to(device)
     jobs = make_jobs(cfg, models, extract)
-    chunks = [chunk for job in jobs for chunk in job.chunks(prompts, cfg.seed, cfg.chunk)]
+    chunks = [chunk for job in jobs for chunk in job.chunks(prompts, cfg.chunk)]
+    teacher = next((job for job in jobs if job.option == "teacher"), None)
     if cfg.rank:
         return draw(chunks[cfg.rank :: cfg.world_size], extract, cfg.batch_size, quiet=True)
     option = "reference" if cfg.reference else "shards"
@@ -132,11 +152,12 @@ def evaluate(cfg: DictConfig) -> None:
     draw(chunks[:: cfg.world_size], extract, cfg.batch_size, quiet=False)
     wait(chunks, cfg.patience)
     rows, columns = [], []
+    references = {"real": real} if teacher is None else {"real": real, "teacher": load(teacher, chunks)[0]}
     for job in jobs:
-        parts = [load_file(chunk.file) for chunk in chunks if chunk.job is job]
-        images = torch.cat([part.pop("images") for part in parts if "images" in part])
-        columns.append(resized(images[: cfg.grid_rows], cfg.resolution))
-        rows.append({"name": job.name, "steps": job.steps, "w": job.w, **scores(joined(parts), real, metrics, device)})
+        if job is not teacher:
+            features, images = load(job, chunks)
+            columns.append(resized(images[: cfg.grid_rows], cfg.resolution))
+            rows.append({"name": job.name, "steps": job.steps, "w": job.w, **scores(features, references, metrics, device)})
     reference = str(cfg[option])
     note = report.note(cfg, extract, metrics, real=real, different=different, reference=reference, warnings=sentences)
     report.write(folder, rows, note, columns, prompts, cfg, metrics, build_all(cfg.get("logger")))

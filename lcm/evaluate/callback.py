@@ -63,6 +63,8 @@ class Evaluation(L.Callback):
         self.real: Features = {}
         self.captions: list[str] = []
         self.last_step = 0
+        if compared := [name for name, metric in metrics.items() if metric.against == "teacher"]:
+            raise UserError(f"callbacks.evaluation.metrics={compared} compare with a teacher: use lcm.evaluate for them")
         directions = {f"val/{name}_{n}_steps": metric.lower_is_better for name, metric in metrics.items() for n in steps}
         if keep_best is not None and keep_best not in directions:
             raise UserError(f"callbacks.evaluation.keep_best={keep_best} is not measured: choose from {', '.join(directions)}")
@@ -102,7 +104,8 @@ class Evaluation(L.Callback):
                     trainer.callback_metrics.pop(name, None)
                 features = self.features(trainer, model, steps)
                 if features is not None and trainer.is_global_zero:
-                    values |= {names[metric]: value for metric, value in scores(features, self.real, self.metrics).items()}
+                    measured = scores(features, {"real": self.real}, self.metrics)
+                    values |= {names[metric]: value for metric, value in measured.items()}
         values = trainer.strategy.broadcast(values)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         for logger in trainer.loggers:

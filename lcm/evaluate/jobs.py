@@ -41,9 +41,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Job:
-    """One model at one step count and w, drawn at `size` pixels per side. `folder` caches its features, one file per chunk."""
+    """One model at one step count and w, drawn at `size` pixels per side. Image i has seed `seed + i`.
 
+    option: the key of its entry. folder: the cache of its features, one file per chunk.
+    """
+
+    option: str
     name: str
+    seed: int
     steps: int
     w: float
     model: TextToImage
@@ -51,27 +56,26 @@ class Job:
     size: int
     folder: Path
 
-    def chunks(self, prompts: list[str], seed: int, length: int) -> "list[Chunk]":
-        return [Chunk(self, start, prompts[start : start + length], seed) for start in range(0, len(prompts), length)]
+    def chunks(self, prompts: list[str], length: int) -> "list[Chunk]":
+        return [Chunk(self, start, prompts[start : start + length]) for start in range(0, len(prompts), length)]
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """The images `[start, start + len(prompts))` of a job. Image i has seed `seed + i`."""
+    """The images `[start, start + len(prompts))` of a job."""
 
     job: Job
     start: int
     prompts: list[str]
-    seed: int
 
     @property
     def file(self) -> Path:
-        return self.job.folder / f"{self.start:06d}-{digest([self.prompts, self.seed])}.safetensors"
+        return self.job.folder / f"{self.start:06d}-{digest([self.prompts, self.job.seed])}.safetensors"
 
     def draw(self, extract: Extractor, batch_size: int, bar: tqdm) -> None:
         """Draw the images and save their features, with the images of the grid."""
         job, images, features = self.job, [], []
-        seeds = [self.seed + self.start + i for i in range(len(self.prompts))]
+        seeds = [job.seed + self.start + i for i in range(len(self.prompts))]
         options: dict[str, Any] = {"steps": job.steps, "w": job.w, "sampler": job.sampler, "size": job.size}
         try:
             for i, batch in enumerate(job.model.images(self.prompts, seeds, batch_size=batch_size, **options)):
@@ -85,14 +89,20 @@ class Chunk:
         save(self.file, {**joined(features), **grid_images}, description)
 
 
+def named_entries(cfg: DictConfig) -> dict[str, Any]:
+    """Return the rows of the table and the teacher of metrics `against: teacher`, by the configuration's keys."""
+    entries = {f"entries.{name}": entry for name, entry in cfg.entries.items()}
+    return entries if cfg.get("teacher") is None else {**entries, "teacher": cfg.teacher}
+
+
 def load_models(cfg: DictConfig, device: str) -> dict[str, TextToImage]:
     """Return the models by path. Replace `last` in the entries by its path."""
     models: dict[str, TextToImage] = {}
-    for entry in cfg.entries.values():
+    for entry in named_entries(cfg).values():
         path = entry.pipeline = find_pipeline(entry.pipeline, cfg.paths.runs)
         if path not in models:
             models[path] = TextToImage.load(path, device=device, dtype=getattr(torch, cfg.dtype))
-    if not models:
+    if not cfg.entries:
         raise UserError("there is nothing to evaluate: give entries, e.g. entries.LCM.pipeline=<folder>")
     return models
 
@@ -109,52 +119,59 @@ def choose_resolution(cfg: DictConfig, models: dict[str, TextToImage]) -> int:
     return height
 
 
-def choose_size(name: str, entry: Any, model: TextToImage, resolution: int) -> int:
+def choose_size(option: str, entry: Any, model: TextToImage, resolution: int) -> int:
     """Return the pixels per side at which an entry is drawn: its own `size`, or the resolution."""
     if entry.get("size") is not None:
-        height, width = model.size(entry.size, f"entries.{name}.size")
+        height, width = model.size(entry.size, f"{option}.size")
         if height != width:
-            raise UserError(f"entries.{name}.size={entry.size}: metrics compare squares: give one number")
+            raise UserError(f"{option}.size={entry.size}: metrics compare squares: give one number")
         return height
     size, _ = model.size(resolution, "resolution")
     trained = model.net.config["sample_size"]
     if isinstance(trained, int) and (native := trained * model.codec.factor) != size:
         log.warning(
-            "entries.%s draws %d px images with a model of %d px images: entries.%s.size=%d draws at the model's own size",
-            name, size, native, name, native,
+            "%s draws %d px images with a model of %d px images: %s.size=%d draws at the model's own size",
+            option, size, native, option, native,
         )  # fmt: skip
     return size
 
 
 def make_jobs(cfg: DictConfig, models: dict[str, TextToImage], extract: Extractor) -> list[Job]:
-    """Return the jobs of all entries. Raise UserError for a job that its model or sampler does not support."""
+    """Return the jobs of `named_entries`. Raise UserError for a job that its model or sampler does not support.
+
+    The teacher has seeds of its own: images of equal seeds are paired, which would lower its distance to the rows.
+    """
     identities = {path: model.identity() for path, model in models.items()}
     jobs = []
-    for name, entry in cfg.entries.items():
-        model, sampler = models[entry.pipeline], make_sampler(name, entry.get("sampler"))
-        size, ws = choose_size(name, entry, model, extract.resolution), listed(entry.get("w", cfg.w))
-        for option, values in (("steps", listed(entry.steps)), ("w", ws)):
+    for option, entry in named_entries(cfg).items():
+        model, sampler = models[entry.pipeline], make_sampler(option, entry.get("sampler"))
+        size, ws = choose_size(option, entry, model, extract.resolution), listed(entry.get("w", cfg.w))
+        for key, values in (("steps", listed(entry.steps)), ("w", ws)):
             if repeated := [value for value, count in Counter(values).items() if count > 1]:
-                raise UserError(f"entries.{name}.{option} has {repeated[0]:g} twice: give each value once")
+                raise UserError(f"{option}.{key} has {repeated[0]:g} twice: give each value once")
         for w in ws:
-            model.check_w(w, f"entries.{name}.w")
+            model.check_w(w, f"{option}.w")
             for steps in listed(entry.steps):
                 model.check_steps(steps, sampler)
-                options = {"sampler": plain(entry.get("sampler")), "steps": steps, "w": float(w), "size": size}
-                drawing = {**identities[entry.pipeline], **options, "dtype": cfg.dtype, "version": CACHE_VERSION}
+                settings = {"sampler": plain(entry.get("sampler")), "steps": steps, "w": float(w), "size": size}
+                drawing = {**identities[entry.pipeline], **settings, "dtype": cfg.dtype, "version": CACHE_VERSION}
                 folder = Path(cfg.features, digest([drawing, extract.identity]))
-                jobs.append(Job(str(entry.get("label", name)), steps, float(w), model, sampler, size, folder))
+                name = str(entry.get("label", option.removeprefix("entries.")))
+                seed = cfg.seed + cfg.samples * (option == "teacher")
+                jobs.append(Job(option, name, seed, steps, float(w), model, sampler, size, folder))
+    if sum(job.option == "teacher" for job in jobs) > 1:
+        raise UserError("teacher has several steps or w: give one of each")
     if not jobs:
         raise UserError("there is nothing to evaluate: give an entry steps, e.g. entries.LCM.steps=[4]")
     return jobs
 
 
-def make_sampler(name: str, sampler: Any) -> Sampler | None:
+def make_sampler(option: str, sampler: Any) -> Sampler | None:
     """Return the sampler of an entry: a name in conf/sampler, a `_target_`, or None for the model's default."""
     if isinstance(sampler, str):
         names = sorted(path.stem for path in (CONF / "sampler").glob("*.yaml"))
         if sampler not in names:
-            raise UserError(f"entries.{name}.sampler={sampler} is none of {', '.join(names)}")
+            raise UserError(f"{option}.sampler={sampler} is none of {', '.join(names)}")
         sampler = OmegaConf.load(CONF / "sampler" / f"{sampler}.yaml")
     return build(sampler)
 

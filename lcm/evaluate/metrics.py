@@ -20,7 +20,7 @@ Features = dict[str, Tensor]  # float32: "clip" and "text" [N, D]; "fid" [N, F] 
 class FeatureMetric:
     """A metric, its title and its direction: the content of one file in conf/metrics.
 
-    metric: builds the `Metric`. Against real images it is updated by `update(features, real=True)` and
+    metric: builds the `Metric`. Against real images or a teacher's images it is updated by `update(features, real=True)` and
     `update(features, real=False)`, against captions by `update(image_embeddings, text_embeddings)`, each `[N, D]` in float64.
     features: the network, `fid` or `clip`. scale: the factor of the reported value.
     """
@@ -29,16 +29,16 @@ class FeatureMetric:
     lower_is_better: bool
     features: Literal["fid", "clip"]
     metric: Callable[..., Metric]
-    against: Literal["real", "captions"] = "real"
+    against: Literal["real", "captions", "teacher"] = "real"
     scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.against == "captions" and self.features != "clip":
             raise UserError(f"the metric {self.title} compares with captions: set its features to clip")
 
-    def __call__(self, drawn: Features, real: Features, device: str = "cpu") -> float:
-        """Return the reported value for the features of drawn and of real images."""
-        x, y = (features.get(self.features, features["clip"]).to(device).double() for features in (drawn, real))
+    def __call__(self, drawn: Features, reference: Features, device: str = "cpu") -> float:
+        """Return the reported value for the features of the drawn images and of those they are compared with."""
+        x, y = (features.get(self.features, features["clip"]).to(device).double() for features in (drawn, reference))
         options: dict[str, Any] = {"sync_on_compute": False}  # the features of all ranks are here already
         if "num_features" in inspect.signature(self.metric).parameters:
             options["num_features"] = x.shape[1]
@@ -51,11 +51,17 @@ class FeatureMetric:
         return self.scale * float(metric.compute())
 
 
-def scores(drawn: Features, real: Features, metrics: Mapping[str, FeatureMetric], device: str = "cpu") -> dict[str, float]:
-    """Return `{name: value}`. Apple's GPUs have no float64: there the CPU computes. Raise NonFiniteError."""
-    finite(drawn), finite(real)
+def scores(
+    drawn: Features, references: Mapping[str, Features], metrics: Mapping[str, FeatureMetric], device: str = "cpu"
+) -> dict[str, float]:
+    """Return `{name: value}`. Apple's GPUs have no float64: there the CPU computes. Raise NonFiniteError.
+
+    references: features of the images that the metrics compare with, `real` and `teacher`.
+    """
+    for features in (drawn, *references.values()):
+        finite(features)
     device = "cpu" if device.startswith("mps") else device
-    return {name: metric(drawn, real, device) for name, metric in metrics.items()}
+    return {name: metric(drawn, references.get(metric.against, drawn), device) for name, metric in metrics.items()}
 
 
 def finite(features: Features) -> Features:

@@ -94,6 +94,7 @@ def note(
     warnings: Sequence[str],
 ) -> str:
     """Return everything a reader needs to repeat the numbers, in sentences. different: the number of different prompts."""
+    suite = f", {cfg.suite.title}" if cfg.prompts == "val" else ""
     prompts = cfg.shards if cfg.prompts == "val" else cfg.prompts if isinstance(cfg.prompts, str) else "prompts"
     repeated = "" if different == cfg.samples else f" of {different} captions, repeated with other seeds"
     w = f"w = {cfg.w:g} unless a row names another" if isinstance(cfg.w, int | float) else "w as the rows say"
@@ -106,12 +107,16 @@ def note(
     if extract.fid is not None:
         networks = " ".join(f"{titles[key]}: {name}." for key, name in (("fid", fid), ("clip", clip)) if titles[key])
     against_captions = {metric.title: metric for metric in metrics.values() if metric.against == "captions"}
-    own = "".join(f", whose own {title} is {value:.2f}" for title, value in scores(real, real, against_captions).items())
+    values = scores(real, {"real": real}, against_captions)
+    own = "".join(f", whose own {title} is {value:.2f}" for title, value in values.items())
     models = ", ".join(f"{name} is {entry.pipeline}" for name, entry in cfg.entries.items())
+    if (teacher := cfg.get("teacher")) is not None:
+        titles_of_teacher = " and ".join(metric.title for metric in metrics.values() if metric.against == "teacher")
+        models += f". {titles_of_teacher} compares with {cfg.samples} images of {teacher.pipeline} ({teacher.steps} steps)"
     return redacted(
-        f"{cfg.samples} images per cell{repeated} (`{prompts}`), seeds from {cfg.seed}; {w} (diffusers' guidance_scale is "
-        f"w + 1). Reference: {len(real['clip'])} images of `{reference}`{own}; centre crop, antialiased bicubic resize to "
-        f"{cfg.resolution} px. {networks} UNet in {cfg.dtype}, features in float32, distances in float64. "
+        f"{cfg.samples} images per cell{repeated} (`{prompts}`{suite}), seeds from {cfg.seed}; {w} (diffusers' "
+        f"guidance_scale is w + 1). Reference: {len(real['clip'])} images of `{reference}`{own}; centre crop, antialiased "
+        f"bicubic resize to {cfg.resolution} px. {networks} UNet in {cfg.dtype}, features in float32, distances in float64. "
         + " ".join([f"{models}.", *(f"{sentence.rstrip('.')}." for sentence in warnings), f"Commit {commit()}."])
     )
 

@@ -18,8 +18,8 @@ from lcm.data.openmoji import (
     all_captions,
     build,
     build_styles,
-    captioned_svgs,
     draw,
+    emojis,
     is_held_out,
     is_wanted,
 )
@@ -35,7 +35,7 @@ def captions(folder: Path, split: str) -> list[str]:
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw without starting processes."""
 
-    def render(tasks: list[Any]) -> Iterator[dict[str, Any]]:
+    def render(tasks: list[Any], description: str) -> Iterator[dict[str, Any]]:
         for task in tasks:
             yield from openmoji._samples_of(task)
 
@@ -81,12 +81,12 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
 def test_what_another_process_has_drawn_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     render, drawn = openmoji._render, []
 
-    def overtaken(tasks: list[Any]) -> Iterator[dict[str, Any]]:
+    def overtaken(tasks: list[Any], description: str) -> Iterator[dict[str, Any]]:
         with monkeypatch.context() as patch:
             patch.setattr(openmoji, "_render", render)
             patch.setattr("os.getpid", lambda: 1)
             drawn.append((small(tmp_path / "a") / "manifest.json").stat().st_ino)
-        yield from render(tasks)
+        yield from render(tasks, description)
 
     monkeypatch.setattr(openmoji, "_render", overtaken)
     assert [(small(tmp_path / "a") / "manifest.json").stat().st_ino] == drawn
@@ -95,17 +95,66 @@ def test_what_another_process_has_drawn_meanwhile_stays(tmp_path: Path, monkeypa
 
 @pytest.mark.usefixtures("in_process")
 def test_skin_tones_are_drawn_on_fewer_backgrounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    toned = [emoji for emoji in captioned_svgs() if "skin tone" in emoji[0]][:2]
-    monkeypatch.setattr(openmoji, "captioned_svgs", lambda: [("red apple", toned[0][1]), *toned])
+    toned = [emoji for emoji in emojis() if emoji.toned][:2]
+    monkeypatch.setattr(openmoji, "emojis", lambda: [toned[0]._replace(name="red apple"), *toned])
     build(str(tmp_path / "set"), resolution=16, held_out=0.0)
     assert len(captions(tmp_path / "set", "train")) == 6 + 2 + 2
 
 
 def test_names_are_plain_english() -> None:
-    names = [name for name, _ in captioned_svgs()]
+    names = [emoji.name for emoji in emojis()]
     assert len(names) > 3500
     assert "red apple" in names
     assert not any(":" in name or "_" in name for name in names)
+
+
+def test_kinds_and_categories_grow_vaguer() -> None:
+    """Every emoji has a group of its own, written as people write it."""
+    by_name = {emoji.name: emoji for emoji in emojis()}
+    expected = {
+        "red apple": ("fruit", "food"),
+        "frog": ("frog", "animal"),
+        "woman biking dark skin tone": ("person biking", "person"),
+        "woman and man holding hands medium skin tone light skin tone": ("people holding hands", "person"),
+        "france": ("country flag", "flag"),
+        "crying face": ("sad face", "face"),
+    }
+    assert {name: (by_name[name].kind, by_name[name].category) for name in expected} == expected
+    names, kinds, categories = (len(set(values)) for values in zip(*[emoji[:3] for emoji in emojis()], strict=True))
+    assert names > 3500
+    assert 150 < kinds < 500
+    assert 10 < categories < 20
+    assert not [emoji for emoji in emojis() if "skin tone" in emoji.kind and emoji.kind != "skin tone"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_every_picture_has_exact_and_vague_captions(tmp_path: Path) -> None:
+    folder = small(tmp_path / "set", held_out=0.0, pairs=0.5)
+    records = [json.loads(sample["json"]) for sample in read_samples(Source(expand_urls(f"{folder}/train-*.tar")))]
+    things = {emoji.name: emoji for emoji in emojis()}
+    pairs = [record for record in records if "+" in record["emoji"]]
+    assert len(pairs) == len(records) / 3
+    for record in records:
+        colour = record["background"].removesuffix(" background")
+        names = record["caption"].removesuffix(f" on a {colour} background").split(" and ")
+        if record in pairs:
+            assert record["kind"] == f"{' and '.join(things[name].kind for name in names)} on a {colour} background"
+        else:
+            assert record["category"] == f"{things[' and '.join(names)].category} on a {colour} background"
+
+
+@pytest.mark.usefixtures("in_process")
+def test_free_pictures_vary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same emoji on the same background: equal pictures without `free`, all different with it."""
+    monkeypatch.setattr(openmoji, "emojis", lambda: [emojis()[100]] * 6)
+    monkeypatch.setitem(openmoji.BACKGROUNDS, "color", {"white": "#ffffff"})
+    pictures = {}
+    for free in (False, True):
+        folder = small(tmp_path / str(free), held_out=0.0, free=free)
+        samples = read_samples(Source(expand_urls(f"{folder}/train-*.tar")))
+        pictures[free] = [sample["png"] for sample in samples]
+    assert [len(pictures[free]) for free in (False, True)] == [6, 6]
+    assert [len(set(pictures[free])) for free in (False, True)] == [1, 6]
 
 
 @pytest.mark.usefixtures("in_process")
@@ -116,7 +165,7 @@ class TestBuild:
         small(folder)
         assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
 
-    @pytest.mark.parametrize("settings", [{"resolution": 24}, {"held_out": 0.2}, {"style": "line"}])
+    @pytest.mark.parametrize("settings", [{"resolution": 24}, {"held_out": 0.2}, {"style": "line"}, {"free": True}])
     def test_other_settings_build_again(self, tmp_path: Path, settings: dict[str, Any]) -> None:
         folder = small(tmp_path / "set")
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -129,8 +178,8 @@ class TestBuild:
         assert [p.read_bytes() for p in sorted(first.iterdir())] == [p.read_bytes() for p in sorted(second.iterdir())]
 
     def test_an_interrupted_build_leaves_no_dataset(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        real = openmoji.captioned_svgs()[:3]
-        monkeypatch.setattr(openmoji, "captioned_svgs", lambda: [*real, ("gone", tmp_path / "gone.svg")])
+        real = emojis()[:3]
+        monkeypatch.setattr(openmoji, "emojis", lambda: [*real, real[0]._replace(path=tmp_path / "gone.svg")])
         with pytest.raises(BaseException):  # noqa: B017, PT011  whatever resvg raises
             small(tmp_path / "set")
         assert not (tmp_path / "set").exists()
@@ -155,7 +204,10 @@ class TestBuild:
 @pytest.fixture(scope="module")
 def drawings() -> list[dict[str, np.ndarray]]:
     """Ten emojis from all over the code points, in every style."""
-    return [{style: np.array(draw(path, 48, style)) for style in STYLE_SHEETS} for _, path in captioned_svgs()[30::400]]
+    return [
+        {style: np.array(draw(path, 48, style)) for style in STYLE_SHEETS}
+        for path in [emoji.path for emoji in emojis()][30::400]
+    ]
 
 
 def test_every_style_draws_differently(drawings: list[dict[str, np.ndarray]]) -> None:

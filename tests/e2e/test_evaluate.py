@@ -214,7 +214,7 @@ def test_non_finite_features_are_an_error(run, shards, tmp_path, monkeypatch):
         run(f"reference_cache={tmp_path}/reference")
     assert not list(tmp_path.rglob("*.safetensors"))
     with pytest.raises(UserError, match="the text features are not finite"):
-        scores({"clip": torch.ones(3, 2), "text": torch.full((3, 2), float("nan"))}, {"clip": torch.ones(3, 2)}, {})
+        scores({"clip": torch.ones(3, 2), "text": torch.full((3, 2), float("nan"))}, {"real": {"clip": torch.ones(3, 2)}}, {})
 
 
 def test_cache_version_is_part_of_the_key(run, drawn, monkeypatch):
@@ -294,6 +294,26 @@ def test_captions_repeat_with_new_seeds(run, drawn, tmp_path):
     assert "8 images per cell of 3 captions" in (tmp_path / "a/table.md").read_text()
 
 
+def test_teacher_is_drawn_once_with_seeds_of_its_own(run, drawn, tiny_pipeline, tmp_path):
+    teacher = ["metrics=[fid,fid_teacher]", f"teacher={{pipeline:{tiny_pipeline},steps:2}}"]
+    rows = run(*teacher)
+    assert sorted(drawn) == sorted([*range(8)] * 4 + [*range(8, 16)])
+    assert [row["name"] for row in rows] == ["DDIM", "DDIM", "LCM", "LCM"]
+    assert rows[1]["fid_teacher"] < min(rows[0]["fid_teacher"], rows[2]["fid_teacher"], rows[3]["fid_teacher"])
+    assert "FID to teacher compares with 8 images of" in (tmp_path / "a/table.md").read_text()
+    drawn.clear()
+    assert run(*teacher) == rows
+    assert not drawn
+
+
+def test_vague_suite_draws_vague_captions(run, tmp_path):
+    exact = run()
+    vague = run("suite=vague", output="b")
+    assert ", exact captions), seeds" in (tmp_path / "a/table.md").read_text()
+    assert ", vague captions), seeds" in (tmp_path / "b/table.md").read_text()
+    assert [row["clip_score"] for row in exact] != [row["clip_score"] for row in vague]
+
+
 def test_note_describes_the_measurement(run, tmp_path, shards):
     run()
     text = (tmp_path / "a/table.md").read_text()
@@ -337,6 +357,10 @@ def test_tensorboard_gets_metrics_and_pictures(run, tmp_path):
         ("entries.LCM.steps=[60]", "use 1 to 50"),
         ("+entries.LCM.sampler=dddim", "entries.LCM.sampler=dddim is none of ddim"),
         ("metrics=[]", "metrics=[] measures nothing"),
+        ("metrics=[fid_teacher]", "metrics=['fid_teacher'] compare with a teacher's images: set 'teacher="),
+        ("teacher={pipeline:mini,steps:2}", "teacher is used by no metric: choose one that compares with it"),
+        ("metrics=[fid_teacher] teacher={pipeline:mini,steps:[1,2]}", "teacher has several steps or w: give one of each"),
+        ("captions={blip:1}", "there are no captions in prompts=val"),
         ("samples=1", "at least 2 samples"),
         ("shards=nowhere/*.tar", "no shards match"),
         ("reference=nowhere/*.tar", "no shards match 'nowhere/*.tar': point reference at"),

@@ -30,7 +30,7 @@ def test_golden_values():
     drawn, real = {"clip": features(60, 0), "text": features(60, 2)}, {"clip": features(50, 1)}
     golden = {"fid": 97.81319506, "kid": 252307.2714, "cmmd": 1.267629406, "clip_score": -0.6100254033}
     metrics = {name: METRICS[name] for name in golden}
-    assert scores(drawn, real, metrics) == pytest.approx(golden, rel=1e-6)
+    assert scores(drawn, {"real": real}, metrics) == pytest.approx(golden, rel=1e-6)
 
 
 def gaussian(mean: float, deviations: torch.Tensor, seed: int) -> torch.Tensor:
@@ -119,13 +119,13 @@ def test_precision_and_recall_extremes():
 
 def test_scores_use_the_cpu_instead_of_mps():
     real, drawn = ({"clip": torch.randn(9, 4), "text": torch.randn(9, 4)} for _ in range(2))
-    assert scores(drawn, real, METRICS, device="mps") == scores(drawn, real, METRICS, device="cpu")
+    assert scores(drawn, {"real": real}, METRICS, device="mps") == scores(drawn, {"real": real}, METRICS, device="cpu")
 
 
 def test_fid_features_have_their_own_network():
     drawn, real = ({"clip": features(20, s), "text": features(20, 5), "fid": features(20, s + 2, 4)} for s in (0, 1))
     changed = {**drawn, "fid": drawn["fid"] + 1}
-    before, after = scores(drawn, real, METRICS), scores(changed, real, METRICS)
+    before, after = scores(drawn, {"real": real}, METRICS), scores(changed, {"real": real}, METRICS)
     assert {name for name in METRICS if before[name] != after[name]} >= {"fid", "kid"}
     assert all(before[name] == after[name] for name in ("cmmd", "clip_score"))
 
