@@ -55,6 +55,17 @@ def parts(url: str, start: int, timeout: float) -> Iterator[bytes]:
         start, length = start + len(part), min(2 * length, LARGEST_PART)
 
 
+def size_of(url: str, timeout: float) -> int | None:
+    """Return the bytes of a URL's content, None if they are not known before it is read."""
+    if scheme_of(url) == "pipe":
+        return None
+    try:
+        files, name = connect(url, timeout)
+        return files.info(name)["size"]
+    except Exception:  # a file system's client raises errors of many kinds
+        return None
+
+
 def read_up_to(stream: Any, size: int) -> bytes:
     """Return `size` bytes of a stream, fewer at its end."""
     pieces, left = [], size
