@@ -19,7 +19,7 @@ from lcm.data.cache import ShardCache
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.memory import MemoryCache, hold
 from lcm.data.source import Source
-from tests.data.conftest import pairs, stream, take, write_shard
+from tests.data.conftest import keys, pairs, stream, take, write_shard
 from tests.data.test_cache import Server, failing, serving
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning", "ignore:This DataLoader will create")
@@ -109,7 +109,7 @@ def test_damage_costs_what_it_costs_with_a_cache(server: Server, shards: list[st
     streamed = Source(shards)
     for name, value in quick.items():
         setattr(streamed.cache, name, value)
-    results = [take(stream(source, lanes=LANES, batch_size=12), 60) for source in (cached, streamed)]
+    results = [keys(take(stream(source, lanes=LANES, batch_size=12), 60)) for source in (cached, streamed)]
     assert results[0] == results[1]
     assert [source.left_out() for source in (cached, streamed)] == 2 * [{"shard": 1, "no_image": 1}]
 
