@@ -41,8 +41,8 @@ class MemoryCache(ShardCache):
             hold(folder)
         except OSError as error:
             raise UserError(
-                f"data.cache=null streams remote shards through memory, but {folder} cannot be used ({error.strerror}): set "
-                "data/cache=default, which keeps them in data.cache.folder"
+                f"data.cache=null streams remote shards through memory, but {folder} cannot be used ({error.strerror}): choose "
+                "data=shards without data.cache=null, which keeps them on a disk"
             ) from None
 
     def release(self, url: str) -> None:
@@ -54,7 +54,7 @@ class MemoryCache(ShardCache):
         if size is not None and size * shards > self.max_gb * 1e9:
             raise UserError(
                 f"data.cache=null keeps up to {shards} shards in memory, such as {redacted(url)} of {size / 1e9:.2g} GB, and "
-                f"half of {MEMORY} is {self.max_gb:.2g} GB: set a smaller data.lanes, or data/cache=default for a disk"
+                f"half of {MEMORY} is {self.max_gb:.2g} GB: set a smaller data.lanes, or a disk by data.cache.folder"
             )
 
 

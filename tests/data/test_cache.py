@@ -457,6 +457,17 @@ def test_cache_without_file_handles_for_a_moment_is_tried_again(
     assert counts(Source([f"{plain.url}/0.tar"], cache=cache(tmp_path))) == [8]
 
 
+def test_full_disk_is_one_sentence_and_no_damage(plain: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lcm.data.cache.check_size", full)
+    source = Source([f"{plain.url}/0.tar"], cache=cache(tmp_path))
+    with pytest.raises(UserError, match=r"cache cannot hold the shards that are read now \(No space left on device\): make"):
+        source.usable(0, 1)
+    assert source.empty == set()
+
+
 # Commands
 
 
