@@ -150,7 +150,7 @@ class Arrival:
                     raise UserError(
                         f"{self.cache.folder} cannot hold the shards that are read now ({full.strerror}): make room, or set a "
                         "smaller data.lanes"
-                    ) from error
+                    ) from None
                 with suppress(FileNotFoundError):
                     if (size := self.partial.stat().st_size) > reached:
                         attempt, reached = 1, size  # more of it came than before: attempts are counted in a row

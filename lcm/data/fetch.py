@@ -1,6 +1,7 @@
 """The content of a URL, piece by piece: through fsspec, or from the user's own command (`pipe:` URLs)."""
 
 import contextlib
+import gc
 import os
 import re
 import shlex
@@ -16,6 +17,8 @@ import fsspec
 
 from lcm.data.urls import scheme_of
 
+# A child process would close the clients that its parent left, and wait a second for each.
+os.register_at_fork(after_in_child=gc.freeze)
 FIRST_PART, LARGEST_PART = 2**18, 2**22  # bytes of a request: the first samples arrive soon, later ones at full rate
 
 

@@ -1,12 +1,12 @@
 """Remote shards in memory: a cache in /dev/shm that the processes of a node share, and that disappears with them."""
 
-import atexit
 import fcntl
 import os
 import shutil
 import subprocess
 import sys
 from contextlib import suppress
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,8 @@ def hold(folder: Path) -> None:
             break
         os.close(opened)
     held[folder] = opened
-    atexit.register(let_go, folder, start_guard(folder) if is_first else None)
+    guard = start_guard(folder) if is_first else None
+    Finalize(None, let_go, (folder, guard), exitpriority=-1)  # after the workers, which hold the folder, too
 
 
 def start_guard(folder: Path) -> subprocess.Popen:
