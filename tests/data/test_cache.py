@@ -139,6 +139,8 @@ def serving(tmp_path: Path, ranges: bool) -> Iterator[Server]:
     server = Server(tmp_path / "www", ranges)
     yield server
     server.http.shutdown()
+    server.http.server_close()
+    gc.collect()  # closes the clients, too: a later test may need few open files
 
 
 @pytest.fixture
