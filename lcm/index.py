@@ -74,7 +74,9 @@ def scan(shards: Sequence[Shard], jobs: int) -> None:
 
 def notes_of(shard: Shard) -> Notes:
     source, number = shard
-    return source.notes(number)
+    notes = source.notes(number)
+    source.release(number)
+    return notes
 
 
 def write_manifests(shards: Sequence[Shard]) -> list[str]:
@@ -162,6 +164,8 @@ def verify(shards: Sequence[Shard]) -> list[str]:
             return expected.flaw(source.whole(number))
         except OSError as error:
             return str(error)
+        finally:
+            source.release(number)
 
     sizes = {(source, shard): source.manifests[source.urls[shard]].bytes or 0 for source, shard in shards}
     with closing(each(flaw, sizes, "verifying")) as results:

@@ -18,7 +18,7 @@ from lcm.data import growing
 from lcm.data.fetch import parts
 from lcm.data.growing import POLL, Asked, start_writer
 from lcm.data.urls import scheme_of
-from lcm.runtime.atomic_io import NO_HANDLES, TRANSIENT, os_error
+from lcm.runtime.atomic_io import FULL, NO_HANDLES, TRANSIENT, os_error
 from lcm.runtime.redaction import redacted
 
 log = logging.getLogger(__name__)
@@ -85,8 +85,8 @@ class Arrival:
 
     def __init__(self, cache: "ShardCache", url: str, flaw: Callable[[str], str | None]) -> None:
         self.cache, self.url, self.flaw = cache, url, flaw
-        name = cache.folder / hashlib.sha256(url.encode()).hexdigest()[:32]
-        self.path, self.partial = name.with_suffix(".tar"), name.with_suffix(".partial")
+        self.path = name = cache.path_of(url)
+        self.partial = name.with_suffix(".partial")
         self.lock, self.failed = name.with_suffix(".lock"), name.with_suffix(".failed")
         self.asked = Asked(name.with_suffix(".asked"))  # in bytes
         self.thread: threading.Thread | None = None
@@ -146,6 +146,11 @@ class Arrival:
             except Exception as error:  # a file system's client raises errors of many kinds
                 if failure := os_error(error, NO_HANDLES):
                     raise OSError(failure.errno, failure.strerror) from error
+                if full := os_error(error, FULL):
+                    raise UserError(
+                        f"{self.cache.folder} cannot hold the shards that are read now ({full.strerror}): make room, or set a "
+                        "smaller data.lanes"
+                    ) from None
                 with suppress(FileNotFoundError):
                     if (size := self.partial.stat().st_size) > reached:
                         attempt, reached = 1, size  # more of it came than before: attempts are counted in a row
@@ -184,6 +189,12 @@ class ShardCache:
         with suppress(OSError):
             os.utime(arrival.path)  # used now: it makes room last
         return GrowingFile(arrival)
+
+    def path_of(self, url: str) -> Path:
+        return self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.tar"
+
+    def release(self, url: str) -> None:
+        """Take note that the shard is not needed soon: it stays until another one needs its room."""
 
     def make_room(self, size: int) -> None:
         """Remove the shards that were used longest ago, so that `size` more bytes fit."""

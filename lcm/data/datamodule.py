@@ -80,6 +80,7 @@ class ShardDataModule(L.LightningDataModule):
     resolution: pixels a side; None: those of the codec's pipeline, and 512 without a codec.
     buckets: batches of one shape, see `lcm.data.buckets.shapes_of`; None trains on squares of `resolution`.
     batch_size: per device. shuffle, lanes: see `lcm.data.order`. index: the folder of the shards' indexes.
+    cache: of remote shards; None keeps them in memory, see `lcm.data.memory`.
     captions: weights of the members or .json fields that hold one, see `CaptionChoice`.
     timeout: seconds without data after which the training ends with an error.
     max_skip_ratio: more damaged samples than this share of those seen stop the training.
@@ -167,7 +168,8 @@ class ShardDataModule(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Check the first samples of each source. Nothing is counted."""
-        self.train_sources = [self._checked(self._source(source)) for source in self.weighted]
+        nodes = self.trainer.num_nodes if self.trainer else 1
+        self.train_sources = [self._checked(self._source(source), -(-self.lanes // nodes)) for source in self.weighted]
         self.val_sources = []
         if self.val_shards is not None:
             self.val_sources = [self._checked(self.reader(self.val_shards, "data.val_shards", **self.way))]
@@ -221,7 +223,8 @@ class ShardDataModule(L.LightningDataModule):
         kind = source["source"] if "source" in source else partial(FolderSource, source["folder"])
         return kind(captions=self.captions, filters=self.filters, option=self.option, **self.way)
 
-    def _checked(self, source: Source) -> Source:
+    def _checked(self, source: Source, lanes: int = 1) -> Source:
+        source.check_room(lanes)
         source.check()
         if self.latents and self.codec is not None:
             check_stamp(source.urls, self.codec, self.resolution, self.captions)

@@ -1,6 +1,7 @@
 """The content of a URL, piece by piece: through fsspec, or from the user's own command (`pipe:` URLs)."""
 
 import contextlib
+import gc
 import os
 import re
 import shlex
@@ -16,6 +17,8 @@ import fsspec
 
 from lcm.data.urls import scheme_of
 
+# A child process would close the clients that its parent left, and wait a second for each.
+os.register_at_fork(after_in_child=gc.freeze)
 FIRST_PART, LARGEST_PART = 2**18, 2**22  # bytes of a request: the first samples arrive soon, later ones at full rate
 
 
@@ -53,6 +56,17 @@ def parts(url: str, start: int, timeout: float) -> Iterator[bytes]:
             raise OSError(f"{start} of {size} bytes came")
         yield part
         start, length = start + len(part), min(2 * length, LARGEST_PART)
+
+
+def size_of(url: str, timeout: float) -> int | None:
+    """Return the bytes of a URL's content, None if they are not known before it is read."""
+    if scheme_of(url) == "pipe":
+        return None
+    try:
+        files, name = connect(url, timeout)
+        return files.info(name)["size"]
+    except Exception:  # a file system's client raises errors of many kinds
+        return None
 
 
 def read_up_to(stream: Any, size: int) -> bytes:

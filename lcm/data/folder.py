@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from lcm.core.errors import UserError
+from lcm.data.checks import LOOKED_AT
 from lcm.data.index import Notes, named
 from lcm.data.sample_fields import CAPTIONS, Sample, Skip, captions_of, metadata, skipping
-from lcm.data.source import LOOKED_AT, Source
+from lcm.data.source import Source
 from lcm.data.tar import is_litter
 from lcm.data.urls import IMAGES
 from lcm.runtime.atomic_io import text_of

@@ -53,6 +53,9 @@ class Samples(Protocol):
 
     def prefetch(self, shard: int) -> None: ...
 
+    def release(self, shard: int) -> None:
+        """Take note that the shard is not needed soon."""
+
     def nothing_usable(self) -> UserError:
         """Return the error for a source whose shards hold no usable sample."""
 
@@ -82,6 +85,7 @@ class Lane:
         self.order: tuple[int, list[int]] = (-1, [])  # the last epoch, and its shards
         self.block: tuple[tuple[int, int], list[int]] = ((-1, -1), [])  # (first sample's k, size), and its samples
         self.prefetched = (-1, -1)
+        self.held: set[int] = set()  # shards that gave samples, and were not released
 
     def __getitem__(self, k: int) -> SampleRef:
         if k < self.first:
@@ -96,9 +100,12 @@ class Lane:
                 size = min(size, known - block)
                 if whole and number >= size // 2:  # not before: the first batch shall not wait for it
                     self._prefetch_next()
+                self.held.add(shard)
                 return SampleRef(self.source, self.number, shard, self._shuffled_block(shard, block, size)[number - block])
             self.counts[shard] = known
             self._advance(known)
+            if self.held:
+                self._release(shard)
 
     def _advance(self, count: int) -> None:
         """Go to the next shard. Raises UserError if all shards of the source are empty."""
@@ -116,8 +123,18 @@ class Lane:
         if self.prefetched == (self.epoch, self.turn):
             return
         self.prefetched = self.epoch, self.turn
+        self.samples.prefetch(self._next())
+
+    def _next(self) -> int:
         last = self.turn + 1 == len(self.shards)
-        self.samples.prefetch(self._shuffled(self.epoch + 1)[0] if last else self._shards(self.epoch)[self.turn + 1])
+        return self._shuffled(self.epoch + 1)[0] if last else self._shards(self.epoch)[self.turn + 1]
+
+    def _release(self, passed: int) -> None:
+        """Release all but the present shard and its neighbours. Other processes may still read the one that was passed."""
+        kept = {passed, self._shards(self.epoch)[self.turn], self._next()}
+        for shard in self.held - kept:
+            self.samples.release(shard)
+        self.held &= kept
 
     def _shards(self, epoch: int) -> list[int]:
         if self.order[0] != epoch:
@@ -263,6 +280,7 @@ def one_pass(
     by_shard: no batch has samples of two shards.
     """
     batch: list[SampleRef] = []
+    released = 0
     for shard in range(len(samples.urls)):
         if shard + 1 < len(samples.urls):
             samples.prefetch(shard + 1)
@@ -279,5 +297,9 @@ def one_pass(
         if by_shard and batch:
             yield batch
             batch = []
+        oldest = batch[0].shard if batch else shard + 1
+        for passed in range(released, oldest - 1):  # not the last one: other processes may still read it
+            samples.release(passed)
+            released = oldest - 1
     if batch:
         yield batch

@@ -10,7 +10,6 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property, partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,19 +17,20 @@ from omegaconf import DictConfig, OmegaConf
 
 from lcm.core.errors import UserError
 from lcm.data.cache import GrowingFile, ShardCache
+from lcm.data.checks import extensions_of, first_samples, flaw_of
 from lcm.data.filters import Filters
 from lcm.data.index import VERSION, Notes, Rules, ShardIndex
 from lcm.data.manifest import Manifests
+from lcm.data.memory import MemoryCache
 from lcm.data.sample_fields import Sample, Skip, caption_of, captions_of, metadata, skipping, weights_of
 from lcm.data.tar import Links, LocalFile, Memory, advice, samples, why_empty
-from lcm.data.urls import IMAGES, LATENTS, expand_urls, is_remote, local
+from lcm.data.urls import IMAGES, expand_urls, is_remote, local
 from lcm.runtime.atomic_io import NO_HANDLES, TRANSIENT, digest, os_error
 from lcm.runtime.redaction import redacted
 
 log = logging.getLogger(__name__)
 TRIED = 8  # shards that may be dead before the first that is looked into
-LOOKED_AT = 100  # samples of that one
-SHOWN = 8  # kinds of members that a complaint lists
+HELD = 3  # shards of a lane: the present one and its neighbours
 OPEN_SHARDS = 256  # at most, for each process and source
 PAUSES = (0.1, 0.5, 2.0)  # seconds before a shard is opened again that the system could not open just then
 
@@ -39,8 +39,9 @@ class Source:
     """A list of shards. None is opened or counted before it is needed.
 
     urls: paths or URLs of tars. needs: every sample must have one of these extensions. captions: see `captions_of`; the filters
-    judge these captions. aspect: `picture's first bytes -> byte`, stored for each sample. index: the folder of the shards'
-    indexes; None, or a folder that cannot be written: a temporary one. option: the configuration's key that names the shards.
+    judge these captions. aspect: `picture's first bytes -> byte`, stored for each sample. cache: of remote shards; None keeps
+    them in memory. index: the folder of the shards' indexes; None, or a folder that cannot be written: a temporary one. option:
+    the configuration's key that names the shards.
     """
 
     def __init__(
@@ -55,7 +56,8 @@ class Source:
         index: str | None = None,
         option: str = "data.shards",
     ) -> None:
-        self.urls, self.option, self.cache, self.filters = list(urls), option, cache, filters
+        self.urls, self.option, self.filters = list(urls), option, filters
+        self.cache = MemoryCache() if cache is None and self.any_remote else cache
         judge = filters if filters is not None and filters.limits else None
         self.rules = Rules(needs, None if captions is None else weights_of(captions), judge, aspect)
         self.folder, self.manifests = index_folder(index), Manifests()
@@ -138,9 +140,17 @@ class Source:
     def prefetch(self, shard: int) -> None:
         """Begin to fetch and to scan a shard that will be needed soon."""
         with contextlib.suppress(OSError):
-            if is_remote(self.urls[shard]) and self.cache is not None:
+            if is_remote(self.urls[shard]):
                 self._open(shard).close()
             self._index(shard).ensure()
+
+    def release(self, shard: int) -> None:
+        """Close a shard that is not needed soon, and let its cache know."""
+        self._close(shard)
+        if shard in self.indexes:
+            self.indexes.pop(shard).close()
+        if self.cache is not None and is_remote(self.urls[shard]):
+            self.cache.release(self.urls[shard])
 
     def nothing_usable(self) -> UserError:
         left_out = self.left_out()
@@ -222,11 +232,7 @@ class Source:
         url = self.urls[shard]
         if not is_remote(url):
             return LocalFile(local(url))
-        if self.cache is None:
-            raise UserError(
-                f"{self.title(shard)} is remote and arrives in a cache: choose data=shards; to keep nothing on a disk, set "
-                "data.cache.folder=/dev/shm/shards data.cache.max_gb=<twice the size of data.lanes shards>"
-            )
+        assert self.cache is not None
         return self.cache.open(url, lambda file: self.manifests[url].flaw(file))
 
     def _close(self, shard: int) -> None:
@@ -266,6 +272,12 @@ class Source:
 
     # Checks before a training
 
+    def check_room(self, lanes: int) -> None:
+        """Refuse shards that memory has no room for, as the size of one of them shows. lanes: those of this node."""
+        remote = [url for url in self.urls if is_remote(url)]
+        if isinstance(self.cache, MemoryCache) and remote:
+            self.cache.check_room(remote[0], min(HELD * lanes, len(remote)))
+
     def check(self) -> None:
         """Refuse, before any training, shards without images or captions, as one of the first few that can be read shows.
 
@@ -276,65 +288,19 @@ class Source:
             title = self.title(shard)
             try:
                 with contextlib.closing(self.retried(shard, partial(self._open, shard))) as file:
-                    first = self._first(file)
-                    extensions = {extension for sample in first for extension in sample if not extension.startswith("__")}
-                    if not extensions:
+                    first = first_samples(file, self.rules)
+                    if not extensions_of(first):
                         flaws.append(f"{title} is not a readable webdataset shard: {why_empty(file)}")
                         continue
             except OSError as error:
                 flaws.append(f"{title} cannot be opened ({error})")
                 continue
             self.first_samples = first
-            if flaw := self._flaw_of(title, extensions, first):
+            if flaw := flaw_of(title, first, self.rules, self.option):
                 flaws.append(flaw)
                 continue
             return
         raise UserError(flaws[0] + f", nor can the {len(flaws) - 1} shards after it be read" * (len(flaws) > 1))
-
-    def _first(self, file: Any) -> list[Sample]:
-        """Return the first samples of a shard, whether they are usable or not. Links to files outside hold nothing."""
-        links, found = Links(file), []
-        for sample in islice(samples(file, self.rules.needs, self.rules.tells), LOOKED_AT):
-            content: Sample = {"__key__": sample.key}
-            for extension, member in sample.members.items():
-                target = member if member.link is None else links.target(member)
-                if target is None:
-                    content["__link__"] = b""
-                elif extension in (*self.rules.needs, *LATENTS, *IMAGES):
-                    content[extension] = b""
-                else:
-                    content[extension] = file.read(target.data, target.size)
-            found.append(content)
-        return found
-
-    def _flaw_of(self, title: str, extensions: set[str], first: list[Sample]) -> str | None:
-        """Return why a shard's captions cannot be read. Raises UserError for shards of another kind, which are all alike."""
-        held = f"its samples hold {', '.join(sorted(extensions)[:SHOWN])}" + ", ..." * (len(extensions) > SHOWN)
-        hint = advice({"link": 1}) if any("__link__" in sample for sample in first) else ""
-        needs, names = self.rules.needs, self.rules.tells
-        captions: list[dict[str, list[str]] | Skip] = []
-        for sample in first:
-            try:
-                captions = [captions_of(sample, self.captions)]
-                break
-            except Skip as skip:
-                captions.append(skip)
-        readable = any(not isinstance(caption, Skip) for caption in captions)
-        if extensions & set(names) and extensions & set(needs) and not readable:
-            return f"{title} has no captions that can be read ({captions[0]})"
-        if not extensions & set(needs):
-            if extensions & set(LATENTS):
-                raise UserError(f"{title} holds latents, not pictures: set {self.option} to shards of pictures")
-            if needs != IMAGES and extensions & set(IMAGES):
-                raise UserError(
-                    f"{title} holds pictures, not latents: encode it with python -m lcm.encode, or choose data=shards"
-                )
-            raise UserError(f"{title} has no images: {held}, expected one of {', '.join(needs)}{hint}")
-        if not extensions & set(names):
-            raise UserError(
-                f"{title} has no captions: {held}, expected one of {', '.join(names)}, or others by data.captions{hint}"
-            )
-        return None
 
     def blind_filters(self) -> list[str]:
         """Return the filters that leave out nothing, since none of the first samples has the fields that they read."""

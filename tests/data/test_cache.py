@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -20,6 +21,7 @@ import webdataset
 from lcm.core.errors import UserError
 from lcm.data.cache import ShardCache
 from lcm.data.datamodule import ShardDataModule
+from lcm.data.fetch import connect
 from lcm.data.filters import Filters
 from lcm.data.source import Source
 from tests.data.conftest import SIZES, keys, pairs, stream, take, write_shard
@@ -137,6 +139,8 @@ def serving(tmp_path: Path, ranges: bool) -> Iterator[Server]:
     server = Server(tmp_path / "www", ranges)
     yield server
     server.http.shutdown()
+    server.http.server_close()
+    gc.collect()  # closes the clients, too: a later test may need few open files
 
 
 @pytest.fixture
@@ -244,6 +248,24 @@ def test_caches_of_a_process_fetch_a_shard_once(ranged: Server, tmp_path: Path, 
     assert results == 6 * [[8, 8, 8]]
     for number in range(3):
         assert len(set(ranged.starts(f"/{number}.tar"))) == len(ranged.starts(f"/{number}.tar"))
+
+
+def collect(clients: list[Any], results: Any) -> None:
+    clients.clear()
+    started = time.monotonic()
+    gc.collect()
+    results.put(time.monotonic() - started)
+
+
+def test_child_process_does_not_close_the_clients_of_its_parent(ranged: Server) -> None:
+    """It would wait a second for each: their event loop runs in the parent only."""
+    clients, results = [connect(f"{ranged.url}/0.tar", 1.0)[0] for _ in range(12)], fork.Queue()
+    for client in clients:
+        client.info(f"{ranged.url}/0.tar")
+    process = fork.Process(target=collect, args=(clients, results))
+    process.start()
+    assert results.get(timeout=60) < 6
+    process.join()
 
 
 def test_shards_of_one_name_do_not_mix(plain: Server, tmp_path: Path) -> None:
@@ -455,6 +477,17 @@ def test_cache_without_file_handles_for_a_moment_is_tried_again(
 
     monkeypatch.setattr("lcm.data.cache.open", scarce, raising=False)
     assert counts(Source([f"{plain.url}/0.tar"], cache=cache(tmp_path))) == [8]
+
+
+def test_full_disk_is_one_sentence_and_no_damage(plain: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lcm.data.cache.check_size", full)
+    source = Source([f"{plain.url}/0.tar"], cache=cache(tmp_path))
+    with pytest.raises(UserError, match=r"cache cannot hold the shards that are read now \(No space left on device\): make"):
+        source.usable(0, 1)
+    assert source.empty == set()
 
 
 # Commands

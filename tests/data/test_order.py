@@ -22,7 +22,7 @@ SHAPES = [(64, 64), (48, 80), (80, 48), (32, 128)]
 class Counts:
     """A source of shards that hold so many samples. scanned: they are known; else they arrive.
 
-    asked, prefetched: the shards that an order needed.
+    asked, prefetched, released: the shards that an order needed, and those that it needs no more.
     """
 
     def __init__(self, counts: Sequence[int], scanned: bool = True) -> None:
@@ -30,6 +30,7 @@ class Counts:
         self.urls = [f"{shard:06d}.tar" for shard in range(len(counts))]
         self.asked: dict[int, int] = {}
         self.prefetched: list[int] = []
+        self.released: list[int] = []
 
     def usable(self, shard: int, count: int) -> tuple[int, bool]:
         self.asked[shard] = max(count, self.asked.get(shard, 0))
@@ -44,6 +45,9 @@ class Counts:
 
     def prefetch(self, shard: int) -> None:
         self.prefetched.append(shard)
+
+    def release(self, shard: int) -> None:
+        self.released.append(shard)
 
     def nothing_usable(self) -> UserError:
         return UserError("nothing usable")
@@ -351,3 +355,30 @@ def test_turns_are_spread_evenly() -> None:
     for start in range(30):
         assert Counter(turns[position][0] for position in range(start, start + 10)) == {0: 5, 1: 3, 2: 2}
     assert [turns[position][1] for position in range(40) if turns[position][0] == 1] == list(range(12))
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 6])
+def test_lane_releases_all_but_its_present_shard_and_the_neighbours(lanes: int) -> None:
+    source = Counts(12 * [40])
+    stream, open_shards = Order([source], [1.0], lanes=lanes, shuffle=8), set()
+    for position in range(2 * 12 * 40):
+        [(_, ref)] = stream.batch(range(position, position + 1))
+        assert ref.shard not in source.released
+        open_shards = open_shards - set(source.released) | {ref.shard}
+        source.released.clear()
+        assert len(open_shards) <= 3 * lanes
+
+
+def test_lane_that_is_resumed_releases_nothing_that_it_only_passes() -> None:
+    source = Counts(12 * [40])
+    Order([source], [1.0], lanes=2).batch(range(900, 901))
+    assert not source.released
+
+
+@pytest.mark.parametrize("size", [4, 64])
+def test_pass_releases_no_shard_before_its_samples_are_read(size: int) -> None:
+    source = Counts(12 * [10])
+    for batch in one_pass(source, size):
+        assert not {ref.shard for ref in batch} & set(source.released)
+    assert source.released == list(range(len(source.released)))
+    assert len(source.released) >= 12 - 3 - size // 10

@@ -238,8 +238,3 @@ def test_shard_that_is_gone_counts_as_empty(urls: list[str], tmp_path: Path, cap
         source.read(1, 0)
     source.prefetch(1)
     assert source.left_out() == {"shard": 1}
-
-
-def test_remote_shards_need_a_cache() -> None:
-    with pytest.raises(UserError, match=r"choose data=shards"):
-        Source(["https://localhost/a.tar"]).check()

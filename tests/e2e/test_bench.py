@@ -31,5 +31,5 @@ def test_unknown_part_is_refused(run):
     done = run("lcm.bench", "parts=[data,speed]", "dataset=null")
     assert done.returncode == 1
     assert done.stderr.strip().endswith(
-        "error: parts=speed does not exist: choose among memory, data, start, rate, memory_of_stream, step, sampling"
+        "error: parts=speed does not exist: choose among memory, data, start, rate, node, memory_of_stream, step, sampling"
     )

@@ -1,0 +1,62 @@
+"""Checks of a shard's first samples: whether they hold pictures or latents, and captions that can be read."""
+
+from collections.abc import Sequence
+from itertools import islice
+
+from lcm.core.errors import UserError
+from lcm.data.index import Rules
+from lcm.data.sample_fields import Sample, Skip, captions_of
+from lcm.data.tar import Bytes, Links, advice, samples
+from lcm.data.urls import IMAGES, LATENTS
+
+LOOKED_AT = 100  # samples
+SHOWN = 8  # kinds of members that a complaint lists
+
+
+def first_samples(file: Bytes, rules: Rules) -> list[Sample]:
+    """Return the first samples of a shard, whether they are usable or not. Links to files outside hold nothing."""
+    links, found = Links(file), []
+    for sample in islice(samples(file, rules.needs, rules.tells), LOOKED_AT):
+        content: Sample = {"__key__": sample.key}
+        for extension, member in sample.members.items():
+            target = member if member.link is None else links.target(member)
+            if target is None:
+                content["__link__"] = b""
+            elif extension in (*rules.needs, *LATENTS, *IMAGES):
+                content[extension] = b""
+            else:
+                content[extension] = file.read(target.data, target.size)
+        found.append(content)
+    return found
+
+
+def extensions_of(first: Sequence[Sample]) -> set[str]:
+    return {extension for sample in first for extension in sample if not extension.startswith("__")}
+
+
+def flaw_of(title: str, first: Sequence[Sample], rules: Rules, option: str) -> str | None:
+    """Return why a shard's captions cannot be read. Raises UserError for shards of another kind, which are all alike."""
+    extensions = extensions_of(first)
+    held = f"its samples hold {', '.join(sorted(extensions)[:SHOWN])}" + ", ..." * (len(extensions) > SHOWN)
+    hint = advice({"link": 1}) if any("__link__" in sample for sample in first) else ""
+    captions: list[dict[str, list[str]] | Skip] = []
+    for sample in first:
+        try:
+            captions = [captions_of(sample, rules.captions)]
+            break
+        except Skip as skip:
+            captions.append(skip)
+    readable = any(not isinstance(caption, Skip) for caption in captions)
+    if extensions & set(rules.tells) and extensions & set(rules.needs) and not readable:
+        return f"{title} has no captions that can be read ({captions[0]})"
+    if not extensions & set(rules.needs):
+        if extensions & set(LATENTS):
+            raise UserError(f"{title} holds latents, not pictures: set {option} to shards of pictures")
+        if rules.needs != IMAGES and extensions & set(IMAGES):
+            raise UserError(f"{title} holds pictures, not latents: encode it with python -m lcm.encode, or choose data=shards")
+        raise UserError(f"{title} has no images: {held}, expected one of {', '.join(rules.needs)}{hint}")
+    if not extensions & set(rules.tells):
+        raise UserError(
+            f"{title} has no captions: {held}, expected one of {', '.join(rules.tells)}, or others by data.captions{hint}"
+        )
+    return None

@@ -1,0 +1,102 @@
+"""Remote shards in memory: a cache in /dev/shm that the processes of a node share, and that disappears with them."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from multiprocessing.util import Finalize
+from pathlib import Path
+from typing import Any
+
+from lcm.core.errors import UserError
+from lcm.data.cache import ShardCache
+from lcm.data.fetch import size_of
+from lcm.runtime.redaction import redacted
+
+MEMORY = Path("/dev/shm")
+SHARE = 0.5  # of its size, for shards; loader workers pass batches through the rest
+# It waits until no process holds the folder, however they ended. Then it removes it, unless another has its name.
+GUARD = """
+import fcntl, os, shutil, sys
+folder = os.open(sys.argv[1], os.O_RDONLY)
+fcntl.flock(folder, fcntl.LOCK_EX)
+if os.path.samestat(os.stat(sys.argv[1]), os.fstat(folder)):
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
+"""
+held: dict[Path, int] = {}  # folders that this process and its forks hold, and the handles of them
+
+
+class MemoryCache(ShardCache):
+    """A cache that keeps nothing on a disk. A shard is removed when its lane has passed the one after it.
+
+    The processes of a user on a node share it. It has half of /dev/shm at most. Raises UserError where there is none.
+    """
+
+    def __init__(self) -> None:
+        folder = MEMORY / f"lcm-{os.getuid()}"
+        try:
+            super().__init__(str(folder), max_gb=SHARE * shutil.disk_usage(MEMORY).total / 1e9)
+            hold(folder)
+        except OSError as error:
+            raise UserError(
+                f"data.cache=null streams remote shards through memory, but {folder} cannot be used ({error.strerror}): choose "
+                "data=shards without data.cache=null, which keeps them on a disk"
+            ) from None
+
+    def release(self, url: str) -> None:
+        self.path_of(url).unlink(missing_ok=True)  # processes that have it open can read on
+
+    def check_room(self, url: str, shards: int) -> None:
+        """Raise UserError if so many shards of this one's size do not fit. A size that cannot be had is no error."""
+        size = size_of(url, self.timeout)
+        if size is not None and size * shards > self.max_gb * 1e9:
+            raise UserError(
+                f"data.cache=null keeps up to {shards} shards in memory, such as {redacted(url)} of {size / 1e9:.2g} GB, and "
+                f"half of {MEMORY} is {self.max_gb:.2g} GB: set a smaller data.lanes, or a disk by data.cache.folder"
+            )
+
+
+def hold(folder: Path) -> None:
+    """Make a folder unless it is there, and hold it until this process ends. The last one that holds it leaves nothing."""
+    if folder in held:
+        return
+    while True:
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        try:
+            opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:  # removed since
+            continue
+        if os.fstat(opened).st_uid != os.getuid():
+            os.close(opened)
+            raise PermissionError(0, "it is another user's")
+        is_first = True
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for name in os.listdir(opened):  # of processes that were killed together with their guard
+                os.unlink(name, dir_fd=opened)
+        except BlockingIOError:
+            is_first = False
+        fcntl.flock(opened, fcntl.LOCK_SH)
+        if folder.exists() and os.path.samestat(folder.stat(), os.fstat(opened)):
+            break
+        os.close(opened)
+    held[folder] = opened
+    guard = start_guard(folder) if is_first else None
+    Finalize(None, let_go, (folder, guard), exitpriority=-1)  # after the workers, which hold the folder, too
+
+
+def start_guard(folder: Path) -> subprocess.Popen:
+    """Start the process that removes the folder. It outlives this one, also one that is killed."""
+    silent: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen([sys.executable, "-I", "-S", "-c", GUARD, str(folder)], **silent, start_new_session=True)
+
+
+def let_go(folder: Path, guard: subprocess.Popen | None) -> None:
+    if folder in held:
+        os.close(held.pop(folder))
+    if guard is not None:
+        with suppress(subprocess.TimeoutExpired):  # other processes hold it still
+            guard.wait(5)
