@@ -4,7 +4,7 @@ from lcm.app.cli import Program, build
 from lcm.core.numbers import Count, Dtype, Seed
 
 COUNTS = dict.fromkeys(("steps", "images_per_prompt", "batch_size", "grid_rows"), Count)
-TYPES = {"prompts": str | list[str], "pipeline": str, "w": float | None, "output": str | None, "compile": bool}
+TYPES = {"prompts": str | list[str], "pipeline": str, "w": float | None, "output": str | None, "compile": bool, "negative": str}
 program = Program("sample", seed=Seed, dtype=Dtype, **COUNTS, **TYPES)
 if __name__ == "__main__":
     program.read_command_line()  # before imports that take seconds: --help and misspelt keys are answered at once
@@ -36,14 +36,16 @@ def main(cfg: DictConfig) -> None:
     sampler, size = build(cfg.sampler), model.size(cfg.size)
     w = float((4 if model.takes_w else 0) if cfg.w is None else cfg.w)
     model.check_w(w)
+    model.check_negative(cfg.negative, w)
     model.check_steps(cfg.steps, sampler)
     settings = {"steps": cfg.steps, "w": w, "sampler": plain(cfg.sampler) or "auto", "size": list(size), "dtype": cfg.dtype}
-    settings |= {"pipeline": name, "model": digest(model.identity())}
+    settings |= {"negative": cfg.negative, "pipeline": name, "model": digest(model.identity())}
     pictures = Pictures(prompts, cfg.images_per_prompt, cfg.seed, settings)
     folder = pictures.folder(cfg.output, "outputs/sample")
     missing = pictures.missing(folder)
-    options = {"steps": cfg.steps, "w": w, "sampler": sampler, "size": size, "batch_size": cfg.batch_size}
-    batches = model.images([pictures.prompt(i) for i in missing], [cfg.seed + i for i in missing], **options)
+    options = {"steps": cfg.steps, "w": w, "sampler": sampler, "size": size, "negative": cfg.negative}
+    texts, seeds = [pictures.prompt(i) for i in missing], [cfg.seed + i for i in missing]
+    batches = model.images(texts, seeds, batch_size=cfg.batch_size, **options)
     with tqdm(total=len(missing), unit="image", desc="sampling", disable=not missing) as bar:
         for number, batch in enumerate(batches):
             for i, image in zip(missing[number * cfg.batch_size :], batch, strict=False):

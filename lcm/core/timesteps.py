@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lcm.core.errors import UserError
 from lcm.core.numbers import Count, SkipSteps
-from lcm.core.process import FLOOR, Process
+from lcm.core.process import FLOOR, Flow, Process
 
 POINTS = 50  # points of the released LCMs' grid
 
@@ -78,6 +78,28 @@ def trailing_steps(steps: int, num_timesteps: int = 1000) -> list[int]:
     if not 1 <= steps <= num_timesteps:
         raise UserError(f"steps={steps} does not fit the schedule: use 1 to {num_timesteps}")
     return [round(num_timesteps * (1 - i / steps)) - 1 for i in range(steps)]
+
+
+def phase_edges(process: Process, phases: Count, points: int | None) -> Tensor:
+    """Return the times at which `phases` phases end, `[phases]` int64 ascending from the clean end.
+
+    Sampling in as many steps starts a step at T - 1 and at each of them but the first. points: of the trained `grid`; None:
+    the timesteps are no grid.
+    """
+    if phases == 1:
+        return torch.tensor([process.t_min])
+    if points is None:
+        raise UserError("phases end at points of a grid: set model/timesteps=grid")
+    if isinstance(process, Flow):
+        starts = trailing_steps(phases, process.num_timesteps)
+    else:
+        starts = consistency_steps(phases, process.num_timesteps, points=points)
+    return torch.tensor([process.t_min, *reversed(starts[1:])])
+
+
+def phase_end(t: Tensor, edges: Tensor) -> Tensor:
+    """Return the largest of the ascending `edges` below t `[B]`: the end of the phase of t."""
+    return edges[torch.searchsorted(edges, t) - 1]
 
 
 def few_step_flow(shift: float, steps: int, num_timesteps: int = 1000) -> dict[str, float]:

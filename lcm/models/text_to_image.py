@@ -82,7 +82,13 @@ class TextToImage:
     @property
     def takes_w(self) -> bool:
         """Whether w has an effect, through an input of the network or through classifier-free guidance."""
-        return not self.consistency or self.family.takes_w(self.net)
+        return self.guided or self.family.takes_w(self.net)
+
+    @property
+    def guided(self) -> bool:
+        """Whether w is classifier-free guidance, as in a teacher, or in a student that was distilled without guidance."""
+        unguided = self.metadata.get("classifier_free_guidance", False)
+        return (not self.consistency or unguided) and not self.family.takes_w(self.net)
 
     def check_w(self, w: float, option: str = "w") -> None:
         """Raise UserError if w has no effect. Warn if it is outside the range of a student's training."""
@@ -91,6 +97,16 @@ class TextToImage:
         low, high = self.metadata.get("w_min"), self.metadata.get("w_max")
         if low is not None and high is not None and not low <= w <= high:
             log.warning("w=%g is outside the range [%g, %g] this model was trained on: expect worse images", w, low, high)
+
+    def check_negative(self, negative: str, w: float) -> None:
+        """Raise UserError if a negative prompt has no effect."""
+        if negative and not self.guided:
+            raise UserError(
+                f"negative={negative!r} has no effect: this model is not guided when it is sampled. Use a teacher, or distil a "
+                "student by experiment=pcm_cfg_mini"
+            )
+        if negative and w == 0:
+            raise UserError(f"negative={negative!r} has no effect without guidance: set w above 0")
 
     def size(self, size: int | Sequence[int] | None = None, option: str = "size") -> tuple[int, int]:
         """Return the given (height, width) in pixels, by default the training's. Raises UserError for an invalid size."""
@@ -125,9 +141,20 @@ class TextToImage:
         if "sigma_data" in self.metadata:
             chosen = partial(chosen, f=partial(cm_consistency_fn, sigma_data=self.metadata["sigma_data"]))
         if isinstance(self.process, Flow):
-            return chosen, trailing_steps
+            return chosen, self.in_phases(trailing_steps)
         points = self.metadata.get("points") or POINTS  # null if the timesteps are not a grid, missing in older folders
-        return chosen, partial(consistency_steps, points=points, trained=self.metadata.get("timesteps"))
+        return chosen, self.in_phases(partial(consistency_steps, points=points, trained=self.metadata.get("timesteps")))
+
+    def in_phases(self, place: Callable[..., list[int]]) -> Callable[..., list[int]]:
+        """Return `place`, which raises UserError unless a student of several phases makes one step in each."""
+        phases = self.metadata.get("phases")
+
+        def checked(steps: int, num_timesteps: int = 1000) -> list[int]:
+            if phases is not None and steps != phases:
+                raise UserError(f"steps={steps}: this model was distilled in {phases} phases: set steps={phases}")
+            return place(steps, num_timesteps)
+
+        return checked
 
     def check_steps(self, steps: int, sampler: Sampler | None = None) -> None:
         """Raise UserError if the model cannot be sampled in this number of steps."""
@@ -149,10 +176,12 @@ class TextToImage:
         w: float,
         sampler: Sampler | None = None,
         size: int | Sequence[int] | None = None,
+        negative: str = "",
     ) -> Tensor:
         """Return latents `[N, C, h, w]` of N prompts. Latent i depends on prompt i and seed i, not on the batch.
 
-        sampler: None uses the model's. size: (height, width) in pixels, or one number for both; None uses the training's.
+        sampler: None uses the model's. negative: the prompt that guidance moves away from, see `check_negative`.
+        size: (height, width) in pixels, or one number for both; None uses the training's.
         The network runs in evaluation mode.
         """
         sample, place = self.sampler(sampler)
@@ -164,10 +193,9 @@ class TextToImage:
         ws = torch.full((len(prompts),), float(w), device=z.device)
         net = self.students.get(steps, self.net)
         denoiser = Denoiser(as_network(self.family, net), self.process, self.prediction_type)
-        if self.consistency or self.family.takes_w(net) or w == 0:
-            denoise = denoiser.bound(cond, ws)
-        else:
-            denoise = denoiser.guided(cond, uncond, ws)
+        if negative:
+            uncond, _ = self.codec.conditions([negative], z[:1])
+        denoise = denoiser.guided(cond, uncond, ws) if self.guided and w else denoiser.bound(cond, ws)
         with evaluation_mode(net):
             return sample(denoise, z, timesteps, process=self.process, noise=noise)
 

@@ -88,6 +88,15 @@ def test_impossible_steps_are_an_error(name: str, too_many: int, request: pytest
             request.getfixturevalue(name).latents(["rocket"], [0], steps=steps, w=2.0)
 
 
+def test_negative_prompt_without_effect_is_an_error(teacher: TextToImage, student: TextToImage) -> None:
+    with pytest.raises(UserError, match=r"negative='text' has no effect: this model is not guided when it is sampled"):
+        student.check_negative("text", 2.0)
+    with pytest.raises(UserError, match=r"negative='text' has no effect without guidance: set w above 0"):
+        teacher.check_negative("text", 0.0)
+    teacher.check_negative("text", 2.0)
+    student.check_negative("", 2.0)
+
+
 def test_unknown_sampler_in_lcm_json_is_an_error(teacher: TextToImage) -> None:
     with pytest.raises(UserError, match=r"lcm\.json names the sampler 'torch': use one of ddim, consistency, tcd"):
         replace(teacher, metadata={"sampler": "torch"}).latents(["rocket"], [0], steps=1, w=0.0)

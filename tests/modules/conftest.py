@@ -15,6 +15,7 @@ from lcm.core.objectives.consistency_models import ConsistencyDistillation, Cons
 from lcm.core.objectives.denoising import Denoising
 from lcm.core.objectives.distillation import LatentConsistencyDistillation
 from lcm.core.objectives.finetuning import LatentConsistencyFinetuning
+from lcm.core.objectives.pcm import PhasedConsistencyDistillation
 from lcm.core.objectives.tcd import TrajectoryConsistencyDistillation
 from lcm.core.random import generator
 from lcm.data.datamodule import ShardDataModule
@@ -57,6 +58,7 @@ def new_module(pipeline: Path, kind: str, **options: Any) -> Any:
     methods: dict[str, dict[str, Any]] = {
         "distillation": {"objective": LatentConsistencyDistillation, "solver": solvers.ddim, **guided},
         "tcd": {"objective": TrajectoryConsistencyDistillation, "solver": solvers.ddim, **guided},
+        "pcm": {"objective": PhasedConsistencyDistillation, "solver": solvers.ddim, "ema_decay": 0.0, **guided},
         "lora": {"objective": LatentConsistencyDistillation, "solver": solvers.ddim, "adapters": {"rank": 4}, "ema_decay": 0.0,
                  **guided},
         "finetuning": {"objective": LatentConsistencyFinetuning, **guided},

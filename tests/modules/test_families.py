@@ -154,6 +154,25 @@ def test_tcd_student_matches_diffusers(name: str, steps: int, trained: Any, tmp_
     alike(model.latents(PROMPTS, SEEDS, steps=steps, w=w), theirs)
 
 
+@pytest.mark.parametrize(("name", "guided"), [("tiny", False), ("tiny", True), ("sd3", False), ("sd3", True)])
+def test_pcm_student_matches_diffusers(name: str, guided: bool, trained: Any, tmp_path: Path) -> None:
+    """One step for each phase. A student without guidance takes a negative prompt, and its pipeline guides it."""
+    options: dict[str, Any] = {"objective.classifier_free_guidance": True, "w_min": None, "w_max": None} if guided else {}
+    module = trained(name, "pcm", 2, zero_init=False, **options)
+    module.save_model(str(tmp_path / "model"), dtype=torch.float32)
+    model, pipe = TextToImage.load(str(tmp_path / "model")), opened(tmp_path / "model")
+    assert model.takes_w == (guided or name == "tiny")
+    w = 3.0 if model.takes_w else 0.0
+    negative = {"negative_prompt": ["rocket"] * 2} if guided else {}
+    call = {"num_inference_steps": 4, "guidance_scale": w + 1, "generator": noises(model), **negative}
+    theirs = pipe(PROMPTS, output_type="latent", **call).images
+    ours = model.latents(PROMPTS, SEEDS, steps=4, w=w, negative="rocket" if guided else "")
+    alike(ours, theirs)
+    assert guided == (not torch.equal(ours, model.latents(PROMPTS, SEEDS, steps=4, w=w)))
+    with pytest.raises(UserError, match="steps=2: this model was distilled in 4 phases: set steps=4"):
+        model.check_steps(2)
+
+
 def test_flow_adapters_match_diffusers(trained: Any, tmp_path: Path, noisy: None) -> None:
     module = trained("sd3", "lora", 2, lr=0.05)
     module.save_model(str(tmp_path / "model"), dtype=torch.float32)

@@ -6,16 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from lcm.core.batch import LatentBatch
 from lcm.core.errors import UserError
+from lcm.core.random import ImageNoise
 from lcm.models.lora import is_adapter_parameter
 from lcm.models.pipeline import load_family, load_network, read_lcm_json
 from lcm.models.student import as_network
 from lcm.models.text_to_image import TextToImage
 from lcm.modules.latent import LatentModule
+from tests.models.conftest import save_student
+from tests.modules.conftest import new_module
 
 Make = Callable[..., Any]
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
@@ -70,6 +73,31 @@ def test_fresh_adapters_equal_the_teacher(training: Make, batch: LatentBatch) ->
         of_student = nets.online.output(batch.z0, T, batch.cond, torch.tensor([0.0, 2.0, 8.0, 14.0]))
         assert torch.equal(of_student, nets.teacher.output(batch.z0, T, batch.cond, None))
     assert nets.target is nets.online
+
+
+def test_adapters_of_a_student_keep_its_weights_and_w(
+    training: Make, data: Make, fit: Make, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    """Consistency fine-tuning of adapters: the folder opens in diffusers as a few-step model that takes w."""
+    student = save_student(tmp_path / "student", tiny_pipeline)
+    module = new_module(Path(student), "finetuning", adapters={"rank": 4}, ema_decay=0.5, lr=0.05)
+    before = {name: p.clone() for name, p in module.net.named_parameters() if not p.requires_grad}
+    assert all(is_adapter_parameter(name) for name, p in module.net.named_parameters() if p.requires_grad)
+    fit(module, data(), 3)
+    assert [name for name, p in before.items() if not torch.equal(p, module.net.get_parameter(name))] == []
+    module.save_model(folder := str(tmp_path / "model"), dtype=torch.float32)
+    model, base = TextToImage.load(folder), TextToImage.load(student)
+    assert model.takes_w
+    ours = model.latents(["rocket"], [3], steps=2, w=3.0)
+    assert not torch.allclose(ours, base.latents(["rocket"], [3], steps=2, w=3.0), atol=1e-2)
+    pipe = LatentConsistencyModelPipeline.from_pretrained(folder)
+    options = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "latent"}
+    theirs = pipe("rocket", generator=ImageNoise([3], ()).generators, **options).images
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+    adapted = LatentConsistencyModelPipeline.from_pretrained(student)
+    adapted.load_lora_weights(folder)
+    again = adapted("rocket", generator=ImageNoise([3], ()).generators, **options).images
+    torch.testing.assert_close(ours, again, rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -86,12 +86,23 @@ class ConsistencyObjective(nn.Module):
             far[0].device,
         )
 
-    def distances(self, online: Callable[[], Tensor], target: Callable[[], Tensor], device: torch.device) -> Loss:
-        """Return the mean distance. The random state is restored between the networks, so their dropout masks are equal."""
+    def distances(
+        self,
+        online: Callable[[], Tensor],
+        target: Callable[[], Tensor],
+        device: torch.device,
+        weight: Tensor | None = None,
+    ) -> Loss:
+        """Return the mean distance. The random state is restored between the networks, so their dropout masks are equal.
+
+        weight: of each sample, `[B]`.
+        """
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             target_point = target()
         prediction = online()
         loss = self.distance(prediction, target_point).flatten(1).mean(1)
+        if weight is not None:
+            loss = weight * loss
         return loss.mean(), {"consistency_l2": (prediction.detach() - target_point).square().mean()}
 
     def advance(self, step: int, max_steps: int) -> None:

@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lcm.core.batch import LatentBatch
-from lcm.core.denoiser import convert_process
+from lcm.core.denoiser import Condition, convert_process
 from lcm.core.numbers import SkipSteps
 from lcm.core.objectives.consistency import ConsistencyDraws, ConsistencyObjective, Loss, Networks
 from lcm.core.process import Process
@@ -25,9 +26,32 @@ class LatentConsistencyDistillation(ConsistencyObjective):
 
     def loss(self, nets: Networks, batch: LatentBatch, draws: ConsistencyDraws) -> Loss:
         t, s = skip_pair(self.timesteps, draws.index, self.skip_steps, self.process.t_min)  # t_{n+k}, t_n
+        z_t, z_s = self.teacher_step(nets, batch, draws, t, s)
+        return self.compare(nets, batch.cond, draws.w, (z_t, t), (z_s, s))
+
+    def teacher_step(
+        self, nets: Networks, batch: LatentBatch, draws: ConsistencyDraws, t: Tensor, s: Tensor, *, guided: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Return z_t, and z_s after one solver step of the teacher. guided: by the drawn w."""
         z_t = self.process.jump(batch.z0, draws.eps, t)
         assert nets.teacher is not None
         with torch.no_grad():
-            guided = nets.teacher.guided(batch.cond, batch.uncond, draws.w)
-            z_s = self.solver(convert_process(guided, nets.teacher.process, self.process), z_t, t, s, process=self.process)
-        return self.compare(nets, batch.cond, draws.w, (z_t, t), (z_s, s))
+            denoise = nets.teacher.guided(batch.cond, batch.uncond, draws.w) if guided else nets.teacher.bound(batch.cond)
+            z_s = self.solver(convert_process(denoise, nets.teacher.process, self.process), z_t, t, s, process=self.process)
+        return z_t, z_s
+
+    def compare_jumps(
+        self,
+        nets: Networks,
+        cond: Condition,
+        w: Tensor | None,
+        far: tuple[Tensor, Tensor],
+        near: tuple[Tensor, Tensor],
+        end: Tensor,
+    ) -> Loss:
+        """Return the mean distance of the student's jump from far = (z_t, t) and its target's from near = (z_s, s) to `end`."""
+        return self.distances(
+            lambda: self.process.jump(*nets.online(*far, cond, w), end),
+            lambda: self.process.jump(*nets.target(*near, cond, w), end),
+            end.device,
+        )

@@ -1,5 +1,6 @@
 """Trajectory consistency distillation (TCD, 2402.19159)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -7,13 +8,12 @@ import torch
 from torch import Tensor
 
 from lcm.core.batch import LatentBatch
-from lcm.core.denoiser import convert_process
 from lcm.core.errors import UserError
-from lcm.core.numbers import Share
+from lcm.core.numbers import Count, Share
 from lcm.core.objectives.consistency import ConsistencyDraws, Loss, Networks
 from lcm.core.objectives.distillation import LatentConsistencyDistillation
 from lcm.core.process import Flow
-from lcm.core.timesteps import skip_pair
+from lcm.core.timesteps import phase_edges, phase_end, points_of
 
 
 @dataclass
@@ -28,44 +28,58 @@ class TrajectoryConsistencyDistillation(LatentConsistencyDistillation):
 
     m is uniform over the clean end and the grid's points up to s. In a flow, m = t_min alone would be LCM's Algorithm 1.
     gamma: the default stochasticity of the saved student's sampler, see `lcm.core.sampling.tcd`.
+    phases: the number of phases in each stage of the training; the stages are equally long, and m stays in the phase of t.
+    [1] is TCD. [8, 4, 2, 1] is the curriculum of TSCD (Hyper-SD, 2404.13686).
     """
 
     sampler: ClassVar[str] = "tcd"
+    edges: Tensor
 
-    def __init__(self, *args: Any, gamma: Share = 0.3, **options: Any) -> None:
+    def __init__(self, *args: Any, gamma: Share = 0.3, phases: Sequence[Count] = (1,), **options: Any) -> None:
         super().__init__(*args, **options)
+        if not phases:
+            raise UserError("model.objective.phases=[] has no stage: use [1] for TCD, [8,4,2,1] for TSCD")
         if not 0 <= gamma <= 1:
             raise UserError(f"model.objective.gamma={gamma} is not in [0, 1]: set a value from 0 to 1")
         if gamma and isinstance(self.process, Flow):
             raise UserError("diffusers has no stochastic TCD sampler for flow models: set model.objective.gamma=0")
-        self.gamma = gamma
+        self.gamma, self.phases, edges = gamma, list(phases), list(map(self.edges_of, phases))
+        self.register_buffer("edges", edges[0], persistent=False)
+
+    def edges_of(self, phases: int) -> Tensor:
+        return phase_edges(self.process, phases, points_of(self.timesteps, self.process.num_timesteps))
 
     def draw(self, z0: Tensor, rng: torch.Generator) -> TrajectoryDraws:
         draws = super().draw(z0, rng)
         return TrajectoryDraws(draws.eps, draws.index, draws.w, torch.rand(len(z0), generator=rng, device=z0.device))
 
     def loss(self, nets: Networks, batch: LatentBatch, draws: TrajectoryDraws) -> Loss:  # type: ignore[override]
-        t, s = skip_pair(self.timesteps, draws.index, self.skip_steps, self.process.t_min)
-        end = self.end_time(s, draws.share)
-        z_t = self.process.jump(batch.z0, draws.eps, t)
-        assert nets.teacher is not None
-        with torch.no_grad():
-            guided = nets.teacher.guided(batch.cond, batch.uncond, draws.w)
-            z_s = self.solver(convert_process(guided, nets.teacher.process, self.process), z_t, t, s, process=self.process)
-        return self.distances(
-            lambda: self.process.jump(*nets.online(z_t, t, batch.cond, draws.w), end),
-            lambda: self.process.jump(*nets.target(z_s, s, batch.cond, draws.w), end),
-            z_t.device,
-        )
+        t = self.timesteps[draws.index]
+        edge = phase_end(t, self.edges)
+        s = torch.maximum(t - self.skip_steps, edge)
+        z_t, z_s = self.teacher_step(nets, batch, draws, t, s)
+        return self.compare_jumps(nets, batch.cond, draws.w, (z_t, t), (z_s, s), self.end_time(s, draws.share, edge))
 
-    def end_time(self, s: Tensor, share: Tensor) -> Tensor:
-        """Return m `[B]`: the clean end or a grid point up to s. share `[B]` in [0, 1) selects among them."""
-        ends = torch.nn.functional.pad(self.timesteps, (1, 0), value=self.process.t_min)
-        count = torch.searchsorted(self.timesteps, s, right=True) + 1
-        return ends[(share * count).long().clamp(max=count - 1)]
+    def end_time(self, s: Tensor, share: Tensor, edge: Tensor | None = None) -> Tensor:
+        """Return m `[B]`: the end of the phase, by default the clean end, or a grid point above it and up to s.
+
+        share `[B]` in [0, 1) selects among them.
+        """
+        edge = torch.full_like(s, self.process.t_min) if edge is None else edge
+        below = torch.searchsorted(self.timesteps, edge, right=True)
+        count = torch.searchsorted(self.timesteps, s, right=True) - below + 1
+        chosen = (share * count).long().clamp(max=count - 1)
+        return torch.where(chosen == 0, edge, self.timesteps[below + chosen - 1])
+
+    def advance(self, step: int, max_steps: int) -> None:
+        """Choose the number of phases of this stage of the training."""
+        phases = self.phases[min(step * len(self.phases) // max_steps, len(self.phases) - 1)]
+        if phases != len(self.edges):
+            self.edges = self.edges_of(phases).to(self.timesteps.device)
 
     def sampling(self) -> dict[str, Any]:
-        return {**super().sampling(), "gamma": self.gamma}
+        settings = {**super().sampling(), "gamma": self.gamma}
+        return {**settings, "phases": self.phases[-1]} if self.phases[-1] > 1 else settings
 
     def scheduler(self, prediction_type: str) -> tuple[str, dict[str, Any]]:
         _, config = super().scheduler(prediction_type)
