@@ -73,31 +73,37 @@ def test_resume_is_exact(autoencoder: Make, pixels: Make, fit: Make, tmp_path: P
     assert changed(tensors(whole), resumed) == set()
     assert resumed.adversary.optimizer.param_groups[0]["lr"] == 2e-3 * 0.5**4
     pairs = list(zip(moments(whole), moments(resumed), strict=True))
-    assert pairs and all(torch.equal(a, b) for a, b in pairs)
+    assert pairs
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 class Gradients(L.Callback):
-    """Gradients after the training step, in which the discriminator learns, and after the generator's backward pass."""
+    """Gradients in each step: after the discriminator has learned, and after the generator's backward pass."""
 
-    def taken(self, module: Any) -> dict[str, list[torch.Tensor | None]]:
+    def __init__(self) -> None:
+        self.judged: list[dict[str, list[Any]]] = []
+        self.generated: list[dict[str, list[Any]]] = []
+
+    def taken(self, module: Any) -> dict[str, list[Any]]:
         networks = {"vae": module.vae, "adversary": module.adversary}
         return {k: [None if p.grad is None else p.grad.clone() for p in net.parameters()] for k, net in networks.items()}
 
     def on_before_zero_grad(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
-        self.judged = self.taken(module)
+        self.judged.append(self.taken(module))
 
     def on_after_backward(self, trainer: L.Trainer, module: Any) -> None:
-        self.generated = self.taken(module)
+        self.generated.append(self.taken(module))
 
 
 def test_gradients_reach_only_their_own_network(autoencoder: Make, pixels: Make, fit: Make) -> None:
     module, seen = autoencoder(start=0), Gradients()
     before = tensors(module)
-    fit(module, pixels(), 1, callbacks=[seen])
-    assert all(gradient is None for gradient in seen.judged["vae"])
-    assert all(gradient is not None for gradient in [*seen.judged["adversary"], *seen.generated["vae"]])
-    pairs = zip(seen.judged["adversary"], seen.generated["adversary"], strict=True)
-    assert all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs)
+    fit(module, pixels(), 2, callbacks=[seen])
+    assert all(gradient is None for gradient in seen.judged[0]["vae"])
+    for judged, generated in zip(seen.judged, seen.generated, strict=True):
+        assert all(gradient is not None for gradient in [*judged["adversary"], *generated["vae"]])
+        assert all(torch.equal(a, b) for a, b in zip(judged["adversary"], generated["adversary"], strict=True))
+    assert len(seen.judged) == 2
     assert changed(before, module) >= {name for name in before if name.startswith("adversary.")}
     assert all(p.grad is None for p in module.adversary.parameters())
 
@@ -186,7 +192,7 @@ def test_lpips_is_torchmetrics(tmp_path: Path) -> None:
 
 
 def test_missing_and_wrong_weights_are_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="get vgg16-397923af.pth"):
+    with pytest.raises(UserError, match="there are no VGG16 weights at .*: get vgg16"):
         Lpips(str(tmp_path / "vgg.pth"))
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "vgg.pth")
     with pytest.raises(UserError, match="does not hold torchvision's VGG16"):
