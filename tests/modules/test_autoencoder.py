@@ -1,5 +1,8 @@
 """The perceptual and adversarial terms of the autoencoder: gradients, frozen parts, two optimizers, exact resume."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from lightning.pytorch.strategies import DDPStrategy
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader
 from torchmetrics.functional.image.lpips import _LPIPS
@@ -25,20 +29,20 @@ pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 ADAMW = partial(torch.optim.AdamW, lr=2e-3, fused=True)
 
 
+def new_autoencoder(pipeline: Path, start: int | None = None, **options: Any) -> Autoencoder:
+    """Return a module, always with the same initial weights. start: of its adversary; None: without one."""
+    torch.manual_seed(0)
+    optimizer, adversary = options.pop("optimizer", ADAMW), None
+    if start is not None:
+        decaying: Any = lambda optimizer: ExponentialLR(optimizer, 0.5)  # noqa: E731
+        adversary = Adversary(PatchDiscriminator(8), optimizer=optimizer, lr_schedule=decaying, start=start)
+    vae = AutoencoderKL.from_pretrained(pipeline, subfolder="vae")
+    return Autoencoder(vae, adversary=adversary, **{"optimizer": optimizer, "lr_schedule": constant, **options})
+
+
 @pytest.fixture
 def autoencoder(tiny_pipeline: Path) -> Make:
-    """`autoencoder(**options)`: always with the same initial weights. start: of its adversary; None: without one."""
-
-    def make(start: int | None = None, **options: Any) -> Autoencoder:
-        torch.manual_seed(0)
-        adversary = None
-        if start is not None:
-            decaying: Any = lambda optimizer: ExponentialLR(optimizer, 0.5)  # noqa: E731
-            adversary = Adversary(PatchDiscriminator(8), optimizer=ADAMW, lr_schedule=decaying, start=start)
-        vae = AutoencoderKL.from_pretrained(tiny_pipeline, subfolder="vae")
-        return Autoencoder(vae, adversary=adversary, **{"optimizer": ADAMW, "lr_schedule": constant, **options})
-
-    return make
+    return partial(new_autoencoder, tiny_pipeline)
 
 
 @pytest.fixture
@@ -192,8 +196,43 @@ def test_lpips_is_torchmetrics(tmp_path: Path) -> None:
 
 
 def test_missing_and_wrong_weights_are_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there are no VGG16 weights at .*: get vgg16"):
+    with pytest.raises(UserError, match=r"there are no VGG16 weights at .*: get vgg16"):
         Lpips(str(tmp_path / "vgg.pth"))
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "vgg.pth")
     with pytest.raises(UserError, match="does not hold torchvision's VGG16"):
         Lpips(str(tmp_path / "vgg.pth"))
+
+
+def train(pipeline: Path, file: Path, ranks: int = 1) -> None:
+    """Save the weights after three steps on four pictures each, which `ranks` processes share."""
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    rows = slice(4 // ranks * rank, 4 // ranks * (rank + 1))
+    pictures = torch.rand(3, 4, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    optimizer = partial(torch.optim.AdamW, lr=2e-3, eps=1e-6, fused=True)  # eps: see tests/modules/ranks.py
+    module = new_autoencoder(pipeline, start=1, perceptual=ClipPerceptual("mini"), optimizer=optimizer)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=ranks, strategy="auto" if ranks == 1 else DDPStrategy(process_group_backend="gloo"),
+        max_steps=3, max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, default_root_dir=file.parent,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader([{"x": x[rows]} for x in pictures], batch_size=None))  # type: ignore[arg-type]
+    torch.save(module.state_dict(), file.with_suffix(f".{rank}"))
+
+
+def test_two_processes_equal_one(tiny_pipeline: Path, tmp_path: Path) -> None:
+    train(tiny_pipeline, tmp_path / "one")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.modules.test_autoencoder"]
+    done = subprocess.run(
+        [sys.executable, *launch, str(tiny_pipeline), str(tmp_path / "two")],
+        cwd=Path(__file__).parents[2], timeout=300, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-5000:]
+    one, first, second = (torch.load(tmp_path / name, weights_only=True) for name in ("one.0", "two.0", "two.1"))
+    assert any(name.startswith("adversary.") for name in one)
+    for name, value in one.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value, rtol=0, atol=2e-5, msg=name)  # three steps move a weight by 4e-3
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), Path(sys.argv[2]), ranks=2)
