@@ -114,6 +114,13 @@ def load_network(pipeline: str | Path, dtype: torch.dtype = torch.float32, *, na
     return network
 
 
+def load_vae(pipeline: str | Path) -> Any:
+    """Load the VAE of a pipeline, or of the folder that a training of one has saved."""
+    folder = Path(pipeline).expanduser()
+    folder = folder if (folder / "vae" / "config.json").is_file() else find(pipeline)
+    return load_part(AutoencoderKL, folder / "vae", torch_dtype=torch.float32).train()
+
+
 def check_fit(network: Any, folder: Path, family: Family) -> None:
     """Raise UserError if the network is not a text-to-image network, or does not fit the folder's VAE or text encoders."""
     config, vae = network.config, read_json(folder / "vae" / "config.json")

@@ -1,5 +1,6 @@
 """The KL autoencoder of a latent diffusion pipeline (Latent Diffusion, 2112.10752, section 3.1)."""
 
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -11,15 +12,18 @@ from torch import Tensor
 from lcm.core.numbers import Positive, Seed, Whole
 from lcm.core.random import RankSlice, normal
 from lcm.models.loading import cast_copy
+from lcm.modules.adversary import Adversary
 from lcm.modules.checkpoint import check_tensors
 from lcm.modules.optimization import Optimization, OptimizerFactory, ScheduleFactory, log_train
+from lcm.modules.perceptual import Perceptual
 
 
 class Autoencoder(L.LightningModule):
-    """Trains `vae` to rebuild pixels: L1 + squared error + kl_weight * KL(q(z|x) || N(0, I)).
+    """Trains `vae` to rebuild pixels: L1 + squared error + kl_weight * KL(q(z|x) || N(0, I)), and the paper's other two terms.
 
-    The plain error replaces the paper's perceptual and adversarial terms, which need a pretrained network. The other
-    arguments are those of `Optimization`.
+    perceptual: a distance of images in the features of a frozen network. adversary: a discriminator, trained alongside.
+    freeze_encoder: train the decoder only, so that the latents stay as they are. The other arguments are those of
+    `Optimization`.
     """
 
     latent_std: Tensor
@@ -31,13 +35,22 @@ class Autoencoder(L.LightningModule):
         optimizer: OptimizerFactory,
         lr_schedule: ScheduleFactory,
         kl_weight: float = 1e-6,
+        perceptual: Perceptual | None = None,
+        adversary: Adversary | None = None,
+        freeze_encoder: bool = False,
         clip_norm: Positive | None = 1.0,
         skip_non_finite: Whole = 0,
         seed: Seed = 0,
     ) -> None:
         super().__init__()
         self.vae, self.kl_weight, self.seed = vae, kl_weight, seed
-        self.optimization = Optimization(optimizer, lr_schedule, clip_norm, skip_non_finite)
+        self.adversary, self.freeze_encoder = adversary, freeze_encoder
+        # A plain dict: not in the state dict, DDP or the optimizer.
+        self.frozen = {} if perceptual is None else {"perceptual": perceptual.requires_grad_(False).eval()}
+        if freeze_encoder:
+            for part in filter(None, (vae.encoder, vae.quant_conv)):
+                part.requires_grad_(False)
+        self.optimization = Optimization(optimizer, lr_schedule, clip_norm, skip_non_finite, adversary)
         self.register_buffer("latent_std", torch.ones(()))
         self.register_load_state_dict_pre_hook(check_tensors)
 
@@ -45,7 +58,12 @@ class Autoencoder(L.LightningModule):
         return [self.optimization]
 
     def configure_optimizers(self) -> Any:
-        return self.optimization.configure([{"params": list(self.parameters())}], self.trainer.max_steps)
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return self.optimization.configure([{"params": trained}], self.trainer.max_steps)
+
+    def on_fit_start(self) -> None:
+        for network in self.frozen.values():
+            network.to(self.device)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         x = batch["x"]
@@ -53,10 +71,23 @@ class Autoencoder(L.LightningModule):
         keys = (self.seed, "train", batch_idx)
         rows = RankSlice(self.device, *keys, rank=self.global_rank, world_size=self.trainer.world_size)
         noise = normal(posterior.mean.shape, rows, self.device)
-        error = self.vae.decode(posterior.mean + posterior.std * noise).sample.float() - x
+        rebuilt = self.vae.decode(posterior.mean + posterior.std * noise).sample.float()
+        error = rebuilt - x
         kl = posterior.kl().float().mean()
-        loss = error.abs().mean() + error.square().mean() + self.kl_weight * kl
-        log_train(self, loss, {"psnr": psnr(error), "kl": kl}, len(x))
+        logs = {"psnr": psnr(error), "kl": kl}
+        loss = error.abs().mean() + error.square().mean()
+        for perceptual in self.frozen.values():
+            logs["perceptual"] = perceptual(x, rebuilt, batch_idx)
+            loss = loss + perceptual.weight * logs["perceptual"]
+        adversary = self.adversary
+        if adversary is not None and self.global_step >= adversary.start:
+            logs["adversarial"] = adversary.generator_loss(rebuilt)
+            weight = adversary.balanced(logs["adversarial"], loss, self.vae.decoder.conv_out.weight, self.trainer)
+            loss = loss + weight * logs["adversarial"]
+            judged = partial(adversary.discriminator_loss, x, rebuilt.detach())
+            logs["discriminator"] = adversary.learn(judged, 1 / self.trainer.accumulate_grad_batches)
+        loss = loss + self.kl_weight * kl
+        log_train(self, loss, logs, len(x))
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -74,8 +105,12 @@ class Autoencoder(L.LightningModule):
 
     @rank_zero_only
     def save_model(self, folder: str) -> None:
-        """Write `folder/vae`, its scaling factor making the latents unit-variance, as Stable Diffusion's does."""
-        self.vae.register_to_config(scaling_factor=round(1 / float(self.latent_std), 5))
+        """Write `folder/vae`. Its scaling factor makes the latents unit-variance, as Stable Diffusion's does.
+
+        A frozen encoder's scaling factor stays.
+        """
+        if not self.freeze_encoder:
+            self.vae.register_to_config(scaling_factor=round(1 / float(self.latent_std), 5))
         cast_copy(self.vae, torch.float16).save_pretrained(f"{folder}/vae")
 
 

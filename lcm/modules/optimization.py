@@ -1,8 +1,9 @@
-"""The optimizer of a training: its schedule, gradient clipping and the guard against non-finite losses."""
+"""The optimizers of a training: schedules, gradient clipping and the guard against non-finite losses."""
 
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -20,6 +21,49 @@ ScheduleFactory = Callable[[torch.optim.Optimizer, int], torch.optim.lr_schedule
 CHECK_EVERY = 10  # optimizer steps between two checks of a GPU's gradient norm; a check waits for the device
 
 
+class Opponent(nn.Module):
+    """A network trained against a LightningModule, in the same steps, by an optimizer of its own.
+
+    The LightningModule holds it as a child and gives it to its `Optimization`. Lightning sees one optimizer, so a step stays a
+    step. The network's parameters require gradients within `learn` only: DDP, the other optimizer and its clipping pass over
+    them, and the other network's gradient passes through them.
+    """
+
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+
+    def __init__(self, network: nn.Module, optimizer: OptimizerFactory, lr_schedule: ScheduleFactory) -> None:
+        super().__init__()
+        self.network = network.requires_grad_(False)
+        self.make_optimizer, self.make_lr_schedule = optimizer, lr_schedule
+
+    def configure(self, max_steps: int) -> None:
+        groups = [{"params": list(self.parameters())}]
+        self.optimizer, self.schedule = new_optimizer(self.make_optimizer, self.make_lr_schedule, groups, max_steps)
+
+    def learn(self, loss: Callable[[], Tensor], share: float = 1.0) -> Tensor:
+        """Add the gradient of `share * loss()`, and return the loss. The update follows with the other optimizer's."""
+        self.network.requires_grad_(True)
+        value = loss()
+        (share * value).backward()
+        self.network.requires_grad_(False)
+        return value.detach()
+
+    def clip(self, trainer: L.Trainer, clip_norm: float) -> Tensor:
+        """Average the gradients over the ranks, clip them, and return their norm."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if trainer.world_size > 1 and gradients:
+            flat: Any = trainer.strategy.reduce(torch.cat([g.flatten() for g in gradients]), reduce_op="mean")
+            for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
+        return nn.utils.clip_grad_norm_(self.parameters(), clip_norm)
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+
+
 class Optimization(L.Callback):
     """The optimizer of a LightningModule, which returns this from `configure_callbacks`.
 
@@ -27,56 +71,42 @@ class Optimization(L.Callback):
     clip_norm: limit of the total gradient norm; None: no clipping. Lightning refuses to clip for a fused optimizer.
     skip_non_finite: number of consecutive updates that may be skipped for a non-finite loss or gradient. One more stops the
     training. The step number, the data and the learning rate advance as if the update had been made.
+    opponent: is clipped, updated, skipped, saved and resumed with the module. A non-finite gradient of one skips both.
 
     A resumed training takes tensors and its step from the checkpoint, and every setting from the configuration.
     """
 
     def __init__(
-        self, optimizer: OptimizerFactory, lr_schedule: ScheduleFactory, clip_norm: float | None, skip_non_finite: int
+        self,
+        optimizer: OptimizerFactory,
+        lr_schedule: ScheduleFactory,
+        clip_norm: float | None,
+        skip_non_finite: int,
+        opponent: Opponent | None = None,
     ) -> None:
         self.make_optimizer, self.make_lr_schedule = optimizer, lr_schedule
         self.clip_norm = float("inf") if clip_norm is None else clip_norm
-        self.skip_non_finite = skip_non_finite
+        self.skip_non_finite, self.opponent = skip_non_finite, opponent
+        self.opponent_state: dict[str, Any] | None = None  # of the checkpoint, until the optimizer is made
         self.skipped_update = False  # the host knows that the last update was skipped
         self.skipped_on_device: Tensor | None = None  # 1.0 if the device skipped the last update, else 0.0; None on the host
 
     def configure(self, groups: list[dict[str, Any]], max_steps: int) -> dict[str, Any]:
         """Return what `configure_optimizers` returns. A group's "lr_scale" multiplies the optimizer's learning rate."""
-        optimizer = self.make_optimizer(groups)
-        for group in optimizer.param_groups:
-            group["lr"] *= group.pop("lr_scale", 1.0)
-        optimizer.register_load_state_dict_pre_hook(self.keep_settings)
-        optimizer.register_load_state_dict_post_hook(match_parameter_layout)
-        schedule = scheduled(self.make_lr_schedule, optimizer, max_steps)
+        optimizer, schedule = new_optimizer(self.make_optimizer, self.make_lr_schedule, groups, max_steps)
+        if self.opponent is not None:
+            self.opponent.configure(max_steps)
+            if self.opponent_state is not None:
+                self.opponent.optimizer.load_state_dict(self.opponent_state)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # resume
 
-    def keep_settings(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        """Return a checkpoint's optimizer state with the settings of this run in its groups.
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.opponent is None else {"opponent": self.opponent.optimizer.state_dict()}
 
-        A group may also hold numbers that an optimizer computes (Prodigy's `d`). They are no constructor arguments and stay.
-        """
-        saved_groups, moments = state["param_groups"], state["state"]
-        saved, needed = {name for moment in moments.values() for name in moment}, self.moments(optimizer)
-        if saved and not (needed and needed <= saved):
-            say(f"resume:  {type(optimizer).__name__} starts without moments: the checkpoint's are another optimizer's")
-            saved_groups, moments = [{"params": group["params"]} for group in saved_groups], {}
-        settings = {name for cls in type(optimizer).__mro__ for name in inspect.signature(cls).parameters}
-        settings = (settings | {"initial_lr"}) - {"params"}
-        groups = [
-            {**then, **{name: value for name, value in group.items() if name in settings or name not in then}}
-            for then, group in zip(saved_groups, optimizer.param_groups, strict=True)
-        ]
-        return {"state": moments, "param_groups": groups}
-
-    def moments(self, optimizer: torch.optim.Optimizer) -> set[str]:
-        """Return the names of the state that the configured optimizer keeps for a parameter."""
-        parameter = nn.Parameter(torch.zeros(1, device=optimizer.param_groups[0]["params"][0].device))
-        parameter.grad = torch.zeros_like(parameter)
-        probe = self.make_optimizer([{"params": [parameter]}])
-        probe.step(lambda: 0.0)
-        return set(probe.state[parameter])
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.opponent_state = state_dict.get("opponent")
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["lr_schedulers"] = []  # `on_train_start` moves the schedule to the checkpoint's step
@@ -92,11 +122,12 @@ class Optimization(L.Callback):
             raise UserError(
                 f"the ranks start at different steps, {sorted(set(steps.tolist()))}: all must see the same folder paths.runs"
             )
-        schedule: Any = module.lr_schedulers()
+        schedules: list[Any] = [module.lr_schedulers(), *([] if self.opponent is None else [self.opponent.schedule])]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that it has not seen the optimizer steps before the checkpoint
-            for _ in range(trainer.global_step):
-                schedule.step()
+            for schedule in schedules:
+                for _ in range(trainer.global_step):
+                    schedule.step()
         set_mode(trainer, "train")
 
     # optimizers with modes
@@ -121,25 +152,34 @@ class Optimization(L.Callback):
         Gradients are averaged over the ranks, so all ranks decide alike. After too many consecutive skips, the device skips
         every update until the host checks.
         """
-        norm = nn.utils.clip_grad_norm_(module.parameters(), self.clip_norm)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        norm = nn.utils.clip_grad_norm_(trained, self.clip_norm)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         module.log("train/grad_norm", norm)
-        bad = ~norm.isfinite()
+        bad, optimizers = ~norm.isfinite(), [getattr(optimizer, "optimizer", optimizer)]
+        if self.opponent is not None:
+            bad = bad | ~self.opponent.clip(trainer, self.clip_norm).isfinite()
+            optimizers.append(self.opponent.optimizer)
         self.skipped_in_a_row = (self.skipped_in_a_row + bad) * (bad | (self.skipped_in_a_row > self.skip_non_finite))
         self.skipped = self.skipped + bad
         if self.skip_non_finite:
             module.log("train/skipped_steps", self.skipped)
 
-        inner, step = getattr(optimizer, "optimizer", optimizer), trainer.global_step + 1
-        on_device = self.skips_on_device(inner, module.device)
+        step = trainer.global_step + 1
+        on_device = all(self.skips_on_device(each, module.device) for each in optimizers)
         if not on_device or step % CHECK_EVERY == 0 or step == trainer.max_steps:
             self.check_skipped(trainer)
         self.skipped_update = not on_device and bool(bad)
         if on_device:
-            inner.found_inf = self.skipped_on_device = (self.skipped_in_a_row > 0).float()
-        elif self.skipped_update:
-            inner.zero_grad(set_to_none=True)  # optimizers pass over parameters without a gradient
+            self.skipped_on_device = (self.skipped_in_a_row > 0).float()
+        for each in optimizers:
+            if on_device:
+                each.found_inf = self.skipped_on_device
+            elif self.skipped_update:
+                each.zero_grad(set_to_none=True)  # optimizers pass over parameters without a gradient
+        if self.opponent is not None:
+            self.opponent.step()
 
     def skips_on_device(self, optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
         return bool(optimizer.defaults.get("fused")) and device.type != "cpu"
@@ -153,6 +193,46 @@ class Optimization(L.Callback):
                 "and the last checkpoint is sound: lower model.optimizer.lr, set trainer.precision=32-true or skip such steps "
                 "with model.skip_non_finite=3, then resume with ckpt_path=last"
             )
+
+
+def new_optimizer(
+    make_optimizer: OptimizerFactory, make_lr_schedule: ScheduleFactory, groups: list[dict[str, Any]], max_steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Return an optimizer that can load a checkpoint's state, and its schedule."""
+    optimizer = make_optimizer(groups)
+    for group in optimizer.param_groups:
+        group["lr"] *= group.pop("lr_scale", 1.0)
+    optimizer.register_load_state_dict_pre_hook(partial(keep_settings, make_optimizer))
+    optimizer.register_load_state_dict_post_hook(match_parameter_layout)
+    return optimizer, scheduled(make_lr_schedule, optimizer, max_steps)
+
+
+def keep_settings(make_optimizer: OptimizerFactory, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's optimizer state with the settings of this run in its groups.
+
+    A group may also hold numbers that an optimizer computes (Prodigy's `d`). They are no constructor arguments and stay.
+    """
+    saved_groups, moments = state["param_groups"], state["state"]
+    saved, needed = {name for moment in moments.values() for name in moment}, moments_of(make_optimizer, optimizer)
+    if saved and not (needed and needed <= saved):
+        say(f"resume:  {type(optimizer).__name__} starts without moments: the checkpoint's are another optimizer's")
+        saved_groups, moments = [{"params": group["params"]} for group in saved_groups], {}
+    settings = {name for cls in type(optimizer).__mro__ for name in inspect.signature(cls).parameters}
+    settings = (settings | {"initial_lr"}) - {"params"}
+    groups = [
+        {**then, **{name: value for name, value in group.items() if name in settings or name not in then}}
+        for then, group in zip(saved_groups, optimizer.param_groups, strict=True)
+    ]
+    return {"state": moments, "param_groups": groups}
+
+
+def moments_of(make_optimizer: OptimizerFactory, optimizer: torch.optim.Optimizer) -> set[str]:
+    """Return the names of the state that the configured optimizer keeps for a parameter."""
+    parameter = nn.Parameter(torch.zeros(1, device=optimizer.param_groups[0]["params"][0].device))
+    parameter.grad = torch.zeros_like(parameter)
+    probe = make_optimizer([{"params": [parameter]}])
+    probe.step(lambda: 0.0)
+    return set(probe.state[parameter])
 
 
 def set_mode(trainer: L.Trainer, mode: str) -> None:
