@@ -162,7 +162,7 @@ REFUSED = [
     (
         "train",
         ["hydra.run.dir=/tmp/x"],
-        "hydra.run.dir moves nothing here: paths.runs, name and paths.run_id name a run's folder",
+        "hydra.run.dir moves nothing here: paths.runs, name and paths.run_id name",
     ),
     ("sample", ["hydra.job.chdir=true"], "hydra.job.chdir moves nothing here"),
     ("train", ["lcd_mini"], "'lcd_mini' sets nothing, did you mean 'experiment=lcd_mini'?"),
