@@ -76,6 +76,7 @@ def test_diverging_loss_keeps_last_checkpoint(run, tiny, tmp_path):
         (["sampler=lcm", "steps=60", "prompts=a"], "use 1 to 50"),
         (["prompts=p.txt"], "has no prompts"),
         (["prompts=a", "device=foo"], "unknown device=foo"),
+        (["prompts=a", "captions={blip: 1}"], "set prompts=val, or leave captions out"),
     ],
 )
 def test_sample_refuses(run, tiny_pipeline, args, says, tmp_path):
