@@ -17,6 +17,7 @@ from lcm.app.composition import plain
 from lcm.app.image_folder import Pictures
 from lcm.app.inputs import output_folder, pick_device, read_prompts
 from lcm.app.pipelines import find_pipeline
+from lcm.core.errors import UserError
 from lcm.data.captions import read_captions
 from lcm.data.source import Source
 from lcm.models.text_to_image import TextToImage
@@ -29,6 +30,8 @@ def main(cfg: DictConfig) -> None:
     """Sample every prompt `images_per_prompt` times. Write each PNG as it is drawn, then a grid."""
     if cfg.output is not None:
         output_folder(cfg.output)
+    if cfg.captions and cfg.prompts != "val":
+        raise UserError("captions chooses among the captions of val_shards: set prompts=val, or leave captions out")
     prompts = read_prompts(cfg.prompts, lambda: read_captions(Source.of_option(cfg, "val_shards", build(cfg.cache))))
     name = find_pipeline(cfg.pipeline, cfg.paths.runs)
     print(f"model:   {name}")

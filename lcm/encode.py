@@ -85,12 +85,13 @@ def main(cfg: DictConfig) -> None:
     if data.buckets:
         raise UserError("latents are encoded at one shape: set data.buckets=null")
     data.prepare_data()
+    sources = (*data.train_sources, *data.val_sources)
+    data.check_usable(sources)
     codec = data.codec.to(device)
     made_with = stamp(codec, data.resolution, drawn=cfg.sample, text=cfg.text)
     captions = data.captions if cfg.text else None  # without states the training chooses
     claim(folder, {**made_with, "crops": cfg.crops, "flip": cfg.flip, "captions": captions}, cfg.rank)
     data.warn_of_blindness()
-    sources = (*data.train_sources, *data.val_sources)
     shards = [(folder / source.name(shard), source, shard) for source in sources for shard in range(len(source.urls))]
     if twice := [target.name for target, count in Counter(target for target, _, _ in shards).items() if count > 1]:
         raise UserError(f"several shards are called {twice[0]}: encode them into different folders")

@@ -33,6 +33,7 @@ def main(cfg: DictConfig) -> None:
     data.prepare_data()
     data.setup()
     usable = print_sources(data)
+    data.check_usable(data.train_sources)
     count = min(cfg.samples, usable)
     images: list[torch.Tensor] = []
     captions: list[str] = []

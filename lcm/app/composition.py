@@ -23,6 +23,7 @@ from lcm.app.groups import Groups, compose, did_you_mean, keys_of, nearest, over
 from lcm.app.overrides import as_hydra_reads, for_shell, kind_of, lookup, parsed, quoted, typed
 from lcm.core.errors import UserError
 
+UNUSED = ("hydra.job.chdir", "hydra.run.dir", "hydra.sweep.subdir")  # they tell where Hydra works, and it works nowhere
 PARTS = ("callbacks", "logger")  # each child with a `_target_` is built
 
 
@@ -182,7 +183,10 @@ def check_keys(before: DictConfig, values: Sequence[str], groups: Groups, hints:
     added: list[str] = []
     for override in values:
         prefix, key, text = typed(override)
-        if key.startswith("hydra.") or any(key.startswith(f"{above}.") for above in added):
+        if any(key.startswith(f"{above}.") for above in added):
+            continue
+        if key.startswith("hydra."):
+            check_hydra_key(before, key)
             continue
         value, exists = lookup(before, key)
         if prefix == "~" and not exists:
@@ -196,6 +200,19 @@ def check_keys(before: DictConfig, values: Sequence[str], groups: Groups, hints:
         if prefix == "+" and value is not None and not str(text).startswith(("{", "[")):
             raise UserError(f"{key} is there already: set it without the +")
         added += [key] if prefix else []
+
+
+def check_hydra_key(before: DictConfig, key: str) -> None:
+    """Raise UserError for a key that Hydra lacks, even with a plus, and for one that moves nothing here."""
+    if key in UNUSED:
+        raise UserError(f"{key} moves nothing here: paths.runs, name and paths.run_id name a run's folder, output= others")
+    above, (value, exists) = key, lookup(before, key)
+    while not exists:
+        above = above.rpartition(".")[0]
+        value, exists = lookup(before, above)
+    closed = OmegaConf.is_dict(value) and (OmegaConf.get_type(value) is not dict or "_target_" in value)
+    if above != key and closed:
+        raise UserError(f"Hydra has no key '{key}'{did_you_mean(nearest(key, keys_of(before.hydra, 'hydra.')))}")
 
 
 def check_part(before: DictConfig, key: str, text: str | None, value: Any, groups: Groups) -> None:

@@ -179,28 +179,30 @@ class ShardDataModule(L.LightningDataModule):
         self.order = BucketOrder(order, self.buckets, **options) if self.buckets else order
         self.quotas = order.quotas
         if stage == "fit":
-            self.check_validation()
+            self.check_usable(self.val_sources)
             self.warn_of_blindness()
             for source in self.train_sources:
                 if gone := source.gone():
                     log.warning("%d shards are in their manifest but do not exist, such as %s", len(gone), gone[0])
 
-    def check_validation(self) -> None:
-        """Raise UserError if no validation sample decodes: a pass over the data would be empty."""
-        for source in self.val_sources:
-            tried = 0
+    def check_usable(self, sources: Sequence[Source]) -> None:
+        """Raise UserError for a source of which no sample decodes: a pass over it would be empty."""
+        for source in sources:
+            tried, sound = 0, False
             for shard in range(len(source.urls)):
                 number = 0
-                while tried < PATIENCE and number < source.usable(shard, number + 1)[0]:
+                while not sound and tried < PATIENCE and number < source.usable(shard, number + 1)[0]:
                     with suppress(Skip):
                         self.val_decode(source.read(shard, number), rng_of(self.seed, tried))
-                        return
+                        sound = True
                     tried, number = tried + 1, number + 1
+                if sound or tried == PATIENCE:
+                    break
             if not tried:
                 raise source.nothing_usable()
-            raise UserError(
-                "no sample of data.val_shards could be decoded, see the warnings above: repair it, or set data.val_shards=null"
-            )
+            if not sound:
+                null = ", or set data.val_shards=null" if source.option == "data.val_shards" else ""
+                raise UserError(f"no sample of {source.option} could be decoded, see the warnings above: repair it{null}")
 
     def warn_of_blindness(self) -> None:
         """Warn of each filter and caption name that no sample has."""

@@ -124,6 +124,8 @@ class TextToImage:
         return {
             "weights": fingerprint(*networks),
             "process": self.process.config,
+            "prediction_type": self.prediction_type,
+            "latent_scaling": self.family.latent_scaling(self.codec.vae),
             "facts": self.metadata,
             "consistency": self.consistency,
         }

@@ -3,6 +3,7 @@
 from typing import Annotated, Any
 
 import lightning as L
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 
 from lcm.core.errors import UserError
 from lcm.core.numbers import Count, Limit, Positive
@@ -18,6 +19,7 @@ class Trainer(L.Trainer):
     def __init__(
         self,
         *,
+        accelerator: str = "auto",
         precision: str = "32-true",
         max_steps: Annotated[int, Limit(-1)] = -1,
         log_every_n_steps: Count = 10,
@@ -31,8 +33,15 @@ class Trainer(L.Trainer):
                 f"trainer.precision={precision}: use one of {', '.join(PRECISIONS)}; float16 needs scaled losses, which "
                 "clipping does not support, and 16-bit weights would round the averages"
             )
+        gpus = {"gpu": (CUDAAccelerator, MPSAccelerator), "cuda": (CUDAAccelerator,), "mps": (MPSAccelerator,)}
+        if accelerator in gpus and not any(gpu.is_available() for gpu in gpus[accelerator]):
+            raise UserError(
+                f"trainer.accelerator={accelerator}: torch finds no such device here: train where it finds one, or on the CPU "
+                "with trainer=default trainer.accelerator=cpu"
+            )
         try:
             super().__init__(
+                accelerator=accelerator,
                 precision=precision,  # type: ignore[arg-type]
                 max_steps=max_steps,
                 log_every_n_steps=log_every_n_steps,

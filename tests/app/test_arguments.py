@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 import torch
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from omegaconf import OmegaConf
 
 from lcm.app.arguments import check_arguments, fits
@@ -140,3 +141,11 @@ def test_huber_of_width_zero_is_l1() -> None:
 def test_trainer_refuses_precision(precision: str) -> None:
     with pytest.raises(UserError, match=rf"trainer\.precision={precision}: .* float16 needs scaled losses, which clipping"):
         Trainer(precision=precision, accelerator="cpu")
+
+
+@pytest.mark.parametrize("accelerator", ["gpu", "cuda", "mps"])
+def test_missing_gpu_names_the_way_to_a_cpu(accelerator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (CUDAAccelerator, MPSAccelerator):
+        monkeypatch.setattr(kind, "is_available", staticmethod(lambda: False))
+    with pytest.raises(UserError, match=rf"={accelerator}: .* on the CPU with trainer=default trainer\.accelerator=cpu$"):
+        Trainer(accelerator=accelerator)

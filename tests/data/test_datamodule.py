@@ -1,5 +1,6 @@
 """What the DataModule refuses, and which batches move its position."""
 
+import importlib
 import itertools
 import multiprocessing
 import os
@@ -426,6 +427,32 @@ def test_validation_without_usable_samples_is_refused(
     held_out = write_shard(tmp_path / "v.tar", [{**sample, **members} for sample in pairs(0, 3)])
     with pytest.raises(UserError, match=says):
         datamodule(shards, val_shards=held_out, **options)
+
+
+@pytest.mark.parametrize("program", ["encode", "preview"])
+@pytest.mark.parametrize(
+    ("members", "says"),
+    [
+        ({"txt": 201 * "a"}, r"left out are \{'caption_long': 3\}; change data\.shards"),
+        ({"png": b"no png"}, r"no sample of data\.shards could be decoded, see the warnings above$"),
+    ],
+    ids=["filtered", "damaged"],
+)
+def test_programs_refuse_shards_without_usable_samples(
+    program: str, members: dict[str, Any], says: str, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unusable = write_shard(tmp_path / "0.tar", [{**sample, **members} for sample in pairs(0, 3)])
+    output = [f"out={tmp_path / 'out'}", f"data.codec.pipeline={tiny_pipeline}", "device=cpu"]
+    overrides = [f"data.shards={unusable}", "data.num_workers=0", "data.resolution=32", f"data.index={tmp_path / 'index'}"]
+    overrides += [
+        "data=shards",
+        "data.filters.max_caption=200",
+        *(output if program == "encode" else [f"output={tmp_path / 'out'}"]),
+    ]
+    monkeypatch.setattr("sys.argv", [program, *overrides])
+    with pytest.raises(SystemExit, match=says):
+        importlib.import_module(f"lcm.{program}").main()
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_one_sound_validation_sample_is_enough(shards: Path, tmp_path: Path) -> None:

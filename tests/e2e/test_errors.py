@@ -27,7 +27,7 @@ def complaint(done) -> str:
         ("trainer.accelerator=gpuu", "invalid accelerator name: `accelerator='gpuu'`"),  # by Lightning
         ("model.pipeline=nowhere", "there is no pipeline folder 'nowhere'"),  # by a file
         ("trainer.devices=0", "trainer.devices=0: expected auto, a number from 1"),
-        ("trainer.accelerator=gpu", "No supported gpu backend found!"),
+        ("trainer.accelerator=gpu", "with trainer=default trainer.accelerator=cpu"),
         ("data.resolution=30", "data.resolution=30 is not a multiple of the VAE's factor 4"),
         ("data.shards=missing/*.tar", "no shards match 'missing/*.tar'"),
         ("data.shards=.", "data.shards: . is a folder: give its shards, as in './*.tar'"),
@@ -76,6 +76,7 @@ def test_diverging_loss_keeps_last_checkpoint(run, tiny, tmp_path):
         (["sampler=lcm", "steps=60", "prompts=a"], "use 1 to 50"),
         (["prompts=p.txt"], "has no prompts"),
         (["prompts=a", "device=foo"], "unknown device=foo"),
+        (["prompts=a", "captions={blip: 1}"], "set prompts=val, or leave captions out"),
     ],
 )
 def test_sample_refuses(run, tiny_pipeline, args, says, tmp_path):

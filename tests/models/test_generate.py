@@ -205,3 +205,15 @@ def test_compile_covers_network_and_decoder(tiny_pipeline: Path, monkeypatch: py
     assert compiled == []
     TextToImage.load(str(tiny_pipeline), compile=True)
     assert compiled == ["UNet2DConditionModel", "Decoder"]
+
+
+def test_identity_holds_what_images_depend_on(teacher: TextToImage) -> None:
+    other = replace(teacher, prediction_type="v_prediction")
+    assert other.identity() != teacher.identity()
+    identity, scale = teacher.identity(), teacher.codec.vae.config["scaling_factor"]
+    try:
+        teacher.codec.vae.register_to_config(scaling_factor=2 * scale)
+        assert teacher.identity() != identity
+    finally:
+        teacher.codec.vae.register_to_config(scaling_factor=scale)
+    assert teacher.identity() == identity
