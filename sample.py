@@ -17,7 +17,6 @@ from lcm.app.composition import plain
 from lcm.app.image_folder import Pictures
 from lcm.app.inputs import output_folder, pick_device, read_prompts
 from lcm.app.pipelines import find_pipeline
-from lcm.core.errors import UserError
 from lcm.data.captions import read_captions
 from lcm.data.source import Source
 from lcm.models.text_to_image import TextToImage
@@ -30,9 +29,8 @@ def main(cfg: DictConfig) -> None:
     """Sample every prompt `images_per_prompt` times. Write each PNG as it is drawn, then a grid."""
     if cfg.output is not None:
         output_folder(cfg.output)
-    if cfg.captions and cfg.prompts != "val":
-        raise UserError("captions chooses among the captions of val_shards: set prompts=val, or leave captions out")
-    prompts = read_prompts(cfg.prompts, lambda: read_captions(Source.of_option(cfg, "val_shards", build(cfg.cache))))
+    source = Source.of_option(cfg, "val_shards", build(cfg.cache)) if cfg.prompts == "val" else None
+    prompts = read_prompts(cfg.prompts, lambda: read_captions(source), cfg.captions)
     name = find_pipeline(cfg.pipeline, cfg.paths.runs)
     print(f"model:   {name}")
     model = TextToImage.load(name, device=pick_device(cfg.device), dtype=getattr(torch, cfg.dtype), compile=cfg.compile)
@@ -46,9 +44,8 @@ def main(cfg: DictConfig) -> None:
     pictures = Pictures(prompts, cfg.images_per_prompt, cfg.seed, settings)
     folder = pictures.folder(cfg.output, "outputs/sample")
     missing = pictures.missing(folder)
-    options = {"steps": cfg.steps, "w": w, "sampler": sampler, "size": size, "negative": cfg.negative}
-    texts, seeds = [pictures.prompt(i) for i in missing], [cfg.seed + i for i in missing]
-    batches = model.images(texts, seeds, batch_size=cfg.batch_size, **options)
+    options = dict(steps=cfg.steps, w=w, sampler=sampler, size=size, negative=cfg.negative, batch_size=cfg.batch_size)
+    batches = model.images([pictures.prompt(i) for i in missing], [cfg.seed + i for i in missing], **options)
     with tqdm(total=len(missing), unit="image", desc="sampling", disable=not missing) as bar:
         for number, batch in enumerate(batches):
             for i, image in zip(missing[number * cfg.batch_size :], batch, strict=False):

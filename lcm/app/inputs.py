@@ -14,10 +14,15 @@ from lcm.runtime.atomic_io import lines_of, writable
 FILE_NAME = re.compile(r"\S+\.(txt|text|csv|tsv|json|jsonl|ndjson|md|yaml|yml|parquet|xlsx|list|tar)", re.IGNORECASE)
 
 
-def read_prompts(prompts: Any, captions: Callable[[], list[str]]) -> list[str]:
-    """Return the prompts. prompts: one, a list, a .txt file with one per line, or "val" for the validation captions."""
+def read_prompts(prompts: Any, captions: Callable[[], list[str]], weights: Any = None) -> list[str]:
+    """Return the prompts. prompts: one, a list, a .txt file with one per line, or "val" for the validation captions.
+
+    weights: the choice among the validation captions, which other prompts refuse.
+    """
     if prompts == "val":
         return captions()
+    if weights:
+        raise UserError("captions chooses among the captions of val_shards: set prompts=val, or leave captions out")
     if isinstance(prompts, str) and prompts.lower().endswith(".txt"):
         try:
             lines = lines_of(Path(prompts).expanduser())

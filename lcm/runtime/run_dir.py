@@ -53,6 +53,8 @@ def start_run(cfg: DictConfig) -> Path:
 def runs_folder(cfg: DictConfig) -> Path:
     if not cfg.name:
         raise UserError("name= is empty: a run directory needs a name")
+    if ".." in Path(cfg.name).parts or Path(cfg.name).is_absolute():
+        raise UserError(f"name={cfg.name} is a path outside paths.runs: give a name, and the folder by paths.runs=<folder>")
     return Path(cfg.paths.runs) / str(cfg.name)
 
 

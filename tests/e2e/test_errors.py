@@ -35,6 +35,7 @@ def complaint(done) -> str:
         ("paths.runs=/proc/nowhere", "set paths.runs to a writable folder"),
         ("ckpt_path=nothing.ckpt", "ckpt_path=nothing.ckpt is not a file"),
         ("name=", "name= is empty"),
+        ("name=../x", "name=../x is a path outside paths.runs: give a name"),
     ],
 )
 def test_train_refuses(run, tiny, override, says, tmp_path):
