@@ -14,6 +14,7 @@ from lcm.app.composition import prepare, single_runs
 from lcm.app.overrides import Kind, as_hydra_reads, for_shell, parsed
 from lcm.app.sweep_table import shown
 from lcm.core.errors import UserError
+from tests.cases import each
 from tests.conf.programs import check, command, configured
 
 WORDS = [
@@ -67,7 +68,7 @@ def value(program: str, key: str, text: str) -> Any:
     return OmegaConf.select(cfg, key.lstrip("+"))
 
 
-@pytest.mark.parametrize("program", KEYS)
+@each("program", KEYS)
 def test_key_of_text_takes_words(program: str) -> None:
     for key in KEYS[program].split():
         name, nullable = key.rstrip("?"), key.endswith("?")
@@ -75,7 +76,7 @@ def test_key_of_text_takes_words(program: str) -> None:
         assert value(program, name, "null") == (None if nullable else "null"), key
 
 
-@pytest.mark.parametrize("text", [*WORDS, *SENTENCES])
+@each("text", [*WORDS, *SENTENCES])
 def test_quoted_text_is_read_back(text: str) -> None:
     def read(override: str) -> Any:
         reading = parsed(as_hydra_reads(override, lambda key: Kind(True, True), multirun=False))
@@ -168,7 +169,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("program", "args", "says"), REFUSED, ids=[" ".join(args) for _, args, _ in REFUSED])
+@each(("program", "args", "says"), REFUSED, ids=[" ".join(args) for _, args, _ in REFUSED])
 def test_refused_command(program: str, args: list[str], says: str) -> None:
     with pytest.raises(UserError) as caught:
         check(program, *args)
@@ -177,7 +178,7 @@ def test_refused_command(program: str, args: list[str], says: str) -> None:
     assert "hydra.cc" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
+@each(
     "args",
     [
         ["experiment=lcd_mini.yaml"],
