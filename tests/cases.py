@@ -10,7 +10,7 @@ import pytest
 Test = Callable[..., None]
 
 
-def each(names: str | tuple[str, ...], values: Iterable[Any], ids: Callable[[Any], str] | Iterable[str] | None = None) -> Any:
+def each(names: str | tuple[str, ...], values: Iterable[Any], ids: Callable[[Any], Any] | Iterable[str] | None = None) -> Any:
     """Decorate a test to run once per case; it fails after the last one, with the name and error of each that failed.
 
     The arguments are those of `pytest.mark.parametrize`. Each case gets its own `tmp_path`, and its patches are undone.
@@ -18,7 +18,7 @@ def each(names: str | tuple[str, ...], values: Iterable[Any], ids: Callable[[Any
     keys = names.replace(" ", "").split(",") if isinstance(names, str) else list(names)
     cases = [value if len(keys) > 1 else (value,) for value in values]
     if ids is None or callable(ids):
-        labels = [", ".join(map(ids or (lambda value: repr(value)[:80]), case)) for case in cases]
+        labels = [", ".join(str((ids or shown)(value)) for value in case) for case in cases]
     else:
         labels = list(ids)
     assert cases, "no cases"
@@ -45,6 +45,10 @@ def each(names: str | tuple[str, ...], values: Iterable[Any], ids: Callable[[Any
         return run
 
     return decorate
+
+
+def shown(value: Any) -> str:
+    return repr(value)[:80]
 
 
 def in_case(test: Test, number: int, arguments: dict[str, Any]) -> None:

@@ -70,10 +70,12 @@ def value(program: str, key: str, text: str) -> Any:
 
 @each("program", KEYS)
 def test_key_of_text_takes_words(program: str) -> None:
-    for key in KEYS[program].split():
-        name, nullable = key.rstrip("?"), key.endswith("?")
-        assert value(program, name, "2024") == "2024", key
-        assert value(program, name, "null") == (None if nullable else "null"), key
+    names = [key.rstrip("?") for key in KEYS[program].split()]
+    nullable = {key.rstrip("?") for key in KEYS[program].split() if key.endswith("?")}
+    for text in ("2024", "null"):
+        cfg = configured(program, [*CHOSEN.get(program, []), *(f"{name}={text}" for name in names)])
+        read = {name: OmegaConf.select(cfg, name.lstrip("+")) for name in names}
+        assert read == {name: None if text == "null" and name in nullable else text for name in names}
 
 
 @each("text", [*WORDS, *SENTENCES])

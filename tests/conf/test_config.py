@@ -10,14 +10,14 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from lcm.app.cli import build, expand_home
+from lcm.app.cli import build, expand_home, own_keys
 from lcm.app.composition import compose
 from lcm.app.groups import Groups
 from lcm.app.inputs import pick_device
 from lcm.app.targets import CONF
 from lcm.core.errors import UserError
 from tests.cases import each
-from tests.conf.programs import PROGRAMS, REQUIRED, configured
+from tests.conf.programs import PROGRAMS, REQUIRED, command, configured
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 FULL_SIZE = {
@@ -65,16 +65,19 @@ def parameters(target: str) -> set[str] | None:
 @each("experiment", EXPERIMENTS)
 def test_experiment(experiment: str) -> None:
     """It composes, its arguments fit, it names itself and leaves no group empty."""
-    cfg = configured("train", [f"experiment={experiment}"])
+    cfg = own_keys(*command("train", f"experiment={experiment}").runs)
     assert cfg.name == experiment
     assert all(cfg[part] for part in ("data", "model", "trainer", "callbacks"))  # an empty `data:` would be null
     check_keys(cfg)
 
 
-@each("group", ["data", "data/filters", "callbacks", "callbacks/keep", "logger", "trainer"])
-def test_every_option_of_group(group: str) -> None:
-    for option in Groups("train").options(group):
-        check_keys(configured("train", ["experiment=lcd_sd15", f"{group}={option}"]))
+@each("groups", [("data", "callbacks", "logger", "trainer"), ("data/filters", "callbacks/keep")])
+def test_every_option_of_groups(groups: tuple[str, ...]) -> None:
+    """Options of several groups at a time: each is chosen at least once."""
+    options = {group: Groups("train").options(group) for group in groups}
+    for number in range(max(map(len, options.values()))):
+        chosen = [f"{group}={names[number % len(names)]}" for group, names in options.items()]
+        check_keys(own_keys(*command("train", "experiment=lcd_sd15", *chosen).runs))
 
 
 def check_keys(cfg: DictConfig) -> None:
