@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from lcm.app import help_page
 from lcm.app.composition import prepare
+from tests.cases import each
 from tests.conf.programs import PROGRAMS, check
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +23,7 @@ def page(program: str) -> str:
     return help_page.page(program, cfg)
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@each("program", PROGRAMS)
 def test_help_page(program: str) -> None:
     """Its examples compose, its keys exist and have a sentence, its options exist."""
     text = page(program)

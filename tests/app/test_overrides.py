@@ -14,6 +14,7 @@ from lcm.app.composition import prepare, single_runs
 from lcm.app.overrides import Kind, as_hydra_reads, for_shell, parsed
 from lcm.app.sweep_table import shown
 from lcm.core.errors import UserError
+from tests.cases import each
 from tests.conf.programs import check, command, configured
 
 WORDS = [
@@ -67,15 +68,17 @@ def value(program: str, key: str, text: str) -> Any:
     return OmegaConf.select(cfg, key.lstrip("+"))
 
 
-@pytest.mark.parametrize("program", KEYS)
+@each("program", KEYS)
 def test_key_of_text_takes_words(program: str) -> None:
-    for key in KEYS[program].split():
-        name, nullable = key.rstrip("?"), key.endswith("?")
-        assert value(program, name, "2024") == "2024", key
-        assert value(program, name, "null") == (None if nullable else "null"), key
+    names = [key.rstrip("?") for key in KEYS[program].split()]
+    nullable = {key.rstrip("?") for key in KEYS[program].split() if key.endswith("?")}
+    for text in ("2024", "null"):
+        cfg = configured(program, [*CHOSEN.get(program, []), *(f"{name}={text}" for name in names)])
+        read = {name: OmegaConf.select(cfg, name.lstrip("+")) for name in names}
+        assert read == {name: None if text == "null" and name in nullable else text for name in names}
 
 
-@pytest.mark.parametrize("text", [*WORDS, *SENTENCES])
+@each("text", [*WORDS, *SENTENCES])
 def test_quoted_text_is_read_back(text: str) -> None:
     def read(override: str) -> Any:
         reading = parsed(as_hydra_reads(override, lambda key: Kind(True, True), multirun=False))
@@ -178,7 +181,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("program", "args", "says"), REFUSED, ids=[" ".join(args) for _, args, _ in REFUSED])
+@each(("program", "args", "says"), REFUSED, ids=[" ".join(args) for _, args, _ in REFUSED])
 def test_refused_command(program: str, args: list[str], says: str) -> None:
     with pytest.raises(UserError) as caught:
         check(program, *args)
@@ -187,7 +190,7 @@ def test_refused_command(program: str, args: list[str], says: str) -> None:
     assert "hydra.cc" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
+@each(
     "args",
     [
         ["experiment=lcd_mini.yaml"],

@@ -14,6 +14,7 @@ from lcm.app.composition import prepare
 from lcm.core.errors import UserError
 from lcm.export import trained
 from lcm.runtime.checkpoint_io import AtomicCheckpointIO
+from tests.cases import each
 
 REFUSED = {
     "other packages": ["os.system", "builtins.eval", "subprocess.Popen", "transformers.AutoModel.from_pretrained"],
@@ -53,7 +54,7 @@ ALLOWED = [
 ]
 
 
-@pytest.mark.parametrize("kind", REFUSED)
+@each("kind", REFUSED)
 def test_target_refused(kind: str) -> None:
     for target in REFUSED[kind]:
         with pytest.raises(UserError, match=r"is not allowed: .* set LCM_ALLOW_TARGETS=<package>$"):
@@ -94,7 +95,7 @@ def test_configuration_cannot_allow_itself(monkeypatch: pytest.MonkeyPatch) -> N
         build({"_target_": "os.getcwd"}, foreign=True)
 
 
-@pytest.mark.parametrize(
+@each(
     "node",
     [
         {"_target_": "os.getcwd"},
@@ -112,7 +113,7 @@ def test_foreign_node_builds_nothing(node: Any) -> None:
             build(same, foreign=True)
 
 
-@pytest.mark.parametrize(
+@each(
     ("args", "says"),
     [
         (["hydra.output_subdir=.hydra"], "leave it null"),
@@ -158,7 +159,7 @@ def test_foreign_run_builds_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("override", ["data.shards={https://planted@host/?planted", "model.x='https://planted@host/?planted'"])
+@each("override", ["data.shards={https://planted@host/?planted", "model.x='https://planted@host/?planted'"])
 def test_complaint_holds_no_secret(override: str) -> None:
     with pytest.raises(UserError) as raised:
         prepare("train", [override, "model.nothing=1"], {})

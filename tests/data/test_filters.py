@@ -13,6 +13,7 @@ import pytest
 
 from lcm.core.errors import UserError
 from lcm.data.filters import RULES, Filters
+from tests.cases import each
 
 URL = "https://example.org/Cat.jpg"
 URL_HASH = hashlib.sha256(URL.encode()).hexdigest()
@@ -64,14 +65,14 @@ def test_every_rule_has_a_case() -> None:
     assert {*IDS, "removal_list"} == RULES.keys()
 
 
-@pytest.mark.parametrize(("option", "passed", "failed", "names", "reason"), CASES, ids=IDS)
+@each(("option", "passed", "failed", "names", "reason"), CASES, ids=IDS)
 def test_rule_drops_what_is_beyond_its_limit(option, passed, failed, names, reason) -> None:
     assert judge(GOOD, **{option: passed}) is None
     assert judge(GOOD, **{option: failed}) == reason
     assert judge(GOOD, **{option: None}) is None
 
 
-@pytest.mark.parametrize(("option", "passed", "failed", "names", "reason"), CASES, ids=IDS)
+@each(("option", "passed", "failed", "names", "reason"), CASES, ids=IDS)
 def test_fields_are_read_in_any_case_and_from_text(option, passed, failed, names, reason) -> None:
     for change in (str.upper, str.lower, str.title):
         spelt = {change(name): str(value) for name, value in GOOD.items()}
@@ -79,7 +80,7 @@ def test_fields_are_read_in_any_case_and_from_text(option, passed, failed, names
         assert judge(spelt, **{option: failed}) == reason
 
 
-@pytest.mark.parametrize(("option", "passed", "failed", "names", "reason"), NUMBERS, ids=[case[0] for case in NUMBERS])
+@each(("option", "passed", "failed", "names", "reason"), NUMBERS, ids=[case[0] for case in NUMBERS])
 def test_missing_field_is_kept_or_dropped(option, passed, failed, names, reason) -> None:
     wrong = [{**GOOD, **dict.fromkeys(names, value)} for value in (None, math.nan, "nan", "", "n/a", math.inf, [], {})]
     for meta in (without(*names), *wrong):
@@ -95,14 +96,14 @@ def test_a_missing_caption_is_kept_or_dropped_as_told() -> None:
     assert judge(GOOD, "  ", min_caption=1) == "caption_short"
 
 
-@pytest.mark.parametrize("value", [0, 0.0, "0.0"])
+@each("value", [0, 0.0, "0.0"])
 def test_zero_is_the_best_watermark_not_a_missing_one(value) -> None:
     assert judge({"pwatermark": value}, max_watermark=0.5, missing="drop") is None
     assert judge({"pwatermark": value}, max_watermark=0.0, missing="drop") is None
     assert judge({"aesthetic": value}, min_aesthetic=5) == "aesthetic"
 
 
-@pytest.mark.parametrize(
+@each(
     ("name", "option", "limit", "bad"),
     [
         *(
@@ -126,7 +127,7 @@ def test_unsafe_samples_are_dropped_by_default() -> None:
     assert Filters(missing="drop")(CAPTION, {}) == "missing_unsafe"
 
 
-@pytest.mark.parametrize(
+@each(
     ("tag", "limit", "reason"),
     [
         ("UNLIKELY", 0.0, None),
@@ -153,7 +154,7 @@ def test_sides_are_those_of_the_published_picture() -> None:
     assert judge({"width": 0, "height": 256}, max_aspect=2, missing="drop") == "missing_aspect"
 
 
-@pytest.mark.parametrize("option", [option for option in RULES if option != "removal_list"])
+@each("option", [option for option in RULES if option != "removal_list"])
 def test_a_tighter_limit_keeps_a_part_of_what_a_looser_one_keeps(option) -> None:
     rng = random.Random(option)
     samples = [
@@ -176,7 +177,7 @@ def test_a_tighter_limit_keeps_a_part_of_what_a_looser_one_keeps(option) -> None
     assert len(kept[0]) > len(kept[-1])
 
 
-@pytest.mark.parametrize("entry", [URL, URL_HASH, URL_HASH.upper(), "AB" * 32, "cd" * 16, "-1234567890123456789"])
+@each("entry", [URL, URL_HASH, URL_HASH.upper(), "AB" * 32, "cd" * 16, "-1234567890123456789"])
 def test_removal_list_holds_any_name_of_a_sample(entry, tmp_path) -> None:
     removal = Filters(removal_list=listed(tmp_path, "# takedowns", "", f"  {entry} ", "https://example.org/other.jpg"))
     assert removal(CAPTION, GOOD) == "removal"
@@ -201,7 +202,7 @@ def test_the_removal_list_is_read_once(tmp_path) -> None:
     assert pickle.loads(pickle.dumps(removal))(CAPTION, GOOD) == "removal"
 
 
-@pytest.mark.parametrize(
+@each(
     ("option", "setting"),
     [
         ("min_aesthetic", "high"),
