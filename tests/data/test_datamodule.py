@@ -435,7 +435,7 @@ def test_validation_without_usable_samples_is_refused(
     ("members", "says"),
     [
         ({"txt": 201 * "a"}, r"left out are \{'caption_long': 3\}; change data\.shards"),
-        ({"png": b"no png"}, r"no sample of data\.shards could be decoded, see the warnings above$"),
+        ({"png": b"no png"}, r"no sample of data\.shards could be decoded, see the warnings above: repair it$"),
     ],
     ids=["filtered", "damaged"],
 )
