@@ -204,7 +204,7 @@ def check_keys(before: DictConfig, values: Sequence[str], groups: Groups, hints:
 
 def check_hydra_key(before: DictConfig, key: str) -> None:
     """Raise UserError for a key that Hydra lacks, even with a plus, and for one that moves nothing here."""
-    if key in UNUSED:
+    if key in UNUSED and os.environ.get("LOCAL_RANK", "0") == "0":  # Lightning sets them for the other processes that it starts
         raise UserError(f"{key} moves nothing here: paths.runs, name and paths.run_id name a run's folder, output= others")
     above, (value, exists) = key, lookup(before, key)
     while not exists:
