@@ -203,9 +203,11 @@ def check_keys(before: DictConfig, values: Sequence[str], groups: Groups, hints:
 
 
 def check_hydra_key(before: DictConfig, key: str) -> None:
-    """Raise UserError for a key that Hydra lacks, even with a plus, and for one that moves nothing here."""
+    """Raise UserError for a key that Hydra lacks, even with a plus, and for one without effect."""
     if key in UNUSED and os.environ.get("LOCAL_RANK", "0") == "0":  # Lightning sets them for the other processes that it starts
-        raise UserError(f"{key} moves nothing here: paths.runs, name and paths.run_id name a run's folder, output= others")
+        raise UserError(
+            f"{key} has no effect: set paths.runs, name and paths.run_id for a run's folder, or output= of other programs"
+        )
     above, (value, exists) = key, lookup(before, key)
     while not exists:
         above = above.rpartition(".")[0]

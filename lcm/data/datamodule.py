@@ -186,23 +186,25 @@ class ShardDataModule(L.LightningDataModule):
                     log.warning("%d shards are in their manifest but do not exist, such as %s", len(gone), gone[0])
 
     def check_usable(self, sources: Sequence[Source]) -> None:
-        """Raise UserError for a source of which no sample decodes: a pass over it would be empty."""
+        """Raise UserError if no sample of a source decodes. A pass over it would be empty."""
         for source in sources:
-            tried, sound = 0, False
-            for shard in range(len(source.urls)):
-                number = 0
-                while not sound and tried < PATIENCE and number < source.usable(shard, number + 1)[0]:
-                    with suppress(Skip):
-                        self.val_decode(source.read(shard, number), rng_of(self.seed, tried))
-                        sound = True
-                    tried, number = tried + 1, number + 1
-                if sound or tried == PATIENCE:
-                    break
-            if not tried:
-                raise source.nothing_usable()
-            if not sound:
+            if not self.decodes(source):
                 null = ", or set data.val_shards=null" if source.option == "data.val_shards" else ""
                 raise UserError(f"no sample of {source.option} could be decoded, see the warnings above: repair it{null}")
+
+    def decodes(self, source: Source) -> bool:
+        """Return whether one of the first usable samples decodes. Raise UserError if no sample is usable."""
+        tried = 0
+        for shard in range(len(source.urls)):
+            number = 0
+            while tried < PATIENCE and number < source.usable(shard, number + 1)[0]:
+                with suppress(Skip):
+                    self.val_decode(source.read(shard, number), rng_of(self.seed, tried))
+                    return True
+                tried, number = tried + 1, number + 1
+        if not tried:
+            raise source.nothing_usable()
+        return False
 
     def warn_of_blindness(self) -> None:
         """Warn of each filter and caption name that no sample has."""

@@ -13,11 +13,10 @@ from lcm.core.errors import UserError
 from lcm.core.losses import huber, l1
 from lcm.core.numbers import Count, Limit, Share
 from lcm.modules.trainer import Trainer
-from tests.cases import each
 from tests.conf.programs import REQUIRED, check
 
 
-@each(
+@pytest.mark.parametrize(
     ("override", "says"),
     [
         ("data.batch_size=2.5", "data.batch_size=2.5: expected a whole number from 1"),
@@ -47,7 +46,7 @@ def test_train_refuses_value(override: str, says: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@each(
+@pytest.mark.parametrize(
     ("program", "override", "says"),
     [
         ("sample", "steps=[1,2]", "steps=[1, 2]: expected a whole number from 1"),
@@ -64,7 +63,7 @@ def test_program_refuses_value(program: str, override: str, says: str) -> None:
     assert str(caught.value).startswith(says)
 
 
-@each(
+@pytest.mark.parametrize(
     "overrides",
     [
         ["model.loss.c=0", "model.clip_norm=null", "model.eval_ema=null", "data.codec.cache=false", "+data.flip=true"],
@@ -94,7 +93,7 @@ def test_argument_that_swapped_target_lacks() -> None:
         check("train", "++trainer.width=512")
 
 
-@each(
+@pytest.mark.parametrize(
     ("target", "says"),
     [
         ("nowhere.AdamW8bit", "nowhere.AdamW8bit needs the package nowhere, which is not installed: pip install it"),
@@ -109,7 +108,7 @@ def test_missing_target(target: Any, says: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@each(
+@pytest.mark.parametrize(
     ("hint", "good", "bad"),
     [
         (Count, [1], [0, True, "1", None]),
@@ -138,7 +137,7 @@ def test_huber_of_width_zero_is_l1() -> None:
     assert x.grad.isfinite().all()
 
 
-@each("precision", ["16-mixed", "bf16-true", "8"])
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-true", "8"])
 def test_trainer_refuses_precision(precision: str) -> None:
     with pytest.raises(UserError, match=rf"trainer\.precision={precision}: .* float16 needs scaled losses, which clipping"):
         Trainer(precision=precision, accelerator="cpu")

@@ -4,7 +4,6 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from lcm.core.errors import UserError
-from tests.cases import each
 
 SENTENCE = "its caption says: UserError: no cats\nand more"
 
@@ -20,7 +19,7 @@ class Refusing(Dataset):
             raise UserError(SENTENCE) from error
 
 
-@each("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_message_of_worker_is_whole(workers: int) -> None:
     with pytest.raises(UserError) as caught:
         next(iter(DataLoader(Refusing(), num_workers=workers)))

@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 
 from lcm.app import help_page
 from lcm.app.composition import prepare
-from tests.cases import each
 from tests.conf.programs import PROGRAMS, check
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +22,7 @@ def page(program: str) -> str:
     return help_page.page(program, cfg)
 
 
-@each("program", PROGRAMS)
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_help_page(program: str) -> None:
     """Its examples compose, its keys exist and have a sentence, its options exist."""
     text = page(program)

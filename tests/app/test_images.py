@@ -7,7 +7,6 @@ from PIL import Image
 from lcm.app.images import drawable, grid, label_font, save_png, to_pil, wrap
 from lcm.callbacks.samples import ImageGrid
 from lcm.core.errors import UserError
-from tests.cases import each
 
 
 def test_grid_pastes_each_image_in_its_cell():
@@ -50,7 +49,7 @@ WORDS = " ".join(["a very detailed scene with several objects on a wooden table"
 TAGS = ",".join(f"tag_{i}" for i in range(400))
 
 
-@each(
+@pytest.mark.parametrize(
     ("label", "side"),
     [("", 16), (WORDS, 16), (TAGS, 256), ("一只橙色的猫 🐱" * 40, 16), (WORDS.replace(" ", "\n"), 256), ("x" * 10**6, 256)],
 )
@@ -67,7 +66,7 @@ def test_labels_keep_to_their_rows(label, side):
             assert picture.crop(box).getcolors() == [((box[2] - box[0]) * (box[3] - box[1]), white)]
 
 
-@each("text", [WORDS, TAGS, "red apple"])
+@pytest.mark.parametrize("text", [WORDS, TAGS, "red apple"])
 def test_labels_are_wrapped_and_cut(text):
     font = label_font(14)
     whole, cut = wrap(text, font, 200), wrap(text, font, 200, 3)

@@ -14,7 +14,6 @@ from lcm.app.composition import prepare
 from lcm.core.errors import UserError
 from lcm.export import trained
 from lcm.runtime.checkpoint_io import AtomicCheckpointIO
-from tests.cases import each
 
 REFUSED = {
     "other packages": ["os.system", "builtins.eval", "subprocess.Popen", "transformers.AutoModel.from_pretrained"],
@@ -54,7 +53,7 @@ ALLOWED = [
 ]
 
 
-@each("kind", REFUSED)
+@pytest.mark.parametrize("kind", REFUSED)
 def test_target_refused(kind: str) -> None:
     for target in REFUSED[kind]:
         with pytest.raises(UserError, match=r"is not allowed: .* set LCM_ALLOW_TARGETS=<package>$"):
@@ -95,7 +94,7 @@ def test_configuration_cannot_allow_itself(monkeypatch: pytest.MonkeyPatch) -> N
         build({"_target_": "os.getcwd"}, foreign=True)
 
 
-@each(
+@pytest.mark.parametrize(
     "node",
     [
         {"_target_": "os.getcwd"},
@@ -113,7 +112,7 @@ def test_foreign_node_builds_nothing(node: Any) -> None:
             build(same, foreign=True)
 
 
-@each(
+@pytest.mark.parametrize(
     ("args", "says"),
     [
         (["hydra.output_subdir=.hydra"], "leave it null"),
@@ -159,7 +158,7 @@ def test_foreign_run_builds_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@each("override", ["data.shards={https://planted@host/?planted", "model.x='https://planted@host/?planted'"])
+@pytest.mark.parametrize("override", ["data.shards={https://planted@host/?planted", "model.x='https://planted@host/?planted'"])
 def test_complaint_holds_no_secret(override: str) -> None:
     with pytest.raises(UserError) as raised:
         prepare("train", [override, "model.nothing=1"], {})

@@ -10,14 +10,13 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from lcm.app.cli import build, expand_home, own_keys
+from lcm.app.cli import build, expand_home
 from lcm.app.composition import compose
 from lcm.app.groups import Groups
 from lcm.app.inputs import pick_device
 from lcm.app.targets import CONF
 from lcm.core.errors import UserError
-from tests.cases import each
-from tests.conf.programs import PROGRAMS, REQUIRED, command, configured
+from tests.conf.programs import PROGRAMS, REQUIRED, configured
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 FULL_SIZE = {
@@ -62,22 +61,19 @@ def parameters(target: str) -> set[str] | None:
     return names
 
 
-@each("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_experiment(experiment: str) -> None:
     """It composes, its arguments fit, it names itself and leaves no group empty."""
-    cfg = own_keys(*command("train", f"experiment={experiment}").runs)
+    cfg = configured("train", [f"experiment={experiment}"])
     assert cfg.name == experiment
     assert all(cfg[part] for part in ("data", "model", "trainer", "callbacks"))  # an empty `data:` would be null
     check_keys(cfg)
 
 
-@each("groups", [("data", "callbacks", "logger", "trainer"), ("data/filters", "callbacks/keep")])
-def test_every_option_of_groups(groups: tuple[str, ...]) -> None:
-    """Options of several groups at a time: each is chosen at least once."""
-    options = {group: Groups("train").options(group) for group in groups}
-    for number in range(max(map(len, options.values()))):
-        chosen = [f"{group}={names[number % len(names)]}" for group, names in options.items()]
-        check_keys(own_keys(*command("train", "experiment=lcd_sd15", *chosen).runs))
+@pytest.mark.parametrize("group", ["data", "data/filters", "callbacks", "callbacks/keep", "logger", "trainer"])
+def test_every_option_of_group(group: str) -> None:
+    for option in Groups("train").options(group):
+        check_keys(configured("train", ["experiment=lcd_sd15", f"{group}={option}"]))
 
 
 def check_keys(cfg: DictConfig) -> None:
@@ -94,7 +90,7 @@ def check_keys(cfg: DictConfig) -> None:
         assert given <= accepted, f"{path}: {node._target_} takes no {given - accepted}"
 
 
-@each("scale", ["mini", "sd15"])
+@pytest.mark.parametrize("scale", ["mini", "sd15"])
 def test_bench_part_gets_its_arguments(scale):
     cfg = compose("bench", [f"scale={scale}"])
     for overrides in (cfg.lcd, cfg.teacher):
@@ -103,13 +99,13 @@ def test_bench_part_gets_its_arguments(scale):
         assert {str(key) for key in node if not str(key).startswith("_")} == parameters(node._target_)
 
 
-@each("program", PROGRAMS)
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_defaults_of_program(program: str) -> None:
     assert "hydra" not in configured(program, REQUIRED.get(program, []))
 
 
-@each("program", ["evaluate", "encode"])
-@each(
+@pytest.mark.parametrize("program", ["evaluate", "encode"])
+@pytest.mark.parametrize(
     "names",
     [("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")],
     ids=["torchrun", "srun"],
@@ -127,7 +123,7 @@ def test_rank_and_gpu_of_program(program, names, monkeypatch):
     assert chosen == [1]
 
 
-@each("group", PARTS)
+@pytest.mark.parametrize("group", PARTS)
 def test_every_part_can_be_built(group: str) -> None:
     base = {"net": "teacher_mini", "process": "teacher_mini"}.get(group, "lcd_mini")
     for option in Groups("train").options(f"model/{group}"):

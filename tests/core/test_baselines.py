@@ -11,13 +11,12 @@ from lcm.core.objectives.consistency_models import ConsistencyDistillation, Cons
 from lcm.core.objectives.guided_distillation import halve_steps, match_guided_teacher
 from lcm.core.process import VP, Flow
 from lcm.core.timesteps import karras, trailing_steps
-from tests.cases import each
 from tests.core.gaussian import Gaussian, exact, network, timestep
 from tests.core.test_objectives import Recorder, Scale, a_batch, denoisers, some_draws
 
 PROCESS = VP()
 GRID = karras(PROCESS, points=18)[1:]
-every_process = each("process", [VP(), Flow()], ids=["vp", "flow"])
+every_process = pytest.mark.parametrize("process", [VP(), Flow()], ids=["vp", "flow"])
 
 
 def distil(nets, draws, process=PROCESS, solver=solvers.heun, points=18):
@@ -29,7 +28,7 @@ def train(nets, draws, process=PROCESS, points=18):
     return ConsistencyTraining(process, points=points, distance=losses.l2).loss(nets, a_batch(), draws)
 
 
-both = each("objective", [distil, train], ids=["distillation", "training"])
+both = pytest.mark.parametrize("objective", [distil, train], ids=["distillation", "training"])
 
 
 def sample(*networks):
@@ -104,7 +103,7 @@ def test_true_consistency_function_has_no_loss():
     assert loss < 0.02 * wrong
 
 
-@each(
+@pytest.mark.parametrize(
     ("prediction_type", "process"),
     [("epsilon", VP()), ("v_prediction", Flow(shift=3.0)), ("sample", VP()), ("flow_prediction", Flow(shift=3.0))],
 )
@@ -169,7 +168,7 @@ def test_matching_loss_has_truncated_snr_weight():
         assert logs["x0_l2"].item() == pytest.approx(0.01, rel=1e-4)
 
 
-@each(
+@pytest.mark.parametrize(
     ("process", "prediction_type"),  # in a flow's pure noise eps does not determine x0
     [(VP(), "epsilon"), (VP(), "v_prediction"), (Flow(), "sample"), (Flow(), "flow_prediction")],
 )

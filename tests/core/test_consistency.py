@@ -7,7 +7,6 @@ from diffusers import LCMScheduler
 from lcm.core.consistency import boundary_scalings, cm_consistency_fn, cm_scalings, consistency_fn
 from lcm.core.denoiser import PREDICTION_TYPES, Denoised, Denoiser
 from lcm.core.process import VP, Flow
-from tests.cases import each
 
 Z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -46,7 +45,7 @@ def test_boundary():
     assert torch.equal(consistency_fn(lambda z, t: Denoised(1e6 * z.cos(), z), Z, torch.tensor([0, 0]), process=VP()), Z)
 
 
-@each("f", [consistency_fn, cm_consistency_fn])
+@pytest.mark.parametrize("f", [consistency_fn, cm_consistency_fn])
 def test_boundary_of_flow(f):
     """f(z, -1) = z exactly, without scalings."""
     flow = Flow(shift=3.0)
@@ -55,7 +54,7 @@ def test_boundary_of_flow(f):
         assert torch.equal(f(denoise, Z, torch.tensor([-1, -1]), process=flow), Z)
 
 
-@each("f", [consistency_fn, cm_consistency_fn])
+@pytest.mark.parametrize("f", [consistency_fn, cm_consistency_fn])
 def test_f_in_flow_is_x0(f):
     """`f = y - sigma u`, in pure noise and at the first timestep."""
     flow, t = Flow(), torch.tensor([999, 0])
@@ -88,7 +87,7 @@ def test_golden_scalings_of_consistency_models():
     assert c_out.tolist() == pytest.approx([0.0, 0.352138482, 0.446319169, 0.499977734], rel=1e-4, abs=1e-12)
 
 
-@each("sigma_data", [0.5, 1.0])
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
 def test_boundary_of_consistency_models(sigma_data):
     """f(x, sigma_min) = x with x = z / alpha, for any network."""
     process, t = VP(), torch.tensor([0, 0])
@@ -98,7 +97,7 @@ def test_boundary_of_consistency_models(sigma_data):
         assert torch.equal(f, Z / process.alphas[0])
 
 
-@each("sigma_data", [0.5, 1.0])
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
 def test_f_of_consistency_models_far_from_boundary_is_x0(sigma_data):
     f = cm_consistency_fn(lambda z, t: Denoised(z.cos(), z), Z, torch.tensor([800, 999]), process=VP(), sigma_data=sigma_data)
     torch.testing.assert_close(f, Z.cos(), rtol=0.02, atol=0.03)

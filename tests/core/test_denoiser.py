@@ -7,10 +7,9 @@ from lcm.core import solvers
 from lcm.core.denoiser import PREDICTION_TYPES, Denoiser, convert_process
 from lcm.core.errors import UserError
 from lcm.core.process import VP, Flow
-from tests.cases import each
 from tests.core.gaussian import exact
 
-every_type = each("prediction_type", PREDICTION_TYPES)
+every_type = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 PROCESSES = {
     "scaled_linear": VP(),
     "squaredcos_cap_v2": VP(beta_schedule="squaredcos_cap_v2"),
@@ -18,7 +17,7 @@ PROCESSES = {
     "flow": Flow(),
     "flow_3": Flow(shift=3.0),
 }
-every_process = each("process", PROCESSES.values(), ids=PROCESSES)
+every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 T = torch.tensor([0, 1, 259, 499, 979, 999])
 X0, EPS = torch.randn(2, len(T), 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -48,7 +47,7 @@ def test_read_inverts_target_in_every_process(process):
         torch.testing.assert_close(eps, EPS, rtol=0, atol=1e-3)
 
 
-@each("process", [PROCESSES["zero_snr"], PROCESSES["flow"]], ids=["zero_snr", "flow"])
+@pytest.mark.parametrize("process", [PROCESSES["zero_snr"], PROCESSES["flow"]], ids=["zero_snr", "flow"])
 def test_read_inverts_target_in_pure_noise(process):
     t = torch.full((len(X0),), 999)
     for prediction_type in ("v_prediction", "sample", "flow_prediction"):
@@ -93,7 +92,7 @@ def test_golden_flow():
         assert of("flow_prediction", process).target(x0, eps, t).item() == pytest.approx(-1.7, abs=1e-6)
 
 
-@each("process", [PROCESSES["zero_snr"], PROCESSES["flow"]], ids=["zero_snr", "flow"])
+@pytest.mark.parametrize("process", [PROCESSES["zero_snr"], PROCESSES["flow"]], ids=["zero_snr", "flow"])
 def test_pure_noise_is_finite(process):
     for prediction_type in PREDICTION_TYPES:
         x0, eps = of(prediction_type, process).read(X0[:1], EPS[:1], torch.tensor([999]))
@@ -109,7 +108,7 @@ def test_x0_at_clean_end_of_flow_is_z(prediction_type):
     assert eps.isfinite().all()
 
 
-@each("process", [VP(), Flow(shift=3.0)], ids=["vp", "flow_3"])
+@pytest.mark.parametrize("process", [VP(), Flow(shift=3.0)], ids=["vp", "flow_3"])
 def test_network_gets_time_of_process(process):
     times = []
     Denoiser(lambda z, time, cond, w: times.append(time) or z, process).bound({})(X0, T)
@@ -140,7 +139,7 @@ PAIRS = [
 COMMON = torch.tensor([100, 200, 259, 499, 700, 800])  # every process has these timesteps' noise levels
 
 
-@each(("inner", "outer"), PAIRS)
+@pytest.mark.parametrize(("inner", "outer"), PAIRS)
 def test_converted_perfect_denoiser_is_perfect(inner, outer):
     inner, outer = PROCESSES[inner], PROCESSES[outer]
     z = outer.jump(X0, EPS, COMMON)
@@ -168,7 +167,7 @@ def test_conversion_to_same_process_is_identity():
     assert convert_process(denoise, VP(), VP(beta_end=0.02)) is not denoise
 
 
-@each(("t", "inner_t"), [(999, 999), (-1, 0)])
+@pytest.mark.parametrize(("t", "inner_t"), [(999, 999), (-1, 0)])
 def test_conversion_clamps_to_inner_noise_levels(t, inner_t):
     """Stable Diffusion's noise ends at q = 0.936. Pure noise is passed to its last timestep unchanged."""
     calls = []

@@ -1,10 +1,10 @@
 """Exponential moving averages of parameters."""
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lcm.core.ema import ema_update_
-from tests.cases import each
 
 
 def tensors(seed):
@@ -12,7 +12,7 @@ def tensors(seed):
     return [torch.randn(3, 4, generator=rng), torch.randn(5, generator=rng)]
 
 
-@each("decay", [0.5, 0.95, 0.999943])
+@pytest.mark.parametrize("decay", [0.5, 0.95, 0.999943])
 def test_closed_form_after_n_updates(decay):
     """With a constant online: online + decay^n (start - online)."""
     average, start, online = tensors(0), tensors(0), tensors(1)
@@ -22,7 +22,7 @@ def test_closed_form_after_n_updates(decay):
         torch.testing.assert_close(a, o + decay**10 * (s - o))
 
 
-@each(("decay", "seed"), [(0.0, 1), (1.0, 0)])
+@pytest.mark.parametrize(("decay", "seed"), [(0.0, 1), (1.0, 0)])
 def test_decay_zero_copies_and_one_keeps(decay, seed):
     average = tensors(0)
     ema_update_(average, tensors(1), decay)
@@ -40,7 +40,7 @@ def test_parameters_are_averaged_in_place():
     assert torch.equal(online.weight, before)
 
 
-@each("decay", [0.0, 0.5, 0.95, 0.999943])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.95, 0.999943])
 def test_skip_on_device(decay):
     plain, updated, skipped, online = tensors(0), tensors(0), tensors(0), tensors(1)
     ema_update_(plain, online, decay)

@@ -8,14 +8,13 @@ from lcm.core import solvers
 from lcm.core.denoiser import PREDICTION_TYPES, Denoiser
 from lcm.core.guidance import embed_w, guide
 from lcm.core.process import VP, Flow
-from tests.cases import each
 
 RNG = torch.Generator().manual_seed(0)
 Z = torch.randn(3, 4, 8, 8, generator=RNG)
 COND, UNCOND = ({"states": torch.randn(n, 5, 2, generator=RNG)} for n in (3, 1))
 EXPANDED = {"states": UNCOND["states"].expand(3, 5, 2)}
 T, S, W = torch.tensor([499, 259, 999]), torch.tensor([479, 239, 979]), torch.tensor([0.0, 7.0, 14.0])
-every_process = each("process", [VP(), Flow()], ids=["vp", "flow"])
+every_process = pytest.mark.parametrize("process", [VP(), Flow()], ids=["vp", "flow"])
 
 
 def net(z, t, cond, w):
@@ -66,7 +65,7 @@ def test_guidance_makes_one_call():
     assert calls == [6]
 
 
-@each("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3])
 def test_every_part_of_a_condition_is_doubled(rows):
     """An unconditional condition has one row, or one per sample."""
     cond = {"states": torch.zeros(3, 5, 2), "pooled": torch.zeros(3, 4), "sizes": torch.zeros(3, 6, dtype=torch.int64)}
@@ -95,7 +94,7 @@ def test_norm_of_embedding():
     torch.testing.assert_close(embed_w(torch.linspace(0, 14, 29)).square().sum(1), torch.full((29,), 128.0))
 
 
-@each("dim", [256, 33])
+@pytest.mark.parametrize("dim", [256, 33])
 def test_embedding_agrees_with_diffusers(dim):
     w = torch.linspace(0, 14, 29)
     theirs = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w, dim)

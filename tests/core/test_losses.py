@@ -8,11 +8,10 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from lcm.core import losses
-from tests.cases import each
 
 YAMLS = sorted((Path(__file__).parents[2] / "conf/model/loss").glob("*.yaml"))
 LOSSES = {path.stem: instantiate(OmegaConf.load(path)) for path in YAMLS}
-every_loss = each("loss", LOSSES.values(), ids=LOSSES.keys())
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 X, Y = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 assert "l2" in LOSSES
 
@@ -57,6 +56,6 @@ def test_huber_is_quadratic_below_c_and_absolute_above():
     torch.testing.assert_close(losses.huber(x, zero, c=1e-6), losses.l1(x, zero), rtol=1e-3, atol=0)
 
 
-@each("loss", [losses.huber, losses.cauchy])
+@pytest.mark.parametrize("loss", [losses.huber, losses.cauchy])
 def test_c_matters(loss):
     assert not torch.allclose(loss(X, Y, c=0.01), loss(X, Y, c=0.5))

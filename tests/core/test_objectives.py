@@ -18,12 +18,11 @@ from lcm.core.objectives.finetuning import LatentConsistencyFinetuning
 from lcm.core.objectives.tcd import TrajectoryConsistencyDistillation, TrajectoryDraws
 from lcm.core.process import VP, Flow
 from lcm.core.timesteps import grid
-from tests.cases import each
 from tests.core.gaussian import Gaussian, exact, network
 
 B, SHAPE = 4, (4, 4, 8, 8)
-every_process = each("process", [VP(), Flow()], ids=["vp", "flow"])
-every_type = each("prediction_type", PREDICTION_TYPES)
+every_process = pytest.mark.parametrize("process", [VP(), Flow()], ids=["vp", "flow"])
+every_type = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 
 
 def rng(seed=0):
@@ -75,7 +74,7 @@ def returns_caption(z, t, cond, w):
 
 # one step of distillation: peers' scalar example, student eps -1.1, target eps -0.9, teacher eps -1.0 and -0.8 (null), w = 7
 
-STEPS = each(
+STEPS = pytest.mark.parametrize(
     ("index", "t", "s", "z_t", "z_prev", "student", "target", "l2", "huber"),
     [
         (0, 19, 0, 0.335639106, 0.591088258, 0.486555572, 0.591088258, 0.010927082, 0.103537469),
@@ -126,7 +125,7 @@ def trajectory(nets, draws, process=None, **changes):
     return TrajectoryConsistencyDistillation(process or VP(), **options).loss(nets, a_batch(), draws)
 
 
-every_objective = each("objective", [distil, finetune, trajectory])
+every_objective = pytest.mark.parametrize("objective", [distil, finetune, trajectory])
 
 
 @every_objective
@@ -140,7 +139,7 @@ def test_gradient_reaches_online_network_only(objective):
     assert not logs["consistency_l2"].requires_grad
 
 
-@each("objective", [distil, trajectory])
+@pytest.mark.parametrize("objective", [distil, trajectory])
 def test_teacher_builds_no_graph(objective):
     grad_enabled = []
 
@@ -204,7 +203,7 @@ def test_distillation_on_point_mass():
 PROCESSES = {"vp": VP(), "flow": Flow(), "flow_3": Flow(shift=3.0)}
 WITHIN = (2, 12, 24, 38)  # grid points whose noise levels Stable Diffusion's process has as well
 PAIRS = [("vp", "vp"), ("vp", "flow_3"), ("flow_3", "vp"), ("flow", "flow_3"), ("flow_3", "flow")]
-every_pair = each(("of_teacher", "of_student"), PAIRS)
+every_pair = pytest.mark.parametrize(("of_teacher", "of_student"), PAIRS)
 
 
 @every_pair
@@ -370,7 +369,7 @@ def test_min_snr_weights_error_of_x0(process):
         assert loss == pytest.approx(min(snr, gamma) * 0.01, rel=1e-3)
 
 
-@each("process", [VP(rescale_betas_zero_snr=True), Flow()], ids=["zero_snr", "flow"])
+@pytest.mark.parametrize("process", [VP(rescale_betas_zero_snr=True), Flow()], ids=["zero_snr", "flow"])
 def test_min_snr_weights_are_finite(process):
     for prediction_type in PREDICTION_TYPES:
         weight = min_snr_weight(Denoiser(None, process, prediction_type), torch.arange(1000), 5.0)

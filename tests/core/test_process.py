@@ -6,13 +6,12 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 
 from lcm.core.errors import UserError
 from lcm.core.process import BETA_SCHEDULES, VP, Flow, process_of
-from tests.cases import each
 
 ALL = torch.arange(1000)
 EVERY_SCHEDULE = [(kind, zero_snr) for kind in BETA_SCHEDULES for zero_snr in (False, True)]
-every_schedule = each(("kind", "zero_snr"), EVERY_SCHEDULE)
+every_schedule = pytest.mark.parametrize(("kind", "zero_snr"), EVERY_SCHEDULE)
 PROCESSES = [VP(), VP(beta_schedule="squaredcos_cap_v2"), VP(rescale_betas_zero_snr=True), Flow(), Flow(shift=3.0)]
-every_process = each("process", PROCESSES, ids=lambda p: "-".join(map(str, p.config.values())))
+every_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda p: "-".join(map(str, p.config.values())))
 
 
 def make(kind, zero_snr):
@@ -51,7 +50,7 @@ def test_vp_agrees_with_diffusers(kind, zero_snr):
     assert (process.double().alpha(ALL) ** 2 + process.sigma(ALL) ** 2 - 1).abs().max() < 1e-6
 
 
-@each(("shift", "steps"), [(0.5, 1000), (1.0, 1000), (1.15, 100), (3.0, 1000), (6.0, 100)])
+@pytest.mark.parametrize(("shift", "steps"), [(0.5, 1000), (1.0, 1000), (1.15, 100), (3.0, 1000), (6.0, 100)])
 def test_flow_agrees_with_diffusers(shift, steps):
     flow, scheduler = Flow(shift=shift, num_train_timesteps=steps), FlowMatchEulerDiscreteScheduler(steps, shift)
     t = torch.arange(steps)
@@ -67,7 +66,7 @@ def test_golden_flow_of_few_steps():
     torch.testing.assert_close(Flow(shift=3.0).sigma(t), torch.tensor([1, 0.9, 0.75, 0.5, 0]))
 
 
-@each("shift", [1.0, 3.0])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_ends_of_flow(shift):
     flow = Flow(shift=shift)
     assert flow.t_min == -1
@@ -76,7 +75,7 @@ def test_ends_of_flow(shift):
     assert flow.alpha(ends).tolist() == [1, 0]
 
 
-@each("shift", [0.0, -1.0])
+@pytest.mark.parametrize("shift", [0.0, -1.0])
 def test_flow_rejects_shift(shift):
     with pytest.raises(UserError, match=f"shift={shift}"):
         Flow(shift=shift)
@@ -109,7 +108,7 @@ def test_timestep_at_inverts_half_log_snr(process):
     torch.testing.assert_close(process.timestep_at(process.half_log_snr(t)), t, rtol=0, atol=5e-4)
 
 
-@each(("half_log_snr", "t"), [(9.0, 0), (-9.0, 999)])
+@pytest.mark.parametrize(("half_log_snr", "t"), [(9.0, 0), (-9.0, 999)])
 def test_timestep_at_clamps_in_vp(half_log_snr, t):
     assert VP().timestep_at(torch.tensor([half_log_snr])).item() == t
 
@@ -174,7 +173,7 @@ def test_dpm_solver_with_flow_sigmas_is_flow():
     assert process_of({**config, **BETAS, "use_flow_sigmas": False}).config == VP().config
 
 
-@each(
+@pytest.mark.parametrize(
     ("config", "says"),
     [
         (
@@ -206,7 +205,7 @@ def test_tables_are_not_in_checkpoints():
     assert not VP().state_dict()
 
 
-@each("process", [VP(), Flow()], ids=["vp", "flow"])
+@pytest.mark.parametrize("process", [VP(), Flow()], ids=["vp", "flow"])
 def test_jump_uses_t_of_each_sample(process):
     t = torch.tensor([0, 499, 999])
     z0, eps = torch.full((3, 4, 2, 2), 0.5), torch.full((3, 4, 2, 2), -1.2)

@@ -13,15 +13,14 @@ from lcm.core import sampling
 from lcm.core.denoiser import Denoiser
 from lcm.core.process import VP, Flow
 from lcm.core.timesteps import consistency_steps, trailing_steps
-from tests.cases import each
 from tests.core.gaussian import Gaussian, network
 
 CONF = Path(__file__).parents[2] / "conf"
 SAMPLERS = {path.stem: instantiate(OmegaConf.load(path)) for path in sorted((CONF / "sampler").glob("*.yaml"))}
 ODES = {name: sampler for name, sampler in SAMPLERS.items() if name not in ("lcm", "ddpm")}
 
-every_ode = each("name", ODES)
-two_processes = each("process", [VP(), Flow(shift=3.0)], ids=["vp", "flow_3"])
+every_ode = pytest.mark.parametrize("name", ODES)
+two_processes = pytest.mark.parametrize("process", [VP(), Flow(shift=3.0)], ids=["vp", "flow_3"])
 Z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -55,7 +54,7 @@ def sd(scheduler, **config):
     return scheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, **config)
 
 
-@each(("prediction_type", "eta"), [("epsilon", 0.0), ("v_prediction", 0.5), ("sample", 1.0)])
+@pytest.mark.parametrize(("prediction_type", "eta"), [("epsilon", 0.0), ("v_prediction", 0.5), ("sample", 1.0)])
 def test_ddim_agrees_with_diffusers(prediction_type, eta):
     scheduler = sd(
         DDIMScheduler,
@@ -71,11 +70,13 @@ def test_ddim_agrees_with_diffusers(prediction_type, eta):
 
 
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning", "ignore:.*dpmsolver:FutureWarning")
-@each(
+@pytest.mark.parametrize(
     ("timesteps", "prediction_type"),
     [([999, 749, 499, 249], "epsilon"), (trailing_steps(20), "v_prediction"), ([999, 700, 650, 300, 20], "sample")],
 )
-@each(("algorithm", "sampler"), [("dpmsolver++", sampling.dpm_solver_pp_2m), ("dpmsolver", sampling.dpm_solver_2m)])
+@pytest.mark.parametrize(
+    ("algorithm", "sampler"), [("dpmsolver++", sampling.dpm_solver_pp_2m), ("dpmsolver", sampling.dpm_solver_2m)]
+)
 def test_multistep_solvers_agree_with_diffusers(algorithm, sampler, prediction_type, timesteps):
     scheduler = sd(
         DPMSolverMultistepScheduler,
@@ -90,7 +91,9 @@ def test_multistep_solvers_agree_with_diffusers(algorithm, sampler, prediction_t
     torch.testing.assert_close(z, theirs(scheduler), rtol=1e-3, atol=1e-3)
 
 
-@each(("prediction_type", "steps"), [("epsilon", 1), ("v_prediction", 2), ("sample", 4), ("epsilon", 8), ("sample", 1)])
+@pytest.mark.parametrize(
+    ("prediction_type", "steps"), [("epsilon", 1), ("v_prediction", 2), ("sample", 4), ("epsilon", 8), ("sample", 1)]
+)
 def test_consistency_agrees_with_diffusers(prediction_type, steps):
     scheduler = sd(LCMScheduler, prediction_type=prediction_type)
     scheduler.set_timesteps(steps)
@@ -99,7 +102,7 @@ def test_consistency_agrees_with_diffusers(prediction_type, steps):
     torch.testing.assert_close(z, expected, rtol=1e-3, atol=1e-4)
 
 
-@each(("steps", "total", "mean"), [(1, 18.7097, 0.0244), (10, 197.7616, 0.2575)])
+@pytest.mark.parametrize(("steps", "total", "mean"), [(1, 18.7097, 0.0244), (10, 197.7616, 0.2575)])
 def test_golden_consistency(steps, total, mean):
     """The values of diffusers' test of LCMScheduler."""
     process = VP()
@@ -110,7 +113,7 @@ def test_golden_consistency(steps, total, mean):
     assert z0.abs().mean().item() == pytest.approx(mean, abs=1e-3)
 
 
-@each("sampler", [sampling.consistency, sampling.tcd])
+@pytest.mark.parametrize("sampler", [sampling.consistency, sampling.tcd])
 def test_noise_is_drawn_between_steps_only(sampler):
     for steps in (1, 2, 4):
         drawn = []
@@ -137,7 +140,7 @@ def test_odes_reach_gaussian_solution(name):
         torch.testing.assert_close(z0, data.flow(z, start, end), rtol=0, atol=0.025)
 
 
-@each("process", [VP(), Flow()], ids=["vp", "flow"])
+@pytest.mark.parametrize("process", [VP(), Flow()], ids=["vp", "flow"])
 def test_ancestral_sampling_has_moments_of_data(process):
     data, noise = Gaussian(process), draws(0, torch.empty(1, 1, 128, 128))
     z0 = sampling.ddpm(data.denoise, noise(), trailing_steps(200), process=process, noise=noise)
@@ -156,7 +159,7 @@ def test_exact_consistency_function_samples_data(process):
         assert z0.std().item() == pytest.approx(data.s, abs=0.02)
 
 
-@each("name", SAMPLERS)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_images_do_not_depend_on_batch(name):
 
     def run(part):
@@ -168,7 +171,7 @@ def test_images_do_not_depend_on_batch(name):
     torch.testing.assert_close(run(slice(0, 2))[1:], run(slice(1, 2)), rtol=1e-4, atol=1e-5)
 
 
-@each("process", [VP(rescale_betas_zero_snr=True), VP(beta_schedule="squaredcos_cap_v2"), Flow()], ids=str)
+@pytest.mark.parametrize("process", [VP(rescale_betas_zero_snr=True), VP(beta_schedule="squaredcos_cap_v2"), Flow()], ids=str)
 def test_ancestral_sampling_from_pure_noise_is_finite(process):
     """For every s, as the variance of eps is near 0."""
     data = Gaussian(process)
@@ -177,7 +180,7 @@ def test_ancestral_sampling_from_pure_noise_is_finite(process):
         assert z0.isfinite().all()
 
 
-@each(("shift", "steps"), [(1.0, 1), (3.0, 2), (1.0, 4), (3.0, 8)])
+@pytest.mark.parametrize(("shift", "steps"), [(1.0, 1), (3.0, 2), (1.0, 4), (3.0, 8)])
 def test_consistency_in_flow_agrees_with_diffusers(shift, steps):
     """diffusers gets our noise levels, as its own default for few steps differs."""
     flow = Flow(shift=shift)
@@ -193,7 +196,7 @@ def test_consistency_in_flow_agrees_with_diffusers(shift, steps):
 # TCD
 
 
-@each(
+@pytest.mark.parametrize(
     ("prediction_type", "gamma", "steps"),
     [
         ("epsilon", 0.3, 1),
@@ -214,7 +217,7 @@ def test_tcd_agrees_with_diffusers(prediction_type, steps, gamma):
     torch.testing.assert_close(z, expected, rtol=1e-3, atol=1e-4)
 
 
-@each(("gamma", "end"), [(0.3, 24.981589579), (0.0, 21.932223439), (1.0, 26.830767712)])
+@pytest.mark.parametrize(("gamma", "end"), [(0.3, 24.981589579), (0.0, 21.932223439), (1.0, 26.830767712)])
 def test_golden_tcd(gamma, end):
     """999 -> 759 -> 499 -> 259 -> 0 with a network that returns -0.5, and noise 0.25."""
     process, z = VP(), torch.ones(1, 1, 1, 1)
@@ -234,7 +237,7 @@ def test_tcd_with_gamma_zero_is_ddim(process):
     torch.testing.assert_close(tcd, ddim, rtol=1e-5, atol=1e-6)
 
 
-@each("flow", [Flow(), Flow(shift=3.0)], ids=["shift_1", "shift_3"])
+@pytest.mark.parametrize("flow", [Flow(), Flow(shift=3.0)], ids=["shift_1", "shift_3"])
 def test_tcd_with_gamma_one_is_consistency_in_flow(flow):
     """Every step jumps to the clean end, where z is x0."""
     denoise = Denoiser(net, flow, "flow_prediction").bound({})
@@ -245,7 +248,7 @@ def test_tcd_with_gamma_one_is_consistency_in_flow(flow):
     torch.testing.assert_close(tcd, consistency, rtol=1e-5, atol=1e-5)
 
 
-@each("gamma", [0.3, 1.0])
+@pytest.mark.parametrize("gamma", [0.3, 1.0])
 @two_processes
 def test_tcd_keeps_noise_level_of_process(process, gamma):
     """With a perfect network for a point mass, z_t is N(alpha mu, sigma^2)."""
@@ -263,7 +266,7 @@ def test_tcd_keeps_noise_level_of_process(process, gamma):
         assert z.std().item() == pytest.approx(process.sigma(t).item(), abs=0.02)
 
 
-@each("gamma", [0.1, 0.3, 0.7])
+@pytest.mark.parametrize("gamma", [0.1, 0.3, 0.7])
 def test_tcd_end_times(gamma):
     """In a flow of shift 1 the end has noise `(1 - gamma) sigma`, rounded to its grid."""
     flow, ends = Flow(), []
@@ -290,7 +293,7 @@ def test_odes_in_flow_solve_point_mass(name):
         torch.testing.assert_close(z0, torch.full_like(z0, 0.7), rtol=0, atol=1e-5)
 
 
-@each("sampler", [sampling.dpm_solver_2m, sampling.dpm_solver_pp_2m])
+@pytest.mark.parametrize("sampler", [sampling.dpm_solver_2m, sampling.dpm_solver_pp_2m])
 def test_multistep_ends_in_flow_with_last_x0(sampler):
     """The last step, to an infinite lambda, is first order."""
     calls, denoise = [], Denoiser(net, Flow(), "flow_prediction").bound({})

@@ -12,12 +12,11 @@ from lcm.core.objectives.distillation import LatentConsistencyDistillation
 from lcm.core.objectives.tcd import TrajectoryConsistencyDistillation, TrajectoryDraws
 from lcm.core.process import VP, Flow
 from lcm.core.timesteps import consistency_steps, full, grid, trailing_steps
-from tests.cases import each
 from tests.core.gaussian import exact
 from tests.core.test_objectives import SHAPE, B, Recorder, Scale, a_batch, denoisers, returns_caption, rng, some_draws
 
-every_process = each("process", [VP(), Flow(), Flow(shift=3.0)], ids=["vp", "flow", "flow_3"])
-every_type = each("prediction_type", PREDICTION_TYPES)
+every_process = pytest.mark.parametrize("process", [VP(), Flow(), Flow(shift=3.0)], ids=["vp", "flow", "flow_3"])
+every_type = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 
 
 def tcd(process=None, **changes):
@@ -86,7 +85,7 @@ def test_clean_end_alone_is_jump_to_0_in_vp():
     torch.testing.assert_close(seen[0], process.alphas[0] * x0 - 1.1 * process.sigmas[0], rtol=1e-5, atol=1e-5)
 
 
-@each(
+@pytest.mark.parametrize(
     ("process", "prediction_type"),
     [(VP(), "epsilon"), (Flow(), "v_prediction"), (Flow(shift=3.0), "flow_prediction"), (VP(), "sample")],
 )
@@ -103,7 +102,9 @@ def test_nearest_end_is_teachers_step(process, prediction_type):
     torch.testing.assert_close(seen[0], solvers.ddim(teacher, z_t, t, s, process=process), rtol=1e-3, atol=1e-3)
 
 
-@each(("process", "of_teacher"), [(VP(), VP()), (VP(), Flow(shift=3.0)), (Flow(), VP()), (Flow(shift=3.0), Flow(shift=3.0))])
+@pytest.mark.parametrize(
+    ("process", "of_teacher"), [(VP(), VP()), (VP(), Flow(shift=3.0)), (Flow(), VP()), (Flow(shift=3.0), Flow(shift=3.0))]
+)
 def test_exact_networks_have_no_loss_on_point_mass(process, of_teacher):
     """For every end time and prediction type."""
     for prediction_type, share in zip(PREDICTION_TYPES, (0.0, 0.3, 0.6, 0.99), strict=True):
@@ -132,7 +133,7 @@ def test_student_and_target_take_w():
 # end times
 
 
-@each("process", [VP(), Flow()], ids=["vp", "flow"])
+@pytest.mark.parametrize("process", [VP(), Flow()], ids=["vp", "flow"])
 def test_end_times_are_uniform_up_to_s(process):
     """Over the clean end and the grid's points up to s, s included."""
     share = torch.linspace(0, 1, 100_001)[:-1]
@@ -142,7 +143,9 @@ def test_end_times_are_uniform_up_to_s(process):
         assert (counts - 100_000 / len(ends)).abs().max() <= 2
 
 
-@each(("process", "timesteps"), [(VP(), grid()), (Flow(), grid(points=1000)), (VP(), full()), (Flow(), full())])
+@pytest.mark.parametrize(
+    ("process", "timesteps"), [(VP(), grid()), (Flow(), grid(points=1000)), (VP(), full()), (Flow(), full())]
+)
 def test_end_times_are_not_above_s(process, timesteps):
     s = torch.arange(process.t_min, 980)
     for share in (0.0, 0.5, 1 - 2**-24):
@@ -198,7 +201,7 @@ def test_stochastic_sampler_of_flow_is_refused():
         tcd(Flow(), gamma=0.3)
 
 
-@each(("shift", "steps"), [(1.0, 4), (3.0, 1), (3.0, 2), (3.0, 4), (6.0, 8)])
+@pytest.mark.parametrize(("shift", "steps"), [(1.0, 4), (3.0, 1), (3.0, 2), (3.0, 4), (6.0, 8)])
 def test_saved_scheduler_of_flow_uses_our_grid(shift, steps):
     """The default grid of diffusers' scheduler is `trailing_steps(steps)` of the process."""
     flow = Flow(shift=shift)

@@ -7,7 +7,6 @@ from diffusers import DDIMScheduler, LCMScheduler
 from lcm.core.errors import UserError
 from lcm.core.process import VP, Flow
 from lcm.core.timesteps import consistency_steps, full, grid, karras, neighbours, points_of, skip_pair, trailing_steps
-from tests.cases import each
 
 
 def test_grid_of_released_models():
@@ -23,7 +22,7 @@ def test_grid_ends_at_pure_noise():
         assert times.diff().unique().numel() <= 1
 
 
-@each("points", [0, 60, 1001])
+@pytest.mark.parametrize("points", [0, 60, 1001])
 def test_grid_errors(points):
     with pytest.raises(UserError, match=f"{points}"):
         grid(points=points)
@@ -71,7 +70,7 @@ def test_golden_consistency_steps():
     assert [consistency_steps(4, points=points) for points in (100, 200)] == [[999, 749, 499, 249]] * 2
 
 
-@each("points", [50, 100])
+@pytest.mark.parametrize("points", [50, 100])
 def test_consistency_steps_agree_with_diffusers(points):
     scheduler = LCMScheduler(original_inference_steps=points)
     for steps in range(1, points + 1):
@@ -95,15 +94,15 @@ def test_trailing_steps_decrease_from_pure_noise():
         assert sorted(set(times), reverse=True) == times
 
 
-@each(("rule", "most"), [(consistency_steps, 50), (trailing_steps, 1000)])
-@each("beyond", [False, True])
+@pytest.mark.parametrize(("rule", "most"), [(consistency_steps, 50), (trailing_steps, 1000)])
+@pytest.mark.parametrize("beyond", [False, True])
 def test_too_few_or_too_many_steps(rule, most, beyond):
     steps = most + 1 if beyond else 0
     with pytest.raises(UserError, match=f"steps={steps} .*: use 1 to {most}"):
         rule(steps)
 
 
-@each("points", [2, 18, 40])
+@pytest.mark.parametrize("points", [2, 18, 40])
 def test_karras_points_are_even_in_the_seventh_root(points):
     process, times = VP(), karras(VP(), points=points)
     assert (times[0], times[-1], len(times)) == (0, 999, points)
@@ -126,7 +125,7 @@ def test_karras_agrees_with_the_formula():
     torch.testing.assert_close(got, torch.stack(wanted), rtol=0.06, atol=0)
 
 
-@each("points", [1, 1001])
+@pytest.mark.parametrize("points", [1, 1001])
 def test_karras_errors(points):
     with pytest.raises(UserError, match=f"points={points}"):
         karras(VP(), points=points)

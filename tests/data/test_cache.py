@@ -285,13 +285,17 @@ def test_no_secret_of_a_url_reaches_a_message(plain: Server, tmp_path: Path, cap
 # Start and resume
 
 
-@pytest.fixture
-def large(tmp_path: Path, server: Server) -> list[str]:
-    """Return 12 shards of 40 samples of 10 kB."""
-    for number in range(12):
+def write_large(tmp_path: Path, server: Server, count: int) -> list[str]:
+    """Write shards of 40 samples of 10 kB, and return their URLs."""
+    for number in range(count):
         samples = [{**sample, "png": sample["png"] + bytes(10_000)} for sample in pairs(number, 40)]
         write_shard(tmp_path / f"www/large-{number}.tar", samples)
-    return [f"{server.url}/large-{number}.tar" for number in range(12)]
+    return [f"{server.url}/large-{number}.tar" for number in range(count)]
+
+
+@pytest.fixture
+def large(tmp_path: Path, server: Server) -> list[str]:
+    return write_large(tmp_path, server, 12)
 
 
 def paths_asked(server: Server) -> set[str]:

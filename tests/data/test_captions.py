@@ -18,7 +18,6 @@ from lcm.data.source import Source
 from lcm.data.transforms import Decode
 from lcm.data.urls import expand_urls
 from lcm.runtime.atomic_io import lines_of
-from tests.cases import each
 from tests.data.conftest import png, samples_of, write_tar
 
 Members = dict[str, bytes]
@@ -35,7 +34,7 @@ def fields(**fields: Any) -> Members:
     return {"json": json.dumps(fields).encode()}
 
 
-@each(
+@pytest.mark.parametrize(
     ("members", "captions", "text"),
     [
         (fields(blip="a cat", url="https://x.org"), {"blip": 1}, "a cat"),
@@ -49,7 +48,7 @@ def fields(**fields: Any) -> Members:
     ],
     ids=["field", "member", "with its dot", "kohya", "beside .txt", "kohya unasked", "cap", "cap field"],
 )
-@each("filters", [None, Filters(min_caption=3)], ids=["unfiltered", "by length"])
+@pytest.mark.parametrize("filters", [None, Filters(min_caption=3)], ids=["unfiltered", "by length"])
 def test_captions_are_read_by_name(tmp_path: Path, members: Members, captions: Any, text: str, filters: Filters | None) -> None:
     url = shard(tmp_path / "a.tar", *[members] * 8)
     data = ShardDataModule(url, val_shards=url, captions=captions, filters=filters, resolution=8, batch_size=8, num_workers=0)
@@ -70,7 +69,7 @@ def test_prompts_are_the_captions_of_real_images(tmp_path: Path) -> None:
     assert captions == next(read_images(source, resolution=8))["captions"]
 
 
-@each(
+@pytest.mark.parametrize(
     ("members", "captions", "says"),
     [
         (
@@ -107,7 +106,7 @@ def test_length_limits_hold_for_every_caption(tmp_path: Path) -> None:
     assert source.notes(0) == (2, {"caption_short": 1}, 0)
 
 
-@each("value", [["a cat", "a pet"], ["a cat", None, " a pet "], ["a cat", "", "a pet"]])
+@pytest.mark.parametrize("value", [["a cat", "a pet"], ["a cat", None, " a pet "], ["a cat", "", "a pet"]])
 def test_one_of_a_list_of_captions_is_drawn(value: list[Any]) -> None:
     for captions in (None, {"caption": 1}):
         draw = CaptionChoice(weights=captions)
@@ -145,7 +144,7 @@ def test_latents_say_which_captions_they_lack(tmp_path: Path) -> None:
 MARKED = "\ufeff".encode()
 
 
-@each(
+@pytest.mark.parametrize(
     "members",
     [
         {"txt": MARKED + b"a red apple"},
@@ -162,7 +161,7 @@ def test_byte_order_mark_is_no_part_of_a_caption(members: Members) -> None:
     assert caption_of(members) == "a red apple"
 
 
-@each("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
 def test_other_unicode_encodings_are_refused_by_name(encoding: str, tmp_path: Path) -> None:
     content = "a red apple".encode(encoding)
     with pytest.raises(Skip, match=r"^caption_encoding: txt: it looks like UTF-16 or UTF-32"):
@@ -174,7 +173,9 @@ def test_other_unicode_encodings_are_refused_by_name(encoding: str, tmp_path: Pa
         Filters(removal_list=str(tmp_path / "list.txt"))
 
 
-@each("members", [{"txt": b"a\0b"}, fields(caption="a\0b"), {"txt": "café".encode("cp1252")}, {"txt": "红苹果".encode("gbk")}])
+@pytest.mark.parametrize(
+    "members", [{"txt": b"a\0b"}, fields(caption="a\0b"), {"txt": "café".encode("cp1252")}, {"txt": "红苹果".encode("gbk")}]
+)
 def test_other_encodings_are_damage(members: Members) -> None:
     with pytest.raises(Skip, match=r"^caption_encoding: .*: save it as UTF-8$"):
         captions_of(members)
@@ -201,7 +202,7 @@ def test_images_of_dalle_pytorch_are_read(tmp_path: Path) -> None:
     assert Decode(8)(sample, random.Random(0))["caption"] == "a cat"
 
 
-@each("captions", ["blip", ["txt", "blip"], {"json": 1}])
+@pytest.mark.parametrize("captions", ["blip", ["txt", "blip"], {"json": 1}])
 def test_wrong_data_captions_are_refused(captions: Any) -> None:
     with pytest.raises(UserError, match=r"^data\.captions="):
         CaptionChoice(weights=captions)

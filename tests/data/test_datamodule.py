@@ -23,7 +23,6 @@ from lcm.data.workers import init_worker, kill, workers_watched
 from lcm.models.codec import LatentCodec
 from lcm.models.pipeline import load_codec
 from lcm.runtime import signals
-from tests.cases import each
 from tests.data.conftest import pairs, png, write_shard, write_tar
 
 
@@ -51,7 +50,7 @@ def test_resolution_off_the_vaes_grid_is_a_user_error(shards: Path, codec: Laten
         datamodule(shards, codec=codec, resolution=30)
 
 
-@each("option", ["random_crop", "flip"])
+@pytest.mark.parametrize("option", ["random_crop", "flip"])
 def test_codec_cache_refuses_random_transforms(tiny_pipeline: Path, shards: Path, option: str) -> None:
     with pytest.raises(UserError, match="cache"):
         datamodule(shards, codec=load_codec(str(tiny_pipeline), cache=True), **{option: True})
@@ -127,7 +126,7 @@ def steps(shards: Path, ranks: int, count: int, state: dict[str, Any] | None = N
     return [sorted(itertools.chain(*parts)) for parts in zip(*taken, strict=True)], states[0]
 
 
-@each(("before", "after", "done"), [(1, 4, 1), (4, 2, 6), (2, 8, 30)])  # 30 is in the second epoch
+@pytest.mark.parametrize(("before", "after", "done"), [(1, 4, 1), (4, 2, 6), (2, 8, 30)])  # 30 is in the second epoch
 def test_resume_with_other_ranks_at_one_global_batch(shards: Path, before: int, after: int, done: int) -> None:
     straight, _ = steps(shards, 1, done + 3)
     first, state = steps(shards, before, done)
@@ -161,7 +160,7 @@ def test_checkpoint_of_other_data_starts_the_order_anew(shards: Path, caplog: py
     assert "the order of the training data starts anew" in caplog.text
 
 
-@each("options", [{"sources": [{"urls": "a.tar", "weight": 1}]}, {"shards": None}])
+@pytest.mark.parametrize("options", [{"sources": [{"urls": "a.tar", "weight": 1}]}, {"shards": None}])
 def test_training_data_is_given_once(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"data\.shards=.*data\.folder=.*data\.sources="):
         ShardDataModule(**{"shards": "b.tar", **options})

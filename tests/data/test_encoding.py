@@ -23,7 +23,6 @@ from lcm.encode import claim, done_file, encode_shards
 from lcm.models.codec import LatentCodec
 from lcm.models.pipeline import load_codec
 from lcm.models.text import TextEncoder
-from tests.cases import each
 from tests.data.conftest import pairs, png, write_shard
 
 Encode = Callable[..., Path]
@@ -226,7 +225,7 @@ def test_partial_shard_is_written_anew(encode: Encode, tmp_path: Path) -> None:
     assert sorted(file.name for file in folder.iterdir()) == ["0.tar", "0_stats.json", "latents.json"]
 
 
-@each("size", [(40, 32), (90, 61), (32, 57)])
+@pytest.mark.parametrize("size", [(40, 32), (90, 61), (32, 57)])
 def test_crop_of_a_mirrored_copy(size: tuple[int, int]) -> None:
     sample = {"__key__": "a", "__url__": "0.tar", "png": png(size), "txt": "a"}
     crops = set()

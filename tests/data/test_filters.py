@@ -13,7 +13,6 @@ import pytest
 
 from lcm.core.errors import UserError
 from lcm.data.filters import RULES, Filters
-from tests.cases import each
 
 URL = "https://example.org/Cat.jpg"
 URL_HASH = hashlib.sha256(URL.encode()).hexdigest()
@@ -65,14 +64,14 @@ def test_every_rule_has_a_case() -> None:
     assert {*IDS, "removal_list"} == RULES.keys()
 
 
-@each(("option", "passed", "failed", "names", "reason"), CASES, ids=IDS)
+@pytest.mark.parametrize(("option", "passed", "failed", "names", "reason"), CASES, ids=IDS)
 def test_rule_drops_what_is_beyond_its_limit(option, passed, failed, names, reason) -> None:
     assert judge(GOOD, **{option: passed}) is None
     assert judge(GOOD, **{option: failed}) == reason
     assert judge(GOOD, **{option: None}) is None
 
 
-@each(("option", "passed", "failed", "names", "reason"), CASES, ids=IDS)
+@pytest.mark.parametrize(("option", "passed", "failed", "names", "reason"), CASES, ids=IDS)
 def test_fields_are_read_in_any_case_and_from_text(option, passed, failed, names, reason) -> None:
     for change in (str.upper, str.lower, str.title):
         spelt = {change(name): str(value) for name, value in GOOD.items()}
@@ -80,7 +79,7 @@ def test_fields_are_read_in_any_case_and_from_text(option, passed, failed, names
         assert judge(spelt, **{option: failed}) == reason
 
 
-@each(("option", "passed", "failed", "names", "reason"), NUMBERS, ids=[case[0] for case in NUMBERS])
+@pytest.mark.parametrize(("option", "passed", "failed", "names", "reason"), NUMBERS, ids=[case[0] for case in NUMBERS])
 def test_missing_field_is_kept_or_dropped(option, passed, failed, names, reason) -> None:
     wrong = [{**GOOD, **dict.fromkeys(names, value)} for value in (None, math.nan, "nan", "", "n/a", math.inf, [], {})]
     for meta in (without(*names), *wrong):
@@ -96,14 +95,14 @@ def test_a_missing_caption_is_kept_or_dropped_as_told() -> None:
     assert judge(GOOD, "  ", min_caption=1) == "caption_short"
 
 
-@each("value", [0, 0.0, "0.0"])
+@pytest.mark.parametrize("value", [0, 0.0, "0.0"])
 def test_zero_is_the_best_watermark_not_a_missing_one(value) -> None:
     assert judge({"pwatermark": value}, max_watermark=0.5, missing="drop") is None
     assert judge({"pwatermark": value}, max_watermark=0.0, missing="drop") is None
     assert judge({"aesthetic": value}, min_aesthetic=5) == "aesthetic"
 
 
-@each(
+@pytest.mark.parametrize(
     ("name", "option", "limit", "bad"),
     [
         *(
@@ -127,7 +126,7 @@ def test_unsafe_samples_are_dropped_by_default() -> None:
     assert Filters(missing="drop")(CAPTION, {}) == "missing_unsafe"
 
 
-@each(
+@pytest.mark.parametrize(
     ("tag", "limit", "reason"),
     [
         ("UNLIKELY", 0.0, None),
@@ -154,7 +153,7 @@ def test_sides_are_those_of_the_published_picture() -> None:
     assert judge({"width": 0, "height": 256}, max_aspect=2, missing="drop") == "missing_aspect"
 
 
-@each("option", [option for option in RULES if option != "removal_list"])
+@pytest.mark.parametrize("option", [option for option in RULES if option != "removal_list"])
 def test_a_tighter_limit_keeps_a_part_of_what_a_looser_one_keeps(option) -> None:
     rng = random.Random(option)
     samples = [
@@ -177,7 +176,7 @@ def test_a_tighter_limit_keeps_a_part_of_what_a_looser_one_keeps(option) -> None
     assert len(kept[0]) > len(kept[-1])
 
 
-@each("entry", [URL, URL_HASH, URL_HASH.upper(), "AB" * 32, "cd" * 16, "-1234567890123456789"])
+@pytest.mark.parametrize("entry", [URL, URL_HASH, URL_HASH.upper(), "AB" * 32, "cd" * 16, "-1234567890123456789"])
 def test_removal_list_holds_any_name_of_a_sample(entry, tmp_path) -> None:
     removal = Filters(removal_list=listed(tmp_path, "# takedowns", "", f"  {entry} ", "https://example.org/other.jpg"))
     assert removal(CAPTION, GOOD) == "removal"
@@ -202,7 +201,7 @@ def test_the_removal_list_is_read_once(tmp_path) -> None:
     assert pickle.loads(pickle.dumps(removal))(CAPTION, GOOD) == "removal"
 
 
-@each(
+@pytest.mark.parametrize(
     ("option", "setting"),
     [
         ("min_aesthetic", "high"),

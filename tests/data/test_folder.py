@@ -19,7 +19,6 @@ from lcm.data.filters import Filters
 from lcm.data.folder import FILES, FolderSource
 from lcm.data.sample_fields import CaptionChoice, Skip
 from lcm.data.source import Source
-from tests.cases import each
 from tests.data.conftest import keys, png, samples_of, stream, take
 
 
@@ -68,7 +67,7 @@ def test_captions_lie_beside_pictures(tmp_path: Path) -> None:
     assert sample == {"__key__": "sub/b", "__url__": str(tmp_path), "jpg": png(), "txt": b"a sub/b.JPG"}
 
 
-@each("write", [write_jsonl, write_csv])
+@pytest.mark.parametrize("write", [write_jsonl, write_csv])
 def test_table_holds_captions_and_metadata(tmp_path: Path, write: Any) -> None:
     pictures(tmp_path, ["a.png", "sub/b.png", "c.png", "sub/own/d.png"], text=None)
     write(
@@ -112,7 +111,7 @@ def test_table_of_odd_texts(tmp_path: Path) -> None:
     assert source.notes(0) == (2, {"no_caption": 3, "caption_encoding": 1}, 0)
 
 
-@each(
+@pytest.mark.parametrize(
     ("name", "content", "says"),
     [
         ("metadata.jsonl", '{"text": "a"}', r"metadata\.jsonl has a row without file_name"),
@@ -135,14 +134,14 @@ def test_wrong_table_is_one_sentence(tmp_path: Path, name: str, content: str, sa
         FolderSource(str(tmp_path))
 
 
-@each(("encoding", "end"), [("utf-8", "\r\n"), ("utf-8-sig", "\n"), ("utf-8", "\r")])
+@pytest.mark.parametrize(("encoding", "end"), [("utf-8", "\r\n"), ("utf-8-sig", "\n"), ("utf-8", "\r")])
 def test_table_of_other_programs(tmp_path: Path, encoding: str, end: str) -> None:
     pictures(tmp_path, ["a.png"], text=None)
     (tmp_path / "metadata.csv").write_bytes(f"File_Name, TEXT {end}a.png,é{end}".encode(encoding))
     assert captions(FolderSource(str(tmp_path))) == {"a": "é"}
 
 
-@each(
+@pytest.mark.parametrize(
     ("files", "says"),
     [
         ({}, r"data\.folder=.* is not a folder: give one with pictures"),

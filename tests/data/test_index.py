@@ -21,7 +21,6 @@ from lcm.data.index import Rules, ShardIndex, take_left_out
 from lcm.data.source import Source
 from lcm.data.tar import LocalFile
 from lcm.data.urls import IMAGES, LATENTS
-from tests.cases import each
 from tests.data.conftest import SIZES, pairs, png, sample_keys, write_shard, write_tar
 
 fork = multiprocessing.get_context("fork")
@@ -272,13 +271,13 @@ def test_shard_of_another_length_is_named(tmp_path: Path, caplog: pytest.LogCapt
     assert "it is cut, damaged or another file" in caplog.text
 
 
-@each("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 def test_manifest_is_read_whatever_program_saved_it(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "manifest.json").write_bytes(json.dumps({"samples": {"a.tar": 9}}).encode(encoding))
     assert Source([write_shard(tmp_path / "a.tar", pairs(0, 2))]).notes(0) == (2, {"missing": 7}, 0)
 
 
-@each("content", ["", "[]", '{"samples": 3}', '{"samples": {"a.tar": "3"}, "bytes": {"a.tar": null}}'])
+@pytest.mark.parametrize("content", ["", "[]", '{"samples": 3}', '{"samples": {"a.tar": "3"}, "bytes": {"a.tar": null}}'])
 def test_manifest_of_another_make_says_nothing(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
     assert Source([write_shard(tmp_path / "a.tar", pairs(0, 2))]).notes(0) == (2, {}, 0)

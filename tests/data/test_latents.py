@@ -11,7 +11,6 @@ import torch
 from lcm.data.encoding import npy
 from lcm.data.latents import POSTERIOR, SIZES, DecodeLatents
 from lcm.data.sample_fields import Skip
-from tests.cases import each
 
 MOMENTS = np.random.default_rng(0).normal(size=(2, 8, 4, 4)).astype(np.float16)
 
@@ -39,7 +38,7 @@ def zipped(values: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-@each(
+@pytest.mark.parametrize(
     "content",
     [
         b"",
@@ -61,7 +60,9 @@ def test_what_is_not_a_latent_is_skipped(content: bytes):
         decode(content)
 
 
-@each("sizes", [np.zeros((1, 4), np.int64), np.zeros((2, 3), np.int64), np.zeros((2, 4)), np.zeros(4, np.int64)])
+@pytest.mark.parametrize(
+    "sizes", [np.zeros((1, 4), np.int64), np.zeros((2, 3), np.int64), np.zeros((2, 4)), np.zeros(4, np.int64)]
+)
 def test_sizes_that_are_not_one_row_a_variant_cost_that_sample(sizes: np.ndarray):
     sample = {"__key__": "a", "__url__": "0.tar", POSTERIOR: npy(MOMENTS), SIZES: npy(sizes), "txt": b"a"}
     with pytest.raises(Skip, match="latent"):

@@ -19,8 +19,8 @@ from lcm.data.cache import ShardCache
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.memory import MemoryCache, hold
 from lcm.data.source import Source
-from tests.data.conftest import keys, pairs, stream, take, write_shard
-from tests.data.test_cache import Server, failing, serving
+from tests.data.conftest import keys, stream, take
+from tests.data.test_cache import Server, failing, serving, write_large
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning", "ignore:This DataLoader will create")
 LANES = 3
@@ -33,11 +33,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def shards(tmp_path: Path, server: Server) -> list[str]:
-    """Return 15 shards of 40 samples of 10 kB."""
-    for number in range(15):
-        samples = [{**sample, "png": sample["png"] + bytes(10_000)} for sample in pairs(number, 40)]
-        write_shard(tmp_path / f"www/large-{number:02d}.tar", samples)
-    return [f"{server.url}/large-{number:02d}.tar" for number in range(15)]
+    return write_large(tmp_path, server, 15)
 
 
 @pytest.fixture(autouse=True)
@@ -101,10 +97,10 @@ def test_resume_is_as_with_a_cache(server: Server, shards: list[str], tmp_path: 
 
 
 def test_damage_costs_what_it_costs_with_a_cache(server: Server, shards: list[str], tmp_path: Path) -> None:
-    server.answers["large-01.tar"] = [failing]
-    damaged = bytearray((tmp_path / "www/large-02.tar").read_bytes())
+    server.answers["large-1.tar"] = [failing]
+    damaged = bytearray((tmp_path / "www/large-2.tar").read_bytes())
     damaged[10] ^= 4  # in the header of a picture
-    (tmp_path / "www/large-02.tar").write_bytes(damaged)
+    (tmp_path / "www/large-2.tar").write_bytes(damaged)
     quick = {"pause": 0.01, "attempts": 2}
     cached = Source(shards, cache=ShardCache(str(tmp_path / "cache"), **quick))
     streamed = Source(shards)

@@ -25,7 +25,6 @@ from lcm.data.openmoji import (
 )
 from lcm.data.source import Source
 from lcm.data.urls import expand_urls
-from tests.cases import each
 
 
 def captions(folder: Path, split: str) -> list[str]:
@@ -261,7 +260,7 @@ def test_default_data_are_drawn_and_validated_on(data):
     assert is_wanted(others.data.build.root, others.data.build.wanted)
 
 
-@each("folder", ["/proc/nowhere", "file"])
+@pytest.mark.parametrize("folder", ["/proc/nowhere", "file"])
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path, folder: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^cannot write to .* \(.*\): set paths\.data to a writable folder$"):

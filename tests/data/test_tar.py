@@ -20,7 +20,6 @@ from lcm.data.index import Rules, Verdict, scan
 from lcm.data.source import Source
 from lcm.data.tar import LocalFile, Memory, headers
 from lcm.data.urls import IMAGES, LATENTS
-from tests.cases import each
 from tests.data.conftest import SIZES, pairs, png, sample_keys, samples_of, write_shard, write_tar
 
 
@@ -55,7 +54,7 @@ SHORT = ["0.png", "a/b/1.png", "d" * 96 + ".png", "/".join(["d" * 60] * 2) + "/2
 LONG = [*SHORT, "d" * 300 + ".png", "/".join(["deep"] * 40) + "/3.png", "été 红.png"]
 
 
-@each(
+@pytest.mark.parametrize(
     ("kind", "names"),
     [(tarfile.PAX_FORMAT, LONG), (tarfile.GNU_FORMAT, LONG), (tarfile.USTAR_FORMAT, SHORT)],
     ids=["pax", "gnu", "ustar"],
@@ -174,7 +173,7 @@ class Counting(LocalFile):
         return super().read(start, size)
 
 
-@each("aspect", [None, len], ids=["", "buckets"])
+@pytest.mark.parametrize("aspect", [None, len], ids=["", "buckets"])
 def test_filters_do_not_read_pictures(tmp_path: Path, aspect: Any) -> None:
     """With buckets the beginning of a picture is read, which holds its size."""
     picture, count = random.Random(0).randbytes(300_000), 20
@@ -218,14 +217,14 @@ def test_incomplete_sample_with_dots_has_its_own_name(tmp_path: Path) -> None:
     assert flaws(shard) == {"p.2": "no_caption"}
 
 
-@each("labels", ["0.seg.json", "0.blip.txt"])
+@pytest.mark.parametrize("labels", ["0.seg.json", "0.blip.txt"])
 def test_extensions_with_dots_stay_members(tmp_path: Path, labels: str) -> None:
     items = [(labels, b"{}"), ("0.seg.png", png()), *pair("0"), ("0.json", b"{}")]
     [sample] = samples_of(Source([write_tar(tmp_path / "a.tar", items)]))
     assert sample.keys() == {"__key__", "__url__", "png", "txt", "json", "seg.png", labels[2:]}
 
 
-@each(("name", "weights"), [("blip", {"blip": 1.0}), ("caption", None), ("cap", None)])
+@pytest.mark.parametrize(("name", "weights"), [("blip", {"blip": 1.0}), ("caption", None), ("cap", None)])
 def test_captions_of_any_name_make_samples(tmp_path: Path, name: str, weights: dict[str, float] | None) -> None:
     """Keys with dots, names that come again, and members that lie apart."""
     dotted = [(f"p.{i}.{end}", png()) for i in range(3) for end in ("png", name)]
@@ -244,7 +243,7 @@ def test_latents_of_a_key_with_dots(tmp_path: Path) -> None:
     assert source.read(0, 1).keys() >= {"latent.npy", "sizes.npy", "txt"}
 
 
-@each("order", ["aab", "aba", "baa"])
+@pytest.mark.parametrize("order", ["aab", "aba", "baa"])
 def test_samples_of_one_name_are_all_used(tmp_path: Path, order: str) -> None:
     items = [item for i, key in enumerate(order) for item in pair(key, str(i).encode())]
     shard = write_tar(tmp_path / "a.tar", items)
@@ -252,14 +251,14 @@ def test_samples_of_one_name_are_all_used(tmp_path: Path, order: str) -> None:
     assert Source([shard]).notes(0) == (3, {}, 1)
 
 
-@each("members", ["png png txt txt", "png txt txt", "png txt png"])
+@pytest.mark.parametrize("members", ["png png txt txt", "png txt txt", "png txt png"])
 def test_one_name_is_not_paired_by_chance(tmp_path: Path, members: str) -> None:
     shard = write_tar(tmp_path / "a.tar", [*((f"a.{name}", png()) for name in members.split()), *pair("b")])
     assert usable(shard) == ["b"]
     assert flaws(shard) == {"a": "duplicate"}
 
 
-@each(("ends", "folders"), [("png txt", False), ("txt png", True), ("json png txt", False)])
+@pytest.mark.parametrize(("ends", "folders"), [("png txt", False), ("txt png", True), ("json png txt", False)])
 def test_members_apart_are_counted_as_such(tmp_path: Path, folders: bool, ends: str) -> None:
     files = [(f"{n:03d}.{end}", png()) for end in ends.split() for n in range(30)]
     items = [(f"{name.partition('.')[2]}/{name}" if folders else name, content) for name, content in files]
@@ -304,8 +303,8 @@ def outside(target: Path, link: Path) -> None:
     link.symlink_to("/etc/passwd")
 
 
-@each("links", ["png txt", "txt"])
-@each("link", [os.link, relative], ids=["hard", "symbolic"])
+@pytest.mark.parametrize("links", ["png txt", "txt"])
+@pytest.mark.parametrize("link", [os.link, relative], ids=["hard", "symbolic"])
 def test_links_within_a_tar_are_followed(tmp_path: Path, link: Any, links: str) -> None:
     source = Source([linked(tmp_path, link, links)], filters=Filters(min_caption=5))
     assert sample_keys(source) == ["real/0", "made/0"]
@@ -313,7 +312,7 @@ def test_links_within_a_tar_are_followed(tmp_path: Path, link: Any, links: str) 
     assert (first["png"], first["txt"]) == (second["png"], second["txt"]) == (png(), b"a cat")
 
 
-@each("links", ["png txt", "png", "txt"])
+@pytest.mark.parametrize("links", ["png txt", "png", "txt"])
 def test_links_out_of_a_tar_are_counted_as_such(tmp_path: Path, links: str) -> None:
     shard = linked(tmp_path, outside, links)
     assert usable(shard) == ["real/0"]
@@ -328,8 +327,8 @@ def header(shard: str | Path, member: str) -> tarfile.TarInfo:
         return archive.getmember(member)
 
 
-@each("member", ["png", "txt"])
-@each("long", [False, True], ids=["short", "pax"])
+@pytest.mark.parametrize("member", ["png", "txt"])
+@pytest.mark.parametrize("long", [False, True], ids=["short", "pax"])
 def test_damaged_header_costs_one_sample(tmp_path: Path, member: str, long: bool) -> None:
     """A long name has two headers. Names after it are short, so that it would be seen where it was taken for another's."""
     keys = [f"{'d' * 120 * (long and i == 6)}{i:02d}" for i in range(12)]

@@ -21,7 +21,6 @@ from lcm.core.errors import UserError
 from lcm.data import transforms
 from lcm.data.sample_fields import Skip, caption_of
 from lcm.data.transforms import Decode, collate
-from tests.cases import each
 
 SIZE = 32
 TRANSPOSE = Image.Transpose
@@ -94,7 +93,7 @@ def noise(width: int = 96, height: int = 64) -> bytes:
     return encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)))
 
 
-@each("mode", ["RGB", "RGBA", "L", "LA", "P", "1"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1"])
 def test_every_mode_of_png_becomes_rgb(mode: str) -> None:
     x = decode(encoded(corner().convert(mode)))
     assert x.shape == (3, SIZE, SIZE)
@@ -103,7 +102,7 @@ def test_every_mode_of_png_becomes_rgb(mode: str) -> None:
     assert torch.equal(x, expected)
 
 
-@each("mode", ["CMYK", "L", "RGB"])
+@pytest.mark.parametrize("mode", ["CMYK", "L", "RGB"])
 def test_every_mode_of_jpeg_becomes_rgb(mode: str) -> None:
     x = decode(encoded(Image.new("RGB", (40, 40), (128, 128, 128)).convert(mode), "JPEG"), name="jpg")
     assert x.shape == (3, SIZE, SIZE)
@@ -115,7 +114,7 @@ def test_sixteen_bit_greys_keep_their_tones() -> None:
     assert (decode(encoded(image)).int() - 0x40).abs().max() <= 1
 
 
-@each("stored", ["RGBA", "LA", "P"])
+@pytest.mark.parametrize("stored", ["RGBA", "LA", "P"])
 def test_the_transparent_is_white(stored: str) -> None:
     image = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
     image.paste((0, 0, 0, 255), (0, 0, 40, 20))
@@ -130,7 +129,7 @@ def test_the_half_transparent_is_blended_with_white() -> None:
     ).abs().max() <= 1
 
 
-@each(("orientation", "side"), [(number, (48, 300)[number % 2]) for number in STORED])
+@pytest.mark.parametrize(("orientation", "side"), [(number, (48, 300)[number % 2]) for number in STORED])
 def test_exif_rotations_are_undone(orientation: int, side: int) -> None:
     x = decode(rotated(corner(side, side), orientation), name="jpg").int()
     red = x[0] - x[2] > 0
@@ -139,7 +138,7 @@ def test_exif_rotations_are_undone(orientation: int, side: int) -> None:
     assert not red[:, SIZE // 2 + 2 :].any()
 
 
-@each("orientation", STORED)
+@pytest.mark.parametrize("orientation", STORED)
 def test_turned_file_is_cropped_like_its_upright_picture(orientation: int) -> None:
     upright, how = photo(150, 90), STORED[orientation]
     exif = Image.Exif()
@@ -159,7 +158,7 @@ def test_damaged_exif_does_not_cost_the_picture() -> None:
     assert torch.equal(decode(damaged, name="jpg"), decode(sound, name="jpg"))
 
 
-@each("kind", ["GIF", "BMP", "WEBP"])
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "WEBP"])
 def test_the_name_need_not_tell_the_format(kind: str) -> None:
     """img2dataset's `disable_all_reencoding` stores whatever it got as .jpg."""
     assert decode(encoded(Image.new("RGB", (40, 40), "red"), kind), name="jpg").float().mean((1, 2)).tolist() == pytest.approx(
@@ -171,7 +170,7 @@ def without_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", lambda *_: None)
 
 
-@each(
+@pytest.mark.parametrize(
     ("shape", "scale"),
     [
         ((32, 32), 1),
@@ -196,7 +195,7 @@ def test_jpeg_is_decoded_at_the_smallest_scale_that_holds(
     assert min(seen[0]) >= SIZE
 
 
-@each(
+@pytest.mark.parametrize(
     ("orientation", "mode", "shape"),
     [
         *((1, "RGB", (64, 64)), (2, "RGB", (517, 389)), (3, "RGB", (131, 399)), (4, "RGB", (512, 513))),
@@ -217,7 +216,7 @@ def test_a_drafted_picture_is_the_same_picture(
     assert (drafted[:, 1:] - whole[:, :-1]).abs().mean() > 5
 
 
-@each("scale", [2, 4, 8])
+@pytest.mark.parametrize("scale", [2, 4, 8])
 def test_a_fine_checkerboard_becomes_grey(scale: int) -> None:
     """Every second pixel of it would be all black or all white."""
     board = (np.indices((scale * SIZE, scale * SIZE)).sum(0) % 2 * 255).astype(np.uint8)
@@ -225,7 +224,7 @@ def test_a_fine_checkerboard_becomes_grey(scale: int) -> None:
     assert (x - 128).abs().max() <= 4
 
 
-@each("shape", [(2, 2), (2, 3), (31, 200), (200, 31), (32, 32), (33, 32), (500, 400)])
+@pytest.mark.parametrize("shape", [(2, 2), (2, 3), (31, 200), (200, 31), (32, 32), (33, 32), (500, 400)])
 def test_every_shape_becomes_the_square(shape: tuple[int, int]) -> None:
     assert decode(encoded(Image.new("RGB", shape, "red"))).float().mean((1, 2)).tolist() == [255, 0, 0]
 
@@ -249,7 +248,7 @@ def test_an_image_of_the_right_size_is_not_touched() -> None:
     assert np.array_equal(decode(encoded(Image.fromarray(pixels))).permute(1, 2, 0).numpy(), pixels)
 
 
-@each("portrait", [False, True])
+@pytest.mark.parametrize("portrait", [False, True])
 def test_the_centre_is_cropped(portrait: bool) -> None:
     image = Image.new("RGB", (96, 32), "red")
     image.paste("green", (32, 0, 64, 32))
@@ -270,7 +269,7 @@ def test_without_crop_and_flip_the_rng_does_not_matter() -> None:
     assert torch.equal(decode(noise(), seed=1), decode(noise(), seed=2))
 
 
-@each("shape", [(32, 48), (48, 32), (16, 64)])
+@pytest.mark.parametrize("shape", [(32, 48), (48, 32), (16, 64)])
 def test_picture_of_another_shape_is_cut_on_one_side(shape: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     same = decoded({"png": encoded(Image.fromarray(pixels)), "txt": b"", "__shape__": shape})
@@ -281,7 +280,7 @@ def test_picture_of_another_shape_is_cut_on_one_side(shape: tuple[int, int]) -> 
     assert cut["crop"] == (5, 0)
 
 
-@each(("orientation", "shape"), [(number, ((24, 40), (40, 24), (16, 64))[number % 3]) for number in STORED])
+@pytest.mark.parametrize(("orientation", "shape"), [(number, ((24, 40), (40, 24), (16, 64))[number % 3]) for number in STORED])
 def test_turned_and_drafted_file_is_cropped_like_its_upright(
     shape: tuple[int, int], orientation: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,7 +331,7 @@ def ramps(width: int, height: int) -> bytes:
     return encoded(Image.fromarray(np.stack([columns, rows, 0 * rows], -1).astype(np.uint8)))
 
 
-@each(
+@pytest.mark.parametrize(
     ("width", "height", "high", "wide", "random_crop"),
     [
         (*picture, *shape, bool((i + j) % 2))
@@ -361,8 +360,8 @@ def test_crop_says_where_the_image_lies(width: int, height: int, high: int, wide
     assert sides == {False, True}
 
 
-@each("orientation", [1, 6], ids=["upright", "turned"])
-@each(
+@pytest.mark.parametrize("orientation", [1, 6], ids=["upright", "turned"])
+@pytest.mark.parametrize(
     ("meta", "expected"),
     [
         ({}, (200, 300)),
@@ -398,7 +397,7 @@ def bomb(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
 
 
-@each("side", [10_000, 20_000], ids=["Pillow warns", "Pillow refuses"])
+@pytest.mark.parametrize("side", [10_000, 20_000], ids=["Pillow warns", "Pillow refuses"])
 def test_decompression_bomb_is_not_decoded(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("decoded"))
     for action in ("ignore", "error"):
@@ -416,8 +415,8 @@ def test_too_many_bytes_are_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     assert skipped(content).reason == "bytes"
 
 
-@each("options", [{}, {"progressive": True}], ids=["baseline", "progressive"])
-@each("size", [32, 256], ids=["drafted", "whole"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=["baseline", "progressive"])
+@pytest.mark.parametrize("size", [32, 256], ids=["drafted", "whole"])
 def test_cut_jpeg_is_an_error(options: dict[str, Any], size: int) -> None:
     content = encoded(Image.open(io.BytesIO(noise(256, 256))), "JPEG", quality=90, **options)
     decode(content, name="jpg", size=size)
@@ -451,13 +450,13 @@ BROKEN = {
 }
 
 
-@each("case", BROKEN)
+@pytest.mark.parametrize("case", BROKEN)
 def test_broken_sample_is_a_skip_with_its_reason(case: str) -> None:
     assert skipped(BROKEN[case], caption_dropout=1.0).reason == case.partition("-")[0]
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@each("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
 def test_a_damaged_image_gives_a_picture_or_a_skip(kind: str) -> None:
     sound, rng, reasons = encoded(photo(), kind), random.Random(0), set()
     for _ in range(150):
@@ -475,7 +474,7 @@ def test_a_skip_crosses_processes() -> None:
     assert (skip.reason, skip.detail, str(skip)) == ("image", "truncated", "image: truncated")
 
 
-@each(
+@pytest.mark.parametrize(
     "members",
     [
         {"txt": b" a cat\n"},
@@ -506,7 +505,7 @@ def chosen(members: dict[str, bytes], captions: dict[str, float], **options: Any
     return Counter(decoded(members, seed=seed, captions=captions, size=8, **options)["caption"] for seed in range(300))
 
 
-@each(
+@pytest.mark.parametrize(
     ("captions", "expected"),
     [
         ({"txt": 1}, {"one": 1}),
@@ -546,7 +545,9 @@ def test_captions_do_not_move_pixels() -> None:
         assert torch.equal(second["x"], decode(SEVERAL["png"], seed=seed, flip=True, random_crop=True))
 
 
-@each("captions", [{}, {"txt": 0}, {"txt": -1, "blip": 2}, {"txt": "much"}, {"txt": math.nan}, {"txt": None}, ["txt"]])
+@pytest.mark.parametrize(
+    "captions", [{}, {"txt": 0}, {"txt": -1, "blip": 2}, {"txt": "much"}, {"txt": math.nan}, {"txt": None}, ["txt"]]
+)
 def test_weights_that_make_no_sense_are_refused(captions: Any) -> None:
     with pytest.raises(UserError, match=r"data\.captions"):
         Decode(SIZE, captions=captions)
@@ -572,7 +573,7 @@ JPEGS = {
 }
 
 
-@each("kind", JPEGS)
+@pytest.mark.parametrize("kind", JPEGS)
 def test_jpeg_without_its_end_marker_is_sound(kind: str) -> None:
     for side in (33, 200):
         options = dict(JPEGS[kind])
@@ -582,7 +583,7 @@ def test_jpeg_without_its_end_marker_is_sound(kind: str) -> None:
             assert torch.equal(decode(content[:-lost], name="jpg"), whole)
 
 
-@each("kind", [kind for kind in JPEGS if kind != "progressive"])
+@pytest.mark.parametrize("kind", [kind for kind in JPEGS if kind != "progressive"])
 def test_jpeg_that_is_cut_is_not_sound(kind: str) -> None:
     """Wherever its scan is cut, also where an unfinished download is filled up with zeros."""
     options = dict(JPEGS[kind])

@@ -8,7 +8,6 @@ import pytest
 from lcm.core.errors import UserError
 from lcm.data.urls import expand_urls
 from lcm.runtime.redaction import redacted
-from tests.cases import each
 
 
 def test_braces_expand_in_order(urls: list[str]) -> None:
@@ -47,13 +46,13 @@ def test_missing_shards_name_the_option(urls: list[str], pattern: str) -> None:
         expand_urls(str(Path(urls[0]).with_name(pattern)), "data.val_shards")
 
 
-@each(("url", "allow_pipe"), [("ftp://a/{}.tar", False), ("memory://{}", True)])
+@pytest.mark.parametrize(("url", "allow_pipe"), [("ftp://a/{}.tar", False), ("memory://{}", True)])
 def test_unsafe_schemes_are_refused(url: str, allow_pipe: bool) -> None:
     with pytest.raises(UserError, match="URLs are not supported"):
         expand_urls(url, allow_pipe=allow_pipe)
 
 
-@each("url", ["pipe:touch {}", "pipe:touch {} file://x.tar", "PIPE:touch {}; echo ://"])
+@pytest.mark.parametrize("url", ["pipe:touch {}", "pipe:touch {} file://x.tar", "PIPE:touch {}; echo ://"])
 def test_command_needs_a_flag_and_no_list_file(tmp_path: Path, url: str) -> None:
     url = url.format(tmp_path / "ran")
     (tmp_path / "list.txt").write_text(url)
@@ -86,7 +85,7 @@ def test_litter_beside_shards_is_no_shard(tmp_path: Path, urls: list[str]) -> No
     assert expand_urls(f"{tmp_path}/**/*.tar") == [f"{tmp_path}/000.tar"]
 
 
-@each("pattern", ["{0..1.tar", "0..1}.tar", "{a,{b}.tar"])
+@pytest.mark.parametrize("pattern", ["{0..1.tar", "0..1}.tar", "{a,{b}.tar"])
 def test_open_braces_are_a_user_error(pattern: str) -> None:
     with pytest.raises(UserError, match=r"^data\.val_shards: the braces of '.*' do not close: write ranges as \{000\.\.123\}"):
         expand_urls(f"train-{pattern}", "data.val_shards")
@@ -117,7 +116,7 @@ def test_tilde_is_the_users_folder(tmp_path: Path, urls: list[str], monkeypatch:
     assert expand_urls(pattern) == [f"{tmp_path}/0.tar"]
 
 
-@each(
+@pytest.mark.parametrize(
     ("file", "says"),
     [
         ("0.tar", r"mine is a folder: give its shards, as in '.*mine/\*\.tar'"),

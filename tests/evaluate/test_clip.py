@@ -11,7 +11,6 @@ from transformers import CLIPModel
 from lcm.app.images import resized
 from lcm.core.errors import UserError
 from lcm.evaluate.clip import mini_clip, pretrained_clip
-from tests.cases import each
 from tests.evaluate.test_metrics import METRICS
 
 
@@ -76,7 +75,7 @@ def test_normalisation_comes_from_the_folder(folder, backbone):
     torch.testing.assert_close(pretrained_clip(str(folder))(x), backbone(x))
 
 
-@each("model", ["/nowhere/clip", "nobody/no-such-clip"])
+@pytest.mark.parametrize("model", ["/nowhere/clip", "nobody/no-such-clip"])
 def test_missing_clip_error_names_the_files(model):
     with pytest.raises(UserError, match=r"model\.safetensors"):
         pretrained_clip(model)

@@ -11,7 +11,6 @@ from lcm.app.targets import CONF, check_targets
 from lcm.core.errors import UserError
 from lcm.evaluate import kernels
 from lcm.evaluate.metrics import FeatureMetric, scores
-from tests.cases import each
 
 METRICS = {file.stem: build(OmegaConf.load(file))[file.stem] for file in sorted((CONF / "metrics").glob("*.yaml"))}
 
@@ -48,7 +47,7 @@ def test_fid_of_gaussians():
     assert value("fid", gaussian(2.0, a, 0), gaussian(0.5, b, 1)) == pytest.approx(float(expected), rel=1e-9)
 
 
-@each("count", [60, 8])  # 8: fewer than dimensions, so the covariance is singular
+@pytest.mark.parametrize("count", [60, 8])  # 8: fewer than dimensions, so the covariance is singular
 def test_fid_matches_scipy(count):
     x, y = features(count, 0), features(50, 1)
     a, b = x.double().numpy(), y.double().numpy()
@@ -88,7 +87,7 @@ def test_cmmd_matches_its_formula():
     assert value("cmmd", x, x) == pytest.approx(0, abs=1e-9)
 
 
-@each("name", ["fid", "kid", "cmmd"])
+@pytest.mark.parametrize("name", ["fid", "kid", "cmmd"])
 def test_distances_grow_and_are_symmetric(name):
     x, y = features(60, 0), features(60, 1)
     assert METRICS[name].lower_is_better

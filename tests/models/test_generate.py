@@ -9,7 +9,6 @@ import torch
 from lcm.core import sampling
 from lcm.core.errors import NonFiniteError, UserError
 from lcm.models.text_to_image import TextToImage
-from tests.cases import each
 from tests.models.conftest import save_student
 
 PROMPTS = [
@@ -175,7 +174,7 @@ def test_sampling_is_without_dropout_and_restores_modes(tiny_pipeline: Path) -> 
     assert len(set(modes)) == 2
 
 
-@each(
+@pytest.mark.parametrize(
     ("network", "value", "says"),
     [("unet", float("nan"), "latents are not finite: the UNet"), ("vae", float("inf"), "images are not finite: the VAE")],
 )

@@ -15,7 +15,6 @@ from lcm.core.errors import UserError
 from lcm.models import pipeline as pipelines
 from lcm.models.pipeline import find, load_network
 from lcm.models.text_to_image import TextToImage
-from tests.cases import each
 
 
 @pytest.fixture
@@ -117,7 +116,7 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
 }
 
 
-@each("kind", FOLDERS)
+@pytest.mark.parametrize("kind", FOLDERS)
 def test_other_folder_is_an_error(kind: str, tiny_pipeline: Path, tmp_path: Path) -> None:
     make, says = FOLDERS[kind]
     (tmp_path / "f").mkdir()

@@ -17,7 +17,6 @@ from lcm.models.loading import cast_copy
 from lcm.models.lora import with_adapters
 from lcm.models.pipeline import load_codec, load_family, load_network
 from lcm.models.text_to_image import TextToImage
-from tests.cases import each
 from tests.models.conftest import save_student, save_teacher
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * b"0" + b"\nsize 492265168\n"
@@ -138,7 +137,7 @@ def test_float16_overflow_is_an_error(tiny_pipeline: Path, tmp_path: Path) -> No
     save_teacher(tmp_path / "bfloat16", unet, tiny_pipeline, dtype=torch.bfloat16)
 
 
-@each("adapted", [False, True])
+@pytest.mark.parametrize("adapted", [False, True])
 def test_saving_non_finite_weights_is_an_error(adapted: bool, tiny_pipeline: Path, tmp_path: Path) -> None:
     unet = load_network(tiny_pipeline)
     unet = with_adapters(load_family(tiny_pipeline), unet, rank=1, alpha=1) if adapted else unet
@@ -186,7 +185,9 @@ def test_unknown_keys_of_configs_are_ignored(tiny_pipeline: Path, tmp_path: Path
     TextToImage.load(str(tmp_path / "student"))
 
 
-@each(("length", "files"), [(..., "tokenizer.json"), (None, "vocab.json"), (10**30, "tokenizer.json"), (512, "vocab.json")])
+@pytest.mark.parametrize(
+    ("length", "files"), [(..., "tokenizer.json"), (None, "vocab.json"), (10**30, "tokenizer.json"), (512, "vocab.json")]
+)
 def test_captions_are_cut_to_encoder_length(length: Any, files: str, tiny_pipeline: Path, tmp_path: Path) -> None:
     """For any length in the tokenizer's config."""
     folder = edited(shutil.copytree(tiny_pipeline, tmp_path / "f"), "tokenizer/tokenizer_config.json", model_max_length=length)
@@ -256,7 +257,7 @@ TOKENIZERS: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-@each(("kind", "ending"), list(zip(TOKENIZERS, ["", "_2"] * 4, strict=True)))
+@pytest.mark.parametrize(("kind", "ending"), list(zip(TOKENIZERS, ["", "_2"] * 4, strict=True)))
 def test_wrong_tokenizer_is_an_error(kind: str, ending: str, xl_pipeline: Path, tmp_path: Path) -> None:
     folder, (change, says) = shutil.copytree(xl_pipeline, tmp_path / "f"), TOKENIZERS[kind]
     change(folder / f"tokenizer{ending}")
@@ -264,7 +265,7 @@ def test_wrong_tokenizer_is_an_error(kind: str, ending: str, xl_pipeline: Path, 
         load_codec(folder)
 
 
-@each(
+@pytest.mark.parametrize(
     ("part", "changes", "says"),
     [
         ("text_encoder", {"model_type": "bert", "architectures": ["BertModel"]}, "text_encoder holds a BertModel: only CLIP's"),

@@ -29,7 +29,6 @@ from lcm.models.pipeline import (
 )
 from lcm.models.saving import save_pipeline
 from lcm.models.text_to_image import TextToImage
-from tests.cases import each
 from tests.conftest import tiny_unet
 from tests.models.conftest import save_student, save_teacher
 
@@ -66,7 +65,7 @@ def test_unreachable_hub_id_is_an_error() -> None:
         find("nobody/nothing")
 
 
-@each(
+@pytest.mark.parametrize(
     ("files", "fetched"),
     [
         ({"unet/model.safetensors", "unet/model.fp16.safetensors"}, {"unet/model.safetensors"}),
@@ -109,7 +108,7 @@ def test_unknown_class_is_an_error(tiny_pipeline: Path, tmp_path: Path) -> None:
         find(str(folder))
 
 
-@each("file", ["scheduler/scheduler_config.json", "lcm.json", "vae/config.json", "unet/config.json"])
+@pytest.mark.parametrize("file", ["scheduler/scheduler_config.json", "lcm.json", "vae/config.json", "unet/config.json"])
 def test_broken_json_is_an_error(tiny_pipeline: Path, tmp_path: Path, file: str) -> None:
     folder = shutil.copytree(tiny_pipeline, tmp_path / "broken")
     (folder / file).write_text('{"sample_size": ')
@@ -117,7 +116,7 @@ def test_broken_json_is_an_error(tiny_pipeline: Path, tmp_path: Path, file: str)
         TextToImage.load(str(folder))
 
 
-@each(
+@pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"in_channels": 9}, "takes 9 channels and gives 4, its latents have 4: give a text-to-image pipeline"),
@@ -160,7 +159,7 @@ def test_unknown_prediction_type_is_an_error(tiny_pipeline: Path, tmp_path: Path
         TextToImage.load(folder).latents(["rocket"], [0], steps=1, w=0.0)
 
 
-@each("consistency", [False, True])
+@pytest.mark.parametrize("consistency", [False, True])
 def test_round_trip_keeps_weights_and_schedule(tiny_pipeline: Path, tmp_path: Path, consistency: bool) -> None:
     process = VP(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, rescale_betas_zero_snr=True)
     torch.manual_seed(0)
@@ -216,12 +215,12 @@ def teacher_latents(folder: str, steps: int, w: float) -> tuple[torch.Tensor, to
     return TextToImage.load(folder).latents(PROMPTS, SEEDS, steps=steps, w=w, sampler=sampling.ddim), theirs
 
 
-@each(("steps", "w"), [(1, 3.0), (4, 7.5), (10, 0.0)])
+@pytest.mark.parametrize(("steps", "w"), [(1, 3.0), (4, 7.5), (10, 0.0)])
 def test_teacher_samples_agree_with_diffusers(tiny_pipeline: Path, steps: int, w: float) -> None:
     assert_alike(*teacher_latents(str(tiny_pipeline), steps, w))
 
 
-@each(
+@pytest.mark.parametrize(
     "options",
     [
         {"prediction_type": "v_prediction"},
@@ -267,14 +266,14 @@ def test_student_samples_agree_with_diffusers(student: str, steps: int, w: float
     assert_alike(ours, student_samples(student, steps, w))
 
 
-@each("points", [20, 100])
+@pytest.mark.parametrize("points", [20, 100])
 def test_samples_of_grids_agree_with_diffusers(tiny_pipeline: Path, tmp_path: Path, points: int) -> None:
     folder = save_student(tmp_path / "model", tiny_pipeline, points=points)
     ours = TextToImage.load(folder).latents(PROMPTS, SEEDS, steps=3, w=6.0)
     assert_alike(ours, student_samples(folder, 3, 6.0))
 
 
-@each("schedule", [{}, {"rescale_betas_zero_snr": True}])
+@pytest.mark.parametrize("schedule", [{}, {"rescale_betas_zero_snr": True}])
 def test_samples_of_v_student_agree_with_diffusers(tiny_pipeline: Path, tmp_path: Path, schedule: dict[str, bool]) -> None:
     folder = save_student(tmp_path / "v", tiny_pipeline, "v_prediction", VP(**schedule))
     assert_alike(TextToImage.load(folder).latents(PROMPTS, SEEDS, steps=4, w=6.0), student_samples(folder, 4, 6.0))

@@ -29,13 +29,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 ADAMW = partial(torch.optim.AdamW, lr=2e-3, fused=True)
 
 
+def halved_each_step(optimizer: torch.optim.Optimizer, *args: Any) -> ExponentialLR:
+    return ExponentialLR(optimizer, 0.5)
+
+
 def new_autoencoder(pipeline: Path, start: int | None = None, **options: Any) -> Autoencoder:
     """Return a module, always with the same initial weights. start: of its adversary; None: without one."""
     torch.manual_seed(0)
     optimizer, adversary = options.pop("optimizer", ADAMW), None
     if start is not None:
-        decaying: Any = lambda optimizer: ExponentialLR(optimizer, 0.5)  # noqa: E731
-        adversary = Adversary(PatchDiscriminator(8), optimizer=optimizer, lr_schedule=decaying, start=start)
+        adversary = Adversary(PatchDiscriminator(8), optimizer=optimizer, lr_schedule=halved_each_step, start=start)
     vae = AutoencoderKL.from_pretrained(pipeline, subfolder="vae")
     return Autoencoder(vae, adversary=adversary, **{"optimizer": optimizer, "lr_schedule": constant, **options})
 
@@ -61,7 +64,7 @@ def changed(before: dict[str, torch.Tensor], module: Autoencoder) -> set[str]:
 def moments(module: Autoencoder) -> list[torch.Tensor]:
     """Return the state of both optimizers."""
     assert module.adversary is not None
-    optimizers: Any = (module.optimizers().optimizer, module.adversary.optimizer)  # type: ignore[union-attr]
+    optimizers: Any = (module.optimizers().optimizer, module.adversary.optimizer)
     return [value for each in optimizers for state in each.state.values() for value in state.values()]
 
 
@@ -138,7 +141,7 @@ def test_non_finite_batch_skips_both_updates(autoencoder: Make, pixels: Make, fi
     module = autoencoder(start=0, skip_non_finite=1)
     before = tensors(module)
     bad = {"x": torch.full((2, 3, 32, 32), float("nan")), "captions": ["a", "b"]}
-    fit(module, DataLoader([bad], batch_size=None), 1)  # type: ignore[arg-type]
+    fit(module, DataLoader([bad], batch_size=None), 1)
     assert changed(before, module) == set()
 
 
@@ -215,7 +218,7 @@ def train(pipeline: Path, file: Path, ranks: int = 1) -> None:
         max_steps=3, max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, default_root_dir=file.parent,
     )  # fmt: skip
-    trainer.fit(module, DataLoader([{"x": x[rows]} for x in pictures], batch_size=None))  # type: ignore[arg-type]
+    trainer.fit(module, DataLoader([{"x": x[rows]} for x in pictures], batch_size=None))
     torch.save(module.state_dict(), file.with_suffix(f".{rank}"))
 
 

@@ -12,7 +12,6 @@ from transformers import get_cosine_schedule_with_warmup
 from lcm.core.errors import UserError
 from lcm.modules.lr_schedules import constant
 from lcm.modules.optimization import Optimization, scheduled
-from tests.cases import each
 
 
 class WithModes(torch.optim.SGD):
@@ -40,7 +39,7 @@ def test_optimizer_modes_follow_the_training(monkeypatch: Any) -> None:
     assert modes == ["train", "eval", "train", "eval"]
 
 
-@each(
+@pytest.mark.parametrize(
     "make",
     [
         partial(get_cosine_schedule_with_warmup, num_warmup_steps=0),

@@ -26,7 +26,6 @@ from lcm.runtime.integrity import damage, verified
 from lcm.runtime.launch import meeting_place
 from lcm.runtime.resume import newest_whole, resume_path, saved
 from lcm.runtime.run_dir import start_run
-from tests.cases import each
 
 ROUNDS = int(os.environ.get("LCM_ROUNDS", "10"))
 
@@ -178,7 +177,7 @@ def test_last_without_checkpoints_starts_fresh(tmp_path, capsys):
     assert not capsys.readouterr().err  # as `make demo` starts
 
 
-@each("weights", [{"state_dict": {"a": torch.ones(3)}}, torch.ones(3)], ids=type)
+@pytest.mark.parametrize("weights", [{"state_dict": {"a": torch.ones(3)}}, torch.ones(3)], ids=type)
 def test_weights_alone_are_refused(weights, tmp_path):
     torch.save(weights, tmp_path / "weights.ckpt")
     with pytest.raises(UserError, match=r"ckpt_path=.*weights\.ckpt holds only weights, no training to resume"):
@@ -302,7 +301,7 @@ def test_one_async_write_at_a_time(slow, tmp_path):
     assert [step_of(path) for path in saved(tmp_path)] == [2, 1]
 
 
-@each("where", ["the next save", "the end"])
+@pytest.mark.parametrize("where", ["the next save", "the end"])
 def test_async_error_is_raised_once(where, tmp_path, monkeypatch):
     def full(checkpoint, file):
         raise OSError(28, "No space left on device")

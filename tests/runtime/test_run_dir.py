@@ -14,7 +14,6 @@ from lcm.runtime.launch import check_processes
 from lcm.runtime.resume import resume_path
 from lcm.runtime.run_dir import finish, start_run, training
 from lcm.runtime.sweep import check_sweep
-from tests.cases import each
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LCM_RUN_ID", "LCM_RUN_PROCESS")
 
@@ -131,7 +130,7 @@ def test_child_processes_share_the_run(tmp_path, monkeypatch):
         runs.release()
 
 
-@each("obstacle", ["file", "dangling link", "name is a file"])
+@pytest.mark.parametrize("obstacle", ["file", "dangling link", "name is a file"])
 def test_unwritable_folder_is_named(obstacle, tmp_path):
     at = tmp_path / "runs"
     if obstacle == "dangling link":
@@ -158,7 +157,7 @@ PER_NODE = {"SLURM_NTASKS_PER_NODE": "2"}
 DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
 
 
-@each(
+@pytest.mark.parametrize(
     ("env", "overrides", "says"),
     [
         (TORCHRUN, [], "torchrun started 2 processes, but trainer.devices=1 and trainer.num_nodes=1 make 1: use trainer=ddp "
@@ -186,7 +185,7 @@ def test_wrong_process_counts_are_refused(env, overrides, says, monkeypatch):
     assert says in str(refusal.value)
 
 
-@each(
+@pytest.mark.parametrize(
     ("env", "overrides"),
     [
         ({}, []),

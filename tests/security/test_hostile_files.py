@@ -27,7 +27,6 @@ from lcm.evaluate.inception import check
 from lcm.index import write_manifests
 from lcm.models.pipeline import load_codec, load_network
 from lcm.runtime.resume import resume_path
-from tests.cases import each
 from tests.data.conftest import keys, pairs, png, stream, take, write_shard
 
 
@@ -101,7 +100,7 @@ def test_pickled_weights_of_inception_are_refused(tmp_path: Path, marker: Path) 
         check(str(tmp_path / "w.pth"))
 
 
-@each("url", ["https://host/a.ckpt", "s3://bucket/a.ckpt", "file:///tmp/a.ckpt"])
+@pytest.mark.parametrize("url", ["https://host/a.ckpt", "s3://bucket/a.ckpt", "file:///tmp/a.ckpt"])
 def test_remote_checkpoint_is_refused(url: str) -> None:
     with pytest.raises(UserError, match="ckpt_path must be a local file"):
         resume_path(OmegaConf.create({"ckpt_path": url, "paths": {"run_dir": "runs"}}))
@@ -149,7 +148,7 @@ def test_no_member_is_extracted(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert {file for file in tmp_path.rglob("*") if file.is_file()} == {Path(shard), folder / "manifest.json"}
 
 
-@each("size", [b"-0000002000\0", b"-0000000001\0", b"\x80" + b"\xff" * 11, b"\xff" * 12], ids=repr)
+@pytest.mark.parametrize("size", [b"-0000002000\0", b"-0000000001\0", b"\x80" + b"\xff" * 11, b"\xff" * 12], ids=repr)
 def test_impossible_sizes_are_damage(size: bytes, tmp_path: Path) -> None:
     """A negative size would lead the scan back, and a huge one beyond any file."""
     shard = Path(write_shard(tmp_path / "a.tar", pairs(0, 3)))
@@ -179,7 +178,7 @@ def read(shard: str, answer: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Image size", "ignore:.*fork:DeprecationWarning")
-@each("side", [12_000, 16_000], ids=["Pillow warns", "Pillow refuses"])
+@pytest.mark.parametrize("side", [12_000, 16_000], ids=["Pillow warns", "Pillow refuses"])
 def test_huge_picture_is_not_decoded(side: int, tmp_path: Path) -> None:
     """Decoded pictures would take 432 or 768 MB. A process of its own gives the peak."""
     samples = pairs(0, 8)

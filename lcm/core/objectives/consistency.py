@@ -48,6 +48,7 @@ class ConsistencyObjective(nn.Module):
     """
 
     sampler: ClassVar[str] = "consistency"  # a function of `lcm.core.sampling`
+    schedulers: ClassVar[tuple[str, str]] = ("LCMScheduler", "FlowMatchLCMScheduler")  # of diffusers, for VP and for a flow
     timesteps: Tensor
 
     def __init__(
@@ -66,7 +67,7 @@ class ConsistencyObjective(nn.Module):
         self.saved_steps = saved_steps
         self.register_buffer("timesteps", timesteps, persistent=False)
 
-    def draw(self, z0: Tensor, rng: torch.Generator) -> ConsistencyDraws:
+    def draw(self, z0: Tensor, rng: torch.Generator) -> Any:
         """Draw eps ~ N(0, 1), n uniform and w ~ U[w_min, w_max]."""
         eps = torch.randn(z0.shape, generator=rng, device=z0.device)
         index = torch.randint(len(self.timesteps), (len(z0),), generator=rng, device=z0.device)
@@ -121,6 +122,10 @@ class ConsistencyObjective(nn.Module):
     def scheduler(self, prediction_type: str) -> tuple[str, dict[str, Any]]:
         """Return the class name and the config of the diffusers scheduler saved with a student."""
         if isinstance(self.process, Flow):
-            return "FlowMatchLCMScheduler", {**self.process.config, **few_step_flow(self.process.shift, self.saved_steps)}
+            return self.schedulers[1], {**self.process.config, **few_step_flow(self.process.shift, self.saved_steps)}
         points = self.sampling()["points"] or POINTS
-        return "LCMScheduler", {**self.process.config, "prediction_type": prediction_type, "original_inference_steps": points}
+        return self.schedulers[0], {
+            **self.process.config,
+            "prediction_type": prediction_type,
+            "original_inference_steps": points,
+        }

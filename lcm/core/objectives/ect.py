@@ -11,7 +11,7 @@ from lcm.core.errors import UserError
 from lcm.core.guidance import draw_w
 from lcm.core.numbers import Count, Positive
 from lcm.core.objectives.consistency import ConsistencyObjective, Loss, Networks
-from lcm.core.process import Process
+from lcm.core.process import Process, per_sample
 
 
 @dataclass
@@ -41,7 +41,7 @@ class EasyConsistencyTuning(ConsistencyObjective):
     def advance(self, step: int, max_steps: int) -> None:
         self.stage = min(step * self.stages // max_steps, self.stages - 1)
 
-    def draw(self, z0: Tensor, rng: torch.Generator) -> EasyDraws:  # type: ignore[override]
+    def draw(self, z0: Tensor, rng: torch.Generator) -> EasyDraws:
         eps = torch.randn(z0.shape, generator=rng, device=z0.device)
         level = (self.mean + self.std * torch.randn(len(z0), generator=rng, device=z0.device)).exp()
         return EasyDraws(eps, level, draw_w(len(z0), self.w_min, self.w_max, rng))
@@ -60,7 +60,7 @@ class EasyConsistencyTuning(ConsistencyObjective):
         online, target = nets.online.bound(batch.cond, draws.w), nets.target.bound(batch.cond, draws.w)
         return self.distances(
             lambda: self.f(online, z_t, t, process=self.process),
-            lambda: torch.where(clean.view(-1, 1, 1, 1), batch.z0, self.f(target, z_s, s, process=self.process)),
+            lambda: torch.where(per_sample(clean, z_s.ndim), batch.z0, self.f(target, z_s, s, process=self.process)),
             z_t.device,
             weight=1 / (level - near),
         )

@@ -9,7 +9,6 @@ from lcm.core.errors import UserError
 from lcm.core.numbers import Count
 from lcm.core.objectives.consistency import ConsistencyDraws, Loss, Networks
 from lcm.core.objectives.distillation import LatentConsistencyDistillation
-from lcm.core.process import Flow
 from lcm.core.timesteps import phase_edges, phase_end, points_of
 
 
@@ -24,6 +23,7 @@ class PhasedConsistencyDistillation(LatentConsistencyDistillation):
     """
 
     sampler: ClassVar[str] = "tcd"  # with gamma = 0: one jump for each phase
+    schedulers: ClassVar[tuple[str, str]] = ("TCDScheduler", "FlowMatchEulerDiscreteScheduler")
     edges: torch.Tensor
 
     def __init__(self, *args: Any, phases: Count = 4, classifier_free_guidance: bool = False, **options: Any) -> None:
@@ -46,7 +46,3 @@ class PhasedConsistencyDistillation(LatentConsistencyDistillation):
     def sampling(self) -> dict[str, Any]:
         settings = {**super().sampling(), "gamma": 0.0, "phases": self.phases}
         return {**settings, "classifier_free_guidance": True} if self.classifier_free_guidance else settings
-
-    def scheduler(self, prediction_type: str) -> tuple[str, dict[str, Any]]:
-        _, config = super().scheduler(prediction_type)
-        return ("FlowMatchEulerDiscreteScheduler" if isinstance(self.process, Flow) else "TCDScheduler"), config

@@ -33,6 +33,7 @@ class TrajectoryConsistencyDistillation(LatentConsistencyDistillation):
     """
 
     sampler: ClassVar[str] = "tcd"
+    schedulers: ClassVar[tuple[str, str]] = ("TCDScheduler", "FlowMatchEulerDiscreteScheduler")
     edges: Tensor
 
     def __init__(self, *args: Any, gamma: Share = 0.3, phases: Sequence[Count] = (1,), **options: Any) -> None:
@@ -80,7 +81,3 @@ class TrajectoryConsistencyDistillation(LatentConsistencyDistillation):
     def sampling(self) -> dict[str, Any]:
         settings = {**super().sampling(), "gamma": self.gamma}
         return {**settings, "phases": self.phases[-1]} if self.phases[-1] > 1 else settings
-
-    def scheduler(self, prediction_type: str) -> tuple[str, dict[str, Any]]:
-        _, config = super().scheduler(prediction_type)
-        return ("FlowMatchEulerDiscreteScheduler" if isinstance(self.process, Flow) else "TCDScheduler"), config
