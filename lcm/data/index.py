@@ -155,9 +155,7 @@ class ShardIndex:
             size = self.path.stat().st_size
             self.records = np.memmap(self.path, RECORD, "r") if size else np.zeros(0, RECORD)
             self.arrived = len(self.records)
-            if self.file is not None:
-                self.file.close()
-                self.file = None
+            self._close_part()
         return self.records is not None
 
     def wait(self, count: int) -> tuple[int, bool]:
@@ -178,8 +176,7 @@ class ShardIndex:
     def _look(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             if self.file is None or os.fstat(self.file.fileno()).st_nlink == 0:  # its writer was killed: another one began
-                if self.file is not None:
-                    self.file.close()
+                self._close_part()  # the next one may not be there yet
                 self.file = open(self.part, "rb")  # noqa: SIM115 - closed when the index is whole
             self.arrived = os.fstat(self.file.fileno()).st_size // RECORD.itemsize
 
@@ -272,10 +269,13 @@ class ShardIndex:
         self.part.rename(self.path)
         self.asked.file.unlink(missing_ok=True)
 
-    def close(self) -> None:
+    def _close_part(self) -> None:
         if self.file is not None:
             self.file.close()
             self.file = None
+
+    def close(self) -> None:
+        self._close_part()
         self.records, self.arrived = None, 0
 
 

@@ -214,6 +214,19 @@ def test_records_are_waited_for_while_an_index_is_written_anew(tmp_path: Path) -
     assert reader[19].tobytes() == content[19 * index.RECORD.itemsize :][: index.RECORD.itemsize]
 
 
+def test_reader_waits_between_the_files_of_two_writers(tmp_path: Path) -> None:
+    """The next writer has removed the file of the one before, and has not made its own yet."""
+    shard = write_shard(tmp_path / "0.tar", pairs(0, 4))
+    reader = shard_index(tmp_path / "index", shard, lambda *args: None)
+    reader.part.parent.mkdir()
+    reader.part.write_bytes(b"")
+    reader._look()
+    reader.part.unlink()
+    reader._look()
+    reader._look()
+    assert reader.wait(4)[0] == 4
+
+
 # Folders and disks
 
 
