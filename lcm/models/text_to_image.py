@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -91,7 +92,9 @@ class TextToImage:
         return (not self.consistency or unguided) and not self.family.takes_w(self.net)
 
     def check_w(self, w: float, option: str = "w") -> None:
-        """Raise UserError if w has no effect. Warn if it is outside the range of a student's training."""
+        """Raise UserError if w has no effect or is infinite. Warn if it is outside the range of a student's training."""
+        if not math.isfinite(w):
+            raise UserError(f"{option}={w:g} is not a finite number: set {option}=4, for example")
         if w != 0 and not self.takes_w:
             raise UserError(f"{option}={w:g}: this consistency model has no input for w, its guidance is fixed: set {option}=0")
         low, high = self.metadata.get("w_min"), self.metadata.get("w_max")

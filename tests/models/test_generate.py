@@ -97,6 +97,12 @@ def test_negative_prompt_without_effect_is_an_error(teacher: TextToImage, studen
     student.check_negative("", 2.0)
 
 
+@pytest.mark.parametrize("w", [float("inf"), float("-inf")])
+def test_infinite_w_is_an_error(w: float, teacher: TextToImage) -> None:
+    with pytest.raises(UserError, match=r"w=-?inf is not a finite number: set w=4"):
+        teacher.check_w(w)
+
+
 def test_unknown_sampler_in_lcm_json_is_an_error(teacher: TextToImage) -> None:
     with pytest.raises(UserError, match=r"lcm\.json names the sampler 'torch': use one of ddim, consistency, tcd"):
         replace(teacher, metadata={"sampler": "torch"}).latents(["rocket"], [0], steps=1, w=0.0)
