@@ -26,6 +26,13 @@ FLAT = ("embeddings.", "encoder.", "final_layer_norm.")
 def save_network(folder: str | Path, network: Any, dtype: torch.dtype = torch.float16) -> None:
     """Write a network's folder in this dtype. Raises UserError for weights that are not finite in it."""
     cast_copy(network, dtype).save_pretrained(folder)
+    file = Path(folder, "config.json")
+    file.write_text(json.dumps(without_origin(read_json(file)), indent=2))
+
+
+def without_origin(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a network's config without the folder that it was loaded from, which belongs to one machine."""
+    return {key: value for key, value in config.items() if key != "_name_or_path"}
 
 
 def copy_network(source: Path, target: Path) -> None:
@@ -39,7 +46,7 @@ def copy_network(source: Path, target: Path) -> None:
     weights = {name: value for file in files for name, value in load_file(file).items()}
     check_finite(source, weights)
     target.mkdir(parents=True)
-    config = read_json(source / "config.json")
+    config = without_origin(read_json(source / "config.json"))
     if "_class_name" in config:
         name = "diffusion_pytorch_model"
     else:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lcm.core.numbers import Positive, Seed, Whole
 from lcm.core.random import RankSlice, normal
-from lcm.models.loading import cast_copy
+from lcm.models.saving import save_network
 from lcm.modules.adversary import Adversary
 from lcm.modules.checkpoint import check_tensors
 from lcm.modules.optimization import Optimization, OptimizerFactory, ScheduleFactory, log_train
@@ -111,7 +111,7 @@ class Autoencoder(L.LightningModule):
         """
         if not self.freeze_encoder:
             self.vae.register_to_config(scaling_factor=round(1 / float(self.latent_std), 5))
-        cast_copy(self.vae, torch.float16).save_pretrained(f"{folder}/vae")
+        save_network(f"{folder}/vae", self.vae)
 
 
 def psnr(error: Tensor) -> Tensor:

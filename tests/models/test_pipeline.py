@@ -201,6 +201,14 @@ def test_pipeline_can_be_saved_over_its_base(tiny_pipeline: Path, tmp_path: Path
     assert find(save_teacher(tmp_path / "saved", load_network(folder), Path(folder)))
 
 
+def test_saved_configs_do_not_name_folders_of_this_machine(tiny_pipeline: Path, tmp_path: Path) -> None:
+    folder = save_teacher(tmp_path / "saved", load_network(str(tiny_pipeline)), tiny_pipeline)
+    again = save_teacher(tmp_path / "again", load_network(folder), Path(folder))
+    configs = list(Path(again).glob("*/*config.json"))
+    assert len(configs) >= 4
+    assert not [file for file in configs if str(tmp_path) in file.read_text() or str(tiny_pipeline) in file.read_text()]
+
+
 def assert_alike(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> None:
     """Compare with a tolerance relative to the standard deviation."""
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.std()))
