@@ -187,9 +187,9 @@ def counts(source: Source) -> list[int]:
 
 
 @pytest.mark.parametrize("trouble", [dropped, stalled, failing])
-def test_download_is_tried_again(server: Server, tmp_path: Path, trouble: Answer) -> None:
-    server.answers["0.tar"] = [trouble, trouble, whole]
-    assert fetched(cache(tmp_path), f"{server.url}/0.tar") == (tmp_path / "www/0.tar").read_bytes()
+def test_download_is_tried_again(plain: Server, tmp_path: Path, trouble: Answer) -> None:
+    plain.answers["0.tar"] = [trouble, trouble, whole]
+    assert fetched(cache(tmp_path), f"{plain.url}/0.tar") == (tmp_path / "www/0.tar").read_bytes()
 
 
 def test_download_goes_on_at_its_byte(ranged: Server, tmp_path: Path, small_parts: None) -> None:
@@ -201,7 +201,7 @@ def test_download_goes_on_at_its_byte(ranged: Server, tmp_path: Path, small_part
     assert all(start >= 12287 for start in starts[3:])  # no byte comes twice but one
 
 
-@pytest.mark.parametrize("arrived", [0.1, 0.9, 1.0])
+@pytest.mark.parametrize("arrived", [0.9, 1.0])
 def test_download_of_a_killed_process_goes_on(server: Server, tmp_path: Path, arrived: float) -> None:
     content = (tmp_path / "www/0.tar").read_bytes()
     first = cache(tmp_path).open(f"{server.url}/1.tar").arrival
@@ -210,9 +210,8 @@ def test_download_of_a_killed_process_goes_on(server: Server, tmp_path: Path, ar
     assert fetched(cache(tmp_path), f"{server.url}/0.tar") == content
 
 
-@pytest.mark.parametrize("trouble", [dropped, failing])
-def test_download_that_never_succeeds_leaves_nothing(server: Server, tmp_path: Path, trouble: Answer) -> None:
-    server.answers["0.tar"] = [trouble]
+def test_download_that_never_succeeds_leaves_nothing(server: Server, tmp_path: Path) -> None:
+    server.answers["0.tar"] = [dropped]
     with pytest.raises(OSError, match=r"0\.tar"):
         fetched(cache(tmp_path), f"{server.url}/0.tar")
     assert not leftovers(tmp_path)
@@ -323,11 +322,10 @@ def test_resume_fetches_no_shard_that_it_passes(server: Server, large: list[str]
     assert len(paths_asked(server)) <= 6  # the present shards of the lanes and their next ones
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_remote_stream_is_the_local_one(server: Server, large: list[str], tmp_path: Path, workers: int) -> None:
+def test_remote_stream_is_the_local_one(server: Server, large: list[str], tmp_path: Path) -> None:
     local = [str(tmp_path / f"www/large-{number}.tar") for number in range(12)]
     remote = Source(large, cache=cache(tmp_path))
-    assert take(stream(remote, lanes=3, batch_size=16), 40, workers) == take(stream(local, lanes=3, batch_size=16), 40)
+    assert take(stream(remote, lanes=3, batch_size=16), 40, workers=2) == take(stream(local, lanes=3, batch_size=16), 40)
 
 
 # Dead shards
@@ -418,11 +416,10 @@ def entry(file: Path) -> dict[str, Any]:
     return {"samples": {file.name: 8}, "bytes": {file.name: size}, "sha256": {file.name: digest}}
 
 
-@pytest.mark.parametrize("trouble", [cut, flipped])
-def test_download_is_checked_against_the_manifest(plain: Server, tmp_path: Path, trouble: Answer) -> None:
+def test_download_is_checked_against_the_manifest(plain: Server, tmp_path: Path) -> None:
     """A proxy that answers with another file, and says that this is all of it, looks like any other download."""
     (tmp_path / "www/manifest.json").write_text(json.dumps(entry(tmp_path / "www/0.tar")))
-    plain.answers["0.tar"] = [trouble, whole]
+    plain.answers["0.tar"] = [flipped, whole]
     source = Source([f"{plain.url}/{n}.tar" for n in (0, 1)], cache=cache(tmp_path), filters=Filters())
     assert Path(source.whole(0)).read_bytes() == (tmp_path / "www/0.tar").read_bytes()
     assert counts(source) == [8, 8]
@@ -452,10 +449,9 @@ def test_manifest_that_cannot_be_had_is_named(plain: Server, tmp_path: Path, cap
 # The folder
 
 
-@pytest.mark.parametrize("folder", ["/proc/nowhere", "file", "file/below"])
-def test_cache_that_cannot_be_written_is_one_sentence(plain: Server, tmp_path: Path, folder: str) -> None:
+def test_cache_that_cannot_be_written_is_one_sentence(plain: Server, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    unwritable = str(tmp_path / folder)
+    unwritable = str(tmp_path / "file/below")
     with pytest.raises(UserError, match=rf"^cannot write to {unwritable} \(.*\): set data\.cache\.folder or paths\.data to a"):
         Source([f"{plain.url}/0.tar"], cache=ShardCache(unwritable)).check()
 
@@ -555,8 +551,7 @@ def test_command_without_end_cannot_fill_the_disk(tmp_path: Path) -> None:
     assert not leftovers(tmp_path)
 
 
-@pytest.mark.parametrize("url", ["pipe:cat /dev/null", "a.tar"])
-def test_webdataset_itself_opens_nothing(url: str) -> None:
+def test_webdataset_itself_opens_nothing() -> None:
     """It would run a command through a shell."""
     with pytest.raises(ValueError, match="unsafe_gopen is False"):
-        webdataset.gopen(url, "rb")
+        webdataset.gopen("pipe:cat /dev/null", "rb")

@@ -38,20 +38,16 @@ def fields(**fields: Any) -> Members:
     ("members", "captions", "text"),
     [
         (fields(blip="a cat", url="https://x.org"), {"blip": 1}, "a cat"),
-        ({"blip": b"a cat"}, {"blip": 2.0}, "a cat"),
         ({"blip": b"a cat"}, {".BLIP": 1}, "a cat"),
-        ({"caption": b"a cat"}, {"caption": 1}, "a cat"),
         ({"txt": b"cat.jpg", "long": b"a cat on a mat"}, {"long": 1}, "a cat on a mat"),
         ({"caption": b"a cat"}, None, "a cat"),
-        ({"cap": b"a cat"}, None, "a cat"),
         (fields(cap="a cat"), None, "a cat"),
     ],
-    ids=["field", "member", "with its dot", "kohya", "beside .txt", "kohya unasked", "cap", "cap field"],
+    ids=["field", "with its dot", "beside .txt", "kohya unasked", "cap field"],
 )
-@pytest.mark.parametrize("filters", [None, Filters(min_caption=3)], ids=["unfiltered", "by length"])
-def test_captions_are_read_by_name(tmp_path: Path, members: Members, captions: Any, text: str, filters: Filters | None) -> None:
-    url = shard(tmp_path / "a.tar", *[members] * 8)
-    data = ShardDataModule(url, val_shards=url, captions=captions, filters=filters, resolution=8, batch_size=8, num_workers=0)
+def test_captions_are_read_by_name(tmp_path: Path, members: Members, captions: Any, text: str) -> None:
+    url, options = shard(tmp_path / "a.tar", *[members] * 8), {"resolution": 8, "batch_size": 8, "num_workers": 0}
+    data = ShardDataModule(url, val_shards=url, captions=captions, filters=Filters(min_caption=3), **options)
     data.setup("fit")
     assert [source.notes(0).samples for source in data.train_sources] == [8]
     for loader in (data.train_dataloader(), data.val_dataloader()):
@@ -85,10 +81,7 @@ def test_prompts_are_the_captions_of_real_images(tmp_path: Path) -> None:
         ),
         (fields(caption=None), None, "no_caption"),
         (fields(caption=5), None, "caption holds a number, not text"),
-        (fields(caption=True), None, "caption holds true or false, not text"),
-        (fields(caption={"en": "a cat"}), None, "caption holds an object, not text"),
         (fields(caption=[["a cat"]]), None, "caption holds a list in a list, not text"),
-        (fields(caption=[]), None, "no_caption"),
         ({"txt": "a cat".encode("utf-16")}, None, "looks like UTF-16 or UTF-32: save it as UTF-8"),
         ({"txt": b"caf\xe9"}, None, "byte 0xe9 at position 3 is not UTF-8"),
     ],
@@ -106,8 +99,8 @@ def test_length_limits_hold_for_every_caption(tmp_path: Path) -> None:
     assert source.notes(0) == (2, {"caption_short": 1}, 0)
 
 
-@pytest.mark.parametrize("value", [["a cat", "a pet"], ["a cat", None, " a pet "], ["a cat", "", "a pet"]])
-def test_one_of_a_list_of_captions_is_drawn(value: list[Any]) -> None:
+def test_one_of_a_list_of_captions_is_drawn() -> None:
+    value = ["a cat", None, "", " a pet "]
     for captions in (None, {"caption": 1}):
         draw = CaptionChoice(weights=captions)
         assert {draw(fields(caption=value), random.Random(seed)) for seed in range(30)} == {"a cat", "a pet"}
@@ -148,20 +141,18 @@ MARKED = "\ufeff".encode()
     "members",
     [
         {"txt": MARKED + b"a red apple"},
-        {"txt": MARKED + MARKED + b"a red apple\r\n"},
         {"txt": b"\r\n\r\na red apple\r"},
         {"json": MARKED + b'{"caption": "a red apple"}'},
         fields(caption="\ufeffa red apple"),
         {"json": '{"caption": "a red apple"}'.encode("utf-16")},
-        {"json": '{"caption": "a red apple"}'.encode("utf-32-le")},
     ],
-    ids=["mark", "two marks", "line ends", "json", "field", "utf-16 json", "utf-32 json"],
+    ids=["mark", "line ends", "json", "field", "utf-16 json"],
 )
 def test_byte_order_mark_is_no_part_of_a_caption(members: Members) -> None:
     assert caption_of(members) == "a red apple"
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32-le"])
 def test_other_unicode_encodings_are_refused_by_name(encoding: str, tmp_path: Path) -> None:
     content = "a red apple".encode(encoding)
     with pytest.raises(Skip, match=r"^caption_encoding: txt: it looks like UTF-16 or UTF-32"):
@@ -173,9 +164,7 @@ def test_other_unicode_encodings_are_refused_by_name(encoding: str, tmp_path: Pa
         Filters(removal_list=str(tmp_path / "list.txt"))
 
 
-@pytest.mark.parametrize(
-    "members", [{"txt": b"a\0b"}, fields(caption="a\0b"), {"txt": "café".encode("cp1252")}, {"txt": "红苹果".encode("gbk")}]
-)
+@pytest.mark.parametrize("members", [{"txt": b"a\0b"}, {"txt": "café".encode("cp1252")}])
 def test_other_encodings_are_damage(members: Members) -> None:
     with pytest.raises(Skip, match=r"^caption_encoding: .*: save it as UTF-8$"):
         captions_of(members)
@@ -202,7 +191,7 @@ def test_images_of_dalle_pytorch_are_read(tmp_path: Path) -> None:
     assert Decode(8)(sample, random.Random(0))["caption"] == "a cat"
 
 
-@pytest.mark.parametrize("captions", ["blip", ["txt", "blip"], {"json": 1}])
+@pytest.mark.parametrize("captions", ["blip", {"json": 1}])
 def test_wrong_data_captions_are_refused(captions: Any) -> None:
     with pytest.raises(UserError, match=r"^data\.captions="):
         CaptionChoice(weights=captions)

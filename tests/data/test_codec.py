@@ -48,10 +48,6 @@ def test_z0_is_the_scaled_posterior(codec: LatentCodec, vae: AutoencoderKL) -> N
     torch.testing.assert_close(codec.encode(BATCH, generator("cpu", 7)).z0, expected)
 
 
-def test_pixels_reach_from_minus_one_to_one() -> None:
-    assert to_signed_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
-
-
 def test_float_pixels_and_bytes_encode_alike(codec: LatentCodec) -> None:
     as_float = codec.encode({**BATCH, "x": to_signed_range(X)}, generator("cpu", 7))
     assert torch.equal(as_float.z0, codec.encode(BATCH, generator("cpu", 7)).z0)
@@ -79,11 +75,6 @@ def test_the_vaes_layout_is_its_own(codec: LatentCodec) -> None:
     z0 = codec.encode(BATCH).z0
     assert z0.is_contiguous()
     assert codec.decode(z0).is_contiguous()
-
-
-def test_nothing_encoded_carries_a_gradient(codec: LatentCodec) -> None:
-    batch = codec.encode(BATCH)
-    assert not any(tensor.requires_grad for tensor in (batch.z0, batch.cond["states"], batch.uncond["states"]))
 
 
 def test_chunks_bound_the_vae_batch_and_change_nothing(
@@ -154,16 +145,14 @@ def test_a_caption_is_encoded_once(encoded: Encoded) -> None:
     assert torch.equal(again.uncond["states"][0], first.cond["states"][2])
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_cached_states_are_those_of_a_plain_encoding(encoded: Encoded, dtype: str | None) -> None:
+def test_cached_states_are_those_of_a_plain_encoding(encoded: Encoded) -> None:
     """Bit-equal where a row of a matrix product does not depend on how many there are, as on the CPUs tried; else nearly so."""
-    (codec, _), (plain, sizes) = encoded(dtype=dtype), encoded(dtype=dtype, text_cache=0)
+    (codec, _), (plain, sizes) = encoded(), encoded(text_cache=0)
     codec.text(["rocket", "sun"])["states"]
     captions = ["dog face", "sun", "a cat", "rocket"]
     for _ in range(2):
         expected = plain.text(captions)["states"]
-        tolerance = 1e-6 if dtype is None else 0.02
-        torch.testing.assert_close(codec.text(captions)["states"], expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(codec.text(captions)["states"], expected, rtol=1e-6, atol=1e-6)
     assert sizes == [4, 4]
 
 
@@ -221,9 +210,8 @@ def test_wild_latents_decode_to_all_bytes(codec: LatentCodec) -> None:
     assert (x.min(), x.max()) == (0, 255)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
-def test_bfloat16_networks_give_float32_batches(tiny_pipeline: Path, codec: LatentCodec, dtype: Any) -> None:
-    low = load_codec(str(tiny_pipeline), dtype=dtype)
+def test_bfloat16_networks_give_float32_batches(tiny_pipeline: Path, codec: LatentCodec) -> None:
+    low = load_codec(str(tiny_pipeline), dtype="bfloat16")
     batch, exact = low.encode(BATCH, generator("cpu", 7)), codec.encode(BATCH, generator("cpu", 7))
     assert low.vae.dtype == low.text.encoders[0].dtype == torch.bfloat16
     assert batch.z0.dtype == batch.cond["states"].dtype == batch.uncond["states"].dtype == torch.float32

@@ -39,20 +39,6 @@ def member(shard: Path, extension: str = "png") -> tarfile.TarInfo:
         return tar.getmember(f"1-{BAD:02d}.{extension}")
 
 
-@pytest.mark.parametrize("extension", ["png", "txt"])
-@pytest.mark.parametrize("length", [1, 512])
-def test_damaged_header_costs_its_sample(middle: Any, extension: str, length: int, caplog: pytest.LogCaptureFixture) -> None:
-    urls, shard = middle
-    content, start, rng = bytearray(shard.read_bytes()), member(shard, extension).offset, random.Random(0)
-    if length == 1:
-        content[start + 3] ^= 4  # of the name: the checksum no longer holds
-    else:
-        content[start : start + 512] = rng.randbytes(512)
-    shard.write_bytes(content)
-    assert surviving(urls) == set(EVERY) - {f"1-{BAD:02d}"}
-    assert f"leaving out sample 1-{BAD:02d} of {shard}" in caplog.text
-
-
 def test_flipped_bit_costs_one_sample_which_is_named(middle: Any, caplog: pytest.LogCaptureFixture) -> None:
     urls, shard = middle
     content, rng = shard.read_bytes(), random.Random(1)
@@ -79,7 +65,7 @@ def test_cut_costs_the_rest_of_its_shard(middle: Any, part: str, caplog: pytest.
     assert (f"leaving out sample 1-{BAD:02d}" in caplog.text) == (part == "content")
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>404</html>" * 99, bytes(10240)], ids=["empty", "html", "no members"])
+@pytest.mark.parametrize("content", [b"<html>404</html>" * 99, bytes(10240)], ids=["html", "no members"])
 def test_other_file_costs_itself_and_is_named(middle: Any, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
     urls, shard = middle
     shard.write_bytes(content)
@@ -93,22 +79,10 @@ def jpeg(side: int = 64) -> bytes:
     return file.getvalue()
 
 
-def bomb() -> bytes:
-    file = io.BytesIO()
-    Image.new("L", (12_000, 12_000)).save(file, "PNG", compress_level=1)
-    return file.getvalue()
-
-
 @pytest.mark.parametrize(
     ("make", "reason"),
-    [
-        (lambda: {"png": jpeg()[:-40]}, "image"),
-        (lambda: {"png": b"GIF89a?"}, "image: none of JPEG, PNG"),
-        (lambda: {"png": bomb()}, "pixels"),
-        (lambda: {"json": b"{"}, "json"),
-        (lambda: {"txt": b"\xff\xfe\xfa"}, "caption_encoding"),
-    ],
-    ids=["cut jpeg", "no image", "bomb", "json", "not UTF-8"],
+    [(lambda: {"png": jpeg()[:-40]}, "image"), (lambda: {"json": b"{"}, "json")],
+    ids=["cut jpeg", "json"],
 )
 @pytest.mark.filterwarnings("ignore:Image size")
 def test_bad_sample_costs_itself_and_is_named(

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from lcm.core.batch import LatentBatch
 from lcm.core.errors import UserError
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.filters import Filters
@@ -56,18 +55,6 @@ def test_codec_cache_refuses_random_transforms(tiny_pipeline: Path, shards: Path
         datamodule(shards, codec=load_codec(str(tiny_pipeline), cache=True), **{option: True})
 
 
-def test_missing_shards_are_a_user_error_at_setup(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no shards match"):
-        datamodule(tmp_path)
-
-
-def test_with_a_codec_batches_are_latent(shards: Path, codec: LatentCodec) -> None:
-    data = datamodule(shards, codec=codec)
-    batch = consume(data, next(iter(data.train_dataloader())), training=True)
-    assert isinstance(batch, LatentBatch)
-    assert batch.z0.shape == (8, 4, 8, 8)
-
-
 def test_without_a_codec_batches_are_pixels(shards: Path) -> None:
     data = datamodule(shards)
     x = consume(data, next(iter(data.train_dataloader())), training=True)["x"]
@@ -94,22 +81,6 @@ def test_only_training_batches_move_the_position(shards: Path, codec: LatentCode
     assert data.state_dict()["position"] == 16
 
 
-def test_batch_fetched_ahead_does_not_move_the_position(shards: Path) -> None:
-    data = datamodule(shards)
-    train = iter(data.train_dataloader())
-    consume(data, next(train), training=True)
-    next(train)
-    assert data.state_dict()["position"] == 8
-
-
-def test_restored_datamodule_continues_after_the_last_batch(shards: Path) -> None:
-    data, restored = datamodule(shards), datamodule(shards)
-    train = iter(data.train_dataloader())
-    consume(data, next(train), training=True)
-    restored.load_state_dict(data.state_dict())
-    assert next(iter(restored.train_dataloader()))["keys"] == next(train)["keys"]
-
-
 def steps(shards: Path, ranks: int, count: int, state: dict[str, Any] | None = None) -> tuple[list[list[str]], dict[str, Any]]:
     """What so many ranks train on in each of `count` steps, all of them together, and rank 0's state thereafter."""
     taken, states = [], []
@@ -126,7 +97,7 @@ def steps(shards: Path, ranks: int, count: int, state: dict[str, Any] | None = N
     return [sorted(itertools.chain(*parts)) for parts in zip(*taken, strict=True)], states[0]
 
 
-@pytest.mark.parametrize(("before", "after", "done"), [(1, 4, 1), (4, 2, 6), (2, 8, 30)])  # 30 is in the second epoch
+@pytest.mark.parametrize(("before", "after", "done"), [(1, 4, 1), (2, 8, 30)])  # 30 is in the second epoch
 def test_resume_with_other_ranks_at_one_global_batch(shards: Path, before: int, after: int, done: int) -> None:
     straight, _ = steps(shards, 1, done + 3)
     first, state = steps(shards, before, done)
@@ -141,10 +112,6 @@ def test_validation_is_whole_and_without_dropout(shards: Path) -> None:
     assert all(names)
     assert len(set(names)) == len(names) > 3
     assert {len(batch["keys"]) for batch in batches[:-1]} == {3}
-
-
-def test_without_val_shards_there_is_no_validation(shards: Path) -> None:
-    assert datamodule(shards, val_shards=None).val_dataloader() == []
 
 
 def test_dataset_is_built_before_its_shards_are_read(shards: Path) -> None:
@@ -411,14 +378,11 @@ def test_messages_name_the_option_of_the_shards(shards: Path, tmp_path: Path) ->
     ("members", "options", "says"),
     [
         ({"json": {"aesthetic": 5.0}}, {"filters": Filters(min_aesthetic=6)}, r"\{'aesthetic': 3\}; change data\.val_shards"),
-        ({"txt": 201 * "a"}, {"filters": Filters(max_caption=200)}, r"left out are \{'caption_long': 3\}"),
         ({"txt": "", "json": b"{"}, {"filters": Filters()}, "has no captions that can be read .json: "),
         ({"txt": b"\xff"}, {}, "has no captions that can be read .caption_encoding: "),
-        ({"txt": b"\xff"}, {"filters": Filters()}, "has no captions that can be read .caption_encoding: "),
         ({"png": b"no png"}, {}, r"no sample of data\.val_shards could be decoded"),
-        ({"png": b"no png"}, {"filters": Filters()}, r"no sample of data\.val_shards could be decoded"),
     ],
-    ids=["score", "length", "json", "encoding", "encoding filtered", "picture", "picture filtered"],
+    ids=["score", "json", "encoding", "picture"],
 )
 def test_validation_without_usable_samples_is_refused(
     shards: Path, tmp_path: Path, members: dict[str, Any], options: dict[str, Any], says: str
@@ -429,12 +393,11 @@ def test_validation_without_usable_samples_is_refused(
         datamodule(shards, val_shards=held_out, **options)
 
 
-@pytest.mark.parametrize("program", ["encode", "preview"])
 @pytest.mark.parametrize(
-    ("members", "says"),
+    ("program", "members", "says"),
     [
-        ({"txt": 201 * "a"}, r"left out are \{'caption_long': 3\}; change data\.shards"),
-        ({"png": b"no png"}, r"no sample of data\.shards could be decoded, see the warnings above: repair it$"),
+        ("encode", {"txt": 201 * "a"}, r"left out are \{'caption_long': 3\}; change data\.shards"),
+        ("preview", {"png": b"no png"}, r"no sample of data\.shards could be decoded, see the warnings above: repair it$"),
     ],
     ids=["filtered", "damaged"],
 )

@@ -42,16 +42,14 @@ def zipped(values: np.ndarray) -> bytes:
     "content",
     [
         b"",
-        b"<html>",
         npy(MOMENTS)[:9],
-        npy(MOMENTS)[:60],
         npy(MOMENTS)[:-2],
         npy(MOMENTS[0]),
         npy(MOMENTS * np.float16(np.inf)),
         saved(np.array([[[[{}]]]], dtype=object), allow_pickle=True),
         saved(np.full((1, 8, 4, 4), "text")),
-        npy(MOMENTS).replace(b"(2, 8, 4, 4)", b"(8, 9**12,4)"),  # no literal
-        npy(MOMENTS).replace(b"(2, 8, 4, 4), }         ", b"(2, 8, 4, 4000000000), }"),  # terabytes
+        npy(MOMENTS).replace(b"(2, 8, 4, 4)", b"(8, 9**12,4)"),
+        npy(MOMENTS).replace(b"(2, 8, 4, 4), }         ", b"(2, 8, 4, 4000000000), }"),
         zipped(MOMENTS),
     ],
 )
@@ -60,9 +58,7 @@ def test_what_is_not_a_latent_is_skipped(content: bytes):
         decode(content)
 
 
-@pytest.mark.parametrize(
-    "sizes", [np.zeros((1, 4), np.int64), np.zeros((2, 3), np.int64), np.zeros((2, 4)), np.zeros(4, np.int64)]
-)
+@pytest.mark.parametrize("sizes", [np.zeros((1, 4), np.int64), np.zeros((2, 3), np.int64), np.zeros((2, 4))])
 def test_sizes_that_are_not_one_row_a_variant_cost_that_sample(sizes: np.ndarray):
     sample = {"__key__": "a", "__url__": "0.tar", POSTERIOR: npy(MOMENTS), SIZES: npy(sizes), "txt": b"a"}
     with pytest.raises(Skip, match="latent"):

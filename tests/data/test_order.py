@@ -70,7 +70,7 @@ def by_lane(refs: Sequence[SampleRef]) -> dict[int, list[tuple[int, int]]]:
     return samples
 
 
-@pytest.mark.parametrize(("lanes", "shuffle"), [(1, 1), (2, 4), (3, 512), (5, 7), (100, 16)])
+@pytest.mark.parametrize(("lanes", "shuffle"), [(1, 1), (3, 512), (100, 16)])
 def test_lane_passes_every_sample_once_before_any_again(lanes: int, shuffle: int) -> None:
     samples = by_lane(refs(order(lanes=lanes, shuffle=shuffle), range(5 * SIZE)))
     whole = Counter(sample for lane in samples.values() for sample in set(lane))
@@ -93,10 +93,9 @@ def test_lanes_of_unequal_length_end_their_epochs_together() -> None:
     assert sum(len(set(lane)) for lane in samples.values()) > 0.98 * sum(counts)
 
 
-@pytest.mark.parametrize("small", [1, 60])
-def test_small_last_shard_does_not_come_too_often(small: int) -> None:
+def test_small_last_shard_does_not_come_too_often() -> None:
     """img2dataset's last shard holds what is left."""
-    counts = [1000, 1000, 1000, small]
+    counts = [1000, 1000, 1000, 1]
     seen = Counter((ref.shard, ref.sample) for ref in refs(order(counts, lanes=16), range(10 * sum(counts))))
     assert len(seen) == sum(counts)
     assert max(seen.values()) <= 12
@@ -114,7 +113,6 @@ def test_epochs_and_seeds_differ() -> None:
     ("shuffle", "ends"),
     [
         (0, range(1, 1001)),
-        (10, range(10, 1001, 10)),
         (150, [64, 192, *range(342, 1000, 150), 1000]),
         (512, [64, 192, 448, 960, 1000]),
     ],
@@ -135,7 +133,7 @@ def test_shards_of_two_lanes_meet_equally_often() -> None:
     assert max(met.values()) < 1.3 * min(met.values())
 
 
-@pytest.mark.parametrize("position", [0, 17, SIZE - 1, SIZE, 3 * SIZE + 5])
+@pytest.mark.parametrize("position", [17, SIZE, 3 * SIZE + 5])
 def test_position_is_found_without_those_before_it(position: int) -> None:
     straight = refs(order(shuffle=8, lanes=3), range(4 * SIZE))
     assert refs(order(shuffle=8, lanes=3), range(position, 4 * SIZE)) == straight[position:]
@@ -187,10 +185,9 @@ def test_empty_lane_takes_the_shards_of_its_source() -> None:
     assert refs(order(counts, lanes=4, shuffle=4), range(350, 400)) == refs(order(counts, lanes=4, shuffle=4), range(400))[350:]
 
 
-@pytest.mark.parametrize("lanes", [1, 3])
-def test_source_without_usable_samples_is_a_user_error(lanes: int) -> None:
+def test_source_without_usable_samples_is_a_user_error() -> None:
     with pytest.raises(UserError, match="nothing usable"):
-        refs(order([0, 0, 0], lanes=lanes), range(1))
+        refs(order([0, 0, 0], lanes=3), range(1))
 
 
 # Sources
@@ -219,7 +216,7 @@ def test_every_source_goes_through_its_own_epochs() -> None:
             assert len(set(lane[start : start + 30])) == 30
 
 
-@pytest.mark.parametrize("weights", [[10_000, 1], [1, 0], [1, -1]])
+@pytest.mark.parametrize("weights", [[10_000, 1], [1, -1]])
 def test_weight_that_cannot_be_met_is_a_user_error(weights: list[float]) -> None:
     with pytest.raises(UserError, match="weight"):
         Order([Counts([30]), Counts([30])], weights)
@@ -228,8 +225,7 @@ def test_weight_that_cannot_be_met_is_a_user_error(weights: list[float]) -> None
 # Ranks
 
 
-@pytest.mark.parametrize("lanes", [3, 8])
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(("lanes", "ranks"), [(3, 2), (8, 4)])
 def test_ranks_share_out_the_same_global_batches(lanes: int, ranks: int) -> None:
     whole, counts = order([40] * 16, lanes=lanes), [40] * 16
     shares = [order(counts, lanes=lanes) for _ in range(ranks)]
@@ -290,7 +286,7 @@ def bucketed(counts: Sequence[int] = (40, 0, 61, 33, 1, 70), *, batch: int = 8, 
     return BucketOrder(order(counts, **{"shuffle": 16, "lanes": 3, **options}), SHAPES, batch_size=batch)
 
 
-@pytest.mark.parametrize(("batch", "lanes"), [(1, 5), (3, 1), (8, 5)])
+@pytest.mark.parametrize(("batch", "lanes"), [(1, 5), (8, 5)])
 def test_window_of_batches_has_every_sample_at_its_nearest_shape(batch: int, lanes: int) -> None:
     counts, window = [600, 600, 590], WINDOW * batch
     whole, plain, source = bucketed(counts, batch=batch, lanes=lanes), order(counts, shuffle=16, lanes=lanes), Counts(counts)
@@ -320,7 +316,7 @@ def test_bucketed_batches_mix_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(len({ref.lane for _, ref in whole.batch(range(first, first + 16))}) for first in range(0, 512, 16)) >= 4
 
 
-@pytest.mark.parametrize("first", [0, 8, 31 * 8, 32 * 8, 100 * 8])
+@pytest.mark.parametrize("first", [8, 32 * 8, 100 * 8])
 def test_bucketed_position_is_found_without_those_before_it(first: int) -> None:
     positions = range(first, first + 8)
     straight = bucketed()
@@ -335,8 +331,7 @@ def test_bucketed_position_is_found_without_those_before_it(first: int) -> None:
 # A pass
 
 
-@pytest.mark.parametrize("by_shard", [False, True])
-@pytest.mark.parametrize("shapes", [(), SHAPES], ids=["plain", "buckets"])
+@pytest.mark.parametrize(("shapes", "by_shard"), [((), False), (SHAPES, True)], ids=["plain", "buckets by shard"])
 def test_pass_has_every_sample_once_in_order(shapes: list[tuple[int, int]], by_shard: bool) -> None:
     batches = list(one_pass(Counts(COUNTS), 4, shapes=shapes, by_shard=by_shard))
     samples = [(ref.shard, ref.sample) for batch in batches for ref in batch]
@@ -357,7 +352,7 @@ def test_turns_are_spread_evenly() -> None:
     assert [turns[position][1] for position in range(40) if turns[position][0] == 1] == list(range(12))
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 6])
+@pytest.mark.parametrize("lanes", [1, 6])
 def test_lane_releases_all_but_its_present_shard_and_the_neighbours(lanes: int) -> None:
     source = Counts(12 * [40])
     stream, open_shards = Order([source], [1.0], lanes=lanes, shuffle=8), set()

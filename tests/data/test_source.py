@@ -1,10 +1,8 @@
 """A source refuses what is no shard with its cause, bears what the system lacks for a moment, and reads by number."""
 
-import bz2
 import errno
 import gzip
 import io
-import lzma
 import resource
 import tarfile
 import zipfile
@@ -24,18 +22,14 @@ from tests.data.conftest import SIZES, pairs, png, sample_keys, write_shard, wri
 
 @pytest.mark.parametrize(
     ("members", "complaint"),
-    [
-        ({"png": png()}, "no captions"),
-        ({"txt": "a cat"}, "no images"),
-        ({"json": {"caption": "a cat"}, "npy": b""}, "no images"),
-    ],
+    [({"png": png()}, "no captions"), ({"json": {"caption": "a cat"}, "npy": b""}, "no images")],
 )
 def test_shards_lacking_images_or_captions_are_refused(tmp_path: Path, members: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         Source([write_shard(tmp_path / "a.tar", [{"__key__": "a", **members}])]).check()
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>404</html>", bytes(10240)], ids=["empty", "html", "no members"])
+@pytest.mark.parametrize("content", [b"<html>404</html>", bytes(10240)], ids=["html", "no members"])
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.tar").write_bytes(content)
     with pytest.raises(UserError, match="not a readable webdataset shard"):
@@ -53,9 +47,6 @@ def zipped(content: bytes) -> bytes:
     ("pack", "says"),
     [
         (gzip.compress, r"it is compressed \(gzip\): gunzip it first"),
-        (bz2.compress, r"it is compressed \(bzip2\): bunzip2 it first"),
-        (lzma.compress, r"it is compressed \(xz\): unxz it first"),
-        (lambda content: b"\x28\xb5\x2f\xfd" + content, r"it is compressed \(zstd\): unzstd it first"),
         (zipped, "it is a zip archive: unzip it, and pack its files with tar --sort=name"),
         (lambda content: b"version https://git-lfs.github.com/spec/v1\n", "it is a pointer of Git LFS"),
         (lambda content: png(), "it is a picture: pack it and its caption"),
@@ -69,12 +60,11 @@ def test_files_taken_for_shards_are_named(tmp_path: Path, pack: Any, says: str) 
         Source([str(shard)]).check()
 
 
-@pytest.mark.parametrize("links", ["png txt", "png"])
-def test_shard_of_links_is_told_how_to_pack(tmp_path: Path, links: str) -> None:
+def test_shard_of_links_is_told_how_to_pack(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for name in ("png", "txt"):
             info = tarfile.TarInfo(f"0.{name}")
-            if name in links:
+            if name == "png":
                 info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
             archive.addfile(info)
     with pytest.raises(UserError, match="tar --dereference"):
@@ -92,7 +82,6 @@ def test_extensions_are_listed_in_short(tmp_path: Path) -> None:
     ("member", "needs", "says"),
     [
         ("latent.npy", IMAGES, r"holds latents, not pictures: set callbacks\.evaluation\.shards to shards of pictures"),
-        ("sample.npy", IMAGES, "holds latents, not pictures"),
         ("jpg", LATENTS, "holds pictures, not latents: encode it with python -m lcm.encode, or choose data=shards"),
     ],
 )
@@ -135,7 +124,6 @@ def test_check_reads_no_pictures_and_one_shard(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("where", "number"),
     [
-        ("source.LocalFile", errno.EMFILE),
         ("source.LocalFile", errno.ESTALE),
         ("growing.locked", errno.EMFILE),
         ("index.open", errno.ENOMEM),

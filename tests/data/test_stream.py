@@ -2,10 +2,7 @@
 
 import copy
 import itertools
-import multiprocessing
-import os
 import random
-import resource
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +18,7 @@ from lcm.data.source import Source
 from lcm.data.stream import PassStream, Stream, TrainStream
 from lcm.data.tar import LocalFile
 from lcm.data.transforms import Decode, collate
-from tests.data.conftest import SIZES, gather, keep, keys, pairs, png, stream, take, write_shard
+from tests.data.conftest import SIZES, keep, keys, pairs, png, stream, take, write_shard
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 EVERY = [f"{shard}-{i:02d}" for shard, size in enumerate(SIZES) for i in range(size)]
@@ -41,19 +38,7 @@ def shards_of(batches: list[dict[str, Any]]) -> set[str]:
 # Training
 
 
-def test_epochs_follow_each_other_without_loss(even: list[str]) -> None:
-    names = keys(take(stream(even, batch_size=6, lanes=4), 48))
-    for start in (0, 96, 192):
-        assert len(set(names[start : start + 96])) == 96
-
-
-def test_lanes_of_other_lengths_lose_nothing(urls: list[str]) -> None:
-    names = keys(take(stream(urls, batch_size=5), 27))
-    assert set(names) == set(EVERY)
-    assert max(Counter(names).values()) <= 2 + min(Counter(names).values())
-
-
-@pytest.mark.parametrize(("workers", "context"), [(1, "fork"), (3, "fork"), (2, "spawn")])
+@pytest.mark.parametrize(("workers", "context"), [(3, "fork"), (2, "spawn")])
 def test_order_and_draws_do_not_depend_on_workers(urls: list[str], workers: int, context: str) -> None:
     assert take(stream(urls), 14, workers, context) == take(stream(urls), 14)
 
@@ -72,7 +57,7 @@ def in_turns(whole: Stream, count: int | None, workers: int, patch: pytest.Monke
     return list(itertools.islice(itertools.takewhile(bool, batches), count))
 
 
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0), (3, 3), (8, 1)])
+@pytest.mark.parametrize(("ranks", "workers"), [(3, 3), (8, 1)])
 def test_every_sample_once_an_epoch_over_ranks_and_workers(
     even: list[str], urls: list[str], ranks: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,22 +77,6 @@ def test_workers_in_turns_are_those_of_a_loader(urls: list[str], monkeypatch: py
     assert in_turns(stream(urls, shuffle=0), None, 2, monkeypatch) == take(stream(urls, shuffle=0), None, 2)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_share_out_the_same_global_batches(urls: list[str], ranks: int) -> None:
-    whole = take(stream(urls, batch_size=8, lanes=4), 14)
-    shares = [take(stream(urls, batch_size=8 // ranks, lanes=4, rank=rank, world_size=ranks), 14) for rank in range(ranks)]
-    for batch, *parts in zip(whole, *shares, strict=True):
-        assert keys(parts) == batch["keys"]
-        assert {part["position"] for part in parts} == {batch["position"]}
-
-
-def test_rank_keeps_to_its_shards(even: list[str]) -> None:
-    """With a multiple of the ranks as lanes, each reads its own shards: no shard is brought to every node."""
-    shares = [take(stream(even, lanes=4, batch_size=8, rank=rank, world_size=4), 7) for rank in range(4)]
-    assert [len(shards_of(share)) for share in shares] == [2, 2, 2, 2]
-    assert len(set().union(*map(shards_of, shares))) == 8
-
-
 # Resume
 
 
@@ -117,8 +86,7 @@ def test_stream_resumes_from_the_position_of_any_batch(urls: list[str]) -> None:
         assert take(stream(urls, batch_size=5, start=straight[done]["position"]), 3) == straight[done + 1 : done + 4]
 
 
-@pytest.mark.parametrize("lost", [False, True], ids=["indexed", "index removed"])
-@pytest.mark.parametrize(("workers", "ranks"), [(2, 1), (0, 2), (1, 4)])
+@pytest.mark.parametrize(("workers", "ranks", "lost"), [(2, 1, False), (0, 2, True), (1, 4, False)])
 def test_resume_with_other_workers_and_ranks(even: list[str], tmp_path: Path, workers: int, ranks: int, lost: bool) -> None:
     straight = take(stream(Source(even, index=str(tmp_path)), batch_size=8, lanes=4), 30)
     for done in (2, 11, 25):  # the first, the first and the third epoch
@@ -191,12 +159,11 @@ def test_pass_is_ordered_and_complete(urls: list[str]) -> None:
     assert [len(batch["keys"]) for batch in batches] == [10, 10, 10, 10, 5]
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_pass_does_not_depend_on_workers(urls: list[str], workers: int) -> None:
-    assert take(stream(urls, shuffle=0), workers=workers) == take(stream(urls, shuffle=0))
+def test_pass_does_not_depend_on_workers(urls: list[str]) -> None:
+    assert take(stream(urls, shuffle=0), workers=3) == take(stream(urls, shuffle=0))
 
 
-@pytest.mark.parametrize(("ranks", "batch"), [(2, 3), (8, 3), (4, 32)])
+@pytest.mark.parametrize(("ranks", "batch"), [(8, 3), (4, 32)])
 def test_ranks_share_out_a_pass(urls: list[str], ranks: int, batch: int) -> None:
     shares = [take(stream(urls, shuffle=0, batch_size=batch, rank=rank, world_size=ranks)) for rank in range(ranks)]
     assert set(keys([batch for share in shares for batch in share])) == set(EVERY)
@@ -214,13 +181,6 @@ def test_pass_by_shard_draws_alike_whatever_the_other_shards(urls: list[str], wo
     assert [batch["draws"] for batch in rest] == [batch["draws"] for batch in whole if batch["shard"] in (1, 3)]
     again = stream(source, shuffle=0, by_shard=True)
     assert take(again) == take(again) == take(stream(source, shuffle=0, by_shard=True))
-
-
-def test_sources_are_mixed_in_batches(tmp_path: Path) -> None:
-    sources = [Source([write_shard(tmp_path / f"{n}.tar", pairs(n, 20))]) for n in range(2)]
-    order = Order(sources, [3, 1], shuffle=8)
-    mixed = TrainStream(sources, order, decode=keep, collate=gather, batch_size=50)
-    assert Counter(key[0] for key in keys(take(mixed, 20))) == {"0": 750, "1": 250}
 
 
 # Damage
@@ -246,16 +206,10 @@ def test_damaged_image_leaves_the_batch_size(tmp_path: Path, caplog: pytest.LogC
     assert f"skipping 0-03 of {shard}" in caplog.text
 
 
-def test_damaged_image_is_left_out_of_a_pass(tmp_path: Path) -> None:
-    batches = take(pixels([sound(tmp_path, 7)], shuffle=0))
-    assert [len(batch["keys"]) for batch in batches] == [3, 4]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_ranks_have_as_many_batches_of_a_damaged_pass(tmp_path: Path, workers: int) -> None:
+def test_ranks_have_as_many_batches_of_a_damaged_pass(tmp_path: Path) -> None:
     """Sample 3 is rank 1's whole share of the second batch."""
     shard, options = sound(tmp_path, 5), {"shuffle": 0, "batch_size": 1, "world_size": 2}
-    shares = [take(pixels([shard], rank=rank, **options), workers=workers) for rank in (0, 1)]
+    shares = [take(pixels([shard], rank=rank, **options), workers=2) for rank in (0, 1)]
     seen = [[key.rpartition("/")[2] for key in keys(share)] for share in shares]
     assert seen == [["0-00", "0-02", "0-04"], ["0-01", "0-02", "0-05"]]
     assert [batch["skipped"].get("image", 0) for batch in shares[1]] == [0, 1, 0]
@@ -267,29 +221,12 @@ def test_pass_without_sound_samples_ends(urls: list[str]) -> None:
         take(stream(urls, shuffle=0, decode=refuse, rank=1, world_size=2))
 
 
-def test_training_on_batches_of_one_survives_a_damaged_image(tmp_path: Path) -> None:
-    batches = take(pixels([sound(tmp_path, 5)], batch_size=1), 12)
-    assert [len(batch["keys"]) for batch in batches] == 12 * [1]
-    assert sum(batch["skipped"].get("image", 0) for batch in batches) == 2
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_stand_ins_depend_on_the_position_alone(tmp_path: Path, workers: int) -> None:
+def test_stand_ins_depend_on_the_position_alone(tmp_path: Path) -> None:
     shard = sound(tmp_path, 5)
     straight = [(batch["keys"], batch["position"]) for batch in take(pixels([shard], batch_size=1), 12)]
     for done in range(8):
-        resumed = take(pixels([shard], batch_size=1, start=straight[done][1]), 3, workers)
+        resumed = take(pixels([shard], batch_size=1, start=straight[done][1]), 3, workers=2)
         assert [(batch["keys"], batch["position"]) for batch in resumed] == straight[done + 1 : done + 4]
-
-
-def test_shard_that_vanished_is_left_out_and_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    shards = [write_shard(tmp_path / f"{n}.tar", pairs(n, 6)) for n in range(3)]
-    whole = stream(shards, batch_size=3)
-    Path(shards[1]).unlink()
-    names = keys(take(whole, 12))
-    assert {key[0] for key in names} == {"0", "2"}
-    assert len(set(names)) == 12  # its lane takes the shards of the others
-    assert caplog.text.count(f"leaving out shard {shards[1]}") == 1
 
 
 @pytest.mark.parametrize("rewritten", [True, False], ids=["shrank", "removed"])
@@ -304,14 +241,6 @@ def test_shard_that_changes_meanwhile_costs_its_samples_only(tmp_path: Path, rew
     lost = sum(sum(batch["skipped"].values()) for batch in batches)
     assert lost == (3 if rewritten else 12)
     assert {key for key in keys(batches) if key[0] == "1"} == {f"1-{i:02d}" for i in range(12)}
-
-
-def test_nothing_left_is_a_user_error(tmp_path: Path) -> None:
-    shard = write_shard(tmp_path / "0.tar", pairs(0, 12))
-    whole = stream([shard])
-    Path(shard).unlink()
-    with pytest.raises(UserError, match=r"1 shards hold no usable sample: left out are \{'shard': 1\}"):
-        take(whole, 1)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -334,15 +263,6 @@ def test_captions_are_dropped_a_sample_at_a_time(urls: list[str]) -> None:
     empty = [batch.count("") for batch in captions(urls, 0.5, 24)]
     assert 0.4 < sum(empty) / (24 * 8) < 0.6
     assert sum(0 < count < 8 for count in empty) > 20
-
-
-def test_the_same_captions_are_dropped_again(urls: list[str]) -> None:
-    assert captions(urls, 0.5, 12) == captions(urls, 0.5, 12)
-
-
-@pytest.mark.parametrize(("dropout", "dropped"), [(0.0, 0), (1.0, 48)])
-def test_dropout_of_none_and_of_all(urls: list[str], dropout: float, dropped: int) -> None:
-    assert sum(batch.count("") for batch in captions(urls, dropout, 6)) == dropped
 
 
 # Batches of one shape
@@ -385,13 +305,12 @@ def test_bucketed_batches_have_one_shape_and_none_is_lost(mixed: list[str]) -> N
     }
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_bucketed_batches_do_not_depend_on_the_workers(mixed: list[str], workers: int) -> None:
-    assert content(take(bucketed(mixed), 14, workers)) == content(take(bucketed(mixed), 14))
+def test_bucketed_batches_do_not_depend_on_the_workers(mixed: list[str]) -> None:
+    assert content(take(bucketed(mixed), 14, workers=3)) == content(take(bucketed(mixed), 14))
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_share_out_the_same_bucketed_batches_at_one_shape(mixed: list[str], ranks: int) -> None:
+def test_ranks_share_out_the_same_bucketed_batches_at_one_shape(mixed: list[str]) -> None:
+    ranks = 4
     whole = take(bucketed(mixed, batch_size=8), 14)
     assert len({batch["x"].shape for batch in whole}) == 4
     shares = [take(bucketed(mixed, batch_size=8 // ranks, rank=rank, world_size=ranks), 14) for rank in range(ranks)]
@@ -400,14 +319,7 @@ def test_ranks_share_out_the_same_bucketed_batches_at_one_shape(mixed: list[str]
         assert {(part["position"], part["x"].shape[2:]) for part in parts} == {(batch["position"], batch["x"].shape[2:])}
 
 
-def test_a_bucketed_stream_goes_on_from_the_position_of_any_batch(mixed: list[str]) -> None:
-    straight = take(bucketed(mixed), 26)
-    for done in (0, 7, 23):
-        rest = take(bucketed(mixed, start=straight[done]["position"]), 2)
-        assert content(rest) == content(straight[done + 1 : done + 3])
-
-
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 2), (3, 0)])
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (3, 0)])
 def test_bucketed_pass_is_complete_and_of_one_shape_a_batch(mixed: list[str], ranks: int, workers: int) -> None:
     source = Source(mixed, aspect=aspect)
     options = {"batch_size": 4, "shapes": SHAPES, "decode": Decode(16), "collate": collate, "world_size": ranks}
@@ -429,29 +341,3 @@ def test_stand_ins_have_the_shape_of_their_batch(tmp_path: Path) -> None:
     broken = [batch for batch in batches if batch["skipped"].get("image") == 2]
     assert {tuple(batch["x"].shape) for batch in broken} == {(2, 3, 24, 16)}
     assert {len(batch["keys"]) for batch in batches} == {2}
-
-
-def test_many_shards_need_few_open_files(tmp_path: Path) -> None:
-    """A process of its own, with few handles left: a limit is set before the sources count on it."""
-    shards = [write_shard(tmp_path / f"{n:03d}.tar", pairs(n, 3)) for n in range(60)]
-    process = multiprocessing.get_context("fork").Process(target=read_with_few_handles, args=(shards,))
-    process.start()
-    process.join(120)
-    assert process.exitcode == 0
-
-
-def read_with_few_handles(shards: list[str]) -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 24, hard))
-    batches = take(stream(shards, lanes=16), 100)
-    assert not any(batch["skipped"] for batch in batches)
-    assert len(set(keys(batches))) == 180
-
-
-def test_handle_that_a_file_server_lost_is_opened_again(urls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = stream(urls)
-    batches = iter(whole)
-    first = [next(batches) for _ in range(3)]
-    for file, _ in whole.sources[0].files.values():
-        monkeypatch.setattr(file, "read", lambda *_: os.pread(-1, 1, 0))
-    assert [*first, *(next(batches) for _ in range(6))] == take(stream(urls), 9)

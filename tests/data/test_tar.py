@@ -217,14 +217,13 @@ def test_incomplete_sample_with_dots_has_its_own_name(tmp_path: Path) -> None:
     assert flaws(shard) == {"p.2": "no_caption"}
 
 
-@pytest.mark.parametrize("labels", ["0.seg.json", "0.blip.txt"])
-def test_extensions_with_dots_stay_members(tmp_path: Path, labels: str) -> None:
-    items = [(labels, b"{}"), ("0.seg.png", png()), *pair("0"), ("0.json", b"{}")]
+def test_extensions_with_dots_stay_members(tmp_path: Path) -> None:
+    items = [("0.blip.txt", b"{}"), ("0.seg.png", png()), *pair("0"), ("0.json", b"{}")]
     [sample] = samples_of(Source([write_tar(tmp_path / "a.tar", items)]))
-    assert sample.keys() == {"__key__", "__url__", "png", "txt", "json", "seg.png", labels[2:]}
+    assert sample.keys() == {"__key__", "__url__", "png", "txt", "json", "seg.png", "blip.txt"}
 
 
-@pytest.mark.parametrize(("name", "weights"), [("blip", {"blip": 1.0}), ("caption", None), ("cap", None)])
+@pytest.mark.parametrize(("name", "weights"), [("blip", {"blip": 1.0}), ("caption", None)])
 def test_captions_of_any_name_make_samples(tmp_path: Path, name: str, weights: dict[str, float] | None) -> None:
     """Keys with dots, names that come again, and members that lie apart."""
     dotted = [(f"p.{i}.{end}", png()) for i in range(3) for end in ("png", name)]
@@ -243,7 +242,7 @@ def test_latents_of_a_key_with_dots(tmp_path: Path) -> None:
     assert source.read(0, 1).keys() >= {"latent.npy", "sizes.npy", "txt"}
 
 
-@pytest.mark.parametrize("order", ["aab", "aba", "baa"])
+@pytest.mark.parametrize("order", ["aab", "aba"])
 def test_samples_of_one_name_are_all_used(tmp_path: Path, order: str) -> None:
     items = [item for i, key in enumerate(order) for item in pair(key, str(i).encode())]
     shard = write_tar(tmp_path / "a.tar", items)
@@ -251,14 +250,14 @@ def test_samples_of_one_name_are_all_used(tmp_path: Path, order: str) -> None:
     assert Source([shard]).notes(0) == (3, {}, 1)
 
 
-@pytest.mark.parametrize("members", ["png png txt txt", "png txt txt", "png txt png"])
+@pytest.mark.parametrize("members", ["png png txt txt", "png txt png"])
 def test_one_name_is_not_paired_by_chance(tmp_path: Path, members: str) -> None:
     shard = write_tar(tmp_path / "a.tar", [*((f"a.{name}", png()) for name in members.split()), *pair("b")])
     assert usable(shard) == ["b"]
     assert flaws(shard) == {"a": "duplicate"}
 
 
-@pytest.mark.parametrize(("ends", "folders"), [("png txt", False), ("txt png", True), ("json png txt", False)])
+@pytest.mark.parametrize(("ends", "folders"), [("txt png", True), ("json png txt", False)])
 def test_members_apart_are_counted_as_such(tmp_path: Path, folders: bool, ends: str) -> None:
     files = [(f"{n:03d}.{end}", png()) for end in ends.split() for n in range(30)]
     items = [(f"{name.partition('.')[2]}/{name}" if folders else name, content) for name, content in files]
@@ -303,8 +302,7 @@ def outside(target: Path, link: Path) -> None:
     link.symlink_to("/etc/passwd")
 
 
-@pytest.mark.parametrize("links", ["png txt", "txt"])
-@pytest.mark.parametrize("link", [os.link, relative], ids=["hard", "symbolic"])
+@pytest.mark.parametrize(("link", "links"), [(os.link, "png txt"), (relative, "txt")], ids=["hard", "symbolic"])
 def test_links_within_a_tar_are_followed(tmp_path: Path, link: Any, links: str) -> None:
     source = Source([linked(tmp_path, link, links)], filters=Filters(min_caption=5))
     assert sample_keys(source) == ["real/0", "made/0"]
@@ -312,7 +310,7 @@ def test_links_within_a_tar_are_followed(tmp_path: Path, link: Any, links: str) 
     assert (first["png"], first["txt"]) == (second["png"], second["txt"]) == (png(), b"a cat")
 
 
-@pytest.mark.parametrize("links", ["png txt", "png", "txt"])
+@pytest.mark.parametrize("links", ["png txt", "txt"])
 def test_links_out_of_a_tar_are_counted_as_such(tmp_path: Path, links: str) -> None:
     shard = linked(tmp_path, outside, links)
     assert usable(shard) == ["real/0"]
@@ -327,8 +325,7 @@ def header(shard: str | Path, member: str) -> tarfile.TarInfo:
         return archive.getmember(member)
 
 
-@pytest.mark.parametrize("member", ["png", "txt"])
-@pytest.mark.parametrize("long", [False, True], ids=["short", "pax"])
+@pytest.mark.parametrize(("member", "long"), [("png", True), ("txt", False)], ids=["pax", "short"])
 def test_damaged_header_costs_one_sample(tmp_path: Path, member: str, long: bool) -> None:
     """A long name has two headers. Names after it are short, so that it would be seen where it was taken for another's."""
     keys = [f"{'d' * 120 * (long and i == 6)}{i:02d}" for i in range(12)]
@@ -348,15 +345,10 @@ def test_damaged_header_costs_one_sample(tmp_path: Path, member: str, long: bool
             assert len(usable(shard)) == 12 or left_out
 
 
-@pytest.mark.parametrize("member", ["1-06.png", "1-06.txt"])
-@pytest.mark.parametrize("part", ["header", "content", "boundary"])
-def test_cut_costs_the_rest_of_a_shard(tmp_path: Path, urls: list[str], member: str, part: str) -> None:
-    info = header(urls[1], member)
-    at = {"header": info.offset + 100, "content": info.offset_data + info.size // 2, "boundary": info.offset}[part]
-    (tmp_path / "cut.tar").write_bytes(Path(urls[1]).read_bytes()[:at])
+def test_cut_header_costs_the_rest_of_a_shard(tmp_path: Path, urls: list[str]) -> None:
+    """Other cuts: tests/data/test_damage.py."""
+    (tmp_path / "cut.tar").write_bytes(Path(urls[1]).read_bytes()[: header(urls[1], "1-06.png").offset + 100])
     assert usable(tmp_path / "cut.tar") == [f"1-{i:02d}" for i in range(6)]
-    if part == "content":
-        assert flaws(tmp_path / "cut.tar") == {"1-06": "cut"}
 
 
 def test_too_large_sample_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

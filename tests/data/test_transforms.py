@@ -5,16 +5,13 @@ import json
 import math
 import pickle
 import random
-import struct
-import warnings
-import zlib
 from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile, JpegImagePlugin
+from PIL import Image, JpegImagePlugin
 from torch import Tensor
 
 from lcm.core.errors import UserError
@@ -93,7 +90,7 @@ def noise(width: int = 96, height: int = 64) -> bytes:
     return encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)))
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1"])
+@pytest.mark.parametrize("mode", ["L", "1"])
 def test_every_mode_of_png_becomes_rgb(mode: str) -> None:
     x = decode(encoded(corner().convert(mode)))
     assert x.shape == (3, SIZE, SIZE)
@@ -102,7 +99,7 @@ def test_every_mode_of_png_becomes_rgb(mode: str) -> None:
     assert torch.equal(x, expected)
 
 
-@pytest.mark.parametrize("mode", ["CMYK", "L", "RGB"])
+@pytest.mark.parametrize("mode", ["CMYK", "L"])
 def test_every_mode_of_jpeg_becomes_rgb(mode: str) -> None:
     x = decode(encoded(Image.new("RGB", (40, 40), (128, 128, 128)).convert(mode), "JPEG"), name="jpg")
     assert x.shape == (3, SIZE, SIZE)
@@ -129,21 +126,11 @@ def test_the_half_transparent_is_blended_with_white() -> None:
     ).abs().max() <= 1
 
 
-@pytest.mark.parametrize(("orientation", "side"), [(number, (48, 300)[number % 2]) for number in STORED])
-def test_exif_rotations_are_undone(orientation: int, side: int) -> None:
-    x = decode(rotated(corner(side, side), orientation), name="jpg").int()
-    red = x[0] - x[2] > 0
-    assert red[: SIZE // 4 - 2, : SIZE // 2 - 2].all()
-    assert not red[SIZE // 4 + 2 :].any()
-    assert not red[:, SIZE // 2 + 2 :].any()
-
-
-@pytest.mark.parametrize("orientation", STORED)
-def test_turned_file_is_cropped_like_its_upright_picture(orientation: int) -> None:
-    upright, how = photo(150, 90), STORED[orientation]
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    turned = encoded(upright if how is None else upright.transpose(how), exif=exif)
+def test_turned_file_is_cropped_like_its_upright_picture() -> None:
+    """A PNG. The other orientations: test_turned_and_drafted_file_is_cropped_like_its_upright."""
+    upright, exif = photo(150, 90), Image.Exif()
+    exif[0x0112] = 8
+    turned = encoded(upright.transpose(STORED[8]), exif=exif)
     for seed in range(6):
         options = {"seed": seed, "random_crop": True, "flip": True}
         first, second = (decoded({"png": content, "txt": b""}, **options) for content in (encoded(upright), turned))
@@ -158,12 +145,11 @@ def test_damaged_exif_does_not_cost_the_picture() -> None:
     assert torch.equal(decode(damaged, name="jpg"), decode(sound, name="jpg"))
 
 
-@pytest.mark.parametrize("kind", ["GIF", "BMP", "WEBP"])
-def test_the_name_need_not_tell_the_format(kind: str) -> None:
+def test_the_name_need_not_tell_the_format() -> None:
     """img2dataset's `disable_all_reencoding` stores whatever it got as .jpg."""
-    assert decode(encoded(Image.new("RGB", (40, 40), "red"), kind), name="jpg").float().mean((1, 2)).tolist() == pytest.approx(
-        [255, 0, 0], abs=2
-    )
+    assert decode(encoded(Image.new("RGB", (40, 40), "red"), "WEBP"), name="jpg").float().mean(
+        (1, 2)
+    ).tolist() == pytest.approx([255, 0, 0], abs=2)
 
 
 def without_draft(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,16 +158,7 @@ def without_draft(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "scale"),
-    [
-        ((32, 32), 1),
-        ((63, 63), 1),
-        ((64, 64), 2),
-        ((64, 1000), 2),
-        ((1000, 63), 1),
-        ((130, 255), 4),
-        ((256, 257), 8),
-        ((999, 999), 8),
-    ],
+    [((63, 63), 1), ((64, 1000), 2), ((1000, 63), 1), ((256, 257), 8)],
 )
 def test_jpeg_is_decoded_at_the_smallest_scale_that_holds(
     shape: tuple[int, int], scale: int, monkeypatch: pytest.MonkeyPatch
@@ -197,10 +174,7 @@ def test_jpeg_is_decoded_at_the_smallest_scale_that_holds(
 
 @pytest.mark.parametrize(
     ("orientation", "mode", "shape"),
-    [
-        *((1, "RGB", (64, 64)), (2, "RGB", (517, 389)), (3, "RGB", (131, 399)), (4, "RGB", (512, 513))),
-        *((5, "L", (517, 389)), (6, "CMYK", (1024, 70)), (7, "RGB", (517, 389)), (8, "RGB", (131, 399))),
-    ],
+    [(5, "L", (517, 389)), (6, "CMYK", (1024, 70))],
 )
 def test_a_drafted_picture_is_the_same_picture(
     mode: str, shape: tuple[int, int], orientation: int, monkeypatch: pytest.MonkeyPatch
@@ -216,17 +190,11 @@ def test_a_drafted_picture_is_the_same_picture(
     assert (drafted[:, 1:] - whole[:, :-1]).abs().mean() > 5
 
 
-@pytest.mark.parametrize("scale", [2, 4, 8])
-def test_a_fine_checkerboard_becomes_grey(scale: int) -> None:
+def test_a_fine_checkerboard_becomes_grey() -> None:
     """Every second pixel of it would be all black or all white."""
-    board = (np.indices((scale * SIZE, scale * SIZE)).sum(0) % 2 * 255).astype(np.uint8)
+    board = (np.indices((8 * SIZE, 8 * SIZE)).sum(0) % 2 * 255).astype(np.uint8)
     x = decode(encoded(Image.fromarray(board), "JPEG", quality=95), name="jpg").int()
     assert (x - 128).abs().max() <= 4
-
-
-@pytest.mark.parametrize("shape", [(2, 2), (2, 3), (31, 200), (200, 31), (32, 32), (33, 32), (500, 400)])
-def test_every_shape_becomes_the_square(shape: tuple[int, int]) -> None:
-    assert decode(encoded(Image.new("RGB", shape, "red"))).float().mean((1, 2)).tolist() == [255, 0, 0]
 
 
 def test_thin_image_costs_no_more_memory_than_its_square(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,19 +211,6 @@ def test_thin_image_costs_no_more_memory_than_its_square(monkeypatch: pytest.Mon
     assert max(asked) <= 100 * SIZE**2
 
 
-def test_an_image_of_the_right_size_is_not_touched() -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
-    assert np.array_equal(decode(encoded(Image.fromarray(pixels))).permute(1, 2, 0).numpy(), pixels)
-
-
-@pytest.mark.parametrize("portrait", [False, True])
-def test_the_centre_is_cropped(portrait: bool) -> None:
-    image = Image.new("RGB", (96, 32), "red")
-    image.paste("green", (32, 0, 64, 32))
-    x = decode(encoded(image.transpose(TRANSPOSE.ROTATE_90) if portrait else image))
-    assert x.float().mean((1, 2)).tolist() == [0, 128, 0]
-
-
 def test_random_crop_and_flip_depend_on_the_rng_alone() -> None:
     options = {"random_crop": True, "flip": True}
     random.seed(1)
@@ -269,7 +224,7 @@ def test_without_crop_and_flip_the_rng_does_not_matter() -> None:
     assert torch.equal(decode(noise(), seed=1), decode(noise(), seed=2))
 
 
-@pytest.mark.parametrize("shape", [(32, 48), (48, 32), (16, 64)])
+@pytest.mark.parametrize("shape", [(32, 48), (16, 64)])
 def test_picture_of_another_shape_is_cut_on_one_side(shape: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     same = decoded({"png": encoded(Image.fromarray(pixels)), "txt": b"", "__shape__": shape})
@@ -312,12 +267,6 @@ def test_any_picture_becomes_any_shape() -> None:
         assert x[1:].max() < 50
 
 
-def test_a_random_crop_is_a_window_of_the_resized_image() -> None:
-    wide = decode(noise(96, 32), size=32, random_crop=True, seed=3)
-    pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(noise(96, 32))))).permute(2, 0, 1)
-    assert any(torch.equal(wide, pixels[:, :, left : left + 32]) for left in range(65))
-
-
 def test_a_flip_mirrors_half_of_the_images() -> None:
     plain, flipped = decode(noise()), [decode(noise(), flip=True, seed=seed) for seed in range(40)]
     mirrored = [torch.equal(x, plain.flip(2)) for x in flipped]
@@ -333,11 +282,7 @@ def ramps(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize(
     ("width", "height", "high", "wide", "random_crop"),
-    [
-        (*picture, *shape, bool((i + j) % 2))
-        for i, picture in enumerate([(240, 96), (96, 240), (64, 64), (36, 24)])
-        for j, shape in enumerate([(SIZE, SIZE), (24, 40), (40, 24)])
-    ],
+    [(240, 96, SIZE, SIZE, False), (96, 240, 24, 40, True), (36, 24, 40, 24, True)],
 )
 def test_crop_says_where_the_image_lies(width: int, height: int, high: int, wide: int, random_crop: bool) -> None:
     unit = max(wide / width, high / height)  # pixels of the resized picture in a pixel of the stored one
@@ -360,16 +305,14 @@ def test_crop_says_where_the_image_lies(width: int, height: int, high: int, wide
     assert sides == {False, True}
 
 
-@pytest.mark.parametrize("orientation", [1, 6], ids=["upright", "turned"])
 @pytest.mark.parametrize(
-    ("meta", "expected"),
+    ("orientation", "meta", "expected"),
     [
-        ({}, (200, 300)),
-        ({"original_width": 3000, "original_height": "2000"}, (2000, 3000)),
-        ({"ORIGINAL_WIDTH": 3000.0, "Original_Height": 2000.0}, (2000, 3000)),
-        ({"original_width": None, "original_height": 2000}, (200, 300)),
-        ({"original_width": 0, "original_height": 0}, (200, 300)),
-        ({"original_width": 1e300, "original_height": 2}, (200, 300)),
+        (6, {}, (200, 300)),
+        (6, {"original_width": 3000, "original_height": "2000"}, (2000, 3000)),
+        (1, {"ORIGINAL_WIDTH": 3000.0, "Original_Height": 2000.0}, (2000, 3000)),
+        (1, {"original_width": None, "original_height": 2000}, (200, 300)),
+        (1, {"original_width": 1e300, "original_height": 2}, (200, 300)),
     ],
 )
 def test_original_size_is_the_published_one_upright(orientation: int, meta: dict[str, Any], expected: tuple[int, int]) -> None:
@@ -391,21 +334,6 @@ def test_a_batch_holds_sizes_and_crops_as_integers() -> None:
     assert batch["crops"].tolist() == [[0, 8], [16, 0], [0, 0]]
 
 
-def bomb(side: int) -> bytes:
-    """A PNG that claims side x side pixels."""
-    chunks = [b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(b""), b"IEND"]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
-
-
-@pytest.mark.parametrize("side", [10_000, 20_000], ids=["Pillow warns", "Pillow refuses"])
-def test_decompression_bomb_is_not_decoded(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("decoded"))
-    for action in ("ignore", "error"):
-        with warnings.catch_warnings():
-            warnings.simplefilter(action)  # type: ignore[arg-type]
-            assert skipped({"png": bomb(side), "txt": b""}).reason == "pixels"
-
-
 def test_too_many_bytes_are_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     content = {"png": noise(), "txt": b""}
     monkeypatch.setattr(transforms, "MAX_BYTES", len(content["png"]))
@@ -415,10 +343,10 @@ def test_too_many_bytes_are_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     assert skipped(content).reason == "bytes"
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=["baseline", "progressive"])
-@pytest.mark.parametrize("size", [32, 256], ids=["drafted", "whole"])
-def test_cut_jpeg_is_an_error(options: dict[str, Any], size: int) -> None:
-    content = encoded(Image.open(io.BytesIO(noise(256, 256))), "JPEG", quality=90, **options)
+def test_cut_jpeg_is_an_error() -> None:
+    """A progressive one, which is decoded whole. Others: test_jpeg_that_is_cut_is_not_sound."""
+    size = 256
+    content = encoded(Image.open(io.BytesIO(noise(size, size))), "JPEG", quality=90, progressive=True)
     decode(content, name="jpg", size=size)
     for per_mille in (999, 900, 500, 100):
         skip = skipped({"jpg": content[: len(content) * per_mille // 1000], "txt": b""}, size=size)
@@ -431,20 +359,13 @@ PNG = noise()
 BROKEN = {
     "no_image": {"txt": b"a cat"},
     "image": {"png": b"<html>404</html>", "txt": b"a cat"},
-    "image-empty": {"png": b"", "txt": b"a cat"},
     "image-cut": {"png": PNG[:200], "txt": b"a cat"},
     "image-format": {"jpg": encoded(corner(), "TIFF"), "txt": b"a cat"},
-    "tiny": {"png": encoded(Image.new("RGB", (1, 1))), "txt": b"a cat"},
     "tiny-thread": {"png": encoded(Image.new("RGB", (400, 1))), "txt": b"a cat"},
-    "no_caption": {"png": PNG},
-    "no_caption-field": {"png": PNG, "json": b"{}"},
     "no_caption-null": {"png": PNG, "json": b'{"caption": null}'},
-    "no_caption-number": {"png": PNG, "json": b'{"caption": 4}'},
     "caption_encoding": {"png": PNG, "txt": "caf\xe9".encode("latin-1")},
-    "caption_encoding-half an emoji": {"png": PNG, "json": b'{"caption": "\\ud83d"}'},
     "json": {"png": PNG, "txt": b"a cat", "json": b'{"caption": '},
     "json-list": {"png": PNG, "txt": b"a cat", "json": b"[1]"},
-    "json-encoding": {"png": PNG, "txt": b"a cat", "json": b'{"caption": "\xe9"}'},
     "json-nested": {"png": PNG, "txt": b"a cat", "json": b"[" * 200_000},
     "json-digits": {"png": PNG, "txt": b"a cat", "json": b'{"width": ' + b"9" * 5000 + b"}"},
 }
@@ -477,8 +398,6 @@ def test_a_skip_crosses_processes() -> None:
 @pytest.mark.parametrize(
     "members",
     [
-        {"txt": b" a cat\n"},
-        {"json": json.dumps({"caption": "a cat"}).encode()},
         {"json": json.dumps({"Caption": " a cat"}).encode()},
         {"txt": b"a cat", "json": json.dumps({"caption": "a dog"}).encode()},
         {"txt": b" ", "json": json.dumps({"caption": "a cat"}).encode()},
@@ -508,8 +427,6 @@ def chosen(members: dict[str, bytes], captions: dict[str, float], **options: Any
 @pytest.mark.parametrize(
     ("captions", "expected"),
     [
-        ({"txt": 1}, {"one": 1}),
-        ({"caption": 1}, {"three": 1}),
         ({"txt": 1, "blip": 3}, {"one": 0.25, "two": 0.75}),
         ({"txt": 2, "BLIP": 0, "llava": 2}, {"one": 0.5, "four": 0.5}),
         ({"txt": 1, "nowhere": 8, "caption": 1}, {"one": 0.5, "three": 0.5}),
@@ -524,10 +441,6 @@ def test_captions_are_chosen_by_weight_among_those_there(captions: dict[str, flo
 def test_a_blank_caption_is_chosen_only_where_nothing_else_is() -> None:
     assert chosen({**SEVERAL, "txt": b" "}, {"txt": 9, "blip": 1}).keys() == {"two"}
     assert chosen({**SEVERAL, "txt": b" "}, {"txt": 1}).keys() == {""}
-
-
-def test_a_caption_under_none_of_the_names_is_missing() -> None:
-    assert skipped(SEVERAL, captions={"nowhere": 1}).reason == "no_caption"
 
 
 def test_dropout_empties_its_share_of_captions_and_nothing_else() -> None:
@@ -545,9 +458,7 @@ def test_captions_do_not_move_pixels() -> None:
         assert torch.equal(second["x"], decode(SEVERAL["png"], seed=seed, flip=True, random_crop=True))
 
 
-@pytest.mark.parametrize(
-    "captions", [{}, {"txt": 0}, {"txt": -1, "blip": 2}, {"txt": "much"}, {"txt": math.nan}, {"txt": None}, ["txt"]]
-)
+@pytest.mark.parametrize("captions", [{}, {"txt": 0}, {"txt": -1, "blip": 2}, {"txt": "much"}])
 def test_weights_that_make_no_sense_are_refused(captions: Any) -> None:
     with pytest.raises(UserError, match=r"data\.captions"):
         Decode(SIZE, captions=captions)
@@ -558,16 +469,13 @@ def test_samples_of_different_shards_have_different_keys() -> None:
     assert len(set(collate([Decode(SIZE)(sample, random.Random(0)) for sample in samples])["keys"])) == 2
 
 
-def blobs(side: int, mode: str = "RGB") -> Image.Image:
+def blobs(side: int) -> Image.Image:
     pixels = np.random.default_rng(side).integers(0, 256, (side // 4 + 1, side // 4 + 1, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize((side, side)).convert(mode)
+    return Image.fromarray(pixels).resize((side, side))
 
 
 JPEGS = {
     "colour": {},
-    "grey": {"mode": "L"},
-    "cmyk": {"mode": "CMYK"},
-    "fine": {"quality": 100, "subsampling": 0},
     "progressive": {"progressive": True},
     "restarts": {"restart_marker_blocks": 4},
 }
@@ -576,8 +484,7 @@ JPEGS = {
 @pytest.mark.parametrize("kind", JPEGS)
 def test_jpeg_without_its_end_marker_is_sound(kind: str) -> None:
     for side in (33, 200):
-        options = dict(JPEGS[kind])
-        content = encoded(blobs(side, options.pop("mode", "RGB")), "JPEG", **options)
+        content = encoded(blobs(side), "JPEG", **JPEGS[kind])
         whole = decode(content, name="jpg")
         for lost in (1, 2):
             assert torch.equal(decode(content[:-lost], name="jpg"), whole)
@@ -586,8 +493,7 @@ def test_jpeg_without_its_end_marker_is_sound(kind: str) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in JPEGS if kind != "progressive"])
 def test_jpeg_that_is_cut_is_not_sound(kind: str) -> None:
     """Wherever its scan is cut, also where an unfinished download is filled up with zeros."""
-    options = dict(JPEGS[kind])
-    content = encoded(blobs(40, options.pop("mode", "RGB")), "JPEG", **options)
+    content = encoded(blobs(40), "JPEG", **JPEGS[kind])
     scan = content.rindex(b"\xff\xda") + 14
     assert len(content) - scan > 100
     for end in range(scan, len(content) - 3):
