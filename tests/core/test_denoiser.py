@@ -27,15 +27,6 @@ def of(prediction_type, process=None):
     return Denoiser(None, process or VP(), prediction_type)
 
 
-@every_type
-def test_read_inverts_target(prediction_type):
-    for kind in ("scaled_linear", "squaredcos_cap_v2"):
-        denoiser = of(prediction_type, VP(beta_schedule=kind))
-        x0, eps = denoiser.read(denoiser.target(X0, EPS, T), denoiser.process.jump(X0, EPS, T), T)
-        torch.testing.assert_close(x0, X0, rtol=0, atol=1e-2)
-        torch.testing.assert_close(eps, EPS, rtol=0, atol=1e-4)
-
-
 @every_process
 def test_read_inverts_target_in_every_process(process):
     """Except at 999: in pure noise eps does not determine x0."""
@@ -130,9 +121,7 @@ def test_unknown_prediction_type_names_the_choices():
 
 PAIRS = [
     ("scaled_linear", "squaredcos_cap_v2"),
-    ("squaredcos_cap_v2", "zero_snr"),
     ("zero_snr", "flow"),
-    ("flow", "flow_3"),
     ("flow_3", "scaled_linear"),
     ("scaled_linear", "flow_3"),
 ]

@@ -12,7 +12,7 @@ def tensors(seed):
     return [torch.randn(3, 4, generator=rng), torch.randn(5, generator=rng)]
 
 
-@pytest.mark.parametrize("decay", [0.5, 0.95, 0.999943])
+@pytest.mark.parametrize("decay", [0.5, 0.999943])
 def test_closed_form_after_n_updates(decay):
     """With a constant online: online + decay^n (start - online)."""
     average, start, online = tensors(0), tensors(0), tensors(1)
@@ -40,7 +40,7 @@ def test_parameters_are_averaged_in_place():
     assert torch.equal(online.weight, before)
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.5, 0.95, 0.999943])
+@pytest.mark.parametrize("decay", [0.0, 0.999943])
 def test_skip_on_device(decay):
     plain, updated, skipped, online = tensors(0), tensors(0), tensors(0), tensors(1)
     ema_update_(plain, online, decay)

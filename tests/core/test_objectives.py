@@ -202,7 +202,7 @@ def test_distillation_on_point_mass():
 
 PROCESSES = {"vp": VP(), "flow": Flow(), "flow_3": Flow(shift=3.0)}
 WITHIN = (2, 12, 24, 38)  # grid points whose noise levels Stable Diffusion's process has as well
-PAIRS = [("vp", "vp"), ("vp", "flow_3"), ("flow_3", "vp"), ("flow", "flow_3"), ("flow_3", "flow")]
+PAIRS = [("vp", "vp"), ("vp", "flow_3"), ("flow_3", "vp"), ("flow", "flow_3")]
 every_pair = pytest.mark.parametrize(("of_teacher", "of_student"), PAIRS)
 
 

@@ -14,7 +14,7 @@ from lcm.core.timesteps import consistency_steps, full, grid, phase_edges, phase
 from tests.core.gaussian import exact
 from tests.core.test_objectives import B, Recorder, Scale, a_batch, denoisers, returns_caption, some_draws
 
-every_process = pytest.mark.parametrize("process", [VP(), Flow(), Flow(shift=3.0)], ids=["vp", "flow", "flow_3"])
+every_process = pytest.mark.parametrize("process", [VP(), Flow(shift=3.0)], ids=["vp", "flow_3"])
 
 
 def pcm(process=None, **changes):
@@ -45,8 +45,7 @@ def test_golden_pcm(index, student, target):
 # phases
 
 
-@every_process
-@pytest.mark.parametrize("phases", [1, 2, 4, 8])
+@pytest.mark.parametrize(("process", "phases"), [(VP(), 1), (VP(), 4), (Flow(), 2), (Flow(shift=3.0), 8)])
 def test_phases_start_at_the_steps_of_the_sampler(process, phases):
     steps = trailing_steps(phases) if isinstance(process, Flow) else consistency_steps(phases)
     edges = phase_edges(process, phases, 50)
@@ -163,7 +162,7 @@ def test_sampler_is_saved():
     assert pcm(classifier_free_guidance=True).sampling()["classifier_free_guidance"] is True
 
 
-@pytest.mark.parametrize("phases", [2, 4, 8])
+@pytest.mark.parametrize("phases", [2, 8])
 def test_saved_scheduler_steps_from_edge_to_edge(phases):
     objective = pcm(phases=phases)
     name, options = objective.scheduler("epsilon")

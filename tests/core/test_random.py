@@ -55,9 +55,7 @@ def rows(rank, world_size, count):
     )
 
 
-@pytest.mark.parametrize(
-    ("total", "world_sizes"), [(48, (2, 3, 16)), (64, (4,)), (96, (2, 3, 8)), (144, (2, 16)), (1024, (4, 256))]
-)
+@pytest.mark.parametrize(("total", "world_sizes"), [(48, (2, 3, 16)), (96, (2, 3, 8)), (1024, (4, 256))])
 def test_noise_does_not_depend_on_world_size(total, world_sizes):
     alone = rows(0, 1, total)
     for world_size in world_sizes:
@@ -70,7 +68,7 @@ def test_noise_of_one_block_is_stable():
     assert torch.equal(rows(0, 1, 64), torch.randn(64, 3, generator=generator("cpu", 0, "train", 5, 0)))
 
 
-@pytest.mark.parametrize(("world_size", "count"), [(256, 9), (256, 4), (8, 64), (2, 100)])
+@pytest.mark.parametrize(("world_size", "count"), [(256, 9), (2, 100)])
 def test_rank_draws_few_blocks(world_size, count):
     """The noise of a global batch of 2,304 at 512 px is 151 MB."""
     for rank in (0, world_size // 2, world_size - 1):

@@ -91,9 +91,7 @@ def test_multistep_solvers_agree_with_diffusers(algorithm, sampler, prediction_t
     torch.testing.assert_close(z, theirs(scheduler), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("prediction_type", "steps"), [("epsilon", 1), ("v_prediction", 2), ("sample", 4), ("epsilon", 8), ("sample", 1)]
-)
+@pytest.mark.parametrize(("prediction_type", "steps"), [("epsilon", 1), ("v_prediction", 2), ("sample", 4), ("epsilon", 8)])
 def test_consistency_agrees_with_diffusers(prediction_type, steps):
     scheduler = sd(LCMScheduler, prediction_type=prediction_type)
     scheduler.set_timesteps(steps)
@@ -180,7 +178,7 @@ def test_ancestral_sampling_from_pure_noise_is_finite(process):
         assert z0.isfinite().all()
 
 
-@pytest.mark.parametrize(("shift", "steps"), [(1.0, 1), (3.0, 2), (1.0, 4), (3.0, 8)])
+@pytest.mark.parametrize(("shift", "steps"), [(1.0, 1), (3.0, 2), (3.0, 8)])
 def test_consistency_in_flow_agrees_with_diffusers(shift, steps):
     """diffusers gets our noise levels, as its own default for few steps differs."""
     flow = Flow(shift=shift)
@@ -198,15 +196,7 @@ def test_consistency_in_flow_agrees_with_diffusers(shift, steps):
 
 @pytest.mark.parametrize(
     ("prediction_type", "gamma", "steps"),
-    [
-        ("epsilon", 0.3, 1),
-        ("v_prediction", 0.0, 2),
-        ("sample", 1.0, 4),
-        ("epsilon", 1.0, 8),
-        ("v_prediction", 0.3, 4),
-        ("sample", 0.3, 2),
-        ("epsilon", 0.0, 4),
-    ],
+    [("epsilon", 0.3, 1), ("v_prediction", 0.0, 2), ("sample", 1.0, 4), ("epsilon", 1.0, 8)],
 )
 def test_tcd_agrees_with_diffusers(prediction_type, steps, gamma):
     scheduler = sd(TCDScheduler, prediction_type=prediction_type)
@@ -237,9 +227,9 @@ def test_tcd_with_gamma_zero_is_ddim(process):
     torch.testing.assert_close(tcd, ddim, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("flow", [Flow(), Flow(shift=3.0)], ids=["shift_1", "shift_3"])
-def test_tcd_with_gamma_one_is_consistency_in_flow(flow):
+def test_tcd_with_gamma_one_is_consistency_in_flow():
     """Every step jumps to the clean end, where z is x0."""
+    flow = Flow(shift=3.0)
     denoise = Denoiser(net, flow, "flow_prediction").bound({})
     tcd, consistency = (
         sampler(denoise, Z, consistency_steps(4), process=flow, noise=draws(1))
@@ -248,9 +238,8 @@ def test_tcd_with_gamma_one_is_consistency_in_flow(flow):
     torch.testing.assert_close(tcd, consistency, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("gamma", [0.3, 1.0])
 @two_processes
-def test_tcd_keeps_noise_level_of_process(process, gamma):
+def test_tcd_keeps_noise_level_of_process(process):
     """With a perfect network for a point mass, z_t is N(alpha mu, sigma^2)."""
     point, noise, calls = Gaussian(process, mu=0.7, s=0.0), draws(0, torch.empty(1, 1, 256, 256)), []
 
@@ -259,15 +248,14 @@ def test_tcd_keeps_noise_level_of_process(process, gamma):
         return point.denoise(z, t)
 
     start = process.jump(torch.full((1, 1, 256, 256), 0.7), noise(), torch.tensor([999]))
-    sampling.tcd(denoise, start, [999, 759, 499, 259], process=process, noise=noise, gamma=gamma)
+    sampling.tcd(denoise, start, [999, 759, 499, 259], process=process, noise=noise, gamma=0.3)
     assert [t.item() for _, t in calls] == [999, 759, 499, 259]
     for z, t in calls:
         assert z.mean().item() == pytest.approx(0.7 * process.alpha(t).item(), abs=0.02)
         assert z.std().item() == pytest.approx(process.sigma(t).item(), abs=0.02)
 
 
-@pytest.mark.parametrize("gamma", [0.1, 0.3, 0.7])
-def test_tcd_end_times(gamma):
+def test_tcd_end_times():
     """In a flow of shift 1 the end has noise `(1 - gamma) sigma`, rounded to its grid."""
     flow, ends = Flow(), []
 
@@ -277,10 +265,10 @@ def test_tcd_end_times(gamma):
             return super().jump(x0, eps, t)
 
     denoise = Denoiser(net, flow, "flow_prediction").bound({})
-    sampling.tcd(denoise, Z, [999, 749, 499, 249], process=Spy(), noise=draws(1), gamma=gamma)
+    sampling.tcd(denoise, Z, [999, 749, 499, 249], process=Spy(), noise=draws(1), gamma=0.3)
     assert ends[-1] == -1
     sigma = flow.sigma(torch.tensor(ends[:-1]))
-    torch.testing.assert_close(sigma, (1 - gamma) * torch.tensor([0.75, 0.5, 0.25]), rtol=0, atol=1.01e-3)
+    torch.testing.assert_close(sigma, 0.7 * torch.tensor([0.75, 0.5, 0.25]), rtol=0, atol=1.01e-3)
 
 
 @every_ode

@@ -15,7 +15,7 @@ from lcm.core.timesteps import consistency_steps, full, grid, trailing_steps
 from tests.core.gaussian import exact
 from tests.core.test_objectives import SHAPE, B, Recorder, Scale, a_batch, denoisers, returns_caption, rng, some_draws
 
-every_process = pytest.mark.parametrize("process", [VP(), Flow(), Flow(shift=3.0)], ids=["vp", "flow", "flow_3"])
+every_process = pytest.mark.parametrize("process", [VP(), Flow(shift=3.0)], ids=["vp", "flow_3"])
 every_type = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 
 
@@ -102,9 +102,7 @@ def test_nearest_end_is_teachers_step(process, prediction_type):
     torch.testing.assert_close(seen[0], solvers.ddim(teacher, z_t, t, s, process=process), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("process", "of_teacher"), [(VP(), VP()), (VP(), Flow(shift=3.0)), (Flow(), VP()), (Flow(shift=3.0), Flow(shift=3.0))]
-)
+@pytest.mark.parametrize(("process", "of_teacher"), [(VP(), VP()), (VP(), Flow(shift=3.0)), (Flow(shift=3.0), VP())])
 def test_exact_networks_have_no_loss_on_point_mass(process, of_teacher):
     """For every end time and prediction type."""
     for prediction_type, share in zip(PREDICTION_TYPES, (0.0, 0.3, 0.6, 0.99), strict=True):
@@ -201,7 +199,7 @@ def test_stochastic_sampler_of_flow_is_refused():
         tcd(Flow(), gamma=0.3)
 
 
-@pytest.mark.parametrize(("shift", "steps"), [(1.0, 4), (3.0, 1), (3.0, 2), (3.0, 4), (6.0, 8)])
+@pytest.mark.parametrize(("shift", "steps"), [(1.0, 4), (3.0, 1), (6.0, 8)])
 def test_saved_scheduler_of_flow_uses_our_grid(shift, steps):
     """The default grid of diffusers' scheduler is `trailing_steps(steps)` of the process."""
     flow = Flow(shift=shift)
