@@ -4,7 +4,6 @@ import re
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
 from torch.utils.data import DataLoader, IterableDataset
 
 from lcm.callbacks.progress import Progress
@@ -42,14 +41,6 @@ def test_time_left_is_shown_for_an_endless_stream(tmp_path, capsys):
     assert re.search(r"4/4 \[[\d:]+<[\d:]+", text)
     fit(tmp_path, Progress(), 8, tmp_path / "last.ckpt")
     assert "4/8" in capsys.readouterr().err
-
-
-def test_lightnings_bar_has_no_time_left_after_a_resume(tmp_path, capsys):
-    """Once this fails, Lightning's bar can replace ours."""
-    fit(tmp_path, TQDMProgressBar(), 4).save_checkpoint(tmp_path / "last.ckpt")
-    capsys.readouterr()
-    fit(tmp_path, TQDMProgressBar(), 8, tmp_path / "last.ckpt")
-    assert "/8 [" not in "".join(capsys.readouterr())
 
 
 def test_finished_training_is_named(tmp_path, capsys):

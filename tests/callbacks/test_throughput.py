@@ -13,7 +13,7 @@ from lcm.models.flops import forward_flop
 from lcm.models.pipeline import load_family, load_network
 from tests.modules.conftest import codec, data, fit, training  # noqa: F401  (fixtures)
 
-KINDS = ["diffusion", "distillation", "finetuning", "cd", "ct", "guided", "lora"]
+KINDS = ["diffusion", "distillation", "cd", "guided", "lora"]
 
 
 def test_forward_flop_matches_the_counter(tiny_pipeline):

@@ -27,12 +27,6 @@ def test_missing_weights_error(installed, tmp_path):
         inception.check(str(tmp_path / "w.pth"))
 
 
-def test_pickled_code_is_refused(installed, tmp_path):
-    torch.save({"code": UserError("x")}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="not a file of weights only"):
-        inception.check(str(tmp_path / "w.pth"))
-
-
 def test_features_match_torch_fidelity(tmp_path, monkeypatch):
     fidelity, file = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3"), tmp_path / "w.pth"
     torch.manual_seed(0)

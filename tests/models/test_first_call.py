@@ -88,9 +88,6 @@ KINDS: dict[str, tuple[type[DiffusionPipeline], int, float]] = {  # with the ste
 }
 
 
-DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(None, 0.01), (torch.float16, 0.5)], ids=["float32", "float16"])
-
-
 @pytest.fixture
 def same_noise(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Return a function after whose call torch draws our noise of `SEED`: in float32, then cast."""
@@ -108,8 +105,8 @@ def difference(image: Image.Image, folder: Path, **options: Any) -> float:
 @pytest.mark.parametrize(
     ("kind", "dtype", "tolerance"),
     [
-        *((kind, None, 0.01) for kind in KINDS),
-        *((kind, torch.float16, 0.5) for kind in ("teacher", "student of mini", "xl student")),
+        *((kind, None, 0.01) for kind in KINDS if kind != "student of mini"),
+        ("student of mini", torch.float16, 0.5),
     ],
 )
 def test_first_call_agrees_with_ours(
@@ -124,9 +121,8 @@ def test_first_call_agrees_with_ours(
     assert difference(image, folder, steps=steps, w=w, sampler=sampler) <= tolerance
 
 
-@DTYPES
 def test_documented_lines_for_adapters_agree_with_ours(
-    dtype: torch.dtype | None, tolerance: float, tiny_pipeline: Path, tmp_path: Path, same_noise: Callable[[], None]
+    tiny_pipeline: Path, tmp_path: Path, same_noise: Callable[[], None]
 ) -> None:
     unet = with_adapters(load_family(tiny_pipeline), load_network(tiny_pipeline), rank=4, alpha=2)
     for name, value in unet.named_parameters():
@@ -134,14 +130,13 @@ def test_documented_lines_for_adapters_agree_with_ours(
             torch.nn.init.normal_(value, std=0.05)
     folder = tmp_path / "model"
     save_student(folder, tiny_pipeline, net=unet, rank=4)
-    options = {} if dtype is None else {"torch_dtype": dtype}
-    base = StableDiffusionPipeline.from_pretrained(tiny_pipeline, **options)
+    base = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
     base.load_lora_weights(folder)
     base.scheduler = LCMScheduler.from_config(base.scheduler.config)
-    for pipe in (base, StableDiffusionPipeline.from_pretrained(folder, **options)):
+    for pipe in (base, StableDiffusionPipeline.from_pretrained(folder)):
         same_noise()
         image = pipe(PROMPT, num_inference_steps=4, guidance_scale=1.0).images[0]
-        assert difference(image, folder, steps=4, w=0.0) <= tolerance
+        assert difference(image, folder, steps=4, w=0.0) <= 0.01
 
 
 def keys(folder: Path) -> set[str]:

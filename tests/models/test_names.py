@@ -100,10 +100,6 @@ def single_network(folder: Path, text: str) -> Path:
 
 FOLDERS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "the hub's cache": (hub_cache, r"is a folder of the hub's cache: give .*/snapshots/abc, or the hub id owner/name"),
-    "all of the hub's cache": (
-        lambda folder, tiny: hub_cache(folder, tiny).parent,
-        r"is a folder of the hub's cache: give .*/snapshots/abc, or the hub id owner/name",
-    ),
     "a run": (lambda folder, tiny: shutil.copytree(tiny, folder / "0/model").parent, "is a run's folder: give .*/0/model"),
     "a part": (lambda folder, tiny: shutil.copytree(tiny, folder / "t") / "unet", "is not a pipeline's folder: give .*/t$"),
     "adapters": (lambda folder, tiny: adapters(folder / "lora"), r"holds adapters \(LoRA\) only: give the pipeline they were"),

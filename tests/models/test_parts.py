@@ -46,7 +46,7 @@ def parts(names: str, *values: Any) -> Any:
     return pytest.mark.parametrize(names, values, indirect=["part"])
 
 
-@parts("part,variant", ("unet", "fp16"), ("vae", "non_ema"), ("text_encoder", "fp16"), ("clip", "non_ema"))
+@parts("part,variant", ("unet", "fp16"), ("clip", "non_ema"))
 def test_variant_is_loaded_without_other_files(part: Any, variant: str) -> None:
     file, load = part
     expected = load()
@@ -63,7 +63,7 @@ def test_variant_is_ignored_beside_other_file(part: Any) -> None:
     assert same(load(), expected)
 
 
-@parts("part", *NETWORKS)
+@parts("part", "unet", "vae", "text_encoder", "clip")
 def test_missing_weights_are_an_error(part: Any) -> None:
     """diffusers and transformers only warn, and draw them or leave them on the meta device."""
     file, load = part
@@ -98,7 +98,6 @@ def test_missing_safetensors_are_an_error(part: Any, pickled: bool, says: str) -
     pytest.param("vae", lambda content: b"", "is empty", id="empty"),
     pytest.param("clip", lambda content: b"<!DOCTYPE html><html></html>", "is a web page, not the file itself", id="page"),
     pytest.param("text_encoder", lambda content: content[: len(content) // 2], "is cut or damaged", id="half"),
-    pytest.param("text_encoder_2", lambda content: content[:5], "is cut or damaged", id="header"),
 )
 def test_damaged_file_is_an_error(part: Any, content: Callable[[bytes], bytes], says: str) -> None:
     file, load = part
@@ -109,7 +108,9 @@ def test_damaged_file_is_an_error(part: Any, content: Callable[[bytes], bytes], 
 
 @parts(
     "part,value",
-    *zip(NETWORKS, [float("nan"), float("inf"), float("-inf"), float("nan"), float("inf")], strict=True),
+    ("unet", float("nan")),
+    ("vae", float("inf")),
+    ("text_encoder_2", float("-inf")),
 )
 def test_loading_non_finite_weights_is_an_error(part: Any, value: float) -> None:
     file, load = part
@@ -185,9 +186,7 @@ def test_unknown_keys_of_configs_are_ignored(tiny_pipeline: Path, tmp_path: Path
     TextToImage.load(str(tmp_path / "student"))
 
 
-@pytest.mark.parametrize(
-    ("length", "files"), [(..., "tokenizer.json"), (None, "vocab.json"), (10**30, "tokenizer.json"), (512, "vocab.json")]
-)
+@pytest.mark.parametrize(("length", "files"), [(..., "tokenizer.json"), (10**30, "tokenizer.json"), (512, "vocab.json")])
 def test_captions_are_cut_to_encoder_length(length: Any, files: str, tiny_pipeline: Path, tmp_path: Path) -> None:
     """For any length in the tokenizer's config."""
     folder = edited(shutil.copytree(tiny_pipeline, tmp_path / "f"), "tokenizer/tokenizer_config.json", model_max_length=length)
@@ -228,22 +227,10 @@ def small(folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2")
 
 
-def large(folder: Path) -> None:
-    file = folder / "tokenizer.json"
-    content = json.loads(file.read_text())
-    vocab = content["model"]["vocab"]
-    vocab.update({f"more{i}": len(vocab) + i for i in range(100)})
-    file.write_text(json.dumps(content))
-
-
 TOKENIZERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty folder": (
         without_vocabulary,
         r"lacks its vocabulary .*: copy tokenizer\.json, or vocab\.json and merges\.txt",
-    ),
-    "no merges": (
-        lambda folder: ((folder / "tokenizer.json").unlink(), (folder / "merges.txt").unlink())[0],
-        r"lacks its vocabulary \(missing: merges\.txt\)",
     ),
     "BERT": (bert, "holds a BertTokenizer: only CLIP's tokenizers are supported"),
     "pointer": (lambda folder: (folder / "tokenizer.json").write_bytes(POINTER) and None, "is a pointer of git-lfs"),
@@ -253,11 +240,10 @@ TOKENIZERS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "cut merges": (cut_merges, "longer tokens: its merges are cut"),
     "small": (small, r"has \d+ tokens, but its text encoder has \d+"),
-    "large": (large, r"has \d+ tokens, but its text encoder has \d+"),
 }
 
 
-@pytest.mark.parametrize(("kind", "ending"), list(zip(TOKENIZERS, ["", "_2"] * 4, strict=True)))
+@pytest.mark.parametrize(("kind", "ending"), list(zip(TOKENIZERS, ["", "_2"] * 3, strict=True)))
 def test_wrong_tokenizer_is_an_error(kind: str, ending: str, xl_pipeline: Path, tmp_path: Path) -> None:
     folder, (change, says) = shutil.copytree(xl_pipeline, tmp_path / "f"), TOKENIZERS[kind]
     change(folder / f"tokenizer{ending}")
@@ -270,7 +256,6 @@ def test_wrong_tokenizer_is_an_error(kind: str, ending: str, xl_pipeline: Path, 
     [
         ("text_encoder", {"model_type": "bert", "architectures": ["BertModel"]}, "text_encoder holds a BertModel: only CLIP's"),
         ("text_encoder_2", {"model_type": "t5", "architectures": ["T5EncoderModel"]}, "_2 holds a T5EncoderModel: only CLIP's"),
-        ("text_encoder", {"model_type": "chinese_clip_text_model", "architectures": ...}, "holds a chinese_clip_text_model"),
     ],
 )
 def test_text_encoder_other_than_clip_is_an_error(

@@ -37,14 +37,6 @@ PROMPTS = ["red apple on a white background", "rocket"]
 SEEDS = [3, 11]
 
 
-def with_scheduler(folder: Path, base: Path, **changes: Any) -> str:
-    """Copy a pipeline folder with a changed scheduler_config.json."""
-    shutil.copytree(base, folder)
-    file = folder / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def student(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A saved consistency model with random weights of the projection of w."""
@@ -108,7 +100,7 @@ def test_unknown_class_is_an_error(tiny_pipeline: Path, tmp_path: Path) -> None:
         find(str(folder))
 
 
-@pytest.mark.parametrize("file", ["scheduler/scheduler_config.json", "lcm.json", "vae/config.json", "unet/config.json"])
+@pytest.mark.parametrize("file", ["scheduler/scheduler_config.json", "lcm.json", "unet/config.json"])
 def test_broken_json_is_an_error(tiny_pipeline: Path, tmp_path: Path, file: str) -> None:
     folder = shutil.copytree(tiny_pipeline, tmp_path / "broken")
     (folder / file).write_text('{"sample_size": ')
@@ -120,7 +112,6 @@ def test_broken_json_is_an_error(tiny_pipeline: Path, tmp_path: Path, file: str)
     ("changes", "says"),
     [
         ({"in_channels": 9}, "takes 9 channels and gives 4, its latents have 4: give a text-to-image pipeline"),
-        ({"in_channels": 16, "out_channels": 16}, "takes 16 channels and gives 16, its latents have 4"),
         ({"num_class_embeds": 10}, "takes a class label besides the text"),
         ({"class_embed_type": "timestep"}, "takes a class label besides the text"),
     ],
@@ -146,17 +137,6 @@ def test_vae_with_latent_statistics_is_an_error(tiny_pipeline: Path, tmp_path: P
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     with pytest.raises(UserError, match="its VAE has latents_mean, latents_std, which"):
         load_codec(str(folder))
-
-
-def test_unknown_schedule_is_an_error(tiny_pipeline: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="unknown beta_schedule"):
-        load_process(with_scheduler(tmp_path / "odd", tiny_pipeline, beta_schedule="exotic"))
-
-
-def test_unknown_prediction_type_is_an_error(tiny_pipeline: Path, tmp_path: Path) -> None:
-    folder = with_scheduler(tmp_path / "odd", tiny_pipeline, prediction_type="flow")
-    with pytest.raises(UserError, match="unknown prediction_type"):
-        TextToImage.load(folder).latents(["rocket"], [0], steps=1, w=0.0)
 
 
 @pytest.mark.parametrize("consistency", [False, True])
@@ -223,7 +203,7 @@ def teacher_latents(folder: str, steps: int, w: float) -> tuple[torch.Tensor, to
     return TextToImage.load(folder).latents(PROMPTS, SEEDS, steps=steps, w=w, sampler=sampling.ddim), theirs
 
 
-@pytest.mark.parametrize(("steps", "w"), [(1, 3.0), (4, 7.5), (10, 0.0)])
+@pytest.mark.parametrize(("steps", "w"), [(4, 7.5), (10, 0.0)])
 def test_teacher_samples_agree_with_diffusers(tiny_pipeline: Path, steps: int, w: float) -> None:
     assert_alike(*teacher_latents(str(tiny_pipeline), steps, w))
 
@@ -231,7 +211,6 @@ def test_teacher_samples_agree_with_diffusers(tiny_pipeline: Path, steps: int, w
 @pytest.mark.parametrize(
     "options",
     [
-        {"prediction_type": "v_prediction"},
         {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
         {"prediction_type": "sample", "beta_schedule": "squaredcos_cap_v2"},
     ],
@@ -268,33 +247,26 @@ def student_samples(folder: str, steps: int, w: float, output_type: str = "laten
     return pipe(PROMPTS, output_type=output_type, **options).images
 
 
-@pytest.mark.parametrize(("steps", "w"), [(1, 2.0), (2, 11.5), (3, 2.0), (4, 11.5), (8, 2.0)])
+@pytest.mark.parametrize(("steps", "w"), [(1, 2.0), (4, 11.5), (8, 2.0)])
 def test_student_samples_agree_with_diffusers(student: str, steps: int, w: float) -> None:
     ours = TextToImage.load(student).latents(PROMPTS, SEEDS, steps=steps, w=w)
     assert_alike(ours, student_samples(student, steps, w))
 
 
-@pytest.mark.parametrize("points", [20, 100])
-def test_samples_of_grids_agree_with_diffusers(tiny_pipeline: Path, tmp_path: Path, points: int) -> None:
-    folder = save_student(tmp_path / "model", tiny_pipeline, points=points)
+def test_samples_of_grids_agree_with_diffusers(tiny_pipeline: Path, tmp_path: Path) -> None:
+    folder = save_student(tmp_path / "model", tiny_pipeline, points=100)
     ours = TextToImage.load(folder).latents(PROMPTS, SEEDS, steps=3, w=6.0)
     assert_alike(ours, student_samples(folder, 3, 6.0))
 
 
-@pytest.mark.parametrize("schedule", [{}, {"rescale_betas_zero_snr": True}])
-def test_samples_of_v_student_agree_with_diffusers(tiny_pipeline: Path, tmp_path: Path, schedule: dict[str, bool]) -> None:
-    folder = save_student(tmp_path / "v", tiny_pipeline, "v_prediction", VP(**schedule))
+def test_samples_of_v_student_agree_with_diffusers(tiny_pipeline: Path, tmp_path: Path) -> None:
+    folder = save_student(tmp_path / "v", tiny_pipeline, "v_prediction", VP(rescale_betas_zero_snr=True))
     assert_alike(TextToImage.load(folder).latents(PROMPTS, SEEDS, steps=4, w=6.0), student_samples(folder, 4, 6.0))
 
 
 def test_student_images_agree_with_diffusers(student: str) -> None:
     [ours] = TextToImage.load(student).images(PROMPTS, SEEDS, steps=4, w=7.0)
     assert (ours - 255 * student_samples(student, 4, 7.0, "pt")).abs().max() <= 1
-
-
-def test_w_affects_student(student: str) -> None:
-    model = TextToImage.load(student)
-    assert not torch.allclose(*(model.latents(PROMPTS, SEEDS, steps=1, w=w) for w in (2.0, 11.5)), rtol=1e-3)
 
 
 def test_any_prompt_is_encoded(tiny_pipeline: Path) -> None:

@@ -93,7 +93,7 @@ def run_ddim(model: TextToImage, net: Any, steps: int) -> Tensor:
     return plain.latents(["rocket"], [0], steps=steps, w=3.0)
 
 
-@pytest.mark.parametrize("cut", [3, 4, 5])
+@pytest.mark.parametrize("cut", [4, 5])
 def test_resume_around_a_stage_end_is_exact(cut: int, training: Make, data: Make, fit: Make, tmp_path: Path) -> None:
     whole, first, second = (training("guided", match_share=0.4, eval_ema=0.5) for _ in range(3))
     fit(whole, data(), 10)

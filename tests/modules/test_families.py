@@ -20,7 +20,6 @@ from tests.data.conftest import png, write_shard
 from tests.modules.conftest import new_module
 
 PROMPTS, SEEDS = ["red apple on a white background", "rocket"], [3, 11]
-EVERY = pytest.mark.parametrize("name", ["tiny", "xl", "pixart", "sd3"])
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +88,7 @@ def test_families_are_found() -> None:
     assert {kind.__name__ for kind in families()} >= {"StableDiffusion", "StableDiffusionXL", "PixArt", "StableDiffusion3"}
 
 
-@pytest.mark.parametrize(("name", "steps"), [("tiny", 1), ("xl", 4), ("pixart", 4), ("sd3", 1), ("sd3", 4)])
+@pytest.mark.parametrize(("name", "steps"), [("pixart", 4), ("sd3", 1), ("sd3", 4)])
 def test_teacher_matches_diffusers(name: str, steps: int, pipelines: dict[str, Path]) -> None:
     """DDIM in VP, Euler in a flow, both with guidance, on the trailing grid."""
     model, pipe = TextToImage.load(str(pipelines[name])), opened(pipelines[name])
@@ -104,9 +103,9 @@ def test_teacher_matches_diffusers(name: str, steps: int, pipelines: dict[str, P
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        *(("xl", kind) for kind in ("diffusion", "finetuning", "cd", "guided")),
-        *(("pixart", kind) for kind in ("diffusion", "finetuning", "ct", "lora")),
-        *(("sd3", kind) for kind in ("diffusion", "finetuning", "cd", "ct")),
+        ("xl", "guided"),
+        *(("pixart", kind) for kind in ("diffusion", "ct", "lora")),
+        *(("sd3", kind) for kind in ("diffusion", "cd")),
     ],
 )
 def test_method_trains_family(name: str, kind: str, trained: Any) -> None:
@@ -123,7 +122,7 @@ def test_method_trains_family(name: str, kind: str, trained: Any) -> None:
     assert all(p.isfinite().all() for p in module.net.parameters())
 
 
-@EVERY
+@pytest.mark.parametrize("name", ["tiny", "pixart", "sd3"])
 def test_student_matches_diffusers(name: str, trained: Any, tmp_path: Path, noisy: None) -> None:
     """The first call of the saved folder, at equal noise, gives sample.py's latents; so does a second folder made of it."""
     module = trained(name, "distillation", 2, zero_init=False)
@@ -139,19 +138,19 @@ def test_student_matches_diffusers(name: str, trained: Any, tmp_path: Path, nois
     assert type(load_family(str(tmp_path / "again"))) is type(module.family)
 
 
-@pytest.mark.parametrize(("name", "steps"), [("tiny", 4), ("xl", 4), ("pixart", 4), ("sd3", 4)])
-def test_tcd_student_matches_diffusers(name: str, steps: int, trained: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tiny", "sd3"])
+def test_tcd_student_matches_diffusers(name: str, trained: Any, tmp_path: Path) -> None:
     gamma = 0.0 if name == "sd3" else 0.3
     module = trained(name, "tcd", 2, zero_init=False, **{"objective.gamma": gamma})
     module.save_model(str(tmp_path / "model"), dtype=torch.float32)
     model, pipe = TextToImage.load(str(tmp_path / "model")), opened(tmp_path / "model")
     assert type(pipe.scheduler).__name__ == ("FlowMatchEulerDiscreteScheduler" if name == "sd3" else "TCDScheduler")
     w = 7.0 if name == "tiny" else 0.0
-    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": w + 1, "generator": noises(model)}
+    options: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": w + 1, "generator": noises(model)}
     if name != "sd3":
         options["eta"] = gamma
     theirs = pipe(PROMPTS, output_type="latent", **options).images
-    alike(model.latents(PROMPTS, SEEDS, steps=steps, w=w), theirs)
+    alike(model.latents(PROMPTS, SEEDS, steps=4, w=w), theirs)
 
 
 @pytest.mark.parametrize(("name", "guided"), [("tiny", False), ("tiny", True), ("sd3", False), ("sd3", True)])

@@ -21,10 +21,6 @@ def rates(schedule: Callable[..., Any], steps: int, max_steps: int, **options: A
     return values
 
 
-def test_constant_without_warmup() -> None:
-    assert rates(constant, 5, 5) == [2.0] * 5
-
-
 def test_constant_warms_up_linearly() -> None:
     assert rates(constant, 6, 6, warmup=3) == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0, 2.0])
 

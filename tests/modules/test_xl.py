@@ -100,11 +100,10 @@ def test_other_text_encoders_are_refused(of_xl: bool, codec: LatentCodec, xl_pip
         net(z, torch.tensor([1]), texts.conditions(["a"], z)[0])
 
 
-@pytest.mark.parametrize(("steps", "w"), [(1, 3.0), (5, 0.0)])
-def test_xl_teacher_matches_diffusers(xl_pipeline: Path, steps: int, w: float) -> None:
-    options = {"guidance_scale": w + 1, "num_inference_steps": steps, "latents": ImageNoise(SEEDS, (4, 8, 8))()}
+def test_xl_teacher_matches_diffusers(xl_pipeline: Path) -> None:
+    options = {"guidance_scale": 1.0, "num_inference_steps": 5, "latents": ImageNoise(SEEDS, (4, 8, 8))()}
     theirs = opened(xl_pipeline)(PROMPTS, output_type="latent", **options).images
-    alike(TextToImage.load(str(xl_pipeline)).latents(PROMPTS, SEEDS, steps=steps, w=w, sampler=sampling.ddim), theirs)
+    alike(TextToImage.load(str(xl_pipeline)).latents(PROMPTS, SEEDS, steps=5, w=0.0, sampler=sampling.ddim), theirs)
 
 
 def test_teacher_gets_the_sampled_size(xl_pipeline: Path) -> None:
@@ -149,18 +148,17 @@ def test_xl_adapters_match_diffusers(xl_pipeline: Path, codec: LatentCodec, data
     alike(TextToImage.load(str(tmp_path / "model")).latents(PROMPTS, SEEDS, steps=2, w=0), theirs)
 
 
-@pytest.mark.parametrize("text", [False, True])
-def test_latent_shards_equal_image_shards(codec: LatentCodec, tmp_path: Path, text: bool) -> None:
+def test_latent_shards_equal_image_shards(codec: LatentCodec, tmp_path: Path) -> None:
     """Texts, original sizes and crops, too."""
     sizes = [(48, 40), (64, 32), (32, 50)]
     write_shard(
         tmp_path / "0.tar", [{"__key__": str(i), "png": png(size), "txt": f"rocket {i}"} for i, size in enumerate(sizes)]
     )
     (tmp_path / "latents").mkdir()
-    claim(tmp_path / "latents", stamp(codec, 32, text=text), 0)
+    claim(tmp_path / "latents", stamp(codec, 32, text=True), 0)
     images = ShardDataModule(f"{tmp_path}/0.tar", codec=codec, resolution=32, num_workers=0, batch_size=3, shuffle=0)
     with torch.inference_mode():
-        encoder, decode = Encoder(codec, 0, False, text), Variants(Decode(32), 1, False)
+        encoder, decode = Encoder(codec, 0, False, True), Variants(Decode(32), 1, False)
         source = Source([f"{tmp_path}/0.tar"])
         stream = PassStream(source, decode=decode, collate=gathered, batch_size=64, by_shard=True)
         encode_shards(source, [tmp_path / "latents/0.tar"], stream, encoder, images)
