@@ -20,19 +20,10 @@ from tests.conf.programs import REQUIRED, check
     ("override", "says"),
     [
         ("data.batch_size=2.5", "data.batch_size=2.5: expected a whole number from 1"),
-        ("data.batch_size=", "data.batch_size=: expected a whole number from 1"),
-        ("data.num_workers=null", "data.num_workers=null: expected a whole number from 0"),
-        ("data.caption_dropout=1.5", "data.caption_dropout=1.5: expected a number from 0 to 1"),
         ("model.clip_norm=0", "model.clip_norm=0: expected a number above 0 or null"),
         ("model.optimizer.lr=-1", "model.optimizer: AdamW refuses its arguments: Invalid learning rate: -1"),
-        ("model.optimizer.lr=abc", "model.optimizer.lr=abc: expected a number"),
-        ("seed=true", "seed=true: expected a whole number from 0 to 4294967295"),
-        ("seed=abc", "seed=abc: expected"),  # model.seed takes its value from it
-        ("model.compile=yess", "model.compile=yess: expected true or false"),
+        ("seed=abc", "seed=abc: expected"),
         ("callbacks.samples.steps=[4,0]", "callbacks.samples.steps=[4, 0]: expected a list in brackets, each a whole"),
-        ("trainer.log_every_n_steps=0", "trainer.log_every_n_steps=0: expected a whole number from 1"),
-        ("model.objective.skip_steps=2000", "model.objective.skip_steps=2000: expected a whole number from 1 to 1000"),
-        ("name=[a]", "name=['a']: expected text"),
         (
             "+callbacks.x={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: a, patience: b}",
             "callbacks.x.patience=b: expected a whole number",
@@ -49,12 +40,9 @@ def test_train_refuses_value(override: str, says: str) -> None:
 @pytest.mark.parametrize(
     ("program", "override", "says"),
     [
-        ("sample", "steps=[1,2]", "steps=[1, 2]: expected a whole number from 1"),
         ("sample", "dtype=float8", "dtype=float8: expected one of float32, bfloat16, float16"),
         ("evaluate", "entries.LCM.steps=0", "entries.LCM.steps=0: expected a whole number from 1"),
         ("encode", "crops=0", "crops=0: expected a whole number from 1"),
-        ("preview", "samples=x", "samples=x: expected a whole number from 1"),
-        ("index", "verify=maybe", "verify=maybe: expected true or false"),
     ],
 )
 def test_program_refuses_value(program: str, override: str, says: str) -> None:
@@ -137,13 +125,13 @@ def test_huber_of_width_zero_is_l1() -> None:
     assert x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("precision", ["16-mixed", "bf16-true", "8"])
+@pytest.mark.parametrize("precision", ["16-mixed", "8"])
 def test_trainer_refuses_precision(precision: str) -> None:
     with pytest.raises(UserError, match=rf"trainer\.precision={precision}: .* float16 needs scaled losses, which clipping"):
         Trainer(precision=precision, accelerator="cpu")
 
 
-@pytest.mark.parametrize("accelerator", ["gpu", "cuda", "mps"])
+@pytest.mark.parametrize("accelerator", ["gpu", "mps"])
 def test_missing_gpu_names_the_way_to_a_cpu(accelerator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in (CUDAAccelerator, MPSAccelerator):
         monkeypatch.setattr(kind, "is_available", staticmethod(lambda: False))

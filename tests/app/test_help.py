@@ -66,8 +66,6 @@ def start(program: str, args: list[str], folder: Path) -> subprocess.CompletedPr
     [
         (["--help"], 0, "Examples:"),
         (["--cfg", "job"], 0, "optimized_metric: null"),
-        (["modle.lr=1"], 1, "error: there is no config key 'modle.lr', did you mean 'model.optimizer.lr'?"),
-        (["model.emma_decay=1"], 1, "error: there is no config key 'model.emma_decay', did you mean 'model.ema_decay'?"),
         (["model/solver=ddmi"], 1, "error: there is no config 'model/solver/ddmi'"),
     ],
     ids=str,
