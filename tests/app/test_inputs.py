@@ -4,10 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
 from lcm.app.inputs import output_folder, read_prompts
-from lcm.app.sweep_table import SweepTable
 from lcm.core.errors import UserError
 
 
@@ -76,6 +74,8 @@ def test_prompts_are_texts() -> None:
     for wrong in (None, "", [], ["a", None], [["a", "b"]]):
         with pytest.raises(UserError, match=r"^prompts="):
             read(wrong)
+    with pytest.raises(UserError, match="set prompts=val, or leave captions out"):
+        read_prompts("a cat", lambda: [], {"blip": 1})
 
 
 @pytest.mark.parametrize("folder", ["/proc/nowhere", "file/below"])
@@ -83,9 +83,3 @@ def test_output_folder_that_cannot_be_written(here: Path, folder: str) -> None:
     (here / "file").touch()
     with pytest.raises(UserError, match=rf"^cannot write to {folder} \(.*\): set out to a writable folder$"):
         output_folder(folder, "out")
-
-
-def test_sweep_folder_that_cannot_be_written() -> None:
-    config = OmegaConf.create({"hydra": {"sweep": {"dir": "/proc/nowhere/sweeps"}}})
-    with pytest.raises(SystemExit, match=r"^error: cannot write to /proc/nowhere/sweeps \(.*\): set paths\.runs to a"):
-        SweepTable().on_multirun_start(config)

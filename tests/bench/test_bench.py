@@ -1,5 +1,6 @@
 """The benchmarks run on tiny settings and measure what their columns say. No test asserts a speed."""
 
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -76,10 +77,9 @@ def test_two_passes_of_the_peers_equal_one():
     assert passes == [3, 3, 6]
 
 
-@pytest.mark.parametrize("size", [(40, 64), (64, 40), (48, 48)])
-def test_pixels_of_the_peers_equal_torchvision(size: tuple[int, int]):
+def test_pixels_of_the_peers_equal_torchvision():
     tv = pytest.importorskip("torchvision.transforms")
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 64, 3), dtype=np.uint8))
     torch.manual_seed(0)
     ours = peers.as_tensor(image, 32)
     torch.manual_seed(0)
@@ -92,6 +92,22 @@ def test_pixels_of_the_peers_equal_torchvision(size: tuple[int, int]):
 def test_synthetic_photos_have_the_bytes_of_photos():
     """A camera's picture takes about 2 bits per pixel at this quality."""
     assert 1.0 < 8 * len(photo(256, generator("cpu", 0))) / 256**2 < 4.0
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        ("speed", r"parts=speed is not a list: write parts=\[speed\]"),
+        (
+            "[data,speed]",
+            "parts=speed does not exist: choose among memory, data, start, rate, node, memory_of_stream, step, sampling",
+        ),
+    ],
+)
+def test_unknown_part_is_refused(parts: str, says: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.argv", ["bench", f"parts={parts}", "dataset=null"])
+    with pytest.raises(SystemExit, match=says):
+        importlib.import_module("lcm.bench.__main__").main()
 
 
 def test_contenders_take_turns():

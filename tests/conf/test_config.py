@@ -16,13 +16,11 @@ from lcm.app.groups import Groups
 from lcm.app.inputs import pick_device
 from lcm.app.targets import CONF
 from lcm.core.errors import UserError
-from tests.conf.programs import PROGRAMS, REQUIRED, configured
+from tests.conf.programs import configured
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 FULL_SIZE = {
-    "teacher_sd15": "sd15",
     "lcd_sd15": "sd15",
-    "lcf_sd15": "sd15",
     "lcd_lora_sd15": "sd15",
     "lcd_sd21_768": "sd21",
     "guided_distill_sd15": "sd15",
@@ -99,15 +97,12 @@ def test_bench_part_gets_its_arguments(scale):
         assert {str(key) for key in node if not str(key).startswith("_")} == parameters(node._target_)
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_defaults_of_program(program: str) -> None:
-    assert "hydra" not in configured(program, REQUIRED.get(program, []))
-
-
-@pytest.mark.parametrize("program", ["evaluate", "encode"])
 @pytest.mark.parametrize(
-    "names",
-    [("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")],
+    ("program", "names"),
+    [
+        ("evaluate", ("RANK", "WORLD_SIZE", "LOCAL_RANK")),
+        ("encode", ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")),
+    ],
     ids=["torchrun", "srun"],
 )
 def test_rank_and_gpu_of_program(program, names, monkeypatch):
@@ -157,7 +152,7 @@ def test_full_size_recipe_has_real_shapes(experiment, net, tiny_pipeline, xl_pip
     assert shapes["mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"] == (1280, context)
     if "lora" in experiment:
         assert sum(p.numel() for p in module.parameters() if p.requires_grad) == adapters
-    elif experiment != "teacher_sd15":
+    else:
         assert module.net.time_embedding.cond_proj.weight.shape == (320, 256)
 
 
@@ -220,7 +215,9 @@ def test_home_folder_in_lists_and_environment(monkeypatch: pytest.MonkeyPatch) -
     )
 
 
-def test_missing_apple_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_and_unknown_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="unknown device=foo: use auto, cuda"):
+        pick_device("foo")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UserError, match="device=mps, but torch sees no Apple GPU: use device=cpu"):
         pick_device("mps")

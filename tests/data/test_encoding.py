@@ -1,6 +1,7 @@
 """Shards of latents: what they hold, what training makes of it, what is refused, and disks that are full."""
 
 import errno
+import json
 import os
 import random
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from lcm.core.batch import LatentBatch
 from lcm.core.errors import UserError
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.encoding import Encoder, Variants, gathered
-from lcm.data.latents import DRAWN, POSTERIOR, TEXTS, DecodeLatents, short, stamp
+from lcm.data.latents import DRAWN, POSTERIOR, TEXTS, DecodeLatents, stamp
 from lcm.data.source import Source
 from lcm.data.stream import PassStream
 from lcm.data.transforms import Decode
@@ -152,7 +153,7 @@ def test_captions_are_refused_where_embeddings_are_stored(codec: LatentCodec, en
         batch(codec, encode("text", text=True), latents=True, captions={"blip": 1})
 
 
-@pytest.mark.parametrize(("content", "refused"), [({}, False), ({"drawn": True}, False), ({"text": True}, True)])
+@pytest.mark.parametrize(("content", "refused"), [({}, False), ({"text": True}, True)])
 def test_embeddings_of_another_text_encoder_are_refused(
     tiny_pipeline: Path, encode: Encode, content: dict[str, bool], refused: bool
 ) -> None:
@@ -165,17 +166,19 @@ def test_embeddings_of_another_text_encoder_are_refused(
         assert len(batch(other, folder, latents=True)) == SAMPLES
 
 
-def test_message_shows_where_two_text_encoders_differ() -> None:
-    assert short(f"{'a' * 64} {'b' * 64}") == f"{'a' * 12} {'b' * 12}"
-    assert short("posterior mean and std, unscaled, float16") == "posterior mean and std, unscaled, float16"
-    assert short(512) == "512"
-
-
 def test_folder_refuses_other_latents(encode: Encode) -> None:
     encode()
     for content in ({"drawn": True}, {"text": True}):
         with pytest.raises(UserError, match="holds latents of another VAE, size, crop or content"):
             encode(**content)
+
+
+@pytest.mark.parametrize(("change", "says"), [({"vae": "0"}, "have vae = 0"), ({"resolution": 64}, "have resolution = 64")])
+def test_latents_of_another_make_are_refused(codec: LatentCodec, encode: Encode, change: dict[str, Any], says: str) -> None:
+    stamped = encode() / "latents.json"
+    stamped.write_text(json.dumps({**json.loads(stamped.read_text()), **change}))
+    with pytest.raises(UserError, match=says):
+        batch(codec, stamped.parent, latents=True)
 
 
 def test_damaged_array_costs_its_sample(codec: LatentCodec, encode: Encode) -> None:
@@ -202,12 +205,9 @@ class FullDisk:
         return self.file.write(content)
 
 
-@pytest.mark.parametrize("space", [0, 12_000])
-def test_full_disk_is_one_sentence_and_leaves_no_shard(
-    encode: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, space: int
-) -> None:
+def test_full_disk_is_one_sentence_and_leaves_no_shard(encode: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = wds.TarWriter
-    monkeypatch.setattr(wds, "TarWriter", lambda file, **options: writer(FullDisk(file, space), **options))
+    monkeypatch.setattr(wds, "TarWriter", lambda file, **options: writer(FullDisk(file, 12_000), **options))
     with pytest.raises(UserError, match=r"0\.tar cannot be written whole \(No space left on device\): make room") as caught:
         encode()
     monkeypatch.undo()
@@ -225,7 +225,7 @@ def test_partial_shard_is_written_anew(encode: Encode, tmp_path: Path) -> None:
     assert sorted(file.name for file in folder.iterdir()) == ["0.tar", "0_stats.json", "latents.json"]
 
 
-@pytest.mark.parametrize("size", [(40, 32), (90, 61), (32, 57)])
+@pytest.mark.parametrize("size", [(90, 61), (32, 57)])
 def test_crop_of_a_mirrored_copy(size: tuple[int, int]) -> None:
     sample = {"__key__": "a", "__url__": "0.tar", "png": png(size), "txt": "a"}
     crops = set()
@@ -250,10 +250,7 @@ def test_samples_of_one_name_stay_apart(tmp_path: Path, codec: LatentCodec) -> N
     assert len({sample["__key__"] for sample in samples}) == len({sample[DRAWN] for sample in samples}) == 3
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_latents_are_alike_whatever_was_done_before(
-    tmp_path: Path, codec: LatentCodec, workers: int, capfd: pytest.CaptureFixture
-) -> None:
+def test_latents_are_alike_whatever_was_done_before(tmp_path: Path, codec: LatentCodec, capfd: pytest.CaptureFixture) -> None:
     """A killed encoding goes on with other shards before a shard, and with other workers."""
     urls = [
         write_shard(tmp_path / f"{n}.tar", [{**sample, "png": png((40, 32), n)} for sample in pairs(n, 7)]) for n in range(3)
@@ -261,9 +258,7 @@ def test_latents_are_alike_whatever_was_done_before(
     for done in (0, 1, 2):
         folder = tmp_path / f"latents-{done}"
         folder.mkdir()
-        data = ShardDataModule(
-            f"{tmp_path}/0.tar", codec=codec, resolution=32, num_workers=workers if done else 0, val_batch_size=4
-        )
+        data = ShardDataModule(f"{tmp_path}/0.tar", codec=codec, resolution=32, num_workers=2 if done else 0, val_batch_size=4)
         decode = Variants(Decode(32, random_crop=True), 2, True)
         encoded(urls[done:], folder, Encoder(codec, 0, True, False), decode, data)
         for number in range(done, 3):

@@ -25,11 +25,3 @@ def test_parts_are_written_as_table_and_json(run, tiny_pipeline, shards, tmp_pat
         assert (tmp_path / f"tables/{part}.md").read_text() in done.stdout
         assert record["rows"]
         assert record["machine"]["cores"]
-
-
-def test_unknown_part_is_refused(run):
-    done = run("lcm.bench", "parts=[data,speed]", "dataset=null")
-    assert done.returncode == 1
-    assert done.stderr.strip().endswith(
-        "error: parts=speed does not exist: choose among memory, data, start, rate, node, memory_of_stream, step, sampling"
-    )

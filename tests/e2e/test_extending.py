@@ -23,7 +23,7 @@ def test_each_part_is_one_file_and_one_yaml() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=[command.split()[-1] for command in COMMANDS])
-def test_examples_run(command: str, run_cold: Callable, tmp_path: Path, tiny_pipeline: Path, shards: Path) -> None:
+def test_examples_run(command: str, run: Callable, tmp_path: Path, tiny_pipeline: Path, shards: Path) -> None:
     for path, content in FILES.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(content)
@@ -38,7 +38,7 @@ def test_examples_run(command: str, run_cold: Callable, tmp_path: Path, tiny_pip
         small = [f"entries.LCM.pipeline={tiny_pipeline}", "~entries.DDIM", "entries.LCM.steps=[1]", "samples=4", "grid_rows=1"]
         small += [f"shards={shards}/val-*.tar", "resolution=32", "backbone=mini", "dtype=float32"]
         args = [argument for argument in args if not argument.startswith("entries.LCM.pipeline")]
-    result = run_cold(program, *args, *small, PYTHONPATH=f"{ROOT}:{tmp_path / 'my'}")
+    result = run(program, *args, *small, PYTHONPATH=f"{ROOT}:{tmp_path / 'my'}")
     assert result.returncode == 0, result.stderr
     part = words[-1].partition("=")[2]
     if program == "train.py":

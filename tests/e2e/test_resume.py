@@ -73,24 +73,6 @@ def test_interrupted_run_equals_uninterrupted(run, tiny, tmp_path):
     assert kept == {"last", "previous", "step_10", "step_20", "step_30"}
 
 
-def test_more_steps_resume_from_the_last_step(run, tiny, tiny_pipeline, tmp_path):
-    options = ["callbacks.checkpoint.every_n_train_steps=100", "callbacks.samples.steps=[1]", "model/lr_schedule=constant"]
-    for name, *more in (("a", "trainer.max_steps=3"), ("a", "trainer.max_steps=6", "ckpt_path=last"), ("b",)):
-        done = run("train.py", *tiny, *options, f"name={name}", *more)
-        assert done.returncode == 0, done.stderr
-    again = run("train.py", *tiny, *options, "name=b", "trainer.max_steps=6", "ckpt_path=last")
-    assert "done:    the checkpoint is at step 6 of trainer.max_steps=6: set a larger number to train on" in again.stdout
-    one, other = (torch.load(tmp_path / f"runs/{name}/0/checkpoints/last.ckpt", weights_only=True) for name in "ab")
-    assert one["global_step"] == other["global_step"] == 6
-    assert all(torch.equal(value, other["state_dict"][key]) for key, value in one["state_dict"].items())
-    assert losses(tmp_path / "runs/a/0") == losses(tmp_path / "runs/b/0")
-
-    tuning = ["experiment=lcf_mini", f"model.pipeline={tiny_pipeline}", *tiny[1:], "name=a", "ckpt_path=last"]
-    done = run("train.py", *tuning)
-    assert done.returncode == 1
-    assert "error: the checkpoint is of LatentConsistencyDistillation, this training is a Latent" in done.stderr
-
-
 def test_resume_follows_the_command_line(run, tiny, tmp_path):
     options = [*tiny, "callbacks.samples.steps=[1]", "model/lr_schedule=constant", "model.lr_schedule.warmup=0", "name=lr"]
     assert run("train.py", *options, "trainer.max_steps=3").returncode == 0

@@ -62,9 +62,6 @@ def test_no_secret_is_in_what_a_sweep_leaves(run, tiny, tmp_path):
 
 
 def test_no_secret_is_in_a_complaint(run, tiny, tmp_path):
-    done = run("train.py", *tiny, "+note=https://planted@host/?planted", "ckpt_path=https://planted@host/a", **ENVIRONMENT)
-    assert done.returncode == 1
-    assert "error: nothing reads note" in done.stderr
     done = run("train.py", *tiny, "ckpt_path=https://planted@host/a", **ENVIRONMENT)
     assert "ckpt_path must be a local file" in done.stderr
     assert planted(done, tmp_path) == {}

@@ -21,9 +21,8 @@ def rows(run_dir: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((run_dir / "metrics.csv").open()))
 
 
-def test_distil_sample_evaluate_fine_tune(run_cold, tiny, shards, tiny_pipeline, tmp_path):
-    run = run_cold
-    done = run("train.py", *tiny, "callbacks.samples.every_n_steps=3")
+def test_distil_sample_evaluate_fine_tune(run_cold, run, tiny, shards, tiny_pipeline, tmp_path):
+    done = run_cold("train.py", *tiny, "callbacks.samples.every_n_steps=3")
     assert done.returncode == 0, done.stderr
     run_dir = tmp_path / "runs/lcd_mini/0"
     assert "model:   runs/lcd_mini/0/model" in done.stdout
@@ -38,13 +37,6 @@ def test_distil_sample_evaluate_fine_tune(run_cold, tiny, shards, tiny_pipeline,
     image = Image.open(tmp_path / "out/00003.png")
     assert (image.text["prompt"], image.text["seed"], image.text["steps"]) == ("rocket", "3", "2")
     assert Image.open(tmp_path / "out/grid.png").height > 2 * 128
-
-    again = run(
-        "sample.py", "prompts=[red apple,rocket]", "images_per_prompt=2", "steps=2", "w=1.5", "output=b", "batch_size=1"
-    )
-    assert again.returncode == 0, again.stderr
-    one, other = (Image.open(tmp_path / folder / "00003.png").tobytes() for folder in ("out", "b"))
-    assert max(abs(a - b) for a, b in zip(one, other, strict=True)) <= 1
 
     done = run(
         "lcm.evaluate",
@@ -83,51 +75,26 @@ def test_teacher_trains_and_is_distilled(run, tiny, shards, tiny_pipeline, tmp_p
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
-def test_loggers_write_offline(run, tiny, tmp_path, logger):
-    options = ["logger.wandb.offline=true"] if logger == "wandb" else []
-    done = run(
-        "train.py", *tiny, f"logger={logger}", *options, "trainer.max_steps=2", WANDB_API_KEY="planted-secret-0123456789"
-    )
-    assert done.returncode == 0, done.stderr
-    written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
-    assert any(("tfevents" in path.name) or path.suffix == ".wandb" for path in written)
-    assert not any(b"planted-secret" in path.read_bytes() for path in written)
-
-
 def test_sweep_of_groups_and_values_writes_table_and_plot(run, tiny, tmp_path):
-    done = run("train.py", "-m", *tiny, "trainer.max_steps=3", "model.ema_decay=0,0.95", "model/solver=dpm_solver_pp_2,heun")
-    assert done.returncode == 0, done.stderr
-    configs = [path.read_text() for path in sorted((tmp_path / "runs/lcd_mini").glob("*/config.yaml"))]
-    assert len(configs) == 4
-    assert sum("lcm.core.solvers.heun" in config for config in configs) == 2
-    assert all((tmp_path / f"runs/lcd_mini/{i}/model/unet").is_dir() for i in range(4))
-    [folder] = (tmp_path / "runs/sweeps").iterdir()
-    head, _, *lines = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in (folder / "table.md").open()]
-    assert head == ["model.ema_decay", "model/solver", "val/loss", "run"]
-    assert [line[:2] for line in lines] == [[mu, solver] for mu in ("0", "0.95") for solver in ("dpm_solver_pp_2", "heun")]
-    for _, _, loss, run_dir in lines:
-        logged = [row["val/loss"] for row in rows(tmp_path / run_dir) if row["val/loss"]]
-        assert float(loss) == pytest.approx(float(logged[-1]), rel=1e-3)
-    assert Image.open(folder / "plot.png").width > 300
-
-
-def test_sweep_without_metrics_has_no_table(run, tiny, tmp_path):
-    done = run("train.py", "-m", *tiny, "trainer.max_steps=2", "trainer.val_check_interval=500", "model.ema_decay=0,0.95")
-    assert done.returncode == 0, done.stderr
-    assert "sweep:   no table: no run has measured a metric named val/, add callbacks=evaluation for FID" in done.stdout
-    assert not list((tmp_path / "runs/sweeps").glob("*/table.md"))
-
-
-def test_sweep_continues_after_a_failed_job(run, tiny, tmp_path):
-    done = run("train.py", "-m", *tiny, "trainer.max_steps=3", "model.w_max=4,1,6", "model.w_min=2")
+    """Two of its four jobs fail, which stops no other job."""
+    sweep = ["model.w_max=4,1", "model.w_min=2", "model/solver=dpm_solver_pp_2,heun"]
+    done = run("train.py", "-m", *tiny, "trainer.max_steps=3", *sweep)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    [says] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "model.w_max=1" in says
-    [table] = (tmp_path / "runs/sweeps").glob("*/table.md")
-    lines = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in table.open()][2:]
-    assert [(w, loss == "failed") for w, loss, *_ in lines] == [("4", False), ("1", True), ("6", False)]
+    says = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert [("model.w_max=1" in line, "model.w_min" in line) for line in says] == [(True, True)] * 2
+    [folder] = (tmp_path / "runs/sweeps").iterdir()
+    head, _, *lines = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in (folder / "table.md").open()]
+    assert head == ["model.w_max", "model/solver", "val/loss", "run"]
+    assert [line[:2] for line in lines] == [[w, solver] for w in ("4", "1") for solver in ("dpm_solver_pp_2", "heun")]
+    for w, solver, loss, run_dir in lines:
+        assert (loss == "failed") == (w == "1")
+        if w == "4":
+            logged = [row["val/loss"] for row in rows(tmp_path / run_dir) if row["val/loss"]]
+            assert float(loss) == pytest.approx(float(logged[-1]), rel=1e-3)
+            assert f"lcm.core.solvers.{solver}" in (tmp_path / run_dir / "config.yaml").read_text()
+            assert (tmp_path / run_dir / "model/unet").is_dir()
+    assert Image.open(folder / "plot.png").width > 300
 
 
 def test_ddp_sweep_keeps_folders_apart(run, tiny, tmp_path):
@@ -163,7 +130,7 @@ def test_signal_to_a_sweep_saves_its_job(signum, code, tiny, tmp_path):
     assert [path.name for path in (tmp_path / "runs/lcd_mini").iterdir()] == ["0"]
 
 
-@pytest.mark.parametrize(("experiment", "steps", "w"), [("guided_distill_mini", 8, 1.5), ("cd_mini", 2, 0), ("ct_mini", 2, 0)])
+@pytest.mark.parametrize(("experiment", "steps", "w"), [("guided_distill_mini", 8, 1.5), ("cd_mini", 2, 0)])
 def test_baseline_trains_and_samples(experiment, steps, w, run, tiny_pipeline, shards, tmp_path):
     done = run(
         "train.py", f"experiment={experiment}", f"model.pipeline={tiny_pipeline}", *tiny_data(shards),

@@ -56,6 +56,7 @@ def perform(args: list[str], cwd: Path, env: dict[str, str], out: Path, err: Pat
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    sys.path[:0] = env.get("PYTHONPATH", "").split(os.pathsep)
     code = 0
     try:
         if args[0] == "-m":

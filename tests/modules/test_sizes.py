@@ -72,14 +72,15 @@ def test_resumed_training_has_the_given_size(training: Make, data: Make, fit: Ma
         assert side(tmp_path / "model") == resolution // 4
 
 
-@pytest.mark.parametrize("experiment", ["lcd_lora_mini"])
-def test_export_has_the_training_size(experiment: str, data: Make, fit: Make, tiny_pipeline: Path, tmp_path: Path) -> None:
-    cfg = compose("train", [f"experiment={experiment}", f"model.pipeline={tiny_pipeline}", "data.resolution=64"])
+def test_export_has_the_training_size(data: Make, fit: Make, tiny_pipeline: Path, tmp_path: Path) -> None:
+    cfg = compose("train", ["experiment=lcd_lora_mini", f"model.pipeline={tiny_pipeline}", "data.resolution=64"])
     OmegaConf.save(cfg, tmp_path / "config.yaml")
     trainer = fit(build(cfg.model), data(resolution=64), 1, plugins=[AtomicCheckpointIO()])
     trainer.save_checkpoint(tmp_path / "checkpoints/last.ckpt")
     trained(tmp_path, "last").save_model(str(tmp_path / "model"))
     assert side(tmp_path / "model") == 16
+    with pytest.raises(UserError, match="nowhere is not the folder of a run: it has no"):
+        trained(tmp_path / "nowhere", "last")
 
 
 @pytest.mark.parametrize("experiment", ["lcf_sd15", "lcd_sd15"])
