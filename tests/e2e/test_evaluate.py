@@ -98,7 +98,7 @@ def larger_copy(pipeline, folder):
     return folder
 
 
-def test_repeated_run_draws_nothing(run, drawn, tmp_path):
+def test_repeated_run_draws_nothing(run, drawn, tmp_path, shards):
     first = run()
     assert sorted(set(drawn)) == list(range(8))
     assert len(drawn) == 8 * 4
@@ -109,6 +109,9 @@ def test_repeated_run_draws_nothing(run, drawn, tmp_path):
 
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert names == {"features", "grid.png", "plot.png", "table.csv", "table.json", "table.md"}
+    text, says = (tmp_path / "a/table.md").read_text(), ["w = 4", "w + 1", "CLIP of", "antialiased bicubic", "centre crop"]
+    for part in (*says, "UNet in float32", "Commit", f"{shards}/val-*"):
+        assert part in text, part
     rows = list(csv.DictReader((tmp_path / "a/table.csv").open()))
     assert [{name: row[name] if name == "name" else float(row[name]) for name in row} for row in rows] == first
 
@@ -147,7 +150,7 @@ def test_processes_share_chunks(run, drawn):
     assert run(output="many") == alone
 
 
-def test_changed_inputs_are_drawn_again(run, drawn, tmp_path, student):
+def test_changed_inputs_are_drawn_again(run, drawn, tmp_path, student, monkeypatch):
     run()
     for change in ("w=1.0", "seed=1", "+entries.LCM.sampler=ddim"):
         drawn.clear()
@@ -159,6 +162,10 @@ def test_changed_inputs_are_drawn_again(run, drawn, tmp_path, student):
     drawn.clear()
     run(f"entries.LCM.pipeline={other}")
     assert len(drawn) == 8 * 2
+    drawn.clear()
+    monkeypatch.setattr("lcm.evaluate.jobs.CACHE_VERSION", 2)
+    run()
+    assert len(drawn) == 8 * 4
 
 
 def test_images_are_drawn_at_the_resolution(run, drawn_sizes, tiny_pipeline, tmp_path, caplog):
@@ -216,14 +223,6 @@ def test_non_finite_features_are_an_error(run, shards, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.safetensors"))
     with pytest.raises(UserError, match="the text features are not finite"):
         scores({"clip": torch.ones(3, 2), "text": torch.full((3, 2), float("nan"))}, {"real": {"clip": torch.ones(3, 2)}}, {})
-
-
-def test_cache_version_is_part_of_the_key(run, drawn, monkeypatch):
-    run()
-    drawn.clear()
-    monkeypatch.setattr("lcm.evaluate.jobs.CACHE_VERSION", 2)
-    run()
-    assert len(drawn) == 8 * 4
 
 
 SPREAD = """
@@ -313,22 +312,6 @@ def test_vague_suite_draws_vague_captions(run, tmp_path):
     assert ", exact captions), seeds" in (tmp_path / "a/table.md").read_text()
     assert ", vague captions), seeds" in (tmp_path / "b/table.md").read_text()
     assert [row["clip_score"] for row in exact] != [row["clip_score"] for row in vague]
-
-
-def test_note_describes_the_measurement(run, tmp_path, shards):
-    run()
-    text = (tmp_path / "a/table.md").read_text()
-    for part in (
-        "w = 4",
-        "w + 1",
-        "CLIP of",
-        "antialiased bicubic",
-        "centre crop",
-        "UNet in float32",
-        "Commit",
-        f"{shards}/val-*",
-    ):
-        assert part in text, part
 
 
 def test_fid_backbone_does_not_change_clip_score(run, tiny_pipeline):

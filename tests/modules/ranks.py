@@ -24,6 +24,7 @@ from lcm.modules.latent import LatentModule
 from lcm.runtime.checkpoint_io import AtomicCheckpointIO
 from lcm.runtime.fsdp import FullySharded
 from tests.modules.conftest import new_module
+from tests.modules.test_autoencoder import train as train_autoencoder
 
 RANKS, STEPS, HALF = 2, 4, 2
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {  # of a sample of each pipeline
@@ -157,6 +158,7 @@ def main() -> None:
         pipeline = pipelines[list(SHAPES).index(options.get("of", "tiny"))]
         result = train(pipeline, folder=folder / name, **{**options, **files})
         torch.save(result, folder / f"{name}-{os.environ['LOCAL_RANK']}.pt")
+    train_autoencoder(pipelines[0], folder / "autoencoder", RANKS)
 
 
 if __name__ == "__main__":

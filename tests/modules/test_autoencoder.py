@@ -1,8 +1,6 @@
 """The perceptual and adversarial terms of the autoencoder: gradients, frozen parts, two optimizers, exact resume."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -207,7 +205,7 @@ def test_missing_and_wrong_weights_are_one_sentence(tmp_path: Path) -> None:
 
 
 def train(pipeline: Path, file: Path, ranks: int = 1) -> None:
-    """Save the weights after three steps on four pictures each, which `ranks` processes share."""
+    """Save the weights after three steps on four pictures each, which `ranks` processes share: see test_strategies.py."""
     rank = int(os.environ.get("LOCAL_RANK", 0))
     rows = slice(4 // ranks * rank, 4 // ranks * (rank + 1))
     pictures = torch.rand(3, 4, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -220,22 +218,3 @@ def train(pipeline: Path, file: Path, ranks: int = 1) -> None:
     )  # fmt: skip
     trainer.fit(module, DataLoader([{"x": x[rows]} for x in pictures], batch_size=None))
     torch.save(module.state_dict(), file.with_suffix(f".{rank}"))
-
-
-def test_two_processes_equal_one(tiny_pipeline: Path, tmp_path: Path) -> None:
-    train(tiny_pipeline, tmp_path / "one")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.modules.test_autoencoder"]
-    done = subprocess.run(
-        [sys.executable, *launch, str(tiny_pipeline), str(tmp_path / "two")],
-        cwd=Path(__file__).parents[2], timeout=300, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-5000:]
-    one, first, second = (torch.load(tmp_path / name, weights_only=True) for name in ("one.0", "two.0", "two.1"))
-    assert any(name.startswith("adversary.") for name in one)
-    for name, value in one.items():
-        assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(first[name], value, rtol=0, atol=2e-5, msg=name)  # three steps move a weight by 4e-3
-
-
-if __name__ == "__main__":
-    train(Path(sys.argv[1]), Path(sys.argv[2]), ranks=2)

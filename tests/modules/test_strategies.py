@@ -14,6 +14,7 @@ from lcm.bench import memory
 from lcm.models.pipeline import load_network
 from tests.modules.conftest import new_module
 from tests.modules.ranks import RANKS, SCENARIOS, SHAPES, train
+from tests.modules.test_autoencoder import train as train_autoencoder
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:::lightning")]
 # Of weights that 4 steps moved by up to 4e-3. Sums are taken in another order, the more so over another batch size, and AdamW
@@ -140,3 +141,14 @@ def test_resume_under_another_strategy(name: str, found: Any) -> None:
 @pytest.mark.parametrize("checkpoint", ["half-fsdp.ckpt", "half-folder.ckpt"])
 def test_one_process_resumes_rank_checkpoints(checkpoint: str, folder: Path, found: Any, alone: Any) -> None:
     assert_close(alone("distillation", resume=folder / checkpoint), found("distillation-ddp-1"), SIZES_APART)
+
+
+def test_two_ranks_train_the_autoencoder_as_one_process(folder: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
+    """With its adversary and perceptual term."""
+    train_autoencoder(tiny_pipeline, tmp_path / "one")
+    files = tmp_path / "one.0", *(folder / f"autoencoder.{rank}" for rank in range(RANKS))
+    one, first, second = (torch.load(file, weights_only=True) for file in files)
+    assert any(name.startswith("adversary.") for name in one)
+    for name, value in one.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value, rtol=0, atol=2e-5, msg=name)  # three steps move a weight by 4e-3
