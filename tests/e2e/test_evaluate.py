@@ -108,7 +108,7 @@ def test_repeated_run_draws_nothing(run, drawn, tmp_path):
     assert len(drawn) == 2 * 8 * 4
 
     names = {path.name for path in (tmp_path / "a").iterdir()}
-    assert names == {"features", "grid.png", "plot.png", "table.csv", "table.json", "table.md"}
+    assert names == {"features", "grid.png", "plot.png", "report.html", "table.csv", "table.json", "table.md"}
     rows = list(csv.DictReader((tmp_path / "a/table.csv").open()))
     assert [{name: row[name] if name == "name" else float(row[name]) for name in row} for row in rows] == first
 
