@@ -110,15 +110,15 @@ def plot_curves(curves: Mapping[str, Mapping[int, float]]) -> str:
 
 
 def curve_sections(curves: Mapping[str, Mapping[int, float]]) -> list[Section]:
-    """Return the curves, one section for each first part of the names, and a table of their last values."""
-    groups = dict.fromkeys(name.partition("/")[0] for name in curves)
-    plots = {
-        group: plot_curves({name: values for name, values in curves.items() if name.partition("/")[0] == group})
-        for group in groups
+    """Return the curves and a table of their last values: first of the training, then of the validation, then the others."""
+    order = ("train", "val")
+    names = sorted(curves, key=lambda name: [*order, ""].index(group if (group := name.partition("/")[0]) in order else ""))
+    last = {
+        name: (max(values), values[max(values)], min(values.values()), max(values.values())) for name, values in curves.items()
     }
-    rows = [
-        [name, list(values)[-1], list(values.values())[-1], min(values.values()), max(values.values())]
-        for name, values in curves.items()
+    header = ("metric", "step", "last", "lowest", "highest")
+    plot = {"curves": plot_curves({name: curves[name] for name in names})} if names else None
+    return [
+        Section("Curves", pictures=plot),
+        Section("Last values", header=header, rows=[(name, *last[name]) for name in names]),
     ]
-    table = Section("Last values", header=("metric", "step", "last", "lowest", "highest"), rows=rows)
-    return [*(Section(f"Curves {group}", pictures={group: plot}) for group, plot in plots.items()), table]

@@ -5,6 +5,7 @@ The names are those of CompVis' and Stability's code. diffusers reads them by it
 
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -138,6 +139,11 @@ def as_folder(file: Path, config: str | None) -> Path:
     """
     if not file.is_file():
         raise UserError(f"there is no file {file}: give a single-file checkpoint, a pipeline folder or a hub id (owner/name)")
+    status = file.stat()
+    key = digest([str(file.resolve()), status.st_size, status.st_mtime_ns, config])
+    folder = Path(HF_HOME) / "single-files" / f"{file.stem}-{key}"
+    if folder.is_dir():
+        return folder
     check_header(file)
     with safe_open(file, "pt") as content:
         names = list(content.keys())
@@ -147,19 +153,17 @@ def as_folder(file: Path, config: str | None) -> Path:
                 f"{file} is a file, not a pipeline folder, and holds {kind}: give the pipeline, or a whole checkpoint, with "
                 f"names such as {UNET}*"
             )
-        shapes = {name: content.get_slice(name) for name in names}
+        shapes = {name: Shape(content.get_slice(name)) for name in names}
         dtype = content.get_tensor(next(name for name in names if name.startswith(UNET))).dtype
-    status = file.stat()
-    key = digest([str(file.resolve()), status.st_size, status.st_mtime_ns, config])
-    folder = Path(HF_HOME) / "single-files" / f"{file.stem}-{key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # every rank and worker may ask
         if not folder.is_dir():
-            inferred = fetch_diffusers_config({name: Shape(shapes[name]) for name in names})["pretrained_model_name_or_path"]
+            inferred = fetch_diffusers_config(shapes)["pretrained_model_name_or_path"]
             configs = find_configs(config or inferred, file, given=config is not None)
             pipeline = getattr(diffusers, class_of(configs))
-            with TemporaryDirectory(dir=folder.parent) as partial, as_user_error(file):
-                loaded = pipeline.from_single_file(str(file), config=str(configs), local_files_only=True, torch_dtype=dtype)
+            with TemporaryDirectory() as plain, TemporaryDirectory(dir=folder.parent) as partial, as_user_error(file):
+                copy_configs(configs, Path(plain))  # diffusers would read weights there that the file lacks
+                loaded = pipeline.from_single_file(str(file), config=plain, local_files_only=True, torch_dtype=dtype)
                 loaded.save_pretrained(partial)
                 os.chmod(partial, 0o755)
                 Path(partial).rename(folder)
@@ -186,6 +190,14 @@ def find_configs(config: str, file: Path, *, given: bool) -> Path:
             f"{name} is neither a folder here nor reachable on the hub ({type(error).__name__}): name a pipeline folder of "
             f"this kind behind the file, as {file}:<folder>; only its configs and tokenizers are read"
         ) from error
+
+
+def copy_configs(source: Path, target: Path) -> None:
+    for pattern in CONFIGS:
+        for file in source.glob(pattern):
+            copied = target / file.relative_to(source)
+            copied.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copied)
 
 
 def class_of(configs: Path) -> str:

@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcm.app.cli import build
@@ -136,3 +136,20 @@ def test_a_single_file_without_its_configuration_says_how_to_name_it(checkpoint:
 
 def test_other_families_have_no_such_layout(pixart_pipeline: Path) -> None:
     assert load_family(pixart_pipeline).original(None) is None
+
+
+def test_pickled_checkpoints_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("model.ckpt", "model.bin.safetensors"):
+        torch.save({"model.diffusion_model.out.0.bias": torch.zeros(1)}, tmp_path / name)
+    with pytest.raises(UserError, match=r"model.ckpt is a file, not a pipeline folder or a .safetensors file"):
+        find(str(tmp_path / "model.ckpt"))
+    with pytest.raises(UserError, match=r"cannot load .*model.bin.safetensors: it is cut or damaged"):
+        find(str(tmp_path / "model.bin.safetensors"))
+
+
+def test_a_checkpoint_without_a_part_is_refused(checkpoint: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
+    """The weights of the pipeline that gives the configuration do not stand in for it."""
+    weights = {name: value for name, value in load_file(checkpoint).items() if not name.startswith("cond_stage_model.")}
+    save_file(weights, tmp_path / "half.safetensors")
+    with pytest.raises(UserError, match=r"cannot load .*half.safetensors"):
+        find(f"{tmp_path / 'half.safetensors'}:{tiny_pipeline}")
