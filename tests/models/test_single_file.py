@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +19,11 @@ from torch import Tensor
 from lcm.app.cli import build
 from lcm.app.targets import CONF
 from lcm.core.errors import UserError
+from lcm.core.process import VP, Flow
+from lcm.export import check_format
 from lcm.models import single_file
 from lcm.models.families import Original
+from lcm.models.lora import with_adapters
 from lcm.models.pipeline import find, load_family, load_network
 from lcm.models.single_file import clip_weights, unet_weights, vae_weights
 from lcm.models.student import as_network
@@ -153,3 +158,46 @@ def test_a_checkpoint_without_a_part_is_refused(checkpoint: Path, tiny_pipeline:
     save_file(weights, tmp_path / "half.safetensors")
     with pytest.raises(UserError, match=r"cannot load .*half.safetensors"):
         find(f"{tmp_path / 'half.safetensors'}:{tiny_pipeline}")
+
+
+def network(kind: str, tiny: Path, pixart: Path) -> tuple[Any, Any]:
+    """Return a module, as far as an export looks at it, and its network."""
+    folder = pixart if kind == "pixart" else tiny
+    family, net = load_family(folder), load_network(folder)
+    if kind == "student":
+        net = family.with_w(net)
+    elif kind == "adapters":
+        net = with_adapters(family, net, rank=2)
+    return SimpleNamespace(family=family, process=Flow() if kind == "flow" else VP(rescale_betas_zero_snr=True)), net
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "says"),
+    [
+        (
+            "student",
+            {"format": "kohya"},
+            "format=kohya is for adapters .*, and this run trained the whole network: use format=",
+        ),
+        ("student", {"format": "original"}, "has no input for w, and this network takes w: fix it by w=7"),
+        ("student", {"format": "original", "w": float("inf")}, "w=inf is not a finite number"),
+        ("student", {"format": "unet", "w": 3.0}, "w=3 has no effect on format=unet"),
+        ("teacher", {"format": "original", "w": 3.0}, "w=3 has no effect: this network does not take w"),
+        ("flow", {"format": "original"}, "other programs assume the noise schedule of Stable Diffusion"),
+        ("pixart", {"format": "original"}, "other programs have no names for PixArtAlphaPipeline"),
+        ("teacher", {"format": "unet", "card": True}, "card=true has no effect on format=unet"),
+        ("teacher", {"evaluation": "x"}, "evaluation=x has no effect without a card"),
+        ("teacher", {"evaluation": "x", "card": True}, "evaluation=x has no table.md"),
+        ("student", {"format": "original", "w": 3.0}, None),
+        ("teacher", {"format": "original"}, None),
+        ("adapters", {"format": "kohya"}, None),
+        ("adapters", {"format": "original"}, None),
+    ],
+)
+def test_an_export_without_effect_is_refused(
+    kind: str, options: dict[str, Any], says: str | None, tiny_pipeline: Path, pixart_pipeline: Path
+) -> None:
+    cfg = OmegaConf.create({"format": "pipeline", "w": None, "card": False, "evaluation": None, **options})
+    module, net = network(kind, tiny_pipeline, pixart_pipeline)
+    with nullcontext() if says is None else pytest.raises(UserError, match=says):
+        check_format(cfg, module, net)
