@@ -1,21 +1,21 @@
 """Images from prompts: `python sample.py pipeline=runs/lcd_mini/0/model prompts='red apple' steps=4 w=2`."""
 
 from lcm.app.cli import Program, build
-from lcm.core.numbers import Count, Dtype, Seed
+from lcm.core.numbers import Count, Dtype, PositiveShare, Seed
 
 COUNTS = dict.fromkeys(("steps", "images_per_prompt", "batch_size", "grid_rows"), Count)
-TYPES = {"prompts": str | list[str], "pipeline": str, "w": float | None, "output": str | None, "compile": bool, "negative": str}
+FILES = dict.fromkeys(("image", "mask", "output"), str | None) | {"strength": PositiveShare | None}
+TYPES = {"prompts": str | list[str], "pipeline": str, "w": float | None, "compile": bool, "negative": str, **FILES}
 program = Program("sample", seed=Seed, dtype=Dtype, **COUNTS, **TYPES)
 if __name__ == "__main__":
     program.read_command_line()  # before imports that take seconds: --help and misspelt keys are answered at once
 
 import torch
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 from lcm.app.composition import plain
-from lcm.app.image_folder import Pictures
-from lcm.app.inputs import output_folder, pick_device, read_prompts
+from lcm.app.image_folder import Pictures, start_settings
+from lcm.app.inputs import output_folder, pick_device, read_adapters, read_requests, read_start
 from lcm.app.pipelines import find_pipeline
 from lcm.data.captions import read_captions
 from lcm.data.source import Source
@@ -30,27 +30,27 @@ def main(cfg: DictConfig) -> None:
     if cfg.output is not None:
         output_folder(cfg.output)
     source = Source.of_option(cfg, "val_shards", build(cfg.cache)) if cfg.prompts == "val" else None
-    prompts = read_prompts(cfg.prompts, lambda: read_captions(source), cfg.captions)
-    name = find_pipeline(cfg.pipeline, cfg.paths.runs)
+    prompts, own = read_requests(cfg.prompts, lambda: read_captions(source), cfg.captions)
+    name, lora = find_pipeline(cfg.pipeline, cfg.paths.runs), read_adapters(cfg.lora)
     print(f"model:   {name}")
-    model = TextToImage.load(name, device=pick_device(cfg.device), dtype=getattr(torch, cfg.dtype), compile=cfg.compile)
+    options = {"device": pick_device(cfg.device), "dtype": getattr(torch, cfg.dtype), "compile": cfg.compile}
+    model = TextToImage.load(name, **options, lora=lora)
     sampler, size = build(cfg.sampler), model.size(cfg.size)
-    w = float((4 if model.takes_w else 0) if cfg.w is None else cfg.w)
-    model.check_w(w)
-    model.check_negative(cfg.negative, w)
-    model.check_steps(cfg.steps, sampler)
-    settings = {"steps": cfg.steps, "w": w, "sampler": plain(cfg.sampler) or "auto", "size": list(size), "dtype": cfg.dtype}
-    settings |= {"negative": cfg.negative, "pipeline": name, "model": digest(model.identity())}
-    pictures = Pictures(prompts, cfg.images_per_prompt, cfg.seed, settings)
+    start = read_start(cfg.image, cfg.mask, cfg.strength, size)
+    settings = {"steps": cfg.steps, "w": model.default_w if cfg.w is None else cfg.w, "negative": cfg.negative}
+    for row in own:
+        model.check({**settings, **row}, sampler, start)
+    settings |= {"sampler": plain(cfg.sampler) or model.metadata["sampler"], "size": list(size), "dtype": cfg.dtype}
+    settings |= {
+        "pipeline": name,
+        "model": digest(model.identity()),
+        **start_settings(start),
+        **({"lora": lora} if lora else {}),
+    }
+    pictures = Pictures(prompts, cfg.images_per_prompt, cfg.seed, settings, own)
     folder = pictures.folder(cfg.output, "outputs/sample")
     missing = pictures.missing(folder)
-    options = dict(steps=cfg.steps, w=w, sampler=sampler, size=size, negative=cfg.negative, batch_size=cfg.batch_size)
-    batches = model.images([pictures.prompt(i) for i in missing], [cfg.seed + i for i in missing], **options)
-    with tqdm(total=len(missing), unit="image", desc="sampling", disable=not missing) as bar:
-        for number, batch in enumerate(batches):
-            for i, image in zip(missing[number * cfg.batch_size :], batch, strict=False):
-                pictures.save(folder, i, image)
-            bar.update(len(batch))
+    pictures.draw(folder, missing, model, cfg.batch_size, sampler=sampler, size=size, start=start)
     pictures.save_grid(folder, cfg.grid_rows)
     there = f" ({len(pictures) - len(missing)} were there)" if len(missing) < len(pictures) else ""
     print(f"images:  {folder}/00000.png to {len(pictures) - 1:05d}.png{there}\ngrid:    {folder}/grid.png")

@@ -5,7 +5,8 @@ from typing import Literal
 from lcm.app.cli import Program, build
 from lcm.core.numbers import Dtype
 
-FORMATS = ("pipeline", "unet")
+FORMATS = ("pipeline", "unet", "kohya", "original")
+ZERO_SNR = {"rescale_betas_zero_snr": True}  # other programs know this change of the noise schedule
 WEIGHTS = {"trained": "net", "average": "ema_net", "target": "target_net"}  # of a module
 program = Program(
     "export",
@@ -14,25 +15,36 @@ program = Program(
     weights=Literal["best", *WEIGHTS],
     dtype=Dtype,
     format=Literal[*FORMATS],
+    w=float | None,
+    card=bool,
+    evaluation=str | None,
     output=str,
 )
 if __name__ == "__main__":
     program.read_command_line()  # before imports that take seconds: --help and misspelt keys are answered at once
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from diffusers import AutoencoderKL
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save
+from torch import Tensor
 
 from lcm.app.inputs import output_folder
+from lcm.app.model_card import write_card
 from lcm.core.errors import UserError
+from lcm.core.process import VP
 from lcm.models.codec import vae_factor
-from lcm.models.loading import cast_copy, read_json
-from lcm.models.lora import is_adapted, merged
+from lcm.models.loading import check_saved, load_part, read_json
+from lcm.models.lora import is_adapted, kohya_metadata, kohya_weights, merged
 from lcm.models.pipeline import find, load_network
+from lcm.models.saving import FLAT, PREFIX
+from lcm.models.single_file import clip_weights, unet_weights, vae_weights
 from lcm.modules.latent import LatentModule
 from lcm.runtime.atomic_io import whole_file
 from lcm.runtime.checkpoint_io import AtomicCheckpointIO
@@ -81,22 +93,88 @@ def choose_net(module: LatentModule, weights: str) -> Any:
     return net
 
 
+def check_format(cfg: DictConfig, module: LatentModule, net: Any) -> None:
+    """Raise UserError for a format that the network does not have, and for an option without effect."""
+    if cfg.card and cfg.format != "pipeline":
+        raise UserError(f"card=true has no effect on format={cfg.format}: a card is part of format=pipeline")
+    if cfg.evaluation is not None and not cfg.card:
+        raise UserError(f"evaluation={cfg.evaluation} has no effect without a card: set card=true")
+    if cfg.evaluation is not None and not Path(cfg.evaluation, "table.md").is_file():
+        raise UserError(f"evaluation={cfg.evaluation} has no table.md: give the output folder of lcm.evaluate")
+    if cfg.format in ("kohya", "original") and module.family.original(net) is None:
+        raise UserError(
+            f"format={cfg.format}: other programs have no names for {module.family.pipelines[0]}: use format=pipeline"
+        )
+    if cfg.format == "kohya" and not is_adapted(net):
+        raise UserError("format=kohya is for adapters (LoRA), and this run trained the whole network: use format=original")
+    if cfg.format != "original":
+        if cfg.w is not None:
+            raise UserError(f"w={cfg.w:g} has no effect on format={cfg.format}: leave w out, or use format=original")
+        return
+    if module.family.takes_w(net) and cfg.w is None:
+        raise UserError(
+            "format=original has no input for w, and this network takes w: fix it by w=7, for example, or use format=pipeline"
+        )
+    if cfg.w is not None and not module.family.takes_w(net):
+        raise UserError(f"w={cfg.w:g} has no effect: this network does not take w: leave w out")
+    if cfg.w is not None and not math.isfinite(cfg.w):
+        raise UserError(f"w={cfg.w:g} is not a finite number: set w=7, for example")
+    process = module.process.config
+    if not isinstance(module.process, VP) or process != {
+        **VP().config,
+        "rescale_betas_zero_snr": process["rescale_betas_zero_snr"],
+    }:
+        raise UserError("format=original: other programs assume the noise schedule of Stable Diffusion: use format=pipeline")
+
+
+def single_file_weights(module: LatentModule, net: Any, w: float | None) -> dict[str, Tensor]:
+    """Return the network, at this w, with its VAE and text encoders in the original layout."""
+    base, original = find(module.pipeline), module.family.original(net)
+    assert original is not None
+    net = merged(net, load_network(module.pipeline)) if is_adapted(net) else net
+    weights = unet_weights(net if w is None else module.family.at_w(net, w))
+    weights |= vae_weights(load_part(AutoencoderKL, base / "vae", torch_dtype=torch.float32))
+    for tower, prefix in zip(module.family.towers, original.text, strict=True):
+        encoder = load_part(tower.encoder_class, base / tower.encoder, dtype=torch.float32).state_dict()
+        weights |= clip_weights({PREFIX * name.startswith(FLAT) + name: value for name, value in encoder.items()}, prefix)
+    return weights
+
+
+def write(file: Path, weights: Mapping[str, Tensor], dtype: torch.dtype, metadata: dict[str, str]) -> None:
+    cast = {name: value.detach().to(dtype).contiguous() for name, value in weights.items()}
+    check_saved(cast, weights)
+    with whole_file(file) as opened:
+        opened.write(save(cast, metadata={"format": "pt", **metadata}))
+
+
 @program
 def main(cfg: DictConfig) -> None:
     """Load a checkpoint, choose its weights and write them."""
     output, dtype = Path(cfg.output), getattr(torch, cfg.dtype)
     module = trained(Path(cfg.run), cfg.checkpoint)
     net = choose_net(module, cfg.weights)
+    check_format(cfg, module, net)
     output_folder(str(output.parent))
-    if cfg.format == "pipeline":
-        module.save_model(str(output), net, dtype=dtype)
-    else:
-        output = output.with_suffix(".safetensors")
-        net = merged(net, load_network(module.pipeline)) if is_adapted(net) else net
-        with whole_file(output) as file:
-            state = {name: value.contiguous() for name, value in cast_copy(net, dtype).state_dict().items()}
-            file.write(save(state, metadata={"format": "pt"}))
-    print(f"model:   {output}   ({cfg.weights} weights of step {module.global_step}, {cfg.dtype})")
+    output = output if cfg.format == "pipeline" else output.with_suffix(".safetensors")
+    original = module.family.original(net)
+    match cfg.format:
+        case "pipeline":
+            module.save_model(str(output), net, dtype=dtype)
+            if cfg.card:
+                write_card(output, Path(cfg.run), None if cfg.evaluation is None else Path(cfg.evaluation))
+        case "unet":
+            net = merged(net, load_network(module.pipeline)) if is_adapted(net) else net
+            write(output, net.state_dict(), dtype, {})
+        case "kohya":
+            assert original is not None
+            write(output, kohya_weights(net), dtype, kohya_metadata(net, original))
+        case _:
+            assert original is not None
+            spec = {"sai_model_spec": "1.0.0", "architecture": original.architecture, "prediction_type": module.prediction_type}
+            metadata = {f"modelspec.{name}": value for name, value in spec.items()}
+            write(output, single_file_weights(module, net, cfg.w), dtype, metadata)
+    fixed = "" if cfg.w is None else f", w = {cfg.w:g}"
+    print(f"model:   {output}   ({cfg.weights} weights of step {module.global_step}, {cfg.dtype}{fixed})")
 
 
 if __name__ == "__main__":

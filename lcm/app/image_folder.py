@@ -1,8 +1,11 @@
 """A folder of pictures, one file each. None is drawn twice, and a picture of another call is never overwritten."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,12 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from tqdm import tqdm
 
 from lcm.app.images import as_text, grid, save_png, to_pil
 from lcm.app.inputs import output_folder
 from lcm.core.errors import UserError
+from lcm.models.text_to_image import Start, TextToImage
 from lcm.runtime.run_dir import new_run, run_names
 
 GRID = "grid.png"
@@ -23,19 +28,35 @@ GRID = "grid.png"
 class Pictures:
     """`repeats` pictures of each prompt. Picture i has seed `seed + i`. Each file holds its prompt, seed and settings.
 
-    settings: common to all pictures of a call. "model" identifies the weights, "pipeline" is only their name.
+    settings: common to all pictures of a call. "model" identifies the weights, "pipeline" is only their name. own: settings of
+    each prompt that replace them; its own seed is that of its first picture.
     """
 
     prompts: list[str]
     repeats: int
     seed: int
     settings: Mapping[str, Any]
+    own: Sequence[Mapping[str, Any]] = ()
 
     def __len__(self) -> int:
         return len(self.prompts) * self.repeats
 
     def prompt(self, i: int) -> str:
         return self.prompts[i // self.repeats]
+
+    def seed_of(self, i: int) -> int:
+        own = self.own[i // self.repeats].get("seed") if self.own else None
+        return self.seed + i if own is None else own + i % self.repeats
+
+    def settings_of(self, i: int) -> dict[str, Any]:
+        own = self.own[i // self.repeats] if self.own else {}
+        return {**self.settings, **{name: value for name, value in own.items() if name != "seed"}}
+
+    def batches(self, numbers: list[int], size: int) -> Iterator[list[int]]:
+        """Yield the pictures in batches of at most `size` that share their settings."""
+        for _, alike in groupby(numbers, lambda i: sorted(self.settings_of(i).items(), key=itemgetter(0))):
+            while batch := list(islice(alike, size)):
+                yield batch
 
     def folder(self, output: str | None, parent: str) -> Path:
         """Return the folder to write to, without pictures of other settings. Raises UserError.
@@ -70,18 +91,31 @@ class Pictures:
 
     def identity(self, i: int) -> dict[str, str]:
         """Return the text that identifies picture i. The grid, i = len(self), is identified by the settings."""
-        common = {name: value for name, value in self.settings.items() if name != "pipeline"}
-        return as_text({"prompt": self.prompt(i), "seed": self.seed + i, **common} if i < len(self) else common)
+        settings = (
+            {**self.settings_of(i), "caption": self.prompt(i), "seed": self.seed_of(i)} if i < len(self) else self.settings
+        )
+        return as_text({name: value for name, value in settings.items() if name != "pipeline"})
 
     def missing(self, folder: Path) -> list[int]:
         present = {int(file.stem) for file in numbered(folder)}
         return [i for i in range(len(self)) if i not in present]
 
+    def draw(self, folder: Path, numbers: list[int], model: TextToImage, batch_size: int, **options: Any) -> None:
+        """Draw these pictures, and write each batch. options: of `TextToImage.latents`, common to all."""
+        with tqdm(total=len(numbers), unit="image", desc="sampling", disable=not numbers) as bar:
+            for batch in self.batches(numbers, batch_size):
+                own = {name: self.settings_of(batch[0])[name] for name in ("steps", "w", "negative")}
+                prompts, seeds = [self.prompt(i) for i in batch], [self.seed_of(i) for i in batch]
+                [images] = model.images(prompts, seeds, batch_size=batch_size, **own, **options)
+                for i, image in zip(batch, images, strict=True):
+                    self.save(folder, i, image)
+                bar.update(len(batch))
+
     def save(self, folder: Path, i: int, image: Tensor) -> None:
         file = file_of(folder, i)
         if file.exists():
             raise UserError(f"another program has written {file} meanwhile: run this again with another output=")
-        save_png(to_pil(image), file, prompt=self.prompt(i), seed=self.seed + i, **self.settings)
+        save_png(to_pil(image), file, prompt=self.prompt(i), seed=self.seed_of(i), **self.settings_of(i))
 
     def save_grid(self, folder: Path, rows: int) -> None:
         """Write a grid with a row for each of the first prompts, read from the folder."""
@@ -93,6 +127,15 @@ class Pictures:
             images=len(self),
             **self.settings,
         )
+
+
+def start_settings(start: Start | None) -> dict[str, Any]:
+    """Return the settings of pictures that start from another one. Pixels are named by a digest."""
+    if start is None:
+        return {}
+    pixels = {"start": start.image, "mask": start.mask}
+    named = {name: sha256(value.numpy().tobytes()).hexdigest()[:16] for name, value in pixels.items() if value is not None}
+    return {"strength": start.strength, **named}
 
 
 def file_of(folder: Path, i: int) -> Path:

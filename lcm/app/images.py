@@ -5,7 +5,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lcm.runtime.atomic_io import whole_file
 
+TITLES = {"consistency": "LCM", "tcd": "TCD", "ddim": "DDIM", "heun": "Heun", "dpm_solver_pp_2m": "DPM++ 2M"}  # of samplers
 LONGEST = 4000  # characters of a label that are looked at: more than any row shows
 
 
@@ -39,18 +40,51 @@ def as_text(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def save_png(image: Image.Image, path: Path, **settings: Any) -> None:
-    """Write a PNG, whole or not at all, with the prompt and settings in its text chunks.
+    """Write a PNG, whole or not at all, with the settings in its text chunks."""
+    with whole_file(path) as file:
+        write_png(image, file, **settings)
 
-    `parameters` is the chunk that image viewers of the field read.
+
+def write_png(image: Image.Image, file: BinaryIO, **settings: Any) -> None:
+    """Write a PNG with the settings in its text chunks.
+
+    The prompt is the chunk `caption`, because ComfyUI takes a chunk `prompt` for a graph of its own.
     """
     info = PngInfo()
     for name, text in as_text(settings).items():
-        info.add_itxt(name, text)
+        info.add_itxt("caption" if name == "prompt" else name, text)
     if "prompt" in settings:
-        rest = ", ".join(f"{name}: {value}" for name, value in settings.items() if name != "prompt")
-        info.add_itxt("parameters", f"{settings['prompt']}\n{rest}")
-    with whole_file(path) as file:
-        image.save(file, "PNG", pnginfo=info)
+        info.add_itxt("parameters", parameters(settings))
+    image.save(file, "PNG", pnginfo=info)
+
+
+def parameters(settings: Mapping[str, Any]) -> str:
+    """Return the text by which A1111, Forge and ComfyUI show how an image was drawn, and draw it again."""
+    height, width = settings.get("size", (None, None))
+    values = {
+        "Steps": settings.get("steps"),
+        "Sampler": sampler_title(settings.get("sampler")),
+        "CFG scale": None if settings.get("w") is None else f"{settings['w'] + 1:g}",
+        "Seed": settings.get("seed"),
+        "Size": None if width is None else f"{width}x{height}",
+        "Model hash": settings.get("model"),
+        "Model": None if "pipeline" not in settings else Path(str(settings["pipeline"])).name,
+        "Denoising strength": settings.get("strength"),
+    }
+    line = ", ".join(f"{name}: {quoted(value)}" for name, value in values.items() if value is not None)
+    return f"{settings['prompt']}\nNegative prompt: {settings.get('negative', '')}\n{line}"
+
+
+def sampler_title(sampler: Any) -> str | None:
+    """Return the field's name of a sampler. sampler: its name in `lcm.json`, or the node of its configuration."""
+    if isinstance(sampler, Mapping):
+        sampler = sampler.get("solver", sampler)["_target_"].rpartition(".")[2]
+    return TITLES.get(str(sampler), sampler)
+
+
+def quoted(value: Any) -> str:
+    """Return a value of `parameters`, within quotes if it has a character that would end it."""
+    return json.dumps(str(value)) if set(str(value)) & set(',:\n"') else str(value)
 
 
 def grid(

@@ -1,15 +1,21 @@
-"""Inputs of programs: prompts, an output folder, a device."""
+"""Inputs of programs: prompts, pictures, adapters, an output folder, a device."""
 
+import csv
+import io
+import math
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 
 from lcm.core.errors import UserError
-from lcm.runtime.atomic_io import lines_of, writable
+from lcm.models.text_to_image import Start
+from lcm.runtime.atomic_io import lines_of, text_of, writable
 
 FILE_NAME = re.compile(r"\S+\.(txt|text|csv|tsv|json|jsonl|ndjson|md|yaml|yml|parquet|xlsx|list|tar)", re.IGNORECASE)
 
@@ -46,6 +52,113 @@ def read_prompts(prompts: Any, captions: Callable[[], list[str]], weights: Any =
                 f"prompts={prompt} names a file: give a .txt file with one prompt per line, or write this prompt in such a file"
             )
     return [str(prompt) for prompt in texts]
+
+
+COLUMNS = {"prompt": str, "seed": int, "w": float, "steps": int}  # of a table of prompts
+
+
+def read_table(file: str) -> list[dict[str, Any]]:
+    """Return the rows of a .csv file with the column `prompt`, and `seed`, `w` and `steps` where a row gives them.
+
+    Raises UserError that names the line.
+    """
+    try:
+        text = text_of(Path(file).expanduser().read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"there is no prompt file {file}") from None
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"the prompt file {file} cannot be read ({error}): write a table in UTF-8") from error
+    table = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+    names = [str(name).strip() for name in table.fieldnames or ()]
+    if "prompt" not in names or len(set(names)) < len(names) or not set(names) <= COLUMNS.keys():
+        raise UserError(
+            f"{file} has the columns {', '.join(names) or 'none'}: its first line names prompt, and seed, w or steps"
+        )
+    table.fieldnames = names
+    rows = []
+    for row in table:
+        given = {name: value.strip() for name, value in row.items() if name is not None and value is not None and value.strip()}
+        try:
+            if None in row:
+                raise ValueError(f"it has more than {len(names)} cells (quote a prompt with commas)")
+            rows.append({"prompt": "", **{name: COLUMNS[name](value) for name, value in given.items()}})
+            if given.get("steps") == "0" or any(given.get(name, "").startswith("-") for name in ("seed", "steps")):
+                raise ValueError("seed counts from 0 and steps from 1")
+        except ValueError as error:
+            raise UserError(f"{file}, line {table.line_num}: {error}") from error
+    if not rows:
+        raise UserError(f"{file} has no prompts: write one per line below the names of the columns")
+    return rows
+
+
+def read_requests(
+    prompts: Any, captions: Callable[[], list[str]], weights: Any = None
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the prompts, see `read_prompts`, and the settings that a .csv file gives for each of them."""
+    if weights or not (isinstance(prompts, str) and prompts.lower().endswith(".csv") and " " not in prompts):
+        texts = read_prompts(prompts, captions, weights)
+        return texts, [{} for _ in texts]
+    rows = read_table(prompts)
+    return [row.pop("prompt") for row in rows], rows
+
+
+def read_adapters(lora: Any) -> dict[str, float]:
+    """Return weights by files of adapters. lora: `file` or `file:weight`, or a list of these. Raises UserError."""
+    weights: dict[str, float] = {}
+    for entry in [lora] if isinstance(lora, str) else list(lora or ()):
+        file, _, weight = str(entry).rpartition(":")
+        try:
+            file, value = (file, float(weight)) if file else (weight, 1.0)
+        except ValueError:
+            file, value = str(entry), 1.0
+        if value == 0 or not math.isfinite(value):
+            raise UserError(f"lora={entry} has no effect: give a weight such as {file}:1")
+        if file in weights:
+            raise UserError(f"lora={file} is given twice: add up the weights")
+        weights[os.path.expanduser(file)] = value
+    return weights
+
+
+def read_start(image: str | None, mask: str | None, strength: float | None, size: tuple[int, int]) -> Start | None:
+    """Return the picture that sampling starts from, resized and cropped to `size` (height, width). Raises UserError.
+
+    strength: None is 0.6, and 1 with a mask.
+    """
+    if image is None:
+        for name, value in (("mask", mask), ("strength", strength)):
+            if value is not None:
+                raise UserError(f"{name}={value} has no effect without a picture to start from: set image=<file>")
+        return None
+    picture = read_picture(image, "image")
+    painted = None if mask is None else read_picture(mask, "mask")
+    if painted is not None and painted.size != picture.size:
+        raise UserError(
+            f"mask={mask} has {painted.width} x {painted.height} pixels and image={image} {picture.width} x {picture.height}: "
+            "paint the mask on a copy of the image"
+        )
+    pixels = torch.from_numpy(np.array(fitted(picture, size))).permute(2, 0, 1)
+    where = None if painted is None else torch.from_numpy(np.array(fitted(painted.convert("L"), size)))[None].float() / 255
+    if where is not None and not where.any():
+        raise UserError(f"mask={mask} has no white in it: paint white what is to be drawn")
+    return Start(pixels, (0.6 if where is None else 1.0) if strength is None else strength, where)
+
+
+def read_picture(file: str, option: str) -> Image.Image:
+    """Return a picture, upright, the transparent on white."""
+    try:
+        picture = ImageOps.exif_transpose(Image.open(os.path.expanduser(file), formats=("PNG", "JPEG", "WEBP")))
+        if picture.has_transparency_data:
+            picture, layer = Image.new("RGBA", picture.size, "white"), picture.convert("RGBA")
+            picture.alpha_composite(layer)
+        return picture.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{option}={file}: there is no such file") from None
+    except (OSError, Image.DecompressionBombError) as error:
+        raise UserError(f"{option}={file} cannot be read as a picture ({error}): give a PNG, JPEG or WebP file") from error
+
+
+def fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS)
 
 
 def is_file_name(prompt: str) -> bool:

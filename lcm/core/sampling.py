@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lcm.core.consistency import ConsistencyFn, consistency_fn
 from lcm.core.denoiser import Denoise, Denoised
-from lcm.core.process import Process, per_sample
+from lcm.core.process import FLOOR, Process, per_sample
 from lcm.core.solvers import Solver, eps_step, x0_step
 
 Noise = Callable[[], Tensor]
@@ -127,6 +127,22 @@ def _multistep(
         previous = (current, h)
         z = step(denoised, value, z, t, s)
     return z
+
+
+def keeping(denoise: Denoise, known: Tensor, mask: Tensor, process: Process) -> Denoise:
+    """Return a denoiser that knows the latent where the mask is 0, so that any sampler keeps it there: inpainting.
+
+    There it returns the known latent, and the noise that z_t has on top of it. A sampler moves z_t along these to the next
+    time. The network therefore always sees the known part with the noise of its time. known: `[B, C, H, W]`. mask: the share
+    in [0, 1] that is drawn, `[B, 1, H, W]`.
+    """
+
+    def denoise_rest(z: Tensor, t: Tensor) -> Denoised:
+        x0, eps = denoise(z, t)
+        alpha, sigma = process.at(t, z.ndim)
+        return Denoised(known.lerp(x0, mask), ((z - alpha * known) / sigma.clamp_min(FLOOR)).lerp(eps, mask))
+
+    return denoise_rest
 
 
 def _steps(timesteps: list[int], z: Tensor, process: Process) -> Iterator[tuple[Tensor, Tensor]]:

@@ -152,7 +152,7 @@ def make_jobs(cfg: DictConfig, models: dict[str, TextToImage], extract: Extracto
         for w in ws:
             model.check_w(w, f"{option}.w")
             for steps in listed(entry.steps):
-                model.check_steps(steps, sampler)
+                model.timesteps(steps, sampler)  # raises UserError
                 settings = {"sampler": plain(entry.get("sampler")), "steps": steps, "w": float(w), "size": size}
                 drawing = {**identities[entry.pipeline], **settings, "dtype": cfg.dtype, "version": CACHE_VERSION}
                 folder = Path(cfg.features, digest([drawing, extract.identity]))

@@ -1,10 +1,8 @@
-"""Output of an evaluation: table.md, table.csv, table.json, plots and an image grid, also sent to loggers."""
+"""Output of an evaluation: report.html, table.md, table.csv, table.json, plots and an image grid, also sent to loggers."""
 
 import csv
 import json
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 
+from lcm.app.html_report import Section, picture_source, write_report
 from lcm.app.images import columns_to_rows, grid, log_picture, steps_label
 from lcm.evaluate.features import Extractor
 from lcm.evaluate.metrics import FeatureMetric, Features, scores
+from lcm.runtime.environment import command_line, commit
 from lcm.runtime.redaction import redacted
 
 Row = dict[str, Any]  # name, steps, w, and one value per metric
@@ -55,9 +55,20 @@ def write(
         pictures["w"] = plot(several, plotted, "w", lambda row: f"{row['name']}, {steps_label(row['steps'])}")
     for name, picture in pictures.items():
         picture.save(folder / f"{name}.png")
+    config = redacted(OmegaConf.to_container(cfg, resolve=True))
+    sections = [
+        Section(
+            "Table",
+            header=[metrics[name].title if name in metrics else name for name in rows[0]],
+            rows=[[*row.values()] for row in rows],
+        ),
+        *(Section(name.capitalize(), pictures={name: picture_source(picture)}) for name, picture in pictures.items()),
+        Section("Configuration", text=OmegaConf.to_yaml(config)),
+    ]
+    write_report(folder / "report.html", "Evaluation", note, sections, command_line("-m lcm.evaluate"))
     for logger in loggers:
         log(logger, rows, pictures, cfg.w, metrics)
-    print(f"\n{text}\ntable:   {folder}/table.md, .csv, .json")
+    print(f"\n{text}\nreport:  {folder}/report.html\ntable:   {folder}/table.md, .csv, .json")
     print(f"picture: {folder}/grid.png\nplot:    {', '.join(f'{folder}/{name}.png' for name in list(pictures)[1:])}")
 
 
@@ -119,17 +130,6 @@ def note(
         f"bicubic resize to {cfg.resolution} px. {networks} UNet in {cfg.dtype}, features in float32, distances in float64. "
         + " ".join([f"{models}.", *(f"{sentence.rstrip('.')}." for sentence in warnings), f"Commit {commit()}."])
     )
-
-
-def commit() -> str:
-    """Return the commit of the working tree, with a + if it has changes, or the version of the installed package."""
-    root = str(Path(__file__).parents[2])
-    try:
-        head = subprocess.run(["git", "-C", root, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run(["git", "-C", root, "status", "--porcelain", "-uno"], capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return f"unknown, version {version('latent-consistency')}"
-    return head.stdout.strip() + "+" * bool(changes.stdout.strip())
 
 
 def plot(rows: Sequence[Row], metrics: Metrics, x: str, line: Callable[[Row], str]) -> Image.Image:

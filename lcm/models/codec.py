@@ -123,6 +123,12 @@ class LatentCodec:
         return moments
 
     @torch.no_grad()
+    def encode_mean(self, x: Tensor) -> Tensor:
+        """Return the mean latents `[B, C, h, w]` of pixels `[B, 3, H, W]` (uint8, or float in [-1, 1])."""
+        shift, scale = self.text.family.latent_scaling(self.vae)
+        return (self.posterior(x).chunk(2, dim=1)[0] - shift) * scale
+
+    @torch.no_grad()
     def decode(self, z0: Tensor) -> Tensor:
         """Decode latents `[B, C, h, w]` to uint8 images `[B, 3, H, W]`. Raises NonFiniteError."""
         shift, scale = self.text.family.latent_scaling(self.vae)

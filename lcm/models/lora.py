@@ -1,16 +1,20 @@
-"""Adapters (LoRA) on a network with frozen weights: added, merged, and saved in diffusers' format."""
+"""Adapters (LoRA) on a network with frozen weights: added, merged, and saved in diffusers' or kohya's format."""
 
+import inspect
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
 
 from lcm.core.errors import UserError
-from lcm.models.families import Family
-from lcm.models.loading import check_saved
+from lcm.models.codec import LatentCodec
+from lcm.models.families import Family, Original
+from lcm.models.loading import check_header, check_saved
 from lcm.models.student import copy_sharing
 
 NAME = "default"  # name of a single adapter in peft and diffusers
@@ -72,6 +76,70 @@ def save_adapters(folder: Path, network: Any, family: Family, dtype: torch.dtype
     state = {name: value.to(dtype).contiguous() for name, value in scaled.items()}
     check_saved(state, scaled)
     family.lora_mixin.save_lora_weights(folder, **{f"{family.network}_lora_layers": state})
+
+
+def kohya_weights(network: Any) -> dict[str, Tensor]:
+    """Return the adapters of a UNet by kohya's names, which ComfyUI, A1111, Forge and diffusers load.
+
+    Each layer has `lora_down`, `lora_up` and its alpha, a scalar.
+    """
+    alpha = torch.tensor(float(network.peft_config[NAME].lora_alpha))
+    weights: dict[str, Tensor] = {}
+    for name, value in get_peft_model_state_dict(network).items():
+        layer, _, part = name.removesuffix(".weight").rpartition(".")
+        kohya = f"lora_unet_{layer.replace('.', '_')}"
+        weights[f"{kohya}.{'lora_down' if part == 'lora_A' else 'lora_up'}.weight"] = value
+        weights[f"{kohya}.alpha"] = alpha.clone()  # safetensors refuses shared memory
+    return weights
+
+
+def kohya_metadata(network: Any, original: Original) -> dict[str, str]:
+    """Return the header of a file of `kohya_weights`, by which programs show rank, alpha and base model."""
+    config = network.peft_config[NAME]
+    rank, alpha = str(config.r), str(config.lora_alpha)
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": alpha,
+        "ss_network_args": json.dumps({"conv_dim": rank, "conv_alpha": alpha}),
+        "ss_base_model_version": original.base,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{original.architecture}/lora",
+    }
+
+
+def fuse_adapters(family: Family, net: Any, codec: LatentCodec, file: Path, weight: float) -> None:
+    """Add `weight` times the adapters of a file (of diffusers, peft or kohya) to the network and the text encoders.
+
+    file: .safetensors, or a folder with diffusers' `pytorch_lora_weights.safetensors`. Raises UserError for a file that is not
+    one of adapters, or fits neither.
+    """
+    if family.lora_mixin is None:
+        raise UserError(f"lora: diffusers has no adapters for {family.pipelines[0]}: leave lora out")
+    file = file / "pytorch_lora_weights.safetensors" if file.is_dir() else file
+    if not file.is_file() or file.suffix != ".safetensors":
+        reason = "is not a .safetensors file" if file.is_file() else "does not exist"
+        raise UserError(f"lora: {file} {reason}: give a .safetensors file of adapters (LoRA)")
+    check_header(file)
+    pipeline = getattr(diffusers, family.pipelines[0])
+    parameters = inspect.signature(pipeline.__init__).parameters
+    parts: dict[str, Any] = {
+        name: None for name, given in parameters.items() if given.default is given.empty and name != "self"
+    }
+    encoders = dict(zip((tower.encoder for tower in family.towers), codec.text.encoders, strict=False))
+    tokenizers = dict(zip((tower.tokenizer for tower in family.towers), codec.text.tokenizers, strict=False))
+    parts |= {family.network: net, "vae": codec.vae, **encoders, **tokenizers}
+    whole = pipeline(**parts, **({"requires_safety_checker": False} if "safety_checker" in parts else {}))
+    try:
+        whole.load_lora_weights(file, use_safetensors=True, adapter_name=NAME)
+        adapted = [name for name in whole._lora_loadable_modules if is_adapted(getattr(whole, name, None))]
+        if not adapted:
+            raise ValueError("no weight in it fits")
+        whole.fuse_lora(components=adapted, lora_scale=weight)
+        whole.unload_lora_weights()
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"lora: {file} does not fit this {family.pipelines[0]}: {reason[:300]}") from error
 
 
 def drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from lcm.core.errors import UserError
 from lcm.core.numbers import Count, Dtype, NonNegative
 from lcm.core.process import Process, process_of
+from lcm.models import single_file
 from lcm.models.attention import check_compiler
 from lcm.models.codec import LatentCodec
 from lcm.models.families import Family, families, family_of
@@ -20,20 +21,22 @@ PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.j
 ASSETS = Path(__file__).parent.parent / "assets"
 # Samplers by scheduler, for folders without lcm.json. The default is DDIM.
 SAMPLERS = {"LCMScheduler": "consistency", "FlowMatchLCMScheduler": "consistency", "TCDScheduler": "tcd"}
-CONVERT = "convert a single-file checkpoint by diffusers' StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)"
+CONVERT = "give a pipeline folder, or a single-file checkpoint as <file>.safetensors"
 MERGE = "diffusers' load_lora_weights(...), fuse_lora(), unload_lora_weights() and save_pretrained(folder)"
 
 log = logging.getLogger(__name__)
 
 
 def find(pipeline: str | Path) -> Path:
-    """Return the folder of a pipeline: `mini` (shipped), a path, or a hub id `owner/name`.
+    """Return the folder of a pipeline: `mini` (shipped), a path, a hub id `owner/name`, or a single file, converted once.
 
     Raises UserError if the folder lacks a part of its family's pipeline.
     """
     path = ASSETS / "mini" if pipeline == "mini" else Path(str(pipeline)).expanduser()
+    if not path.is_dir() and (single := single_file.split(str(pipeline))):
+        path = single_file.as_folder(*single)
     if path.is_file():
-        raise UserError(f"{pipeline} is a file, not a pipeline folder: {CONVERT}")
+        raise UserError(f"{pipeline} is a file, not a pipeline folder or a .safetensors file: {CONVERT}")
     if not path.is_dir() or not str(pipeline):
         path = download(str(pipeline))
     if not (path / "model_index.json").is_file():

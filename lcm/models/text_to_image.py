@@ -3,13 +3,16 @@
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lcm.core import sampling
@@ -23,12 +26,26 @@ from lcm.models import pipeline as pipelines
 from lcm.models.attention import check_compiler
 from lcm.models.codec import LatentCodec
 from lcm.models.families import Family
+from lcm.models.lora import fuse_adapters
 from lcm.models.student import as_network
 
 log = logging.getLogger(__name__)
 Sampler = Callable[..., Tensor]
 FEW_STEP = (sampling.consistency, sampling.tcd)  # samplers that use the trained timesteps
 SAMPLERS: dict[str, Sampler] = {"ddim": sampling.ddim, "consistency": sampling.consistency, "tcd": sampling.tcd}  # in lcm.json
+
+
+@dataclass(frozen=True)
+class Start:
+    """A picture that sampling starts from, instead of pure noise.
+
+    image: uint8 `[3, H, W]`. strength: the share of the schedule that is sampled, above 0 and at most 1. mask: float
+    `[1, H, W]`; 1 is drawn anew, 0 is kept. None draws everything anew.
+    """
+
+    image: Tensor
+    strength: float
+    mask: Tensor | None = None
 
 
 @dataclass
@@ -49,12 +66,18 @@ class TextToImage:
 
     @classmethod
     def load(
-        cls, pipeline: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, compile: bool = False
+        cls,
+        pipeline: str,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        compile: bool = False,
+        lora: Mapping[str, float] = MappingProxyType({}),
     ) -> "TextToImage":
         """Load a pipeline, see `pipeline.find`.
 
         dtype: of the network. Solvers, VAE and text encoders use float32. compile: compile the networks and the VAE's decoder
-        at their first call.
+        at their first call. lora: weights by files of adapters, which are merged into network and text encoders.
         """
         if compile:
             check_compiler("compile")
@@ -72,6 +95,10 @@ class TextToImage:
         metadata = pipelines.read_lcm_json(folder)
         *others, last = metadata.get("students") or [None]
         students = {n: load(f"unet_{n}") for n in others} | ({last: net} if last else {})
+        if lora and students:
+            raise UserError(f"lora: {pipeline} holds a network for each number of steps, and adapters fit one: leave lora out")
+        for file, weight in lora.items():
+            fuse_adapters(codec.text.family, net, codec, Path(file), weight)
         process, prediction_type = pipelines.load_process(folder).to(device), pipelines.load_prediction_type(folder)
         return cls(codec.text.family, net, process, prediction_type, codec, metadata, students)
 
@@ -90,6 +117,16 @@ class TextToImage:
         """Whether w is classifier-free guidance, as in a teacher, or in a student that was distilled without guidance."""
         unguided = self.metadata.get("classifier_free_guidance", False)
         return (not self.consistency or unguided) and not self.family.takes_w(self.net)
+
+    @property
+    def default_w(self) -> float:
+        return 4.0 if self.takes_w else 0.0
+
+    def check(self, settings: Mapping[str, Any], sampler: Sampler | None = None, start: Start | None = None) -> None:
+        """Raise UserError if "steps", "w" or "negative" of the settings cannot be drawn or have no effect."""
+        self.check_w(settings["w"])
+        self.check_negative(settings["negative"], settings["w"])
+        self.timesteps(settings["steps"], sampler, 1.0 if start is None else start.strength)
 
     def check_w(self, w: float, option: str = "w") -> None:
         """Raise UserError if w has no effect or is infinite. Warn if it is outside the range of a student's training."""
@@ -161,9 +198,25 @@ class TextToImage:
 
         return checked
 
-    def check_steps(self, steps: int, sampler: Sampler | None = None) -> None:
-        """Raise UserError if the model cannot be sampled in this number of steps."""
-        self.sampler(sampler)[1](steps, self.process.num_timesteps)
+    def timesteps(self, steps: int, sampler: Sampler | None = None, strength: float = 1.0) -> list[int]:
+        """Return the descending timesteps of sampling. Raises UserError if the model cannot be sampled in this number of steps.
+
+        strength: the share of the schedule, counted from the clean end. All `steps` lie in it, except in a student that was
+        distilled for a number of steps: it keeps those of its steps that lie in it.
+        """
+        place, total = self.sampler(sampler)[1], self.process.num_timesteps
+        timesteps = place(steps, total)
+        if strength == 1:
+            return timesteps
+        if self.students or self.metadata.get("phases"):
+            return timesteps[-max(1, round(strength * steps)) :]
+        try:
+            return place(round(steps / strength), total)[-steps:]
+        except UserError:
+            raise UserError(
+                f"strength={strength:g}: this share of the model's timesteps has fewer than steps={steps}: raise strength, or "
+                "lower steps"
+            ) from None
 
     def distilled_steps(self, steps: int, num_timesteps: int = 1000) -> list[int]:
         """Return the timesteps of a student of guided distillation. Raises UserError for another number of steps."""
@@ -182,15 +235,16 @@ class TextToImage:
         sampler: Sampler | None = None,
         size: int | Sequence[int] | None = None,
         negative: str = "",
+        start: Start | None = None,
     ) -> Tensor:
         """Return latents `[N, C, h, w]` of N prompts. Latent i depends on prompt i and seed i, not on the batch.
 
-        sampler: None uses the model's. negative: the prompt that guidance moves away from, see `check_negative`.
+        sampler: None uses the model's. negative: the prompt that guidance moves away from, see `check_negative`. start: a
+        picture of this size; None starts from noise.
         size: (height, width) in pixels, or one number for both; None uses the training's.
         The network runs in evaluation mode.
         """
-        sample, place = self.sampler(sampler)
-        timesteps = place(steps, self.process.num_timesteps)
+        timesteps = self.timesteps(steps, sampler, 1.0 if start is None else start.strength)
         sides = [side // self.codec.factor for side in self.size(size)]
         noise = ImageNoise(seeds, (self.net.config["in_channels"], *sides), self.net.device)
         z = noise()
@@ -201,8 +255,18 @@ class TextToImage:
         if negative:
             uncond, _ = self.codec.conditions([negative], z[:1])
         denoise = denoiser.guided(cond, uncond, ws) if self.guided and w else denoiser.bound(cond, ws)
+        known, mask = None, None
+        if start is not None:
+            known = self.codec.encode_mean(start.image[None].to(z.device))
+            z = self.process.jump(known, z, torch.full_like(ws, timesteps[0], dtype=torch.int64))
+            if start.mask is not None:
+                mask = F.max_pool2d(
+                    start.mask[None].to(z.device), self.codec.factor
+                )  # a latent is drawn if any of its pixels is
+                denoise = sampling.keeping(denoise, known, mask, self.process)
         with evaluation_mode(net):
-            return sample(denoise, z, timesteps, process=self.process, noise=noise)
+            drawn = self.sampler(sampler)[0](denoise, z, timesteps, process=self.process, noise=noise)
+        return drawn if mask is None or known is None else known.lerp(drawn, mask)
 
     def images(self, prompts: list[str], seeds: list[int], *, batch_size: int = 64, **options: Any) -> Iterator[Tensor]:
         """Yield batches of uint8 images `[<= batch_size, 3, H, W]` in the order of the prompts. Raises NonFiniteError.

@@ -32,7 +32,7 @@ def draw(pictures: Pictures, folder: Path, numbers: list[int] | None = None) -> 
 def test_picture_holds_its_settings(pictures: Pictures, tmp_path: Path) -> None:
     draw(pictures, tmp_path)
     info = Image.open(tmp_path / "00003.png").info
-    assert (info["prompt"], info["seed"], info["steps"], info["size"], info["model"]) == ("dog", "8", "4", "[8, 8]", "a" * 16)
+    assert (info["caption"], info["seed"], info["steps"], info["size"], info["model"]) == ("dog", "8", "4", "[8, 8]", "a" * 16)
 
 
 def test_same_call_draws_missing_pictures(pictures: Pictures, tmp_path: Path) -> None:
@@ -44,6 +44,22 @@ def test_same_call_draws_missing_pictures(pictures: Pictures, tmp_path: Path) ->
     more = replace(pictures, prompts=[*pictures.prompts, "apple"])
     assert more.folder(str(tmp_path), "") == tmp_path
     assert more.missing(tmp_path) == [6, 7]
+
+
+def test_prompts_have_settings_of_their_own(pictures: Pictures, tmp_path: Path) -> None:
+    """Such as the rows of a table. Those that share their settings are drawn together."""
+    own = [{"seed": 100}, {"steps": 2}, {"steps": 2, "seed": 0}]
+    pictures = replace(pictures, own=own)
+    assert [pictures.seed_of(i) for i in range(6)] == [100, 101, 7, 8, 0, 1]
+    assert [pictures.settings_of(i)["steps"] for i in range(6)] == [4, 4, 2, 2, 2, 2]
+    assert list(pictures.batches(list(range(6)), 3)) == [[0, 1], [2, 3, 4], [5]]
+    assert list(pictures.batches([1, 4, 5], 64)) == [[1], [4, 5]]
+    draw(pictures, tmp_path)
+    info = Image.open(tmp_path / "00004.png").info
+    assert (info["caption"], info["seed"], info["steps"]) == ("rocket", "0", "2")
+    assert pictures.folder(str(tmp_path), "") == tmp_path
+    with pytest.raises(UserError, match=r"such as 00000\.png \(seed is 100 there, 101 here\)"):
+        replace(pictures, own=[{"seed": 101}, *own[1:]]).folder(str(tmp_path), "")
 
 
 def test_name_of_model_does_not_matter(pictures: Pictures, tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Grids are labelled pictures."""
 
+import re
+
 import pytest
 import torch
 from PIL import Image
 
-from lcm.app.images import drawable, grid, label_font, save_png, to_pil, wrap
+from lcm.app.images import drawable, grid, label_font, parameters, save_png, to_pil, wrap
 from lcm.callbacks.samples import ImageGrid
 from lcm.core.errors import UserError
 
@@ -25,14 +27,34 @@ def test_grid_keeps_shape_of_images():
     assert picture.height < 16 * 2 + 20
 
 
+SETTINGS = {
+    **{"seed": 3, "steps": 4, "w": 1.5, "negative": "grey", "size": [8, 16], "pipeline": "runs/a, b/model", "model": "abc"},
+    "sampler": {"_target_": "lcm.core.sampling.ode", "solver": {"_target_": "lcm.core.solvers.heun"}},
+}
+
+
 def test_png_carries_prompt_and_settings(tmp_path):
     save_png(to_pil(torch.zeros(3, 8, 8).byte()), tmp_path / "a.png", prompt="a café", seed=3, w=1.5)
     assert Image.open(tmp_path / "a.png").text == {
-        "prompt": "a café",
+        "caption": "a café",  # ComfyUI would parse a chunk "prompt"
         "seed": "3",
         "w": "1.5",
-        "parameters": "a café\nseed: 3, w: 1.5",
+        "parameters": "a café\nNegative prompt: \nCFG scale: 2.5, Seed: 3",
     }
+
+
+def test_other_programs_read_how_an_image_was_drawn():
+    """By the rules of A1111: the last line is `name: value` pairs, and a value with a comma is a JSON string."""
+    prompt, negative, last = parameters({"prompt": "a cat,\nsitting", **SETTINGS}).rsplit("\n", 2)
+    pairs = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
+    assert (prompt, negative) == ("a cat,\nsitting", "Negative prompt: grey")
+    assert pairs == {
+        **{"Steps": "4", "Sampler": "Heun", "CFG scale": "2.5", "Seed": "3", "Size": "16x8"},
+        **{"Model hash": "abc", "Model": "model"},
+    }
+    named = {"consistency": "LCM", "tcd": "TCD", "mine": "mine"}
+    assert {name: parameters({"prompt": "", "sampler": name}).split(": ")[-1] for name in named} == named
+    assert parameters({"prompt": "", "pipeline": "a, b"}).endswith('Model: "a, b"')
 
 
 def test_wrap_keeps_every_word():

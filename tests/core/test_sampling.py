@@ -287,3 +287,26 @@ def test_multistep_ends_in_flow_with_last_x0(sampler):
     calls, denoise = [], Denoiser(net, Flow(), "flow_prediction").bound({})
     z0 = sampler(lambda z, t: calls.append(denoise(z, t)) or calls[-1], Z, trailing_steps(20), process=Flow(), noise=no_noise)
     torch.testing.assert_close(z0, calls[-1].x0, rtol=0, atol=1e-5)
+
+
+@two_processes
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_known_part_keeps_the_noise_of_its_time(name, process):
+    """Every network call sees it as data of that time, whatever the sampler. The rest is drawn."""
+    known, mask = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(3)), torch.zeros(2, 1, 32, 32)
+    mask[..., 16:] = 1
+    seen = []
+
+    def denoise(z, t):
+        alpha, sigma = process.at(t, 4)
+        if sigma.min() > 0:  # Heun also looks at the end of a flow
+            seen.append(((z - alpha * known) / sigma)[..., :16].std().item())
+        return Gaussian(process, s=0.0).denoise(z, t)
+
+    noise = draws(0, known)
+    timesteps = trailing_steps(6)[2:]
+    z = process.jump(known, noise(), torch.full((2,), timesteps[0]))
+    end = SAMPLERS[name](sampling.keeping(denoise, known, mask, process), z, timesteps, process=process, noise=noise)
+    assert len(seen) >= 4
+    assert all(0.95 < std < 1.05 for std in seen), seen
+    assert (end[..., 16:] - 0.3).abs().mean() < 0.05

@@ -108,7 +108,7 @@ def test_repeated_run_draws_nothing(run, drawn, tmp_path, shards):
     assert len(drawn) == 2 * 8 * 4
 
     names = {path.name for path in (tmp_path / "a").iterdir()}
-    assert names == {"features", "grid.png", "plot.png", "table.csv", "table.json", "table.md"}
+    assert names == {"features", "grid.png", "plot.png", "report.html", "table.csv", "table.json", "table.md"}
     text, says = (tmp_path / "a/table.md").read_text(), ["w = 4", "w + 1", "CLIP of", "antialiased bicubic", "centre crop"]
     for part in (*says, "UNet in float32", "Commit", f"{shards}/val-*"):
         assert part in text, part

@@ -4,12 +4,16 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from lcm.app.pipelines import find_pipeline
 from lcm.core.errors import UserError
-from lcm.models.pipeline import load_network
+from lcm.models.lora import kohya_weights, with_adapters
+from lcm.models.pipeline import load_family, load_network
 from tests.e2e.test_errors import complaint
 from tests.models.conftest import save_student, save_teacher
 
@@ -81,3 +85,45 @@ def test_what_cannot_be_drawn_is_refused(wild, run, runs, tiny_pipeline, tmp_pat
     says = "the drawn latents are not finite: the UNet's weights are damaged" if wild else "use 1 to 50"
     assert says in complaint(run("sample.py", "prompts=cat", "device=cpu", override))
     assert not list(tmp_path.rglob("outputs/sample/*/*.png"))
+
+
+def test_picture_mask_adapters_and_table(run, runs, tiny_pipeline, tmp_path):
+    """An empty adapter changes nothing, a strong one does; the kept half is that of the picture."""
+    teacher = with_adapters(load_family(tiny_pipeline), load_network(tiny_pipeline), rank=2)
+    for name, scale in (("none", 0.0), ("strong", 1.0)):
+        torch.manual_seed(0)
+        for key, value in teacher.named_parameters():
+            value.data.copy_(scale * torch.randn_like(value) if ".lora_B" in key else value.data)
+        save_file({key: value.contiguous() for key, value in kohya_weights(teacher).items()}, tmp_path / f"{name}.safetensors")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "photo.png")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save(tmp_path / "mask.png")
+    (tmp_path / "t.csv").write_text("prompt,seed,w,steps\ncat,7,2,\ndog,,,1\n")
+    call = [f"pipeline={tiny_pipeline}", "prompts=t.csv", "images_per_prompt=1", "steps=2", "device=cpu", "image=photo.png"]
+    pictures = {}
+    for name, more in (
+        ("plain", []),
+        ("none", ["lora=none.safetensors"]),
+        ("strong", ["lora=[strong.safetensors:0.5]"]),
+        ("masked", ["mask=mask.png", "strength=0.9"]),
+    ):
+        drawn = run("sample.py", *call, *more, f"output={name}")
+        assert drawn.returncode == 0, drawn.stderr
+        pictures[name] = [np.asarray(Image.open(tmp_path / name / f"0000{i}.png"), dtype=int) for i in (0, 1)]
+    info = Image.open(tmp_path / "masked/00000.png").text
+    assert (info["caption"], info["seed"], info["w"], info["steps"], info["strength"]) == ("cat", "7", "2.0", "2", "0.9")
+    assert "cat\nNegative prompt: \nSteps: 2, Sampler: DDIM, CFG scale: 3, Seed: 7, Size: 32x32" in info["parameters"]
+    assert Image.open(tmp_path / "masked/00001.png").text["steps"] == "1"
+    assert np.array_equal(pictures["plain"], pictures["none"])
+    assert abs(pictures["plain"][0] - pictures["strong"][0]).mean() > 1
+    assert abs(pictures["plain"][0] - pictures["masked"][0])[:, :8].mean() > 1
+    for option in ("mask=mask.png", "strength=0.5"):
+        assert "has no effect without a picture" in complaint(
+            run("sample.py", f"pipeline={tiny_pipeline}", "prompts=a", option)
+        )
+    wrong = complaint(run("sample.py", f"pipeline={tiny_pipeline}", "prompts=a", "lora=photo.png"))
+    assert "lora: photo.png is not a .safetensors file" in wrong
+    save_file({"unet.other.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+    wrong = complaint(run("sample.py", *call, "lora=other.safetensors"))
+    assert "lora: other.safetensors does not fit this StableDiffusionPipeline" in wrong

@@ -8,7 +8,8 @@ import torch
 
 from lcm.core import sampling
 from lcm.core.errors import NonFiniteError, UserError
-from lcm.models.text_to_image import TextToImage
+from lcm.core.random import ImageNoise
+from lcm.models.text_to_image import Start, TextToImage
 from tests.models.conftest import save_student
 
 PROMPTS = [
@@ -217,3 +218,49 @@ def test_identity_holds_what_images_depend_on(teacher: TextToImage) -> None:
     finally:
         teacher.codec.vae.register_to_config(scaling_factor=scale)
     assert teacher.identity() == identity
+
+
+PICTURE = torch.arange(32 * 32 * 3).reshape(3, 32, 32).remainder(256).byte()
+
+
+@pytest.mark.parametrize(("steps", "strength", "first"), [(4, 0.5, 499), (3, 0.6, 599), (4, 1.0, 999), (2, 0.9, 999)])
+def test_strength_is_the_start_of_sampling(steps: int, strength: float, first: int, student: TextToImage) -> None:
+    timesteps = student.timesteps(steps, strength=strength)
+    assert len(timesteps) == steps
+    assert abs(timesteps[0] - first) <= 20  # a point of the grid
+    assert timesteps == sorted(timesteps, reverse=True)
+
+
+def test_strength_takes_steps_of_a_student_of_phases(student: TextToImage) -> None:
+    phased = replace(student, metadata={**student.metadata, "phases": 4})
+    whole = phased.timesteps(4)
+    assert [phased.timesteps(4, strength=strength) for strength in (0.5, 0.75, 0.01)] == [whole[2:], whole[1:], whole[3:]]
+    with pytest.raises(UserError, match=r"^strength=0.05: this share of the model's timesteps has fewer than steps=4: raise"):
+        student.timesteps(4, strength=0.05)
+
+
+@pytest.mark.parametrize(("pipeline", "w"), [("tiny_pipeline", 3.0), ("sd3_pipeline", 0.0)])
+def test_sampling_starts_from_the_picture(pipeline: str, w: float, request: pytest.FixtureRequest) -> None:
+    """The first network call sees the picture's latent with the noise of the seed, in VP and in flow."""
+    model = TextToImage.load(str(request.getfixturevalue(pipeline)))
+    seen = []
+
+    def sampler(denoise, z, timesteps, *, process, noise):
+        seen.append((z, timesteps[0]))
+        return z
+
+    start = Start(PICTURE, 0.5)
+    model.latents(["rocket"], [3], steps=4, w=w, sampler=sampler, start=start)
+    (z, t), z0 = seen[0], model.codec.encode_mean(PICTURE[None])
+    assert abs(t - 499) <= 1
+    [pure] = ImageNoise([3], tuple(z.shape[1:]))()
+    torch.testing.assert_close(z, model.process.jump(z0, pure[None], torch.tensor([t])))
+
+
+def test_kept_part_stays(teacher: TextToImage) -> None:
+    mask = torch.zeros(1, 32, 32)
+    mask[:, :, 17:] = 1
+    start = Start(PICTURE, 1.0, mask)
+    z, z0 = teacher.latents(["rocket"], [3], steps=3, w=3.0, start=start), teacher.codec.encode_mean(PICTURE[None])
+    assert torch.equal(z[..., :4], z0[..., :4])
+    assert ((z - z0)[..., 4:].abs().mean(dim=(0, 1, 2)) > 0.1).all()  # a latent with a painted pixel is drawn

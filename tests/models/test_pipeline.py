@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    LatentConsistencyModelPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
@@ -28,7 +33,7 @@ from lcm.models.pipeline import (
     read_lcm_json,
 )
 from lcm.models.saving import save_pipeline
-from lcm.models.text_to_image import TextToImage
+from lcm.models.text_to_image import Start, TextToImage
 from tests.conftest import tiny_unet
 from tests.models.conftest import save_student, save_teacher
 
@@ -237,6 +242,22 @@ def test_images_agree_with_diffusers(tiny_pipeline: Path) -> None:
     theirs = pipe(PROMPTS, latents=noise, num_inference_steps=4, guidance_scale=3.0, output_type="pt").images
     [ours] = TextToImage.load(str(tiny_pipeline)).images(PROMPTS, SEEDS, steps=4, w=2.0, sampler=sampling.ddim)
     assert (ours - 255 * theirs).abs().max() <= 1
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(3, 0.6), (2, 0.25)])
+def test_img2img_agrees_with_diffusers(tiny_pipeline: Path, steps: int, strength: float) -> None:
+    """diffusers counts the steps of the whole schedule."""
+    model, image = TextToImage.load(str(tiny_pipeline)), torch.arange(3 * 32 * 32).reshape(3, 32, 32).remainder(256).byte()
+    pipe = StableDiffusionImg2ImgPipeline.from_pretrained(tiny_pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"guidance_scale": 4.0, "num_inference_steps": round(steps / strength), "strength": strength}
+    theirs = [
+        pipe(prompt, model.codec.encode_mean(image[None]), generator=ImageNoise([seed], ()).generators, output_type="latent",
+             **options).images
+        for prompt, seed in zip(PROMPTS, SEEDS, strict=True)
+    ]  # fmt: skip
+    ours = model.latents(PROMPTS, SEEDS, steps=steps, w=3.0, sampler=sampling.ddim, start=Start(image, strength))
+    assert_alike(ours, torch.cat(theirs))
 
 
 def student_samples(folder: str, steps: int, w: float, output_type: str = "latent") -> torch.Tensor:

@@ -169,7 +169,7 @@ def test_pcm_student_matches_diffusers(name: str, guided: bool, trained: Any, tm
     alike(ours, theirs)
     assert guided == (not torch.equal(ours, model.latents(PROMPTS, SEEDS, steps=4, w=w)))
     with pytest.raises(UserError, match="steps=2: this model was distilled in 4 phases: set steps=4"):
-        model.check_steps(2)
+        model.timesteps(2)
 
 
 def test_flow_adapters_match_diffusers(trained: Any, tmp_path: Path, noisy: None) -> None:

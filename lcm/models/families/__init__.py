@@ -31,6 +31,18 @@ class Tower(NamedTuple):
     optional: bool = False
 
 
+class Original(NamedTuple):
+    """What programs in Stable Diffusion's original layout, such as ComfyUI, call a model.
+
+    base: the base model in kohya's metadata. architecture: that of the `modelspec` metadata. text: the prefixes of the text
+    encoders' weights in a checkpoint, see `single_file.clip_weights`.
+    """
+
+    base: str
+    architecture: str
+    text: Sequence[str]
+
+
 class Family:
     """The differences between pipelines. Each subclass is one file in this package.
 
@@ -88,6 +100,14 @@ class Family:
 
     def w_projection(self, net: nn.Module) -> nn.Parameter | None:
         """Return the weight of the projection of w, whose learning rate `model.guidance_lr_multiplier` multiplies."""
+        return None
+
+    def at_w(self, net: Any, w: float) -> Any:
+        """Return a copy of a network that takes w, without this input: it computes what `net` does at this w."""
+        raise NotImplementedError
+
+    def original(self, net: Any) -> Original | None:
+        """Return the names that other programs have for the network and its text encoders; None: they have none."""
         return None
 
     def student_pipeline(self, takes_w: bool, scheduler: str) -> str:

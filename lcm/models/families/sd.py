@@ -1,8 +1,10 @@
 """Stable Diffusion 1 and 2, and their latent consistency models: a UNet with the embeddings of one CLIP text encoder."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.models.attention import BasicTransformerBlock
@@ -14,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from lcm.core.denoiser import Condition
 from lcm.core.guidance import W_DIM, embed_w
-from lcm.models.families import Family, Tower, network_like, tokens
+from lcm.models.families import Family, Original, Tower, network_like, tokens
 
 
 class StableDiffusion(Family):
@@ -59,6 +61,21 @@ class StableDiffusion(Family):
 
     def w_projection(self, net: Any) -> nn.Parameter | None:
         return getattr(net.time_embedding.cond_proj, "weight", None)
+
+    @torch.no_grad()
+    def at_w(self, net: Any, w: float) -> Any:
+        """The first layer of the time embedding is linear, and w is added to its input: the sum goes to its bias."""
+        fixed, embedding = copy.deepcopy(net), embed_w(torch.tensor([w]), net.config["time_cond_proj_dim"]).to(net.device)
+        layer, projection = fixed.time_embedding.linear_1, fixed.time_embedding.cond_proj
+        layer.bias += (projection(embedding.to(layer.weight.dtype)) @ layer.weight.T)[0]
+        fixed.time_embedding.cond_proj = None
+        fixed.register_to_config(time_cond_proj_dim=None)
+        return fixed
+
+    def original(self, net: Any) -> Original | None:
+        if net.config["cross_attention_dim"] == 1024:
+            return Original("sd_v2", "stable-diffusion-v2", ("cond_stage_model.model.",))
+        return Original("sd_v1", "stable-diffusion-v1", ("cond_stage_model.transformer.",))
 
     def student_pipeline(self, takes_w: bool, scheduler: str) -> str:
         return "LatentConsistencyModelPipeline" if takes_w and scheduler == "LCMScheduler" else "StableDiffusionPipeline"

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from lcm.core.denoiser import Condition
-from lcm.models.families import Tower, tokens
+from lcm.models.families import Original, Tower, tokens
 from lcm.models.families.sd import StableDiffusion
 
 
@@ -43,6 +43,10 @@ class StableDiffusionXL(StableDiffusion):
             for rows in embeddings.values():
                 rows[captions.index("")] = 0
         return embeddings
+
+    def original(self, net: Any) -> Original | None:
+        text = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
+        return Original("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", text)
 
     def student_pipeline(self, takes_w: bool, scheduler: str) -> str:
         return "StableDiffusionXLPipeline"

@@ -1,0 +1,42 @@
+"""What a result depends on besides the configuration: the code's commit, the versions, the machine, and the command."""
+
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from lcm.runtime.redaction import redacted
+
+PACKAGES = ("torch", "lightning", "diffusers", "transformers", "peft", "numpy")
+
+
+def commit() -> str:
+    """Return the commit of the working tree, with a + if it has changes, or the version of the installed package."""
+    root = str(Path(__file__).parents[2])
+    try:
+        head = subprocess.run(["git", "-C", root, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run(["git", "-C", root, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return f"unknown, version {version('latent-consistency')}"
+    return head.stdout.strip() + "+" * bool(changes.stdout.strip())
+
+
+def environment() -> dict[str, str]:
+    """Return the versions and the device by name."""
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "commit": commit(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "system": platform.platform(),
+        "device": ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices)) or "CPU",
+    }
+
+
+def command_line(program: str) -> str:
+    """Return the command that a shell takes, without secrets. program: such as `train.py` or `-m lcm.evaluate`."""
+    return redacted(f"python {program} {shlex.join(sys.argv[1:])}".rstrip())

@@ -1,0 +1,90 @@
+"""The server, started as a user starts it, and its page in a real browser."""
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import command, environment
+from tests.e2e.test_errors import complaint
+from tests.models.conftest import save_student
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytestmark = pytest.mark.slow
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+
+
+@pytest.fixture(scope="module")
+def address(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("serve")
+    student = save_student(folder / "student", tiny_pipeline)
+    options = [f"pipeline={student}", f"teacher={tiny_pipeline}", "port=0", "device=cpu", "steps=2", "teacher_steps=4"]
+    process = subprocess.Popen(
+        command("lcm.serve", *options),
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    watchdog = threading.Timer(300, process.kill)
+    watchdog.start()
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if found := re.search(r"page: +(http://\S+)", line):
+            yield found[1]
+            break
+    else:
+        pytest.fail("".join(lines))
+    watchdog.cancel()
+    process.terminate()
+    assert process.wait(60) in (0, -15)
+
+
+def test_many_clients_at_once(address: str) -> None:
+    codes = []
+
+    def ask(number: int) -> None:
+        body = json.dumps({"prompt": f"{number}", "steps": 1}).encode()
+        request = urllib.request.Request(f"{address}/api/draw", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            codes.append((answer.status, answer.read(4)))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == [(200, b"\x89PNG")] * 8
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_page_draws_in_a_browser(address: str, tmp_path: Path) -> None:
+    """Student and teacher are drawn for the prompt in the address, as for a typed one."""
+    assert CHROMIUM is not None
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    dump = [CHROMIUM, *options, "--virtual-time-budget=60000", "--dump-dom", f"{address}/?prompt=rocket"]
+    page = subprocess.run(dump, check=True, capture_output=True, text=True, timeout=180).stdout
+    shown = dict(re.findall(r'<figure id="(\w+)">.*?src="(blob:[^"]+)" ?.*?</figure>', page, re.DOTALL))
+    assert shown.keys() == {"student", "teacher"}, page
+    assert "student, 2 steps" in page
+    assert re.search(r"teacher, \d+ steps?, \d+ ms", page)
+    assert re.search(r'<p id="message" role="status"></p>', page)
+
+
+def test_what_cannot_be_served_is_refused(run, tiny_pipeline: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        says = complaint(run("lcm.serve", f"pipeline={tiny_pipeline}", f"port={port}"))
+    assert f"cannot listen on host=127.0.0.1, port={port}" in says
+    assert "set port=0 for a free one" in says
