@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from lcm.core.errors import UserError
 from lcm.core.numbers import Positive, Seed, Whole
 from lcm.core.random import RankSlice, normal
 from lcm.models.saving import save_network
@@ -42,6 +43,8 @@ class Autoencoder(L.LightningModule):
         skip_non_finite: Whole = 0,
         seed: Seed = 0,
     ) -> None:
+        if adversary is not None and not isinstance(adversary, Adversary):
+            raise UserError("model/adversary=latent judges latents: use model/adversary=patch")
         super().__init__()
         self.vae, self.kl_weight, self.seed = vae, kl_weight, seed
         self.adversary, self.freeze_encoder = adversary, freeze_encoder
@@ -50,7 +53,7 @@ class Autoencoder(L.LightningModule):
         if freeze_encoder:
             for part in filter(None, (vae.encoder, vae.quant_conv)):
                 part.requires_grad_(False)
-        self.optimization = Optimization(optimizer, lr_schedule, clip_norm, skip_non_finite, adversary)
+        self.optimization = Optimization(optimizer, lr_schedule, clip_norm, skip_non_finite, [adversary] if adversary else [])
         self.register_buffer("latent_std", torch.ones(()))
         self.register_load_state_dict_pre_hook(check_tensors)
 

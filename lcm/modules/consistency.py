@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lcm.core.batch import LatentBatch
 from lcm.core.denoiser import Denoiser
 from lcm.core.ema import ema_update_
 from lcm.core.errors import UserError
@@ -16,7 +17,9 @@ from lcm.models.families import network_like
 from lcm.models.lora import drop_frozen, ignore_missing_frozen, with_adapters
 from lcm.models.pipeline import load_family, load_prediction_type
 from lcm.models.student import frozen_copy
+from lcm.modules.adversary import Adversary, LatentAdversary
 from lcm.modules.latent import LatentModule
+from lcm.modules.optimization import log_train
 
 
 class ConsistencyModule(LatentModule):
@@ -28,7 +31,8 @@ class ConsistencyModule(LatentModule):
     `num_timesteps -> [N] int64`, the trained t. solver: the paper's Psi. zero_init: the projection of w starts at zero, so the
     student starts equal to its teacher. prediction_type: the student's; None: the teacher's. adapters: `{rank, alpha,
     target_modules}` trains LoRA adapters on the teacher's own weights (2311.05556). Such a student takes no w, and its
-    checkpoint holds only the adapters and their averages.
+    checkpoint holds only the adapters and their averages. adversary: `channels of the features -> LatentAdversary` adds its
+    term in the teacher's features.
     """
 
     averages = MappingProxyType({**LatentModule.averages, "target_net": "model.ema_decay"})
@@ -48,10 +52,17 @@ class ConsistencyModule(LatentModule):
         solver: Callable[..., Tensor] | None = None,
         zero_init: bool = True,
         adapters: Mapping[str, Any] | None = None,
+        adversary: Callable[..., LatentAdversary] | None = None,
         **kwargs: Any,
     ) -> None:
         if not 0 <= ema_decay < 1:
             raise UserError(f"model.ema_decay={ema_decay} is not in [0, 1)")
+        if adversary is not None and solver is None:
+            raise UserError(
+                "model.adversary needs a teacher's features, and this method has no teacher: use model=lcd or model=cd"
+            )
+        if isinstance(adversary, Adversary):
+            raise UserError("model/adversary=patch judges images: use model/adversary=latent")
         parts: dict[str, Any] = {"distance": loss}
         if timesteps is not None:
             parts["timesteps"] = timesteps(process.num_timesteps)
@@ -65,7 +76,16 @@ class ConsistencyModule(LatentModule):
             student = with_adapters(family, net, **adapters)
         else:
             student = family.with_w(net, zero_init=zero_init) if w_max is not None else network_like(net)
-        super().__init__(student, process, pipeline=pipeline, objective=lambda p: objective(p, **parts), **kwargs)
+        judge = None if adversary is None else adversary([width for _, width in family.feature_blocks(net)])
+        super().__init__(
+            student,
+            process,
+            pipeline=pipeline,
+            objective=lambda p: objective(p, **parts),
+            opponents=[judge] if judge else [],
+            **kwargs,
+        )
+        self.adversary = judge
         self.teacher_prediction_type = load_prediction_type(pipeline)
         # In train mode, like the student, so that both draw the same dropout mask.
         self.target_net = frozen_copy(self.net).train() if ema_decay else None
@@ -98,6 +118,16 @@ class ConsistencyModule(LatentModule):
         super().on_load_checkpoint(checkpoint)
         self.objective.advance(max(checkpoint["global_step"] - 1, 0), self.trainer.max_steps)
 
+    def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
+        if self.adversary is None and "reward" not in self.frozen:
+            return super().training_step(batch, batch_idx)
+        draws = self.draws(self.objective.draw, batch.z0, batch_idx)
+        pair = self.objective.pair(self.denoisers(self.net), batch, draws)
+        loss, logs = self.objective.distances(pair)
+        terms, values = self.further_terms(pair, batch, batch_idx)
+        log_train(self, loss + terms, {**logs, **values}, len(batch))
+        return loss + terms
+
     def denoisers(self, online: nn.Module) -> Networks:
         student, teacher = self.denoiser(online), self.frozen.get("teacher")
         target = student if self.target_net is None else self.denoiser(self.target_net)
@@ -112,14 +142,8 @@ class ConsistencyModule(LatentModule):
             ema_update_(self.target_net.parameters(), self.net.parameters(), decay, self.optimization.skipped_on_device)
 
     def facts(self) -> dict[str, Any]:
-        w_range = (self.objective.w_min, self.objective.w_max)
-        guidance: dict[str, Any] = {}
-        if self.family.takes_w(self.net):
-            guidance = dict(zip(("w_min", "w_max"), w_range, strict=True))
-        elif any(w_range):
-            guidance = {"teacher_w": list(w_range)}
         adapters: dict[str, Any] = {}
         if self.adapters is not None:
             rank, alpha = self.adapters["rank"], self.adapters.get("alpha")
             adapters = {"rank": rank, "alpha": rank if alpha is None else alpha}
-        return {**super().facts(), **guidance, **adapters}
+        return {**super().facts(), **self.w_facts(), **adapters}

@@ -77,5 +77,14 @@ class StableDiffusion(Family):
             return Original("sd_v2", "stable-diffusion-v2", ("cond_stage_model.model.",))
         return Original("sd_v1", "stable-diffusion-v1", ("cond_stage_model.transformer.",))
 
+    def feature_blocks(self, net: Any) -> list[tuple[nn.Module, int]]:
+        """Return the blocks of the encoder and the middle block."""
+        widths = net.config["block_out_channels"]
+        return list(zip((*net.down_blocks, net.mid_block), (*widths, widths[-1]), strict=True))
+
+    def feature(self, output: Any) -> Tensor:
+        hidden = output[0] if isinstance(output, tuple) else output  # of the encoder's blocks, with the skip connections
+        return hidden.flatten(2)
+
     def student_pipeline(self, takes_w: bool, scheduler: str) -> str:
         return "LatentConsistencyModelPipeline" if takes_w and scheduler == "LCMScheduler" else "StableDiffusionPipeline"
