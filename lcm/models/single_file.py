@@ -5,7 +5,6 @@ The names are those of CompVis' and Stability's code. diffusers reads them by it
 
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -161,9 +160,8 @@ def as_folder(file: Path, config: str | None) -> Path:
             inferred = fetch_diffusers_config(shapes)["pretrained_model_name_or_path"]
             configs = find_configs(config or inferred, file, given=config is not None)
             pipeline = getattr(diffusers, class_of(configs))
-            with TemporaryDirectory() as plain, TemporaryDirectory(dir=folder.parent) as partial, as_user_error(file):
-                copy_configs(configs, Path(plain))  # diffusers would read weights there that the file lacks
-                loaded = pipeline.from_single_file(str(file), config=plain, local_files_only=True, torch_dtype=dtype)
+            with TemporaryDirectory(dir=folder.parent) as partial, as_user_error(file):
+                loaded = pipeline.from_single_file(str(file), config=str(configs), local_files_only=True, torch_dtype=dtype)
                 loaded.save_pretrained(partial)
                 os.chmod(partial, 0o755)
                 Path(partial).rename(folder)
@@ -190,14 +188,6 @@ def find_configs(config: str, file: Path, *, given: bool) -> Path:
             f"{name} is neither a folder here nor reachable on the hub ({type(error).__name__}): name a pipeline folder of "
             f"this kind behind the file, as {file}:<folder>; only its configs and tokenizers are read"
         ) from error
-
-
-def copy_configs(source: Path, target: Path) -> None:
-    for pattern in CONFIGS:
-        for file in source.glob(pattern):
-            copied = target / file.relative_to(source)
-            copied.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, copied)
 
 
 def class_of(configs: Path) -> str:

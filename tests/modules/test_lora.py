@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lcm.core.batch import LatentBatch
 from lcm.core.errors import UserError
 from lcm.core.random import ImageNoise
-from lcm.models.lora import is_adapter_parameter
+from lcm.models.lora import is_adapter_parameter, kohya_weights, merged, save_adapters, with_adapters
 from lcm.models.pipeline import load_family, load_network, read_lcm_json
 from lcm.models.student import as_network
 from lcm.models.text_to_image import TextToImage
@@ -188,3 +189,25 @@ def test_sharding_is_refused(training: Make) -> None:
     module._device_mesh = object()
     with pytest.raises(UserError, match="trainer=ddp"):
         module.configure_model()
+
+
+@pytest.mark.parametrize("form", ["kohya", "diffusers"])
+def test_adapters_are_added_with_their_weight(form: str, tiny_pipeline: Path, tmp_path: Path) -> None:
+    """`lora=<file>:0.5` adds half of what the training merges, from both kinds of files."""
+    family, base = load_family(tiny_pipeline), load_network(tiny_pipeline).state_dict()
+    adapted = with_adapters(family, load_network(tiny_pipeline), rank=2, alpha=3)
+    torch.manual_seed(0)
+    for name, value in adapted.named_parameters():
+        if is_adapter_parameter(name):
+            value.data.normal_()
+    if form == "kohya":
+        save_file(kohya_weights(adapted), tmp_path / "lora.safetensors")
+    else:
+        save_adapters(tmp_path, adapted, family, torch.float32)
+    file = tmp_path / "lora.safetensors" if form == "kohya" else tmp_path
+    found = TextToImage.load(str(tiny_pipeline), lora={str(file): 0.5}).net.state_dict()
+    whole = merged(adapted, load_network(tiny_pipeline)).state_dict()
+    assert found.keys() == base.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, base[name] + 0.5 * (whole[name] - base[name]), rtol=1e-4, atol=1e-4)
+    assert sum(not torch.equal(value, base[name]) for name, value in found.items()) > 50
