@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
 from omegaconf import OmegaConf
 from PIL import Image
 
 from tests.e2e.conftest import command, environment, tiny_data
+from tests.e2e.test_security import ENVIRONMENT, planted
 
 pytestmark = pytest.mark.slow
 
@@ -75,26 +76,27 @@ def test_teacher_trains_and_is_distilled(run, tiny, shards, tiny_pipeline, tmp_p
     assert done.returncode == 0, done.stderr
 
 
-def test_sweep_of_groups_and_values_writes_table_and_plot(run, tiny, tmp_path):
+def test_sweep_writes_table_and_plot_without_secrets(run, tiny, tmp_path):
     """Two of its four jobs fail, which stops no other job."""
-    sweep = ["model.w_max=4,1", "model.w_min=2", "model/solver=dpm_solver_pp_2,heun"]
-    done = run("train.py", "-m", *tiny, "trainer.max_steps=3", *sweep)
+    url = "https://user:planted-password@host/a.tar?token=planted-query"
+    sweep = [f"optimized_metric='{url}','planted-hf'", "model.w_max=4,1", "model.w_min=2"]
+    done = run("train.py", "-m", *tiny, "trainer.max_steps=3", *sweep, **ENVIRONMENT)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     says = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert [("model.w_max=1" in line, "model.w_min" in line) for line in says] == [(True, True)] * 2
     [folder] = (tmp_path / "runs/sweeps").iterdir()
     head, _, *lines = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in (folder / "table.md").open()]
-    assert head == ["model.w_max", "model/solver", "val/loss", "run"]
-    assert [line[:2] for line in lines] == [[w, solver] for w in ("4", "1") for solver in ("dpm_solver_pp_2", "heun")]
-    for w, solver, loss, run_dir in lines:
-        assert (loss == "failed") == (w == "1")
+    assert head == ["optimized_metric", "model.w_max", "val/loss", "run"]
+    assert [(w, loss == "failed") for _, w, loss, _ in lines] == [("4", False), ("1", True)] * 2
+    for _, w, loss, run_dir in lines:
         if w == "4":
             logged = [row["val/loss"] for row in rows(tmp_path / run_dir) if row["val/loss"]]
             assert float(loss) == pytest.approx(float(logged[-1]), rel=1e-3)
-            assert f"lcm.core.solvers.{solver}" in (tmp_path / run_dir / "config.yaml").read_text()
             assert (tmp_path / run_dir / "model/unet").is_dir()
     assert Image.open(folder / "plot.png").width > 300
+    assert {path.name for path in folder.iterdir()} >= {"multirun.yaml", *(f"run-{number:04d}.json" for number in range(4))}
+    assert planted(done, tmp_path) == {}
 
 
 def test_ddp_sweep_keeps_folders_apart(run, tiny, tmp_path):
@@ -113,7 +115,7 @@ def test_ddp_sweep_keeps_folders_apart(run, tiny, tmp_path):
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_signal_to_a_sweep_saves_its_job(signum, code, tiny, tmp_path):
-    endless = ["trainer.max_steps=100000", "callbacks.samples.steps=[1]", "model.ema_decay=0.5,0.95"]
+    endless = ["trainer.max_steps=100000", "callbacks.samples.steps=[1]", "model/solver=heun,ddim"]
     sweep = subprocess.Popen(
         command("train.py", "-m", *tiny, *endless),
         cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -127,6 +129,7 @@ def test_signal_to_a_sweep_saves_its_job(signum, code, tiny, tmp_path):
     assert sweep.returncode == code, said
     assert "stopped at step" in said
     assert (tmp_path / "runs/lcd_mini/0/checkpoints/last.ckpt").is_file()
+    assert "lcm.core.solvers.heun" in (tmp_path / "runs/lcd_mini/0/config.yaml").read_text()
     assert [path.name for path in (tmp_path / "runs/lcd_mini").iterdir()] == ["0"]
 
 
@@ -143,14 +146,3 @@ def test_baseline_trains_and_samples(experiment, steps, w, run, tiny_pipeline, s
     diffusers_opens = StableDiffusionPipeline.from_pretrained(tmp_path / "runs" / experiment / "0/model")
     images = diffusers_opens("rocket", num_inference_steps=2, guidance_scale=1.0, output_type="np").images
     assert images.shape == (1, 32, 32, 3)
-
-
-def test_sdxl_is_distilled_by_two_ranks(run, xl_pipeline, shards, tmp_path):
-    data = [option for option in tiny_data(shards) if option != "data.build=null"]  # data=shards has no such key
-    sharded = ["trainer.accelerator=cpu", "trainer.devices=2", "model.compile=false", "callbacks.samples.steps=[1]"]
-    teacher = f"model.pipeline={xl_pipeline}"
-    done = run("train.py", "experiment=lcd_sdxl", teacher, *data, "trainer.max_steps=2", *sharded)
-    assert done.returncode == 0, done.stderr
-    StableDiffusionXLPipeline.from_pretrained(tmp_path / "runs/lcd_sdxl/0/model")
-    done = run("sample.py", "pipeline=last", "images_per_prompt=1", "steps=2", "prompts=[rocket]")
-    assert done.returncode == 0, done.stderr
