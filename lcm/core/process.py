@@ -72,6 +72,15 @@ class Process(nn.Module):
         alpha, sigma = self.at(t, x0.ndim)
         return alpha * x0 + sigma * eps
 
+    def renoise(self, z_s: Tensor, s: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Return z_t ~ q(z_t | z_s) for s <= t, `[B]` each.
+
+        This is `r z_s + sqrt(sigma_t^2 - (r sigma_s)^2) noise` with r = alpha_t / alpha_s.
+        """
+        (alpha_s, sigma_s), (alpha_t, sigma_t) = self.at(s, z_s.ndim), self.at(t, z_s.ndim)
+        ratio = alpha_t / alpha_s.clamp_min(FLOOR)
+        return ratio * z_s + (sigma_t**2 - (ratio * sigma_s) ** 2).clamp_min(0).sqrt() * noise
+
 
 class VP(Process):
     """The variance-preserving process of DDPM and Stable Diffusion: float32 tables of alpha and sigma, built in float64.

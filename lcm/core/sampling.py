@@ -47,9 +47,7 @@ def tcd(denoise: Denoise, z: Tensor, timesteps: list[int], *, process: Process, 
         end = process.t_min + math.floor((1 - gamma) * (p - process.t_min))
         z = process.jump(*denoise(z, _at(t, z)), _at(end, z))
         if gamma and p != process.t_min:
-            (alpha_m, sigma_m), (alpha_p, sigma_p) = process.at(_at(end, z), z.ndim), process.at(_at(p, z), z.ndim)
-            ratio = alpha_p / alpha_m
-            z = ratio * z + (sigma_p**2 - (ratio * sigma_m) ** 2).clamp_min(0).sqrt() * noise()
+            z = process.renoise(z, _at(end, z), _at(p, z), noise())
     return z
 
 

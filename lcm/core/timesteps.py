@@ -102,6 +102,11 @@ def phase_end(t: Tensor, edges: Tensor) -> Tensor:
     return edges[torch.searchsorted(edges, t) - 1]
 
 
+def phase_start(t: Tensor, edges: Tensor, last: int) -> Tensor:
+    """Return the smallest of the ascending `edges` from t `[B]` up, or `last`: the noisy end of the phase of t."""
+    return torch.nn.functional.pad(edges, (0, 1), value=last)[torch.searchsorted(edges, t)]
+
+
 def few_step_flow(shift: float, steps: int, num_timesteps: int = 1000) -> dict[str, float]:
     """Return the config for which diffusers' flow schedulers use `trailing_steps(steps)` of `Flow(shift)`.
 

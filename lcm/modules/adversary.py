@@ -1,4 +1,8 @@
-"""A discriminator of images and its loss (PatchGAN, 1611.07004; hinge loss; VQGAN's adaptive weight, 2012.09841)."""
+"""Adversaries of a training: discriminators of images and of latents, and their hinge loss."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -6,15 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lcm.core.numbers import Count, Positive, Whole
+from lcm.core.objectives.consistency import Pair
+from lcm.core.process import Process
 from lcm.modules.optimization import Opponent, OptimizerFactory, ScheduleFactory
 
 
 class Adversary(Opponent):
     """Trains `network` to tell real from rebuilt by the hinge loss, and a generator to deceive it.
 
-    network: `[B, ...] -> ` logits, one per sample or patch, high for real. weight: of the generator's term, as a share of the
-    other terms' gradient at the generator's last layer. start: the training step from which both learn. The other arguments are
-    those of `Optimization`.
+    network: `[B, ...] -> ` logits, one per sample or patch, high for real; or a list of logits, which weigh equally. weight: of
+    the generator's term. start: the training step from which both learn. The other arguments are those of `Optimization`.
     """
 
     def __init__(
@@ -29,14 +34,21 @@ class Adversary(Opponent):
         super().__init__(network, optimizer, lr_schedule)
         self.weight, self.start = weight, start
 
-    def generator_loss(self, fake: Tensor) -> Tensor:
-        return -self.network(fake).float().mean()
+    def generator_loss(self, fake: Any) -> Tensor:
+        return self.mean(lambda logits: -logits, fake)
 
-    def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        return (F.relu(1 - self.network(real).float()).mean() + F.relu(1 + self.network(fake).float()).mean()) / 2
+    def discriminator_loss(self, real: Any, fake: Any) -> Tensor:
+        return (self.mean(lambda logits: F.relu(1 - logits), real) + self.mean(lambda logits: F.relu(1 + logits), fake)) / 2
+
+    def mean(self, loss: Callable[[Tensor], Tensor], x: Any) -> Tensor:
+        logits = self.network(x)
+        return torch.stack([loss(part.float()).mean() for part in (logits if isinstance(logits, list) else [logits])]).mean()
 
     def balanced(self, loss: Tensor, other: Tensor, last: Tensor, trainer: L.Trainer) -> Tensor:
-        """Return the weight of the generator's `loss` that makes its gradient at `last` `weight` times that of `other`."""
+        """Return the weight of the generator's `loss` that makes its gradient at `last` `weight` times that of `other`.
+
+        This is VQGAN's adaptive weight (2012.09841).
+        """
         gradients = torch.stack([torch.autograd.grad(each, last, retain_graph=True)[0].float() for each in (other, loss)])
         if trainer.world_size > 1:  # the same weight on all ranks
             gradients = trainer.strategy.reduce(gradients, reduce_op="mean")
@@ -45,7 +57,7 @@ class Adversary(Opponent):
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Images `[B, 3, H, W]` -> logits `[B, 1, H/4 - 2, W/4 - 2]`, each of a patch of 34 px."""
+    """Images `[B, 3, H, W]` -> logits `[B, 1, H/4 - 2, W/4 - 2]`, each of a patch of 34 px (PatchGAN, 1611.07004)."""
 
     def __init__(self, channels: Count = 32) -> None:
         c = channels
@@ -55,3 +67,64 @@ class PatchDiscriminator(nn.Sequential):
             *(nn.Conv2d(2 * c, 4 * c, 4, padding=1, bias=False), nn.GroupNorm(8, 4 * c), nn.LeakyReLU(0.2)),
             nn.Conv2d(4 * c, 1, 4, padding=1),
         )
+
+
+@dataclass
+class RenoisingDraws:
+    """The noise of real and of fake latents, `[B, C, H, W]` each, and share `[B]` in [0, 1), which selects their time."""
+
+    real: Tensor
+    fake: Tensor
+    share: Tensor
+
+
+class LatentAdversary(Adversary):
+    """Judges latents, with noise added, in the features of the frozen teacher (PCM, 2405.18407; LADD, 2403.12015).
+
+    The student's point at the end of its phase is fake. It gets noise up to a random time of the phase.
+    blocks: the channels of the features. real: "target": the target's point with as much noise (PCM); "data": the data (LADD).
+    channels: of the heads. weight: of the generator's term, a factor. The other arguments are those of `Adversary`.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[int],
+        *,
+        optimizer: OptimizerFactory,
+        lr_schedule: ScheduleFactory,
+        weight: Positive = 0.1,
+        start: Whole = 0,
+        real: Literal["target", "data"] = "target",
+        channels: Count = 64,
+    ) -> None:
+        super().__init__(Heads(blocks, channels), optimizer=optimizer, lr_schedule=lr_schedule, weight=weight, start=start)
+        self.real = real
+
+    def draw(self, z0: Tensor, rng: torch.Generator) -> RenoisingDraws:
+        real, fake = (torch.randn(z0.shape, generator=rng, device=z0.device) for _ in range(2))
+        return RenoisingDraws(real, fake, torch.rand(len(z0), generator=rng, device=z0.device))
+
+    def noised(self, pair: Pair, z0: Tensor, draws: RenoisingDraws, process: Process) -> tuple[Tensor, Tensor, Tensor]:
+        """Return real and fake latents, and their time t `[B]`, uniform from the end of the phase to its start."""
+        t = pair.end + (draws.share * (pair.start - pair.end + 1)).long()
+        fake = process.renoise(pair.online, pair.end, t, draws.fake)
+        if self.real == "data":
+            return process.jump(z0, draws.real, t), fake, t
+        return process.renoise(pair.target, pair.end, t, draws.real), fake, t
+
+
+class Heads(nn.Module):
+    """Features `[B, C, N]` of several blocks -> a list of logits `[B, 1, N]`, one for each block. blocks: their channels."""
+
+    def __init__(self, blocks: Sequence[int], channels: Count = 64) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                *(nn.GroupNorm(1, width), nn.Conv1d(width, channels, 1), nn.LeakyReLU(0.2)),
+                *(nn.GroupNorm(1, channels), nn.Conv1d(channels, 1, 1)),
+            )
+            for width in blocks
+        )
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        return [head(feature) for head, feature in zip(self.heads, features, strict=True)]

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from lcm.core.errors import UserError
 from lcm.core.numbers import Positive, Seed, Whole
 from lcm.core.random import RankSlice, normal
 from lcm.models.saving import save_network
@@ -42,6 +43,8 @@ class Autoencoder(L.LightningModule):
         skip_non_finite: Whole = 0,
         seed: Seed = 0,
     ) -> None:
+        if adversary is not None and not isinstance(adversary, Adversary):
+            raise UserError("model/adversary=latent judges latents: use model/adversary=patch")
         super().__init__()
         self.vae, self.kl_weight, self.seed = vae, kl_weight, seed
         self.adversary, self.freeze_encoder = adversary, freeze_encoder

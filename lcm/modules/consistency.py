@@ -4,19 +4,24 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lcm.core.denoiser import Denoiser
+from lcm.core.batch import LatentBatch
+from lcm.core.denoiser import Condition, Denoiser
 from lcm.core.ema import ema_update_
 from lcm.core.errors import UserError
 from lcm.core.guidance import check_w_range
-from lcm.core.objectives.consistency import Distance, Networks
+from lcm.core.objectives.consistency import Distance, Networks, Pair
 from lcm.core.process import Process
 from lcm.models.families import network_like
+from lcm.models.features import block_features
 from lcm.models.lora import drop_frozen, ignore_missing_frozen, with_adapters
 from lcm.models.pipeline import load_family, load_prediction_type
 from lcm.models.student import frozen_copy
+from lcm.modules.adversary import Adversary, LatentAdversary
 from lcm.modules.latent import LatentModule
+from lcm.modules.optimization import log_train
 
 
 class ConsistencyModule(LatentModule):
@@ -28,7 +33,8 @@ class ConsistencyModule(LatentModule):
     `num_timesteps -> [N] int64`, the trained t. solver: the paper's Psi. zero_init: the projection of w starts at zero, so the
     student starts equal to its teacher. prediction_type: the student's; None: the teacher's. adapters: `{rank, alpha,
     target_modules}` trains LoRA adapters on the teacher's own weights (2311.05556). Such a student takes no w, and its
-    checkpoint holds only the adapters and their averages.
+    checkpoint holds only the adapters and their averages. adversary: `channels of the features -> LatentAdversary` adds its
+    term in the teacher's features.
     """
 
     averages = MappingProxyType({**LatentModule.averages, "target_net": "model.ema_decay"})
@@ -48,10 +54,17 @@ class ConsistencyModule(LatentModule):
         solver: Callable[..., Tensor] | None = None,
         zero_init: bool = True,
         adapters: Mapping[str, Any] | None = None,
+        adversary: Callable[..., LatentAdversary] | None = None,
         **kwargs: Any,
     ) -> None:
         if not 0 <= ema_decay < 1:
             raise UserError(f"model.ema_decay={ema_decay} is not in [0, 1)")
+        if adversary is not None and solver is None:
+            raise UserError(
+                "model.adversary needs a teacher's features, and this method has no teacher: use model=lcd or model=cd"
+            )
+        if isinstance(adversary, Adversary):
+            raise UserError("model/adversary=patch judges images: use model/adversary=latent")
         parts: dict[str, Any] = {"distance": loss}
         if timesteps is not None:
             parts["timesteps"] = timesteps(process.num_timesteps)
@@ -65,7 +78,11 @@ class ConsistencyModule(LatentModule):
             student = with_adapters(family, net, **adapters)
         else:
             student = family.with_w(net, zero_init=zero_init) if w_max is not None else network_like(net)
-        super().__init__(student, process, pipeline=pipeline, objective=lambda p: objective(p, **parts), **kwargs)
+        judge = None if adversary is None else adversary([width for _, width in family.feature_blocks(net)])
+        super().__init__(
+            student, process, pipeline=pipeline, objective=lambda p: objective(p, **parts), opponent=judge, **kwargs
+        )
+        self.adversary = judge
         self.teacher_prediction_type = load_prediction_type(pipeline)
         # In train mode, like the student, so that both draw the same dropout mask.
         self.target_net = frozen_copy(self.net).train() if ema_decay else None
@@ -85,6 +102,8 @@ class ConsistencyModule(LatentModule):
     def configure_model(self) -> None:
         if self.device_mesh is not None and self.adapters is not None:
             raise UserError("adapters cannot be sharded: train them with trainer=ddp")
+        if self.device_mesh is not None and self.compile_networks and self.adversary is not None:
+            raise UserError("model.adversary cannot read features of compiled shards: set model.compile=false, or trainer=ddp")
         super().configure_model()
 
     def setup(self, stage: str) -> None:
@@ -97,6 +116,36 @@ class ConsistencyModule(LatentModule):
         """Set the objective to the checkpoint's last update, for a validation or an export that follows."""
         super().on_load_checkpoint(checkpoint)
         self.objective.advance(max(checkpoint["global_step"] - 1, 0), self.trainer.max_steps)
+
+    def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
+        if self.adversary is None or self.global_step < self.adversary.start:
+            return super().training_step(batch, batch_idx)
+        draws = self.draws(self.objective.draw, batch.z0, batch_idx)
+        pair = self.objective.pair(self.denoisers(self.net), batch, draws)
+        loss, logs = self.objective.distances(pair)
+        term, judged = self.adversarial(self.adversary, pair, batch, batch_idx)
+        loss = loss + term
+        log_train(self, loss, {**logs, **judged}, len(batch))
+        return loss
+
+    def adversarial(
+        self, adversary: LatentAdversary, pair: Pair, batch: LatentBatch, batch_idx: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the student's adversarial term and values to log. The adversary learns from the same latents."""
+        draws = self.draws(adversary.draw, batch.z0, batch_idx, "adversary")
+        real, fake, t = adversary.noised(pair, batch.z0, draws, self.process)
+        with torch.no_grad():
+            judged = self.teacher_features(real, t, batch.cond)
+        features = self.teacher_features(fake, t, batch.cond)
+        term = adversary.generator_loss(features)
+        own = [feature.detach() for feature in features]
+        learned = adversary.learn(lambda: adversary.discriminator_loss(judged, own), 1 / self.trainer.accumulate_grad_batches)
+        return adversary.weight * term, {"adversarial": term.detach(), "discriminator": learned}
+
+    def teacher_features(self, z_t: Tensor, t: Tensor, cond: Condition) -> list[Tensor]:
+        teacher = self.frozen["teacher"]
+        network = self.network(teacher, compiled=False)
+        return block_features(self.family, teacher, lambda: network(z_t, self.process.network_time(t), cond))
 
     def denoisers(self, online: nn.Module) -> Networks:
         student, teacher = self.denoiser(online), self.frozen.get("teacher")

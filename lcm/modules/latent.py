@@ -26,7 +26,7 @@ from lcm.models.sharding import gather, is_sharded, shard
 from lcm.models.student import as_network, frozen_copy
 from lcm.models.text_to_image import TextToImage
 from lcm.modules.checkpoint import check_fixed_settings, check_method, check_tensors
-from lcm.modules.optimization import Optimization, OptimizerFactory, ScheduleFactory, log_train
+from lcm.modules.optimization import Opponent, Optimization, OptimizerFactory, ScheduleFactory, log_train
 
 Draws = TypeVar("Draws")  # a dataclass of tensors with one row per sample
 
@@ -65,11 +65,12 @@ class LatentModule(L.LightningModule):
         clip_norm: Positive | None = 1.0,
         skip_non_finite: Whole = 0,
         seed: Seed = 0,
+        opponent: Opponent | None = None,
     ) -> None:
         if compile:
             check_compiler("model.compile")
         super().__init__()
-        self.optimization, self.seed = Optimization(optimizer, lr_schedule, clip_norm, skip_non_finite), seed
+        self.optimization, self.seed = Optimization(optimizer, lr_schedule, clip_norm, skip_non_finite, opponent), seed
         self.net, self.process, self.pipeline, self.family = net.train(), process, pipeline, load_family(pipeline)
         self.prediction_type = prediction_type or load_prediction_type(pipeline)
         Denoiser(net, process, self.prediction_type)  # refuses an unknown prediction type
@@ -188,9 +189,12 @@ class LatentModule(L.LightningModule):
     def denoiser(self, net: nn.Module) -> Denoiser:
         return Denoiser(self.network(net), self.process, self.prediction_type)
 
-    def network(self, net: nn.Module) -> Network:
-        """Return a network as the core calls it. `calls` records shapes (on the meta device) and whether gradients are kept."""
-        network = as_network(self.family, net, self.compiled.get(net) if self.training else None)
+    def network(self, net: nn.Module, *, compiled: bool = True) -> Network:
+        """Return a network as the core calls it. `calls` records shapes (on the meta device) and whether gradients are kept.
+
+        compiled: in a training step, its compiled form if there is one.
+        """
+        network = as_network(self.family, net, self.compiled.get(net) if self.training and compiled else None)
 
         def recorded(z_t: Tensor, time: Tensor, cond: Condition, w: Tensor | None = None) -> Tensor:
             if self.calls is not None:

@@ -265,7 +265,7 @@ def test_both_points_share_dropout_masks():
     z, t = torch.randn(SHAPE, generator=rng()), torch.full((B,), 499)
     assert not torch.equal(online(z, t, None, None), online(z, t, None, None))
     objective = ConsistencyObjective(VP(), timesteps=grid(), distance=losses.l1)
-    loss, _ = objective.compare(denoisers(online, target), {}, torch.zeros(B), (z, t), (z, t))
+    loss, _ = objective.distances(objective.compare(denoisers(online, target), {}, torch.zeros(B), (z, t), (z, t)))
     assert loss == 0
 
 

@@ -20,13 +20,17 @@ from torch.utils.data import DataLoader, IterableDataset
 from lcm.core.batch import LatentBatch
 from lcm.core.errors import UserError
 from lcm.core.random import generator
+from lcm.modules.adversary import LatentAdversary
 from lcm.modules.latent import LatentModule
+from lcm.modules.lr_schedules import constant
 from lcm.runtime.checkpoint_io import AtomicCheckpointIO
 from lcm.runtime.fsdp import FullySharded
 from tests.modules.conftest import new_module
 from tests.modules.test_autoencoder import train as train_autoencoder
 
 RANKS, STEPS, HALF = 2, 4, 2
+# With AdamW's usual eps of 1e-8 the order of a sum decides the step of a weight whose gradient is nearly zero.
+OPTIMIZER = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0, eps=1e-6, fused=True)
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {  # of a sample of each pipeline
     "tiny": {"z0": (4, 8, 8), "states": (16, 16)},
     "pixart": {"z0": (4, 8, 8), "states": (6, 32), "mask": (6,)},
@@ -100,9 +104,7 @@ def train(
     strategy None: this process trains on the batches of all. resume: a checkpoint of `HALF` steps. of: the pipeline's name.
     export: the pipeline is saved in `folder` afterwards.
     """
-    # With AdamW's usual eps of 1e-8 the order of a sum decides the step of a weight whose gradient is nearly zero.
-    optimizer = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0, eps=1e-6, fused=True)
-    module = new_module(pipeline, kind, clip_norm=0.05, **{"optimizer": optimizer, **options})
+    module = new_module(pipeline, kind, clip_norm=0.05, **{"optimizer": OPTIMIZER, **options})
     rank = int(os.environ["LOCAL_RANK"]) if strategy else None
     own = [batch(i, rank, of) for i in range(HALF * accumulate if resume else 0, STEPS * accumulate)]
     if poisoned is not None and rank == 1:
@@ -136,9 +138,12 @@ def sizes(module: LatentModule) -> dict[str, int]:
     return {name: sum(p.untyped_storage().nbytes() for p in tensors) for name, tensors in local.items()}
 
 
+ADVERSARY = partial(LatentAdversary, optimizer=OPTIMIZER, lr_schedule=constant, weight=0.5, channels=8)
 SCENARIOS: dict[str, dict[str, Any]] = {
     **{f"{kind}-{s}-{k}": {"kind": kind, "strategy": s, "accumulate": k}
        for kind, k in (("distillation", 1), ("diffusion", 2)) for s in ("ddp", "fsdp")},
+    **{f"adversary-{s}": {"kind": "pcm", "strategy": s, "adversary": ADVERSARY} for s in ("ddp", "fsdp")},
+    "adversary-pixart": {"kind": "pcm", "strategy": "fsdp", "of": "pixart", "adversary": ADVERSARY},
     "hsdp": {"kind": "distillation", "strategy": "hsdp"},
     "recomputed": {"kind": "distillation", "strategy": "fsdp", "gradient_checkpointing": True, "validate": True},
     **{f"{of}-fsdp": {"kind": "distillation", "strategy": "fsdp", "of": of, "export": True} for of in ("pixart", "sd3")},

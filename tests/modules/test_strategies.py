@@ -13,7 +13,7 @@ import torch
 from lcm.bench import memory
 from lcm.models.pipeline import load_network
 from tests.modules.conftest import new_module
-from tests.modules.ranks import RANKS, SCENARIOS, SHAPES, train
+from tests.modules.ranks import ADVERSARY, RANKS, SCENARIOS, SHAPES, train
 from tests.modules.test_autoencoder import train as train_autoencoder
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:::lightning")]
@@ -108,6 +108,16 @@ def test_sharded_transformer_equals_one_process(of: str, found: Any, alone: Any,
     saved = load_network(str(folder / f"{of}-fsdp/model"))
     for name, value in saved.state_dict().items():
         assert torch.equal(value, ranks[0]["weights"][f"net.{name}"]), name
+
+
+@pytest.mark.parametrize(("of", "scenarios"), [("tiny", ["adversary-ddp", "adversary-fsdp"]), ("pixart", ["adversary-pixart"])])
+def test_two_ranks_train_an_adversary_as_one_process(of: str, scenarios: list[str], found: Any, alone: Any) -> None:
+    one = alone("pcm", of, adversary=ADVERSARY)
+    assert any(name.startswith("adversary.") for name in one["weights"])
+    for name in scenarios:
+        for rank in (found(name, rank) for rank in range(RANKS)):
+            assert rank["norms"] == pytest.approx(one["norms"], rel=1e-4)
+            assert_close(rank, one, SIZES_APART)
 
 
 @pytest.mark.parametrize("name", ["hsdp", "recomputed"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lcm.core.batch import LatentBatch
 from lcm.core.consistency import ConsistencyFn, consistency_fn
-from lcm.core.denoiser import Condition, Denoiser
+from lcm.core.denoiser import Condition, Denoised, Denoiser
 from lcm.core.guidance import draw_w
 from lcm.core.numbers import Count
 from lcm.core.process import Flow, Process
@@ -20,6 +20,21 @@ from lcm.core.timesteps import POINTS, few_step_flow, points_of
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 Loss = tuple[Tensor, dict[str, Tensor]]  # scalar loss, values to log
+
+
+class Pair(NamedTuple):
+    """The student's and its target's point, `[B, C, H, W]`, both at the time `end` `[B]`.
+
+    x0: the student's clean latent, `[B, C, H, W]`. start: the time at which the phase of both begins, `[B]`. weight: of each
+    sample, `[B]`.
+    """
+
+    online: Tensor
+    target: Tensor
+    x0: Tensor
+    end: Tensor
+    start: Tensor
+    weight: Tensor | None = None
 
 
 class Networks(NamedTuple):
@@ -40,7 +55,7 @@ class ConsistencyDraws:
 
 
 class ConsistencyObjective(nn.Module):
-    """Subclasses define `loss`.
+    """Subclasses define `pair`, the two points that the loss compares.
 
     process: the student's. timesteps: the trained t, `[N]` int64 ascending. distance: the paper's d. w is uniform in
     [w_min, w_max]. f: the consistency function. saved_steps: the number of sampling steps for which the saved scheduler of a
@@ -75,36 +90,48 @@ class ConsistencyObjective(nn.Module):
 
     def loss(self, nets: Networks, batch: LatentBatch, draws: Any) -> Loss:
         """Return the loss, and values to log."""
+        return self.distances(self.pair(nets, batch, draws))
+
+    def pair(self, nets: Networks, batch: LatentBatch, draws: Any) -> Pair:
+        """Return the two points that the loss compares."""
         raise NotImplementedError
+
+    def distances(self, pair: Pair) -> Loss:
+        """Return the mean distance, and values to log."""
+        loss = self.distance(pair.online, pair.target).flatten(1).mean(1)
+        if pair.weight is not None:
+            loss = pair.weight * loss
+        return loss.mean(), {"consistency_l2": (pair.online.detach() - pair.target).square().mean()}
 
     def compare(
         self, nets: Networks, cond: Condition, w: Tensor | None, far: tuple[Tensor, Tensor], near: tuple[Tensor, Tensor]
-    ) -> Loss:
-        """Return `d(f_theta(z_t, w, c, t), f_theta-(z_s, w, c, s))` for far = (z_t, t), near = (z_s, s), averaged."""
-        return self.distances(
+    ) -> Pair:
+        """Return `f_theta(z_t, w, c, t)` and `f_theta-(z_s, w, c, s)` for far = (z_t, t), near = (z_s, s)."""
+        return self.both(
             lambda: self.f(nets.online.bound(cond, w), *far, process=self.process),
             lambda: self.f(nets.target.bound(cond, w), *near, process=self.process),
-            far[0].device,
+            torch.full((len(far[0]),), self.process.t_min, device=far[0].device),
         )
 
-    def distances(
+    def both(
         self,
-        online: Callable[[], Tensor],
-        target: Callable[[], Tensor],
-        device: torch.device,
+        online: Callable[[], Tensor | Denoised],
+        target: Callable[[], Tensor | Denoised],
+        end: Tensor,
+        start: Tensor | None = None,
         weight: Tensor | None = None,
-    ) -> Loss:
-        """Return the mean distance. The random state is restored between the networks, so their dropout masks are equal.
+    ) -> Pair:
+        """Call both networks. The random state is restored between them, so their dropout masks are equal.
 
-        weight: of each sample, `[B]`.
+        online, target: return the point at `end`, or a `Denoised` that jumps there. start: None: the noisy end.
         """
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            target_point = target()
-        prediction = online()
-        loss = self.distance(prediction, target_point).flatten(1).mean(1)
-        if weight is not None:
-            loss = weight * loss
-        return loss.mean(), {"consistency_l2": (prediction.detach() - target_point).square().mean()}
+        with torch.no_grad(), torch.random.fork_rng([end.device] if end.device.type == "cuda" else []):
+            near = target()
+        far = online()
+        points = [self.process.jump(*each, end) if isinstance(each, Denoised) else each for each in (far, near)]
+        x0 = far.x0 if isinstance(far, Denoised) else far
+        start = torch.full_like(end, self.process.num_timesteps - 1) if start is None else start
+        return Pair(points[0], points[1], x0, end, start, weight)
 
     def advance(self, step: int, max_steps: int) -> None:
         """Adapt to the progress of the training before the update `step`. By default nothing changes."""

@@ -11,7 +11,7 @@ from lcm.core.consistency import cm_consistency_fn
 from lcm.core.denoiser import convert_process
 from lcm.core.errors import UserError
 from lcm.core.numbers import Count, Positive
-from lcm.core.objectives.consistency import ConsistencyDraws, ConsistencyObjective, Loss, Networks
+from lcm.core.objectives.consistency import ConsistencyDraws, ConsistencyObjective, Networks, Pair
 from lcm.core.process import Process
 from lcm.core.solvers import Solver
 from lcm.core.timesteps import karras, neighbours
@@ -40,7 +40,7 @@ class ConsistencyDistillation(ConsistencyModel):
         super().__init__(process, **options)
         self.solver = solver
 
-    def loss(self, nets: Networks, batch: LatentBatch, draws: ConsistencyDraws) -> Loss:
+    def pair(self, nets: Networks, batch: LatentBatch, draws: ConsistencyDraws) -> Pair:
         t, s = neighbours(self.timesteps, draws.index, self.process.t_min)
         z_t = self.process.jump(batch.z0, draws.eps, t)
         assert nets.teacher is not None
@@ -73,7 +73,7 @@ class ConsistencyTraining(ConsistencyModel):
     def target_decay(self, decay: float) -> float:
         return math.exp(self.first_points * math.log(decay) / self.points_now)
 
-    def loss(self, nets: Networks, batch: LatentBatch, draws: ConsistencyDraws) -> Loss:
+    def pair(self, nets: Networks, batch: LatentBatch, draws: ConsistencyDraws) -> Pair:
         t, s = neighbours(self.timesteps, draws.index, self.process.t_min)
         z_t = self.process.jump(batch.z0, draws.eps, t)
         z_s = self.process.jump(batch.z0, draws.eps, s)

@@ -8,7 +8,7 @@ from torch import Tensor
 from lcm.core.batch import LatentBatch
 from lcm.core.denoiser import Condition, convert_process
 from lcm.core.numbers import SkipSteps
-from lcm.core.objectives.consistency import ConsistencyDraws, ConsistencyObjective, Loss, Networks
+from lcm.core.objectives.consistency import ConsistencyDraws, ConsistencyObjective, Networks, Pair
 from lcm.core.process import Process
 from lcm.core.solvers import Solver
 from lcm.core.timesteps import skip_pair
@@ -24,7 +24,7 @@ class LatentConsistencyDistillation(ConsistencyObjective):
         super().__init__(process, **options)
         self.solver, self.skip_steps = solver, skip_steps
 
-    def loss(self, nets: Networks, batch: LatentBatch, draws: ConsistencyDraws) -> Loss:
+    def pair(self, nets: Networks, batch: LatentBatch, draws: ConsistencyDraws) -> Pair:
         t, s = skip_pair(self.timesteps, draws.index, self.skip_steps, self.process.t_min)  # t_{n+k}, t_n
         z_t, z_s = self.teacher_step(nets, batch, draws, t, s)
         return self.compare(nets, batch.cond, draws.w, (z_t, t), (z_s, s))
@@ -48,10 +48,10 @@ class LatentConsistencyDistillation(ConsistencyObjective):
         far: tuple[Tensor, Tensor],
         near: tuple[Tensor, Tensor],
         end: Tensor,
-    ) -> Loss:
-        """Return the mean distance of the student's jump from far = (z_t, t) and its target's from near = (z_s, s) to `end`."""
-        return self.distances(
-            lambda: self.process.jump(*nets.online(*far, cond, w), end),
-            lambda: self.process.jump(*nets.target(*near, cond, w), end),
-            end.device,
-        )
+        start: Tensor,
+    ) -> Pair:
+        """Return the student's jump from far = (z_t, t) and its target's from near = (z_s, s) to `end`.
+
+        start: the time at which their phase begins.
+        """
+        return self.both(lambda: nets.online(*far, cond, w), lambda: nets.target(*near, cond, w), end, start)

@@ -10,7 +10,7 @@ from lcm.core.batch import LatentBatch
 from lcm.core.errors import UserError
 from lcm.core.guidance import draw_w
 from lcm.core.numbers import Count, Positive
-from lcm.core.objectives.consistency import ConsistencyObjective, Loss, Networks
+from lcm.core.objectives.consistency import ConsistencyObjective, Networks, Pair
 from lcm.core.process import Process, per_sample
 
 
@@ -50,7 +50,7 @@ class EasyConsistencyTuning(ConsistencyObjective):
         """Return r `[B]` for t `[B]`, both noise levels."""
         return (level * (1 - self.q ** -(self.stage + 1) * (1 + 8 * torch.sigmoid(-level)))).clamp_min(0)
 
-    def loss(self, nets: Networks, batch: LatentBatch, draws: EasyDraws) -> Loss:
+    def pair(self, nets: Networks, batch: LatentBatch, draws: EasyDraws) -> Pair:
         lowest, highest = self.level_at(self.process.t_min), self.level_at(self.process.num_timesteps - 1)
         level = draws.level.clamp(lowest.clamp_min(1e-3), highest)
         near = self.near_level(level)
@@ -58,10 +58,10 @@ class EasyConsistencyTuning(ConsistencyObjective):
         t, s = (self.process.timestep_at(-value.clamp_min(1e-6).log()) for value in (level, near))
         z_t, z_s = (self.process.jump(batch.z0, draws.eps, time) for time in (t, s))
         online, target = nets.online.bound(batch.cond, draws.w), nets.target.bound(batch.cond, draws.w)
-        return self.distances(
+        return self.both(
             lambda: self.f(online, z_t, t, process=self.process),
             lambda: torch.where(per_sample(clean, z_s.ndim), batch.z0, self.f(target, z_s, s, process=self.process)),
-            z_t.device,
+            torch.full((len(z_t),), self.process.t_min, device=z_t.device),
             weight=1 / (level - near),
         )
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from lcm.core.batch import LatentBatch
 from lcm.core.numbers import SkipSteps
-from lcm.core.objectives.consistency import ConsistencyDraws, ConsistencyObjective, Loss, Networks
+from lcm.core.objectives.consistency import ConsistencyDraws, ConsistencyObjective, Networks, Pair
 from lcm.core.process import Process
 from lcm.core.timesteps import skip_pair
 
@@ -19,7 +19,7 @@ class LatentConsistencyFinetuning(ConsistencyObjective):
         super().__init__(process, **options)
         self.skip_steps = skip_steps
 
-    def loss(self, nets: Networks, batch: LatentBatch, draws: ConsistencyDraws) -> Loss:
+    def pair(self, nets: Networks, batch: LatentBatch, draws: ConsistencyDraws) -> Pair:
         t, s = skip_pair(self.timesteps, draws.index, self.skip_steps, self.process.t_min)
         z_t = self.process.jump(batch.z0, draws.eps, t)
         z_s = self.process.jump(batch.z0, draws.eps, s)

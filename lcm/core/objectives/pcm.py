@@ -7,9 +7,9 @@ import torch
 from lcm.core.batch import LatentBatch
 from lcm.core.errors import UserError
 from lcm.core.numbers import Count
-from lcm.core.objectives.consistency import ConsistencyDraws, Loss, Networks
+from lcm.core.objectives.consistency import ConsistencyDraws, Networks, Pair
 from lcm.core.objectives.distillation import LatentConsistencyDistillation
-from lcm.core.timesteps import phase_edges, phase_end, points_of
+from lcm.core.timesteps import phase_edges, phase_end, phase_start, points_of
 
 
 class PhasedConsistencyDistillation(LatentConsistencyDistillation):
@@ -36,12 +36,12 @@ class PhasedConsistencyDistillation(LatentConsistencyDistillation):
         edges = phase_edges(self.process, phases, points_of(self.timesteps, self.process.num_timesteps))
         self.register_buffer("edges", edges, persistent=False)
 
-    def loss(self, nets: Networks, batch: LatentBatch, draws: ConsistencyDraws) -> Loss:
+    def pair(self, nets: Networks, batch: LatentBatch, draws: ConsistencyDraws) -> Pair:
         t = self.timesteps[draws.index]
-        end = phase_end(t, self.edges)
+        end, start = phase_end(t, self.edges), phase_start(t, self.edges, self.process.num_timesteps - 1)
         s = torch.maximum(t - self.skip_steps, end)
         z_t, z_s = self.teacher_step(nets, batch, draws, t, s, guided=not self.classifier_free_guidance)
-        return self.compare_jumps(nets, batch.cond, draws.w, (z_t, t), (z_s, s), end)
+        return self.compare_jumps(nets, batch.cond, draws.w, (z_t, t), (z_s, s), end, start)
 
     def sampling(self) -> dict[str, Any]:
         settings = {**super().sampling(), "gamma": 0.0, "phases": self.phases}

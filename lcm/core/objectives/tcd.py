@@ -10,10 +10,10 @@ from torch import Tensor
 from lcm.core.batch import LatentBatch
 from lcm.core.errors import UserError
 from lcm.core.numbers import Count, Share
-from lcm.core.objectives.consistency import ConsistencyDraws, Loss, Networks
+from lcm.core.objectives.consistency import ConsistencyDraws, Networks, Pair
 from lcm.core.objectives.distillation import LatentConsistencyDistillation
 from lcm.core.process import Flow
-from lcm.core.timesteps import phase_edges, phase_end, points_of
+from lcm.core.timesteps import phase_edges, phase_end, phase_start, points_of
 
 
 @dataclass
@@ -54,12 +54,13 @@ class TrajectoryConsistencyDistillation(LatentConsistencyDistillation):
         draws = super().draw(z0, rng)
         return TrajectoryDraws(draws.eps, draws.index, draws.w, torch.rand(len(z0), generator=rng, device=z0.device))
 
-    def loss(self, nets: Networks, batch: LatentBatch, draws: TrajectoryDraws) -> Loss:  # type: ignore[override]
+    def pair(self, nets: Networks, batch: LatentBatch, draws: TrajectoryDraws) -> Pair:  # type: ignore[override]
         t = self.timesteps[draws.index]
         edge = phase_end(t, self.edges)
         s = torch.maximum(t - self.skip_steps, edge)
         z_t, z_s = self.teacher_step(nets, batch, draws, t, s)
-        return self.compare_jumps(nets, batch.cond, draws.w, (z_t, t), (z_s, s), self.end_time(s, draws.share, edge))
+        end, start = self.end_time(s, draws.share, edge), phase_start(t, self.edges, self.process.num_timesteps - 1)
+        return self.compare_jumps(nets, batch.cond, draws.w, (z_t, t), (z_s, s), end, start)
 
     def end_time(self, s: Tensor, share: Tensor, edge: Tensor | None = None) -> Tensor:
         """Return m `[B]`: the end of the phase, by default the clean end, or a grid point above it and up to s.

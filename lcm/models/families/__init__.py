@@ -90,6 +90,16 @@ class Family:
         """Return the weight of the projection of w, whose learning rate `model.guidance_lr_multiplier` multiplies."""
         return None
 
+    def feature_blocks(self, net: Any) -> list[tuple[nn.Module, int]]:
+        """Return the blocks whose outputs an adversary judges, and their channels. By default four blocks of a transformer."""
+        width = net.config["num_attention_heads"] * net.config["attention_head_dim"]
+        blocks, count = list(net.transformer_blocks), min(4, len(net.transformer_blocks))
+        return [(blocks[len(blocks) * (i + 1) // count - 1], width) for i in range(count)]
+
+    def feature(self, output: Any) -> Tensor:
+        """Return the features `[B, C, N]` in the output of one of `feature_blocks`. By default tokens are `[B, N, C]`."""
+        return output.transpose(1, 2)
+
     def student_pipeline(self, takes_w: bool, scheduler: str) -> str:
         """Return the `_class_name` of a saved student. scheduler: the class name of its scheduler."""
         return self.index["_class_name"]

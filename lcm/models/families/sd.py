@@ -60,5 +60,14 @@ class StableDiffusion(Family):
     def w_projection(self, net: Any) -> nn.Parameter | None:
         return getattr(net.time_embedding.cond_proj, "weight", None)
 
+    def feature_blocks(self, net: Any) -> list[tuple[nn.Module, int]]:
+        """Return the blocks of the encoder and the middle block."""
+        widths = net.config["block_out_channels"]
+        return list(zip((*net.down_blocks, net.mid_block), (*widths, widths[-1]), strict=True))
+
+    def feature(self, output: Any) -> Tensor:
+        hidden = output[0] if isinstance(output, tuple) else output  # of the encoder's blocks, with the skip connections
+        return hidden.flatten(2)
+
     def student_pipeline(self, takes_w: bool, scheduler: str) -> str:
         return "LatentConsistencyModelPipeline" if takes_w and scheduler == "LCMScheduler" else "StableDiffusionPipeline"

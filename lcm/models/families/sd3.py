@@ -45,6 +45,9 @@ class StableDiffusion3(Family):
             return_dict=False,
         )[0]
 
+    def feature(self, output: Any) -> Tensor:
+        return output[1].transpose(1, 2)  # after the text's tokens
+
     def encode(self, tokenizers: Sequence[Any], encoders: Sequence[Any], captions: list[str]) -> dict[str, Tensor]:
         """Return CLIP's embeddings, concatenated, padded to T5's width and followed by T5's tokens; and pooled embeddings."""
         outputs = [
