@@ -53,7 +53,7 @@ class Autoencoder(L.LightningModule):
         if freeze_encoder:
             for part in filter(None, (vae.encoder, vae.quant_conv)):
                 part.requires_grad_(False)
-        self.optimization = Optimization(optimizer, lr_schedule, clip_norm, skip_non_finite, adversary)
+        self.optimization = Optimization(optimizer, lr_schedule, clip_norm, skip_non_finite, [adversary] if adversary else [])
         self.register_buffer("latent_std", torch.ones(()))
         self.register_load_state_dict_pre_hook(check_tensors)
 

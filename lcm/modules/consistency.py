@@ -4,18 +4,16 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lcm.core.batch import LatentBatch
-from lcm.core.denoiser import Condition, Denoiser
+from lcm.core.denoiser import Denoiser
 from lcm.core.ema import ema_update_
 from lcm.core.errors import UserError
 from lcm.core.guidance import check_w_range
-from lcm.core.objectives.consistency import Distance, Networks, Pair
+from lcm.core.objectives.consistency import Distance, Networks
 from lcm.core.process import Process
 from lcm.models.families import network_like
-from lcm.models.features import block_features
 from lcm.models.lora import drop_frozen, ignore_missing_frozen, with_adapters
 from lcm.models.pipeline import load_family, load_prediction_type
 from lcm.models.student import frozen_copy
@@ -80,7 +78,12 @@ class ConsistencyModule(LatentModule):
             student = family.with_w(net, zero_init=zero_init) if w_max is not None else network_like(net)
         judge = None if adversary is None else adversary([width for _, width in family.feature_blocks(net)])
         super().__init__(
-            student, process, pipeline=pipeline, objective=lambda p: objective(p, **parts), opponent=judge, **kwargs
+            student,
+            process,
+            pipeline=pipeline,
+            objective=lambda p: objective(p, **parts),
+            opponents=[judge] if judge else [],
+            **kwargs,
         )
         self.adversary = judge
         self.teacher_prediction_type = load_prediction_type(pipeline)
@@ -102,8 +105,6 @@ class ConsistencyModule(LatentModule):
     def configure_model(self) -> None:
         if self.device_mesh is not None and self.adapters is not None:
             raise UserError("adapters cannot be sharded: train them with trainer=ddp")
-        if self.device_mesh is not None and self.compile_networks and self.adversary is not None:
-            raise UserError("model.adversary cannot read features of compiled shards: set model.compile=false, or trainer=ddp")
         super().configure_model()
 
     def setup(self, stage: str) -> None:
@@ -118,34 +119,14 @@ class ConsistencyModule(LatentModule):
         self.objective.advance(max(checkpoint["global_step"] - 1, 0), self.trainer.max_steps)
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
-        if self.adversary is None or self.global_step < self.adversary.start:
+        if self.adversary is None and "reward" not in self.frozen:
             return super().training_step(batch, batch_idx)
         draws = self.draws(self.objective.draw, batch.z0, batch_idx)
         pair = self.objective.pair(self.denoisers(self.net), batch, draws)
         loss, logs = self.objective.distances(pair)
-        term, judged = self.adversarial(self.adversary, pair, batch, batch_idx)
-        loss = loss + term
-        log_train(self, loss, {**logs, **judged}, len(batch))
-        return loss
-
-    def adversarial(
-        self, adversary: LatentAdversary, pair: Pair, batch: LatentBatch, batch_idx: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the student's adversarial term and values to log. The adversary learns from the same latents."""
-        draws = self.draws(adversary.draw, batch.z0, batch_idx, "adversary")
-        real, fake, t = adversary.noised(pair, batch.z0, draws, self.process)
-        with torch.no_grad():
-            judged = self.teacher_features(real, t, batch.cond)
-        features = self.teacher_features(fake, t, batch.cond)
-        term = adversary.generator_loss(features)
-        own = [feature.detach() for feature in features]
-        learned = adversary.learn(lambda: adversary.discriminator_loss(judged, own), 1 / self.trainer.accumulate_grad_batches)
-        return adversary.weight * term, {"adversarial": term.detach(), "discriminator": learned}
-
-    def teacher_features(self, z_t: Tensor, t: Tensor, cond: Condition) -> list[Tensor]:
-        teacher = self.frozen["teacher"]
-        network = self.network(teacher, compiled=False)
-        return block_features(self.family, teacher, lambda: network(z_t, self.process.network_time(t), cond))
+        terms, values = self.further_terms(pair, batch, batch_idx)
+        log_train(self, loss + terms, {**logs, **values}, len(batch))
+        return loss + terms
 
     def denoisers(self, online: nn.Module) -> Networks:
         student, teacher = self.denoiser(online), self.frozen.get("teacher")
@@ -161,14 +142,8 @@ class ConsistencyModule(LatentModule):
             ema_update_(self.target_net.parameters(), self.net.parameters(), decay, self.optimization.skipped_on_device)
 
     def facts(self) -> dict[str, Any]:
-        w_range = (self.objective.w_min, self.objective.w_max)
-        guidance: dict[str, Any] = {}
-        if self.family.takes_w(self.net):
-            guidance = dict(zip(("w_min", "w_max"), w_range, strict=True))
-        elif any(w_range):
-            guidance = {"teacher_w": list(w_range)}
         adapters: dict[str, Any] = {}
         if self.adapters is not None:
             rank, alpha = self.adapters["rank"], self.adapters.get("alpha")
             adapters = {"rank": rank, "alpha": rank if alpha is None else alpha}
-        return {**super().facts(), **guidance, **adapters}
+        return {**super().facts(), **self.w_facts(), **adapters}

@@ -1,7 +1,7 @@
 """The training of a network on latents: draws, averages, compilation, sharding, checkpoints, saving."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -16,15 +16,18 @@ from lcm.core.denoiser import Condition, Denoiser, Network
 from lcm.core.ema import ema_update_, warmed_up
 from lcm.core.errors import UserError
 from lcm.core.numbers import Positive, Seed, Share, Whole
+from lcm.core.objectives.consistency import Pair
 from lcm.core.process import Process
 from lcm.core.random import RankSlice
 from lcm.models.attention import allow_graphs, check_compiler, fast_attention, recomputed
 from lcm.models.codec import LatentCodec
-from lcm.models.pipeline import find, load_family, load_prediction_type
+from lcm.models.features import block_features
+from lcm.models.pipeline import find, load_family, load_prediction_type, load_vae, read_lcm_json
 from lcm.models.saving import save_pipeline
 from lcm.models.sharding import gather, is_sharded, shard
 from lcm.models.student import as_network, frozen_copy
 from lcm.models.text_to_image import TextToImage
+from lcm.modules.adversary import LatentAdversary
 from lcm.modules.checkpoint import check_fixed_settings, check_method, check_tensors
 from lcm.modules.optimization import Opponent, Optimization, OptimizerFactory, ScheduleFactory, log_train
 
@@ -41,11 +44,13 @@ class LatentModule(L.LightningModule):
     eval_ema: decay of an average that is sampled, validated and saved in place of `net`; None: no average.
     guidance_lr_multiplier: learning-rate multiplier of the zero-initialised projection of w; short runs need > 1.
     compile: torch.compile the networks of a training step; validation and sampling stay eager. gradient_checkpointing:
-    recompute activations to save memory. The other arguments are those of `Optimization`.
+    recompute activations to save memory. reward: `(images in [0, 1], captions) -> [B]`, to be raised for the student's clean
+    latents; it has a `weight` and `facts` for `lcm.json`. The other arguments are those of `Optimization`.
     """
 
     averages = MappingProxyType({"ema_net": "model.eval_ema"})  # networks that average `net`, and the options that do so
     zero_init: bool | None = None  # the projection of w started at zero; None: the module made no projection
+    adversary: LatentAdversary | None
     calls: list[tuple[nn.Module, torch.Size, Condition, bool]] | None = None  # recorded network calls for FLOP counting
 
     def __init__(
@@ -65,19 +70,23 @@ class LatentModule(L.LightningModule):
         clip_norm: Positive | None = 1.0,
         skip_non_finite: Whole = 0,
         seed: Seed = 0,
-        opponent: Opponent | None = None,
+        opponents: Sequence[Opponent] = (),
+        reward: nn.Module | None = None,
     ) -> None:
         if compile:
             check_compiler("model.compile")
         super().__init__()
-        self.optimization, self.seed = Optimization(optimizer, lr_schedule, clip_norm, skip_non_finite, opponent), seed
+        self.optimization, self.seed = Optimization(optimizer, lr_schedule, clip_norm, skip_non_finite, opponents), seed
         self.net, self.process, self.pipeline, self.family = net.train(), process, pipeline, load_family(pipeline)
         self.prediction_type = prediction_type or load_prediction_type(pipeline)
         Denoiser(net, process, self.prediction_type)  # refuses an unknown prediction type
         self.objective = objective(process)
         self.eval_ema, self.guidance_lr_multiplier, self.compile_networks = eval_ema, guidance_lr_multiplier, compile
         self.ema_net = frozen_copy(net) if eval_ema is not None else None
+        self.adversary = None
         self.frozen: dict[str, nn.Module] = {}  # a plain dict: not in the state dict, DDP or the optimizer
+        if reward is not None:
+            self.frozen |= {"reward": reward, "vae": load_vae(pipeline)}
         self.compiled: dict[nn.Module, Callable[..., Any]] = {}
         self.register_load_state_dict_pre_hook(check_tensors)
         if gradient_checkpointing:
@@ -101,11 +110,13 @@ class LatentModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Compile, or shard under `trainer=fsdp`, before a strategy wraps the networks."""
+        if self.adversary is not None and self.device_mesh is not None and self.compile_networks:
+            raise UserError("model.adversary cannot read features of compiled shards: set model.compile=false, or trainer=ddp")
         if self.compile_networks:
-            # At most one graph for each network, or each of its sharded blocks, at each batch shape.
+            # At most two graphs, with gradients and without, for each network or each sharded block at each batch shape.
             shapes = len(getattr(self.trainer.datamodule, "buckets", ())) or 1  # type: ignore[attr-defined]
             parts = 1 if self.device_mesh is None else sum(isinstance(part, self.family.blocks) for part in self.net.modules())
-            allow_graphs(len(self.networks()) * shapes * parts)
+            allow_graphs(2 * len(self.networks()) * shapes * parts)
         if self.device_mesh is None:
             if self.compile_networks:
                 self.compile_all(self.trainer.strategy.root_device)
@@ -174,6 +185,48 @@ class LatentModule(L.LightningModule):
     def denoisers(self, online: nn.Module) -> Any:
         """Return the networks of the objective's loss, with `online` as the trained one."""
         return self.denoiser(online)
+
+    def adversarial_term(
+        self, adversary: LatentAdversary, pair: Pair, batch: LatentBatch, batch_idx: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the student's adversarial term and values to log. The adversary learns from the same latents."""
+        draws = self.draws(adversary.draw, batch.z0, batch_idx, "adversary")
+        real, fake, t = adversary.noised(pair, batch.z0, draws, self.process)
+        with torch.no_grad():
+            judged = self.teacher_features(real, t, batch.cond)
+        features = self.teacher_features(fake, t, batch.cond)
+        term = adversary.generator_loss(features)
+        own = [feature.detach() for feature in features]
+        learned = adversary.learn(lambda: adversary.discriminator_loss(judged, own), self.share)
+        return adversary.weight * term, {"adversarial": term.detach(), "discriminator": learned}
+
+    def teacher_features(self, z_t: Tensor, t: Tensor, cond: Condition) -> list[Tensor]:
+        teacher = self.frozen["teacher"]
+        network = self.network(teacher, compiled=False)
+        return block_features(self.family, teacher, lambda: network(z_t, self.process.network_time(t), cond))
+
+    def reward_term(self, reward: Any, x0: Tensor, captions: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the term that raises the reward of the decoded x0, and values to log."""
+        vae: Any = self.frozen["vae"]
+        shift, scale = self.family.latent_scaling(vae)
+        images = vae.decode((x0 / scale + shift).to(vae.dtype)).sample.float()
+        value = reward(((images + 1) / 2).clamp(0, 1), captions).mean()
+        return -reward.weight * value, {"reward": value.detach()}
+
+    def further_terms(self, pair: Pair, batch: LatentBatch, batch_idx: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the sum of the adversary's and the reward's terms, and values to log."""
+        total, logs = torch.zeros((), device=self.device), dict[str, Tensor]()
+        if self.adversary is not None and self.global_step >= self.adversary.start:
+            total, logs = self.adversarial_term(self.adversary, pair, batch, batch_idx)
+        if (reward := self.frozen.get("reward")) is not None and pair.x0.requires_grad:
+            term, values = self.reward_term(reward, pair.x0, batch.captions)
+            total, logs = total + term, {**logs, **values}
+        return total, logs
+
+    @property
+    def share(self) -> float:
+        """Return the share of a batch in an update of the weights, below 1 under gradient accumulation."""
+        return 1 / self.trainer.accumulate_grad_batches
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -244,7 +297,22 @@ class LatentModule(L.LightningModule):
             "pipeline": self.pipeline,
             "steps": self.global_step,
             **self.objective.sampling(),
+            **({"rewards": rewards} if (rewards := self.rewards()) else {}),
         }
+
+    def rewards(self) -> list[dict[str, Any]]:
+        """Return the rewards that this training or an earlier one of its student raised. Tables leave them out."""
+        reward: Any = self.frozen.get("reward")
+        own = [] if reward is None else [reward.facts]
+        earlier = read_lcm_json(find(self.pipeline)).get("rewards", [])
+        return earlier + [each for each in own if each not in earlier]
+
+    def w_facts(self) -> dict[str, Any]:
+        """Return the range of w for `lcm.json`: of the network's input, or of the teacher's guidance."""
+        w_range = (self.objective.w_min, self.objective.w_max)
+        if self.family.takes_w(self.net):
+            return dict(zip(("w_min", "w_max"), w_range, strict=True))
+        return {"teacher_w": list(w_range)} if any(w_range) else {}
 
     def save_model(self, folder: str, net: Any = None, *, dtype: torch.dtype = torch.float16) -> None:
         """Write a pipeline folder with `net` (default: `best_net`). Call it on every rank; rank 0 writes."""

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -52,11 +52,12 @@ class Opponent(nn.Module):
     def clip(self, trainer: L.Trainer, clip_norm: float) -> Tensor:
         """Average the gradients over the ranks, clip them, and return their norm."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        if trainer.world_size > 1 and gradients:
+        sharded = any(isinstance(gradient, DTensor) for gradient in gradients)  # FSDP has averaged them
+        if trainer.world_size > 1 and gradients and not sharded:
             flat: Any = trainer.strategy.reduce(torch.cat([g.flatten() for g in gradients]), reduce_op="mean")
             for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(mean.view_as(gradient))
-        return nn.utils.clip_grad_norm_(self.parameters(), clip_norm)
+        return total_norm(self.parameters(), clip_norm)
 
     def step(self) -> None:
         self.optimizer.step()
@@ -71,7 +72,8 @@ class Optimization(L.Callback):
     clip_norm: limit of the total gradient norm; None: no clipping. Lightning refuses to clip for a fused optimizer.
     skip_non_finite: number of consecutive updates that may be skipped for a non-finite loss or gradient. One more stops the
     training. The step number, the data and the learning rate advance as if the update had been made.
-    opponent: is clipped, updated, skipped, saved and resumed with the module. A non-finite gradient of one skips both.
+    opponents: are clipped, updated, skipped, saved and resumed with the module. A non-finite gradient of one skips all. A
+    checkpoint holds their states after the module's, in "optimizer_states".
 
     A resumed training takes tensors and its step from the checkpoint, and every setting from the configuration.
     """
@@ -82,33 +84,31 @@ class Optimization(L.Callback):
         lr_schedule: ScheduleFactory,
         clip_norm: float | None,
         skip_non_finite: int,
-        opponent: Opponent | None = None,
+        opponents: Sequence[Opponent] = (),
     ) -> None:
         self.make_optimizer, self.make_lr_schedule = optimizer, lr_schedule
         self.clip_norm = float("inf") if clip_norm is None else clip_norm
-        self.skip_non_finite, self.opponent = skip_non_finite, opponent
-        self.opponent_state: dict[str, Any] | None = None  # of the checkpoint, until the optimizer is made
+        self.skip_non_finite, self.opponents = skip_non_finite, list(opponents)
+        self.opponent_states: list[dict[str, Any]] = []  # of the checkpoint, until the optimizers are made
         self.skipped_update = False  # the host knows that the last update was skipped
         self.skipped_on_device: Tensor | None = None  # 1.0 if the device skipped the last update, else 0.0; None on the host
 
     def configure(self, groups: list[dict[str, Any]], max_steps: int) -> dict[str, Any]:
         """Return what `configure_optimizers` returns. A group's "lr_scale" multiplies the optimizer's learning rate."""
         optimizer, schedule = new_optimizer(self.make_optimizer, self.make_lr_schedule, groups, max_steps)
-        if self.opponent is not None:
-            self.opponent.configure(max_steps)
-            if self.opponent_state is not None:
-                self.opponent.optimizer.load_state_dict(self.opponent_state)
+        for opponent in self.opponents:
+            opponent.configure(max_steps)
+        for opponent, state in zip(self.opponents, self.opponent_states, strict=False):
+            opponent.optimizer.load_state_dict(state)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # resume
 
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self.opponent is None else {"opponent": self.opponent.optimizer.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.opponent_state = state_dict.get("opponent")
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["optimizer_states"] += [opponent.optimizer.state_dict() for opponent in self.opponents]
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.opponent_states = checkpoint.get("optimizer_states", [])[1:]  # a sharded strategy has loaded them already
         checkpoint["lr_schedulers"] = []  # `on_train_start` moves the schedule to the checkpoint's step
         states = checkpoint.get("callbacks", {})
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -122,7 +122,7 @@ class Optimization(L.Callback):
             raise UserError(
                 f"the ranks start at different steps, {sorted(set(steps.tolist()))}: all must see the same folder paths.runs"
             )
-        schedules: list[Any] = [module.lr_schedulers(), *([] if self.opponent is None else [self.opponent.schedule])]
+        schedules: list[Any] = [module.lr_schedulers(), *(opponent.schedule for opponent in self.opponents)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that it has not seen the optimizer steps before the checkpoint
             for schedule in schedules:
@@ -153,14 +153,12 @@ class Optimization(L.Callback):
         every update until the host checks.
         """
         trained = [p for p in module.parameters() if p.requires_grad]
-        norm = nn.utils.clip_grad_norm_(trained, self.clip_norm)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        norm = total_norm(trained, self.clip_norm).to(module.device)
         module.log("train/grad_norm", norm)
         bad, optimizers = ~norm.isfinite(), [getattr(optimizer, "optimizer", optimizer)]
-        if self.opponent is not None:
-            bad = bad | ~self.opponent.clip(trainer, self.clip_norm).isfinite()
-            optimizers.append(self.opponent.optimizer)
+        for opponent in self.opponents:
+            bad = bad | ~opponent.clip(trainer, self.clip_norm).isfinite()
+            optimizers.append(opponent.optimizer)
         self.skipped_in_a_row = (self.skipped_in_a_row + bad) * (bad | (self.skipped_in_a_row > self.skip_non_finite))
         self.skipped = self.skipped + bad
         if self.skip_non_finite:
@@ -178,8 +176,8 @@ class Optimization(L.Callback):
                 each.found_inf = self.skipped_on_device
             elif self.skipped_update:
                 each.zero_grad(set_to_none=True)  # optimizers pass over parameters without a gradient
-        if self.opponent is not None:
-            self.opponent.step()
+        for opponent in self.opponents:
+            opponent.step()
 
     def skips_on_device(self, optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
         return bool(optimizer.defaults.get("fused")) and device.type != "cpu"
@@ -193,6 +191,12 @@ class Optimization(L.Callback):
                 "and the last checkpoint is sound: lower model.optimizer.lr, set trainer.precision=32-true or skip such steps "
                 "with model.skip_non_finite=3, then resume with ckpt_path=last"
             )
+
+
+def total_norm(parameters: Iterable[nn.Parameter], clip_norm: float) -> Tensor:
+    """Clip the gradients by their total norm, over all shards, and return the norm before."""
+    norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def new_optimizer(

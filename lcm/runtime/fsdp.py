@@ -70,14 +70,17 @@ class FullySharded(ModelParallelStrategy):
         """Restore networks and optimizers from a file or a folder, and return the rest of the checkpoint."""
         assert self.lightning_module is not None
         path, state = Path(self.broadcast(checkpoint_path)), self.lightning_module.state_dict()
-        trained = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in self.optimizers]
+        opponents = getattr(getattr(self.lightning_module, "optimization", None), "opponents", [])
+        optimizers = [*self.optimizers, *(opponent.optimizer for opponent in opponents)] if self.optimizers else []
+        trained = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
 
         def counterpart(name: str) -> Tensor | None:
             """Return the tensor of this run that has the shards of a checkpoint's tensor."""
             kind, *keys = name.split("/")
             if kind == "state_dict":
                 return state.get(keys[0])
-            return trained[int(keys[0])][int(keys[2])].detach() if keys[1] == "state" and trained else None
+            index = int(keys[0])  # of the optimizer
+            return trained[index][int(keys[2])].detach() if keys[1] == "state" and index < len(trained) else None
 
         def distributed(name: str, value: Any) -> Any:
             like = counterpart(name)
@@ -94,6 +97,6 @@ class FullySharded(ModelParallelStrategy):
         else:
             checkpoint = sharded.mapped(self.checkpoint_io.load_checkpoint(path, weights_only=True), distributed)
         self.lightning_module.load_state_dict(checkpoint.pop("state_dict"), strict=self.lightning_module.strict_loading)
-        for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states"), strict=False):
+        for optimizer, state in zip(optimizers, checkpoint.pop("optimizer_states"), strict=False):
             optimizer.load_state_dict(state)
         return checkpoint

@@ -14,6 +14,7 @@ from lcm.core.batch import LatentBatch
 from lcm.core.objectives.consistency_models import ConsistencyDistillation, ConsistencyTraining
 from lcm.core.objectives.denoising import Denoising
 from lcm.core.objectives.distillation import LatentConsistencyDistillation
+from lcm.core.objectives.distribution_matching import ImprovedDistributionMatching, TrajectoryDistributionMatching
 from lcm.core.objectives.finetuning import LatentConsistencyFinetuning
 from lcm.core.objectives.pcm import PhasedConsistencyDistillation
 from lcm.core.objectives.tcd import TrajectoryConsistencyDistillation
@@ -22,6 +23,7 @@ from lcm.data.datamodule import ShardDataModule
 from lcm.models.codec import LatentCodec
 from lcm.models.pipeline import load_codec, load_network, load_process
 from lcm.modules.consistency import ConsistencyModule
+from lcm.modules.distribution_matching import FakeScore, MatchingModule
 from lcm.modules.guided_distillation import GuidedDistillation
 from lcm.modules.latent import LatentModule
 from lcm.modules.lr_schedules import constant
@@ -54,6 +56,11 @@ def new_module(pipeline: Path, kind: str, **options: Any) -> Any:
         )
     if kind == "guided":
         return GuidedDistillation(net, process, pipeline=base, **{"steps": [4, 2, 1], **options})
+    matching = {"tdm": TrajectoryDistributionMatching, "dmd2": ImprovedDistributionMatching}
+    if kind in matching:
+        fake = partial(FakeScore, optimizer=options["optimizer"], lr_schedule=constant, ratio=2)
+        given = {"loss": losses.huber, "fake": fake, "w_min": 2.0, "w_max": 14.0, **options}
+        return MatchingModule(net, process, pipeline=base, objective=partial(matching[kind], **parts), **given)
     guided = {"w_min": 2.0, "w_max": 14.0, "timesteps": timesteps.grid, "loss": partial(losses.huber, c=0.1)}
     methods: dict[str, dict[str, Any]] = {
         "distillation": {"objective": LatentConsistencyDistillation, "solver": solvers.ddim, **guided},

@@ -139,11 +139,16 @@ def sizes(module: LatentModule) -> dict[str, int]:
 
 
 ADVERSARY = partial(LatentAdversary, optimizer=OPTIMIZER, lr_schedule=constant, weight=0.5, channels=8)
+REAL_DATA = partial(ADVERSARY, real="data")
 SCENARIOS: dict[str, dict[str, Any]] = {
     **{f"{kind}-{s}-{k}": {"kind": kind, "strategy": s, "accumulate": k}
        for kind, k in (("distillation", 1), ("diffusion", 2)) for s in ("ddp", "fsdp")},
     **{f"adversary-{s}": {"kind": "pcm", "strategy": s, "adversary": ADVERSARY} for s in ("ddp", "fsdp")},
     "adversary-pixart": {"kind": "pcm", "strategy": "fsdp", "of": "pixart", "adversary": ADVERSARY},
+    "matching-ddp": {"kind": "tdm", "strategy": "ddp"},
+    "matching-fsdp": {"kind": "dmd2", "strategy": "fsdp", "adversary": REAL_DATA},
+    "half-matching": {"kind": "dmd2", "strategy": "folder", "adversary": REAL_DATA, "steps": HALF, "save": "matching.ckpt"},
+    "resumed-matching": {"kind": "dmd2", "strategy": "fsdp", "adversary": REAL_DATA, "resume": "matching.ckpt"},
     "hsdp": {"kind": "distillation", "strategy": "hsdp"},
     "recomputed": {"kind": "distillation", "strategy": "fsdp", "gradient_checkpointing": True, "validate": True},
     **{f"{of}-fsdp": {"kind": "distillation", "strategy": "fsdp", "of": of, "export": True} for of in ("pixart", "sd3")},

@@ -13,7 +13,7 @@ import torch
 from lcm.bench import memory
 from lcm.models.pipeline import load_network
 from tests.modules.conftest import new_module
-from tests.modules.ranks import ADVERSARY, RANKS, SCENARIOS, SHAPES, train
+from tests.modules.ranks import ADVERSARY, RANKS, REAL_DATA, SCENARIOS, SHAPES, train
 from tests.modules.test_autoencoder import train as train_autoencoder
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:::lightning")]
@@ -120,6 +120,22 @@ def test_two_ranks_train_an_adversary_as_one_process(of: str, scenarios: list[st
             assert_close(rank, one, SIZES_APART)
 
 
+@pytest.mark.parametrize(("kind", "name"), [("tdm", "matching-ddp"), ("dmd2", "matching-fsdp")])
+def test_two_ranks_match_distributions_as_one_process(kind: str, name: str, found: Any, alone: Any) -> None:
+    """The ranks take as many steps of the student, and take turns alike."""
+    one = alone(kind, **({"adversary": REAL_DATA} if kind == "dmd2" else {}))
+    assert [norm > 0 for norm in one["norms"]] == [False, True, False, True]
+    for rank in (found(name, rank) for rank in range(RANKS)):
+        assert rank["norms"] == pytest.approx(one["norms"], rel=1e-3)
+        assert_close(rank, one, SIZES_APART)
+
+
+def test_shards_of_all_optimizers_are_resumed(found: Any) -> None:
+    straight, resumed = found("matching-fsdp")["weights"], found("resumed-matching")["weights"]
+    assert {name.partition(".")[0] for name in straight} == {"net", "fake", "adversary"}
+    assert all(torch.equal(value, straight[name]) for name, value in resumed.items())
+
+
 @pytest.mark.parametrize("name", ["hsdp", "recomputed"])
 def test_hsdp_and_recomputation_change_nothing(name: str, found: Any) -> None:
     assert_close(found(name), found("distillation-ddp-1"))
@@ -139,7 +155,7 @@ def test_non_finite_gradient_stops_both_ranks(found: Any) -> None:
         assert_close(found("poisoned", rank), found("half-ddp"))
 
 
-@pytest.mark.parametrize("name", [name for name in SCENARIOS if name.startswith("resumed")])
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if name.startswith("resumed-") and "matching" not in name])
 def test_resume_under_another_strategy(name: str, found: Any) -> None:
     assert_close(found(name), found("distillation-ddp-1"))
     _, strategy, of = name.split("-")

@@ -38,11 +38,12 @@ class Pair(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """The paper's theta, theta- and (for distillation) the teacher."""
+    """The paper's theta, theta-, for distillation the teacher, and for distribution matching the fake score."""
 
     online: Denoiser
     target: Denoiser
     teacher: Denoiser | None = None
+    fake: Denoiser | None = None
 
 
 @dataclass

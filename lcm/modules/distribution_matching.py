@@ -1,0 +1,153 @@
+"""Distribution matching (TDM, DMD2): a student, its frozen teacher, and a fake score that learns the student's images."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lcm.core.batch import LatentBatch
+from lcm.core.denoiser import Denoiser
+from lcm.core.errors import UserError
+from lcm.core.guidance import check_w_range
+from lcm.core.numbers import Count
+from lcm.core.objectives.consistency import Distance, Networks
+from lcm.core.objectives.distribution_matching import DistributionMatching
+from lcm.core.process import Process
+from lcm.core.random import generator
+from lcm.models.families import network_like
+from lcm.models.pipeline import find, load_family, load_network, load_prediction_type, read_lcm_json
+from lcm.modules.adversary import Adversary, LatentAdversary
+from lcm.modules.latent import LatentModule
+from lcm.modules.optimization import Opponent, OptimizerFactory, ScheduleFactory, log_train
+
+
+class FakeScore(Opponent):
+    """The score of the student's images. It learns in every step.
+
+    ratio: steps, hence updates of the fake score, for each update of the student. The other arguments are those of
+    `Optimization`.
+    """
+
+    def __init__(
+        self, network: nn.Module, *, optimizer: OptimizerFactory, lr_schedule: ScheduleFactory, ratio: Count = 1
+    ) -> None:
+        super().__init__(network, optimizer, lr_schedule)
+        self.ratio = ratio
+
+
+class MatchingModule(LatentModule):
+    """Trains a student, a copy of `net`, by distribution matching. Batches give captions only, except to an adversary.
+
+    net: the pipeline's network: a few-step student, or the teacher itself. teacher: its pipeline; None: the one that the
+    student was distilled from, or `pipeline`. objective: a `DistributionMatching`. loss: its distance. w_min, w_max: the range
+    of guidance weights of the teacher. Student and fake score take w as an input if the family has one. fake: `network ->
+    FakeScore`. adversary: as of `ConsistencyModule`.
+    """
+
+    objective: DistributionMatching
+
+    def __init__(
+        self,
+        net: Any,
+        process: Process,
+        *,
+        pipeline: str,
+        objective: Callable[..., Any],
+        loss: Distance,
+        fake: Callable[..., FakeScore],
+        teacher: str | None = None,
+        w_min: float = 0.0,
+        w_max: float = 0.0,
+        adversary: Callable[..., LatentAdversary] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_w_range(w_min, w_max)
+        family, source = load_family(pipeline), teacher or teacher_of(pipeline)
+        frozen = net if source == pipeline else load_network(source)
+        score = fake(family.with_w(frozen))
+        opponents: list[Opponent] = [score]
+        if isinstance(adversary, Adversary):
+            raise UserError("model/adversary=patch judges images: use model/adversary=latent")
+        if adversary is not None:
+            judge = adversary([width for _, width in family.feature_blocks(frozen)])
+            if judge.real != "data":
+                raise UserError("distribution matching has no target point to take for real: set model.adversary.real=data")
+            opponents.append(judge)
+        super().__init__(
+            family.with_w(net) if family.takes_w(score.network) else network_like(net),
+            process,
+            pipeline=pipeline,
+            objective=lambda p: objective(p, distance=loss, w_min=w_min, w_max=w_max),
+            opponents=opponents,
+            **kwargs,
+        )
+        self.fake, self.teacher, self.teacher_prediction_type = score, source, load_prediction_type(source)
+        self.adversary = judge if adversary is not None else None
+        self.frozen["teacher"] = frozen.eval()
+        self.own_turn = True  # the student learns in this step
+
+    def networks(self) -> list[Any]:
+        return [*super().networks(), self.fake.network]
+
+    def denoisers(self, online: nn.Module) -> Networks:
+        student = self.denoiser(online)
+        teacher, fake = (
+            Denoiser(self.network(net), self.process, self.teacher_prediction_type)
+            for net in (self.frozen["teacher"], self.fake.network)
+        )
+        return Networks(student, student, teacher, fake)
+
+    def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
+        """Update the fake score and, every `ratio` steps, the student. `global_step` says whose turn it is."""
+        self.own_turn = (self.global_step + 1) % self.fake.ratio == 0
+        nets, draws = self.denoisers(self.net), self.chosen_draws(batch, batch_idx, "train")
+        with torch.set_grad_enabled(self.own_turn):
+            sample = self.objective.sample(nets.online, batch, draws)
+        assert nets.fake is not None
+        score, seen = nets.fake, sample.detach()
+        logs = {"fake_score": self.fake.learn(lambda: self.objective.score_loss(score, batch, draws, seen), self.share)}
+        loss, pair = torch.zeros((), device=self.device), self.objective.unmatched(sample)
+        if self.own_turn:
+            pair = self.objective.matched(nets, batch, draws, sample)
+            loss, values = self.objective.distances(pair)
+            logs |= values
+        terms, values = self.further_terms(pair, batch, batch_idx)
+        log_train(self, loss + terms, {**logs, **values}, len(batch))
+        return loss + terms
+
+    def validation_step(self, batch: LatentBatch, batch_idx: int) -> None:
+        draws = self.chosen_draws(batch, batch_idx, "val")
+        loss, _ = self.objective.loss(self.denoisers(self.best_net), batch, draws)
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
+
+    def chosen_draws(self, batch: LatentBatch, batch_idx: int, stage: str) -> Any:
+        """Return this rank's draws. What all ranks share is drawn before."""
+        self.objective.choose(generator("cpu", self.seed, stage, batch_idx, "shared"))
+        return self.draws(self.objective.draw, batch.z0, batch_idx, stage)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if loss.requires_grad:  # the student's turn; otherwise its optimizer finds no gradient and changes nothing
+            super().backward(loss, *args, **kwargs)
+
+    def after_optimizer_step(self) -> None:
+        if self.own_turn:
+            super().after_optimizer_step()
+
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts(), **self.w_facts(), "teacher": self.teacher}
+
+
+def teacher_of(pipeline: str) -> str:
+    """Return the pipeline that a student was distilled from, or `pipeline` itself if it is a teacher."""
+    facts = read_lcm_json(find(pipeline))
+    if facts["sampler"] == "ddim":
+        return pipeline
+    source = facts.get("teacher") or facts.get("pipeline")
+    if source is None:
+        raise UserError(f"{pipeline} is a few-step model that names no teacher: set model.teacher=<folder or hub id>")
+    try:
+        find(source)
+    except UserError as error:
+        raise UserError(f"the teacher of {pipeline} cannot be found: set model.teacher=<folder or hub id> ({error})") from error
+    return teacher_of(source)
