@@ -130,6 +130,13 @@ def warnings(extract: Extractor, samples: int, real: int, jobs: Sequence[Job]) -
     return sentences
 
 
+def untrained(job: Job, metrics: Mapping[str, FeatureMetric], extract: Extractor) -> dict[str, FeatureMetric]:
+    """Return the metrics without those that the job's model was trained to raise: they say nothing about it."""
+    trained = [reward["weights"] for reward in job.model.metadata.get("rewards", [])]
+    hidden = extract.weights[0] in trained
+    return {name: metric for name, metric in metrics.items() if not (hidden and metric.against == "captions")}
+
+
 def evaluate(cfg: DictConfig) -> None:
     """Draw the missing chunks, compute the metrics and write the report. Processes of `rank` > 0 only draw their share."""
     check(cfg)
@@ -149,6 +156,11 @@ def evaluate(cfg: DictConfig) -> None:
     option = "reference" if cfg.reference else "shards"
     real = extract.reference(Source.of_option(cfg, option, build(cfg.cache)), cfg.reference_cache)
     sentences = warnings(extract, cfg.samples, len(real["clip"]), jobs)
+    for name in dict.fromkeys(job.name for job in jobs):
+        shown = [untrained(job, metrics, extract) for job in jobs if job.name == name]
+        for title in dict.fromkeys(metric.title for each in shown for key, metric in metrics.items() if key not in each):
+            sentences.append(f"{title} of {name} is left out: a training raised this score as its reward.")
+            log.warning(sentences[-1])
     draw(chunks[:: cfg.world_size], extract, cfg.batch_size, quiet=False)
     wait(chunks, cfg.patience)
     rows, columns = [], []
@@ -157,7 +169,8 @@ def evaluate(cfg: DictConfig) -> None:
         if job is not teacher:
             features, images = load(job, chunks)
             columns.append(resized(images[: cfg.grid_rows], cfg.resolution))
-            rows.append({"name": job.name, "steps": job.steps, "w": job.w, **scores(features, references, metrics, device)})
+            values = scores(features, references, untrained(job, metrics, extract), device)
+            rows.append({"name": job.name, "steps": job.steps, "w": job.w, **{name: values.get(name) for name in metrics}})
     reference = str(cfg[option])
     note = report.note(cfg, extract, metrics, real=real, different=different, reference=reference, warnings=sentences)
     report.write(folder, rows, note, columns, prompts, cfg, metrics, build_all(cfg.get("logger")))

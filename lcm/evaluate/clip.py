@@ -38,8 +38,12 @@ class ClipBackbone(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        x = resized(images, self.size, antialias=self.antialias).float() / 255
-        return self.clip.get_image_features((x - self.mean) / self.std).pooler_output.float()
+        return self.embed(resized(images, self.size, antialias=self.antialias).float() / 255)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Return the embeddings of images in [0, 1] that have the size of the image tower."""
+        x = (pixels - self.mean) / self.std
+        return self.clip.get_image_features(x.to(self.clip.dtype)).pooler_output.float()
 
     def text(self, captions: list[str]) -> Tensor:
         """Return float32 text embeddings `[B, D]`. Captions are cut to the length of the text tower. EOS is kept."""

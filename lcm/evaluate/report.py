@@ -77,10 +77,15 @@ def table(rows: Sequence[Row], metrics: Metrics, note: str, w: Any = None) -> st
         heads += [f"{metrics[name].title}, {n}" for name in others for n in steps]
         lines += ["| | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
         for line in dict.fromkeys(line for line, _ in cells):
-            values = [f"{cells[line, n][name]:.2f}" if (line, n) in cells else "" for name in (first, *others) for n in steps]
+            values = [shown(cells.get((line, n), {}).get(name)) for name in (first, *others) for n in steps]
             lines.append(f"| {line} | " + " | ".join(values) + " |")
         lines.append("")
     return "\n".join([*lines, note, ""])
+
+
+def shown(value: float | None) -> str:
+    """Return a cell of the table. None: there is no row, or its model was trained to raise this metric."""
+    return "" if value is None else f"{value:.2f}"
 
 
 def note(
@@ -139,14 +144,15 @@ def plot(rows: Sequence[Row], metrics: Metrics, x: str, line: Callable[[Row], st
         panels = figure.subplots(1, len(metrics), squeeze=False)[0]
         for axes, (name, metric) in zip(panels, metrics.items(), strict=True):
             for i, curve in enumerate(dict.fromkeys(map(line, rows))):
-                points = sorted((row[x], row[name]) for row in rows if line(row) == curve)
-                axes.plot(*zip(*points, strict=True), marker="osD^vP"[i % 6], markersize=5, label=curve)
+                points = sorted((row[x], row[name]) for row in rows if line(row) == curve and row[name] is not None)
+                xs, ys = ([point[axis] for point in points] for axis in (0, 1))
+                axes.plot(xs, ys, marker="osD^vP"[i % 6], markersize=5, label=curve)
             ticks = sorted({row[x] for row in rows})
             if x == "steps":
                 axes.set_xscale("log", base=2)
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
-            if metric.lower_is_better and min(row[name] for row in rows) > 0:
+            if metric.lower_is_better and min((row[name] for row in rows if row[name] is not None), default=0) > 0:
                 axes.set_yscale("log")
                 axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes.yaxis.set_major_formatter(ScalarFormatter())
@@ -165,6 +171,7 @@ def log(logger: Any, rows: Sequence[Row], pictures: dict[str, Image.Image], w: A
     """Log the metrics over sampling steps, the pictures and the table."""
     for steps in sorted({row["steps"] for row in rows}):
         values = {f"{name}/{label(row, w)}": row[name] for row in rows if row["steps"] == steps for name in metrics}
+        values = {name: value for name, value in values.items() if value is not None}
         logger.log_metrics(values, step=steps)
     for name, picture in pictures.items():
         log_picture(logger, f"evaluate/{name}", picture, step=0)
