@@ -21,7 +21,8 @@ def grid(num_timesteps: int = 1000, *, points: Count = POINTS) -> Tensor:
             f"{points} grid points do not divide {num_timesteps} timesteps: use a divisor, so that the grid ends at "
             f"t = {num_timesteps - 1}"
         )
-    return torch.arange(1, points + 1) * (num_timesteps // points) - 1
+    # On the CPU also while networks are built on the meta device.
+    return torch.arange(1, points + 1, device="cpu") * (num_timesteps // points) - 1
 
 
 def points_of(timesteps: Tensor, num_timesteps: int = 1000) -> int | None:

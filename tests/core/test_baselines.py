@@ -210,7 +210,7 @@ def test_both_stages_pass_w_and_build_no_target_graph():
         seen.append((torch.is_grad_enabled(), w))
         return other(z, t, cond, w)
 
-    online, before, teacher = sample(student, previous, other)
+    online, before, teacher, *_ = sample(student, previous, other)
     halve_steps(online, before, a_batch(), draws, timesteps=eight_steps(PROCESS))[0].backward()
     match_guided_teacher(online, teacher, a_batch(), draws)[0].backward()
     assert [grad for grad, _ in seen] == [False, False]

@@ -114,6 +114,18 @@ def test_w_with_guidance_at_sampling_is_an_error():
         pcm(classifier_free_guidance=True, w_min=2.0, w_max=5.0)
 
 
+@every_process
+def test_pair_lies_at_the_end_of_its_phase_and_knows_its_start(process):
+    """A start is an edge, or the noisy end; the phases of TSCD start alike, whatever end time is drawn."""
+    draws, nets = some_draws(0, 13, 26, 49), denoisers(Scale(0.2), Scale(0.4), Scale(0.3), process=process)
+    starts = [249, 499, 749, 999] if isinstance(process, Flow) else [259, 499, 759, 999]
+    pair = pcm(process).pair(nets, a_batch(), draws)
+    assert pair.start.tolist() == starts
+    assert pair.end.tolist() == [process.t_min, *starts[:-1]]
+    tscd_draws = TrajectoryDraws(*vars(draws).values(), torch.full((B,), 0.7))
+    assert tscd(4, process=process).pair(nets, a_batch(), tscd_draws).start.tolist() == starts
+
+
 # the curriculum of TSCD
 
 
