@@ -45,9 +45,14 @@ def is_adapted(network: Any) -> bool:
     return bool(getattr(network, "peft_config", None))
 
 
-def is_kept(name: str) -> bool:
-    """Return whether a checkpoint of adapters holds the tensor of this name: an adapter's A or B, or an adversary's."""
-    return ".lora_" in name or name.startswith("adversary.")
+def is_adapter_parameter(name: str) -> bool:
+    """Return whether the parameter of this name is an adapter's A or B."""
+    return ".lora_" in name
+
+
+def is_in_checkpoint(name: str) -> bool:
+    """Return whether a checkpoint of adapters holds the tensor of this name: an adapter's or an adversary's."""
+    return is_adapter_parameter(name) or name.startswith("adversary.")
 
 
 def merged(network: Any, base: Any) -> Any:
@@ -144,10 +149,10 @@ def fuse_adapters(family: Family, net: Any, codec: LatentCodec, file: Path, weig
 
 def drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
     """Remove the networks' frozen weights from a state dict (a post hook of `state_dict`)."""
-    for name in [name for name in state if not is_kept(name)]:
+    for name in [name for name in state if not is_in_checkpoint(name)]:
         del state[name]
 
 
 def ignore_missing_frozen(module: nn.Module, keys: Any) -> None:
     """Accept a state dict without frozen weights (a post hook of `load_state_dict`)."""
-    keys.missing_keys[:] = [name for name in keys.missing_keys if is_kept(name)]
+    keys.missing_keys[:] = [name for name in keys.missing_keys if is_in_checkpoint(name)]

@@ -36,7 +36,7 @@ def test_distil_sample_evaluate_fine_tune(run_cold, run, tiny, shards, tiny_pipe
     done = run("sample.py", "prompts=[red apple,rocket]", "images_per_prompt=2", "steps=2", "w=1.5", "output=out")
     assert done.returncode == 0, done.stderr
     image = Image.open(tmp_path / "out/00003.png")
-    assert (image.text["prompt"], image.text["seed"], image.text["steps"]) == ("rocket", "3", "2")
+    assert (image.text["caption"], image.text["seed"], image.text["steps"]) == ("rocket", "3", "2")
     assert Image.open(tmp_path / "out/grid.png").height > 2 * 128
 
     done = run(

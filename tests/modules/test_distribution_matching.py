@@ -40,6 +40,13 @@ def test_student_learns_every_second_step_and_the_fake_score_in_each(kind: str, 
     assert torch.equal(vector(module.ema_net.parameters()), student)
     assert not torch.equal(vector(module.fake.parameters()), fake)
 
+    two, three = training(kind, eval_ema=0.5), training(kind, eval_ema=0.5)
+    for module, steps in ((two, 2), (three, 3)):
+        fit(module, data(), steps)
+    assert not torch.equal(vector(two.net.parameters()), vector(two.ema_net.parameters()))
+    for name in ("net", "ema_net"):  # the third step is not the student's, so its average stays
+        assert torch.equal(*(vector(getattr(module, name).parameters()) for module in (two, three)))
+
     module = training(kind, eval_ema=0.5)
     fit(module, data(), 4)
     assert updates(module) == ({2}, {4})
