@@ -9,10 +9,10 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python -u train.py ckpt_path=last
 	$(BIN)/python -u sample.py steps=4
-	$(BIN)/python -u -m lcm.evaluate output=outputs/demo
+	$(BIN)/python -u -m lcm.evaluate suite=mixed output=outputs/demo
 	@model=$$(ls -td runs/lcd_mini/*/model | head -1); printf '%s\n' "" \
 	  "model:   $$model   (a pipeline folder, diffusers opens it)" \
-	  "picture: outputs/demo/grid.png   (teacher DDIM beside LCM, same prompts and seeds)" \
+	  "picture: outputs/demo/grid.png   (teacher beside LCM: exact and vague prompts, the same seeds)" \
 	  "table:   outputs/demo/table.md" \
 	  "next:    $(BIN)/python sample.py prompts='person biking on a pink background' steps=2" \
 	  "         $(BIN)/python train.py experiment=lcf_mini model.pipeline=$$model   (another style, no teacher)"

@@ -243,5 +243,5 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """OpenMoji at 32 px: about 150 training samples in shards of 32, and a few validation samples."""
     root = tmp_path_factory.mktemp("data") / "openmoji-32"
-    build(str(root), resolution=32, limit=40, samples_per_shard=32)
+    build(str(root), resolution=32, backgrounds=6, pairs=0.0, held_out=0.05, limit=40, samples_per_shard=32)
     return root

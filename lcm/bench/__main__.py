@@ -11,7 +11,6 @@ import json
 import shlex
 import sys
 import time
-from dataclasses import asdict
 
 import lightning  # noqa: F401  before `program` sets its log level, which this import resets
 from omegaconf import DictConfig
@@ -37,8 +36,12 @@ def main(cfg: DictConfig) -> None:
         started = time.monotonic()
         table = build(cfg.part[name])()
         overrides = [redacted(arg) for arg in sys.argv[1:] if "parts=" not in arg]
+        if table.picture is not None:
+            table.picture.save(folder / f"{name}.png")
         record = {
-            **asdict(table),
+            "title": table.title,
+            "rows": table.rows,
+            "note": table.note,
             "command": shlex.join(["python", "-m", "lcm.bench", f"parts=[{name}]", *overrides]),
             "seconds": round(time.monotonic() - started),
             "machine": machine(),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 
 
 @dataclass
@@ -20,6 +21,7 @@ class Table:
     title: str
     rows: list[dict[str, Any]]
     note: str
+    picture: Image.Image | None = None
 
     def markdown(self) -> str:
         columns = list(self.rows[0])

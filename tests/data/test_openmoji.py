@@ -43,7 +43,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def small(folder: Path, **settings: Any) -> Path:
-    build(str(folder), **{"resolution": 16, "limit": 6, "samples_per_shard": 10, "held_out": 0.3, **settings})
+    build(str(folder), **{"resolution": 16, "limit": 6, "samples_per_shard": 10, "held_out": 0.3, "pairs": 0.0, **settings})
     return folder
 
 
@@ -97,8 +97,8 @@ def test_what_another_process_has_drawn_meanwhile_stays(tmp_path: Path, monkeypa
 def test_skin_tones_are_drawn_on_fewer_backgrounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toned = [emoji for emoji in emojis() if emoji.toned][:2]
     monkeypatch.setattr(openmoji, "emojis", lambda: [toned[0]._replace(name="red apple"), *toned])
-    build(str(tmp_path / "set"), resolution=16, held_out=0.0)
-    assert len(captions(tmp_path / "set", "train")) == 6 + 2 + 2
+    build(str(tmp_path / "set"), resolution=16, held_out=0.0, pairs=0.0)
+    assert len(captions(tmp_path / "set", "train")) == 7 + 2 + 2
 
 
 def test_names_are_plain_english() -> None:
@@ -144,17 +144,13 @@ def test_every_picture_has_exact_and_vague_captions(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_process")
-def test_free_pictures_vary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same emoji on the same background: equal pictures without `free`, all different with it."""
+def test_pictures_of_an_emoji_vary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same emoji on the same background is never drawn twice alike."""
     monkeypatch.setattr(openmoji, "emojis", lambda: [emojis()[100]] * 6)
     monkeypatch.setitem(openmoji.BACKGROUNDS, "color", {"white": "#ffffff"})
-    pictures = {}
-    for free in (False, True):
-        folder = small(tmp_path / str(free), held_out=0.0, free=free)
-        samples = read_samples(Source(expand_urls(f"{folder}/train-*.tar")))
-        pictures[free] = [sample["png"] for sample in samples]
-    assert [len(pictures[free]) for free in (False, True)] == [6, 6]
-    assert [len(set(pictures[free])) for free in (False, True)] == [1, 6]
+    folder = small(tmp_path / "set", held_out=0.0)
+    pictures = [sample["png"] for sample in read_samples(Source(expand_urls(f"{folder}/train-*.tar")))]
+    assert len(pictures) == len(set(pictures)) == 6
 
 
 @pytest.mark.usefixtures("in_process")
@@ -165,7 +161,7 @@ class TestBuild:
         small(folder)
         assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
 
-    @pytest.mark.parametrize("settings", [{"resolution": 24}, {"held_out": 0.2}, {"style": "line"}, {"free": True}])
+    @pytest.mark.parametrize("settings", [{"resolution": 24}, {"held_out": 0.2}, {"style": "line"}, {"pairs": 0.5}])
     def test_other_settings_build_again(self, tmp_path: Path, settings: dict[str, Any]) -> None:
         folder = small(tmp_path / "set")
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -193,7 +189,7 @@ class TestBuild:
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
     def test_styles_lie_side_by_side_and_split_alike(self, tmp_path: Path) -> None:
-        build_styles(str(tmp_path / "emoji-16"), styles=["color", "line"], resolution=16, limit=6, held_out=0.3)
+        build_styles(str(tmp_path / "emoji-16"), styles=["color", "line"], resolution=16, limit=6, held_out=0.3, pairs=0.0)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["emoji-16", "emoji-line-16"]
         color, line = (
             {s: sorted(captions(tmp_path / name, s)) for s in ("train", "val")} for name in ("emoji-16", "emoji-line-16")
