@@ -9,7 +9,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python -u train.py ckpt_path=last
 	$(BIN)/python -u sample.py steps=4
-	$(BIN)/python -u -m lcm.evaluate suite=mixed output=outputs/demo
+	$(BIN)/python -u -m lcm.evaluate entries=undistilled suite=mixed output=outputs/demo
 	@model=$$(ls -td runs/lcd_mini/*/model | head -1); printf '%s\n' "" \
 	  "model:   $$model   (a pipeline folder, diffusers opens it)" \
 	  "picture: outputs/demo/grid.png   (teacher beside LCM: exact and vague prompts, the same seeds)" \

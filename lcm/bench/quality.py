@@ -128,14 +128,16 @@ def measure(
     steps: int,
     shards: str,
     captions: dict[str, float],
-    **judging: Any,
+    resolution: int,
+    samples: int,
+    w: list[float],
+    cache: str,
 ) -> Table:
     """Return the FID of each recipe after each of `minutes`.
 
-    base: overrides of `train.py` for all. ours: more, by name.
-    peers: more, for the script.
+    base: overrides of `train.py` for all. ours: more, by name. peers: more, for the script. The others are those of `Judge`.
     """
-    judge = Judge(shards, captions, steps=steps, **judging)
+    judge = Judge(shards, captions, resolution=resolution, samples=samples, steps=steps, w=w, cache=cache)
     rows = [row for name, overrides in ours.items() for row in train(name, [*base, *overrides], minutes, judge)]
     for lr in learning_rates:
         rows += train_peer(f"diffusers' script, lr {lr:g}", [*base, *peers], lr, minutes, judge)
