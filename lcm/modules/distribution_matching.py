@@ -122,7 +122,7 @@ class MatchingModule(LatentModule):
         self.log("val/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
 
     def chosen_draws(self, batch: LatentBatch, batch_idx: int, stage: str) -> Any:
-        """Return this rank's draws. What all ranks share is drawn before."""
+        """Return this rank's draws. The draws that all ranks share come first."""
         self.objective.choose(generator("cpu", self.seed, stage, batch_idx, "shared"))
         return self.draws(self.objective.draw, batch.z0, batch_idx, stage)
 

@@ -1,4 +1,4 @@
-"""What a result depends on besides the configuration: the code's commit, the versions, the machine, and the command."""
+"""The circumstances of a result besides the configuration: the code's commit, the versions, the machine, and the command."""
 
 import platform
 import shlex

@@ -32,7 +32,7 @@ class Tower(NamedTuple):
 
 
 class Original(NamedTuple):
-    """What programs in Stable Diffusion's original layout, such as ComfyUI, call a model.
+    """The names of a model in Stable Diffusion's original layout, which ComfyUI and others read.
 
     base: the base model in kohya's metadata. architecture: that of the `modelspec` metadata. text: the prefixes of the text
     encoders' weights in a checkpoint, see `single_file.clip_weights`.
