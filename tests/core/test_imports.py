@@ -1,4 +1,4 @@
-"""Imports run one way: core <- runtime <- models <- data, modules, app <- callbacks, programs <- evaluate, bench."""
+"""Imports run one way: core <- runtime <- models <- data, modules, app <- callbacks, programs <- evaluate <- bench."""
 
 import ast
 import importlib
@@ -10,7 +10,7 @@ import pytest
 import lcm
 
 ROOT = Path(__file__).parents[2]
-LAYERS = [{"core"}, {"runtime"}, {"models"}, {"data", "modules", "app"}, {"callbacks", "programs"}, {"evaluate", "bench"}]
+LAYERS = [{"core"}, {"runtime"}, {"models"}, {"data", "modules", "app"}, {"callbacks", "programs"}, {"evaluate"}, {"bench"}]
 LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}
 
 

@@ -66,7 +66,12 @@ def test_distil_sample_evaluate_fine_tune(run_cold, run, tiny, shards, tiny_pipe
 
 def test_teacher_trains_and_is_distilled(run, tiny, shards, tiny_pipeline, tmp_path):
     small = ["model.net.block_out_channels=[16,16,16]", "model.net.norm_num_groups=4", "model.net.cross_attention_dim=16"]
-    small += ["model.net.sample_size=8", "model.net.attention_head_dim=2"]
+    small += [
+        "model.net.sample_size=8",
+        "model.net.attention_head_dim=2",
+        "model.net.in_channels=4",
+        "model.net.out_channels=4",
+    ]
     done = run(
         "train.py", "experiment=teacher_mini", f"model.pipeline={tiny_pipeline}", *small, *tiny_data(shards),
         "trainer.max_steps=3", "callbacks.samples.steps=[2]",
