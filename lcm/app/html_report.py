@@ -26,7 +26,7 @@ PANELS = 3  # curves side by side
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: pictures by label, of which a slider shows one, or a table, or a text."""
+    """A part of the page. It has pictures by label, a table or a text. A slider shows one picture at a time."""
 
     title: str
     pictures: Mapping[str, str] | None = None  # sources, as `picture_source` returns

@@ -14,6 +14,7 @@ from lcm.app.composition import compose
 from lcm.app.inputs import pick_device
 from lcm.bench import peers
 from lcm.bench.measure import Table, now
+from lcm.core.errors import UserError
 from lcm.data.captions import read_captions
 from lcm.data.source import Source
 from lcm.data.urls import expand_urls
@@ -92,6 +93,8 @@ def train(name: str, overrides: list[str], minutes: list[float], judge: Judge) -
     timeline = Timeline(name, minutes, judge, data.codec)
     silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
     L.Trainer(**{**build(cfg.trainer), **silent}, callbacks=[timeline]).fit(module, data)
+    if len(timeline.rows) < len(minutes):
+        raise UserError(f"{name} ended before {max(minutes):g} minutes: set a larger trainer.max_steps in part.quality.ours")
     return timeline.rows
 
 

@@ -260,9 +260,8 @@ class TextToImage:
             known = self.codec.encode_mean(start.image[None].to(z.device))
             z = self.process.jump(known, z, torch.full_like(ws, timesteps[0], dtype=torch.int64))
             if start.mask is not None:
-                mask = F.max_pool2d(
-                    start.mask[None].to(z.device), self.codec.factor
-                )  # a latent is drawn if any of its pixels is
+                # A latent is drawn if any of its pixels is.
+                mask = F.max_pool2d(start.mask[None].to(z.device), self.codec.factor)
                 denoise = sampling.keeping(denoise, known, mask, self.process)
         with evaluation_mode(net):
             drawn = self.sampler(sampler)[0](denoise, z, timesteps, process=self.process, noise=noise)

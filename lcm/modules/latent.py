@@ -22,6 +22,7 @@ from lcm.core.random import RankSlice
 from lcm.models.attention import allow_graphs, check_compiler, fast_attention, recomputed
 from lcm.models.codec import LatentCodec
 from lcm.models.features import block_features
+from lcm.models.loading import read_json
 from lcm.models.pipeline import find, load_family, load_prediction_type, load_vae, read_lcm_json
 from lcm.models.saving import save_pipeline
 from lcm.models.sharding import gather, is_sharded, shard
@@ -80,6 +81,12 @@ class LatentModule(L.LightningModule):
         self.net, self.process, self.pipeline, self.family = net.train(), process, pipeline, load_family(pipeline)
         self.prediction_type = prediction_type or load_prediction_type(pipeline)
         Denoiser(net, process, self.prediction_type)  # refuses an unknown prediction type
+        own, latent = net.config["in_channels"], read_json(find(pipeline) / "vae" / "config.json")["latent_channels"]
+        if own != latent:
+            raise UserError(
+                f"model.net takes latents of {own} channels, and the VAE of {pipeline} makes {latent}: use model/net=pipeline, "
+                f"or set model.net.in_channels={latent} model.net.out_channels={latent}"
+            )
         self.objective = objective(process)
         self.eval_ema, self.guidance_lr_multiplier, self.compile_networks = eval_ema, guidance_lr_multiplier, compile
         self.ema_net = frozen_copy(net) if eval_ema is not None else None

@@ -105,3 +105,9 @@ def test_sample_grids_have_the_training_size(training: Make, data: Make, fit: Ma
     fit(training("distillation"), data(resolution=160), 1, callbacks=[grids])
     assert [images.shape for images in grids.history.values()] == 2 * [(2, 3, 160, 160)]
     assert Image.open(tmp_path / "step-000000.png").height > 2 * 160
+
+
+def test_network_for_other_latents_is_refused(tiny_pipeline: Path) -> None:
+    cfg = compose("train", ["experiment=teacher_mini", f"model.pipeline={tiny_pipeline}"]).model
+    with pytest.raises(UserError, match=r"takes latents of 8 channels, and the VAE of .* makes 4: use model/net=pipeline"):
+        build(cfg)

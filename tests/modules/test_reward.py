@@ -13,7 +13,6 @@ from lcm.evaluate.clip import mini_clip
 from lcm.evaluate.reward import ClipReward
 from lcm.models.pipeline import load_vae
 from tests.evaluate.test_metrics import METRICS
-from tests.modules.conftest import batch, codec, data, fit, training  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 
@@ -44,7 +43,7 @@ def test_gradient_raises_the_score_of_decoded_latents(reward: ClipReward, tiny_p
 
 
 @pytest.mark.parametrize("kind", ["distillation", "pcm", "finetuning", "dmd2"])
-def test_student_follows_the_reward(kind: str, reward: ClipReward, training: Any, data: Any, fit: Any) -> None:  # noqa: F811
+def test_student_follows_the_reward(kind: str, reward: ClipReward, training: Any, data: Any, fit: Any) -> None:
     modules = [training(kind, reward=each) for each in (None, reward)]
     before = {name: value.clone() for name, value in reward.state_dict().items()}
     metrics = [fit(module, data(), 2).callback_metrics for module in modules]
