@@ -14,7 +14,7 @@ from lcm.core.errors import UserError
 from lcm.data.checks import LOOKED_AT
 from lcm.data.index import Notes, named
 from lcm.data.sample_fields import CAPTIONS, Sample, Skip, captions_of, metadata, skipping
-from lcm.data.source import Source
+from lcm.data.source import Source, stamp
 from lcm.data.tar import is_litter
 from lcm.data.urls import IMAGES
 from lcm.runtime.atomic_io import text_of
@@ -149,6 +149,16 @@ class FolderSource(Source):
             f"1.jpg, or a metadata.jsonl or metadata.csv with the columns {NAME} and {TEXT} into the folder, or name others by "
             "data.captions"
         )
+
+
+class PictureSource(FolderSource):
+    """Pictures in a folder and its subfolders, without captions: the real images of an evaluation."""
+
+    def texts(self, path: str) -> Sample:
+        return {CAPTIONS[0]: b""}
+
+    def stamps(self) -> list[str]:
+        return [stamp(str(self.root / path)) for path in self.pictures]
 
 
 def extension_of(path: str) -> str:

@@ -95,6 +95,10 @@ class Source:
         rules = [VERSION, list(self.rules.needs), self.filters.signature() if self.rules.judge and self.filters else ""]
         return [*rules, sorted(self.captions) if self.captions else [], self.rules.aspect is not None]
 
+    def stamps(self) -> list[str]:
+        """Return the identities of all shards."""
+        return [stamp(url) for url in self.urls]
+
     def key(self, shard: int) -> str:
         return digest([stamp(self.urls[shard]), self.how])
 

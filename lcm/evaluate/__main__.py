@@ -5,7 +5,7 @@ share the chunks and coordinate through these files only. A restart and another 
 """
 
 from types import GenericAlias
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from lcm.app.cli import Program, build, build_all
 from lcm.core.numbers import Count, Dtype, Limit, NonNegative, Seed
@@ -17,6 +17,7 @@ program = Program(
     batch_size=Count,
     chunk=Count,
     resolution=Count | None,
+    draw_at=Literal["resolution", "model"],
     entries=GenericAlias(dict, (str, "lcm.evaluate.jobs.Entry")),
     teacher="lcm.evaluate.jobs.Entry",
     w=float | list[float],
@@ -24,6 +25,9 @@ program = Program(
     shards=TEXTS,
     reference=TEXTS | None,
     prompts=TEXTS,
+    prompts_seed=Seed | None,
+    prompts_sha256=str | None,
+    per_prompt=Count | None,
     samples=Annotated[int, Limit(2)],
     seed=Seed,
     output=str,
@@ -37,6 +41,7 @@ if __name__ == "__main__":
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
@@ -45,24 +50,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lcm.app.images import resized
-from lcm.app.inputs import output_folder, pick_device, read_prompts
+from lcm.app.inputs import output_folder, pick_device
 from lcm.core.errors import UserError
-from lcm.data.captions import read_captions
+from lcm.data.folder import PictureSource
 from lcm.data.source import Source
 from lcm.evaluate import report
-from lcm.evaluate.features import Extractor, joined
+from lcm.evaluate.clip import ClipBackbone
+from lcm.evaluate.features import Extractor, joined, read_statistics
+from lcm.evaluate.inception import InceptionBackbone
 from lcm.evaluate.jobs import GRID_IMAGES, Chunk, Job, choose_resolution, load_models, make_jobs
-from lcm.evaluate.metrics import FeatureMetric, Features, scores
+from lcm.evaluate.metrics import Features, TableMetric, scores
+from lcm.evaluate.prompts import as_lines, make_prompts, sha256_of
 
 log = logging.getLogger(__name__)
-
-
-def make_prompts(cfg: DictConfig) -> tuple[list[str], int]:
-    """Return `samples` prompts, repeated if there are fewer, and the number of prompts before repetition."""
-    prompts = read_prompts(cfg.prompts, lambda: read_captions(Source.of_option(cfg, "shards", build(cfg.cache)), cfg.samples))
-    if not prompts:
-        raise UserError(f"there are no captions in prompts={cfg.prompts} (shards={cfg.shards}): give others")
-    return [prompts[i % len(prompts)] for i in range(cfg.samples)], min(len(prompts), cfg.samples)
 
 
 def draw(chunks: Sequence[Chunk], extract: Extractor, batch_size: int, quiet: bool) -> None:
@@ -93,14 +93,40 @@ def wait(chunks: Sequence[Chunk], patience: float) -> None:
                 )
 
 
-def load(job: Job, chunks: Sequence[Chunk]) -> tuple[Features, Tensor]:
-    """Return the features of a job's images, and its images for the grid."""
+def load(job: Job, chunks: Sequence[Chunk], different: int) -> tuple[Features, Tensor]:
+    """Return the features of a job's images, and its images for the grid. different: the prompts before they repeat."""
     parts = [load_file(chunk.file) for chunk in chunks if chunk.job is job]
     images = torch.cat([part.pop("images") for part in parts if "images" in part])
-    return joined(parts), images
+    features = joined(parts)
+    return {**features, "prompt": torch.arange(len(features["clip"])) % different}, images
 
 
-def check_teacher(cfg: DictConfig, metrics: Mapping[str, FeatureMetric]) -> None:
+def open_reference(
+    cfg: DictConfig, metrics: Mapping[str, TableMetric], network: ClipBackbone | InceptionBackbone, cache: Any
+) -> Source | Features | None:
+    """Return the real images, or their statistics. Return None if no metric compares with them. Raise UserError.
+
+    network: the one of FID.
+    """
+    compared = {name: metric for name, metric in metrics.items() if metric.against == "real"}
+    path = cfg.reference
+    if not compared and path is not None:
+        raise UserError(f"reference={path} is used by no metric: leave it out, or choose a metric such as fid")
+    if not compared:
+        return None
+    if isinstance(path, str) and path.lower().endswith(".npz"):
+        if unfit := [name for name, metric in compared.items() if not getattr(metric, "takes_statistics", False)]:
+            raise UserError(
+                f"reference={path} holds a mean and a covariance, but metrics={unfit} compare images: give a folder of images "
+                "or shards, or leave these metrics out"
+            )
+        return read_statistics(path, network.num_features)
+    if isinstance(path, str) and Path(path).is_dir():
+        return PictureSource(path, option="reference")
+    return Source.of_option(cfg, "reference" if path else "shards", cache)
+
+
+def check_teacher(cfg: DictConfig, metrics: Mapping[str, TableMetric]) -> None:
     """Raise UserError for a metric without its teacher, and for a teacher without a metric."""
     compared = [name for name, metric in metrics.items() if metric.against == "teacher"]
     if compared and cfg.teacher is None:
@@ -114,48 +140,67 @@ def check(cfg: DictConfig) -> None:
         raise UserError("metrics=[] measures nothing: choose metrics of conf/metrics, as in metrics=[fid,clip_score]")
     if cfg.samples < 2 or cfg.grid_rows > GRID_IMAGES:
         raise UserError(f"samples={cfg.samples} and grid_rows={cfg.grid_rows}: at least 2 samples, at most {GRID_IMAGES} rows")
+    path = cfg.reference
+    if isinstance(path, str) and not (set(path) & set("*?[{@:") or path.endswith(".tar") or Path(path).exists()):
+        raise UserError(
+            f"reference={path}: there is no such folder or file: give a folder of images, shards or statistics (.npz with mu "
+            "and sigma)"
+        )
 
 
-def warnings(extract: Extractor, samples: int, real: int, jobs: Sequence[Job]) -> list[str]:
-    """Log and return the warnings that belong in the table's note. real: the number of real images."""
+def warnings(extract: Extractor, samples: int, real: int | None, jobs: Sequence[Job]) -> list[str]:
+    """Log and return the warnings that belong in the table's note. real: the number of real images, None if it is unknown."""
     dimensions = (extract.fid or extract.clip).num_features
     sizes = {job.name: job.size for job in jobs if job.size != extract.resolution}
     sentences = [f"{name} is drawn at {size} px and resized to {extract.resolution} px." for name, size in sizes.items()]
-    if (fewest := min(samples, real)) <= dimensions:
+    if (fewest := min(samples, real or samples)) <= dimensions:
         sentences.append(f"{fewest} images do not fill the {dimensions} dimensions of the features: FID is too high")
-    if real < samples:
+    if real is not None and real < samples:
         sentences.append(f"The reference set has {real} images, fewer than the {samples} drawn.")
     for sentence in sentences:
         log.warning(sentence)
     return sentences
 
 
-def untrained(job: Job, metrics: Mapping[str, FeatureMetric], extract: Extractor) -> dict[str, FeatureMetric]:
+def untrained(job: Job, metrics: Mapping[str, Any], extract: Extractor) -> dict[str, Any]:
     """Return the metrics without those that the job's model was trained to raise: they say nothing about it."""
     trained = [reward["weights"] for reward in job.model.metadata.get("rewards", [])]
-    hidden = extract.weights[0] in trained
-    return {name: metric for name, metric in metrics.items() if not (hidden and metric.against == "captions")}
+
+    def is_trained(metric: TableMetric) -> bool:
+        if metric.against == "network":
+            return extract.scorer_weights[metric.title] in trained
+        return metric.against == "captions" and extract.weights[0] in trained
+
+    return {name: metric for name, metric in metrics.items() if not is_trained(metric)}
 
 
 def evaluate(cfg: DictConfig) -> None:
     """Draw the missing chunks, compute the metrics and write the report. Processes of `rank` > 0 only draw their share."""
     check(cfg)
+    cache = build(cfg.cache)
     folder, device = output_folder(cfg.output), pick_device(cfg.device, cfg.local_rank)
+    cfg.device = device
     output_folder(cfg.features, "features")
-    prompts, different = make_prompts(cfg)
+    prompts, different = make_prompts(cfg, cache)
     metrics, backbone, fid_backbone = build(cfg.metrics), build(cfg.backbone), build(cfg.get("fid_backbone"))
     check_teacher(cfg, metrics)
+    if different == cfg.samples and (names := [name for name, metric in metrics.items() if metric.against == "prompt"]):
+        raise UserError(f"metrics={names} compare images of one prompt, and each prompt has one: set per_prompt=4, for example")
+    reference = open_reference(cfg, metrics, fid_backbone or backbone, cache)
     models = load_models(cfg, device)
     cfg.resolution = choose_resolution(cfg, models)
-    extract = Extractor(backbone, fid_backbone, resolution=cfg.resolution).to(device)
+    networks = [metric for metric in metrics.values() if metric.against == "network"]
+    extract = Extractor(backbone, fid_backbone, resolution=cfg.resolution, scores=networks).to(device)
     jobs = make_jobs(cfg, models, extract)
     chunks = [chunk for job in jobs for chunk in job.chunks(prompts, cfg.chunk)]
     teacher = next((job for job in jobs if job.option == "teacher"), None)
     if cfg.rank:
         return draw(chunks[cfg.rank :: cfg.world_size], extract, cfg.batch_size, quiet=True)
-    option = "reference" if cfg.reference else "shards"
-    real = extract.reference(Source.of_option(cfg, option, build(cfg.cache)), cfg.reference_cache)
-    sentences = warnings(extract, cfg.samples, len(real["clip"]), jobs)
+    sha256 = sha256_of(prompts[:different])
+    (folder / "prompts.txt").write_text(as_lines(prompts[:different]))
+    log.info("SHA-256 of the %d prompts: %s", different, sha256)
+    real = extract.reference(reference, cfg.reference_cache) if isinstance(reference, Source) else reference
+    sentences = warnings(extract, cfg.samples, len(real["clip"]) if real and "clip" in real else None, jobs)
     for name in dict.fromkeys(job.name for job in jobs):
         shown = [untrained(job, metrics, extract) for job in jobs if job.name == name]
         for title in dict.fromkeys(metric.title for each in shown for key, metric in metrics.items() if key not in each):
@@ -164,16 +209,20 @@ def evaluate(cfg: DictConfig) -> None:
     draw(chunks[:: cfg.world_size], extract, cfg.batch_size, quiet=False)
     wait(chunks, cfg.patience)
     rows, columns = [], []
-    references = {"real": real} if teacher is None else {"real": real, "teacher": load(teacher, chunks)[0]}
+    references = {} if real is None else {"real": real}
+    if teacher is not None:
+        references["teacher"] = load(teacher, chunks, different)[0]
+    timed = {name: metric for name, metric in metrics.items() if metric.against == "time"}
     for job in jobs:
         if job is not teacher:
-            features, images = load(job, chunks)
+            features, images = load(job, chunks, different)
             columns.append(resized(images[: cfg.grid_rows], cfg.resolution))
-            values = scores(features, references, untrained(job, metrics, extract), device)
+            judges = untrained(job, {name: metric for name, metric in metrics.items() if name not in timed}, extract)
+            values = scores(features, references, judges, device)
+            values |= {name: metric.measure(job, prompts[0]) for name, metric in timed.items()}
             rows.append({"name": job.name, "steps": job.steps, "w": job.w, **{name: values.get(name) for name in metrics}})
-    reference = str(cfg[option])
-    note = report.note(cfg, extract, metrics, real=real, different=different, reference=reference, warnings=sentences)
-    report.write(folder, rows, note, columns, prompts, cfg, metrics, build_all(cfg.get("logger")))
+    note = report.note(cfg, extract, metrics, real=real, different=different, sha256=sha256, warnings=sentences)
+    report.write(folder, rows, note, columns, prompts, cfg, metrics, build_all(cfg.get("logger")), sha256)
 
 
 @program

@@ -16,7 +16,7 @@ from lcm.data.captions import read_captions
 from lcm.evaluate.clip import ClipBackbone
 from lcm.evaluate.features import Extractor, joined
 from lcm.evaluate.inception import InceptionBackbone
-from lcm.evaluate.metrics import FeatureMetric, Features, scores
+from lcm.evaluate.metrics import FeatureMetric, Features, Score, scores
 from lcm.models.text_to_image import TextToImage
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Evaluation(L.Callback):
         shards: str | list[str],
         *,
         backbone: ClipBackbone,
-        metrics: Mapping[str, FeatureMetric],
+        metrics: Mapping[str, FeatureMetric | Score],
         reference_cache: str,
         steps: list[Count],
         w: float,
@@ -63,8 +63,11 @@ class Evaluation(L.Callback):
         self.real: Features = {}
         self.captions: list[str] = []
         self.last_step = 0
-        if compared := [name for name, metric in metrics.items() if metric.against == "teacher"]:
-            raise UserError(f"callbacks.evaluation.metrics={compared} compare with a teacher: use lcm.evaluate for them")
+        if others := [name for name, metric in metrics.items() if metric.against in ("teacher", "prompt", "time")]:
+            raise UserError(
+                f"callbacks.evaluation.metrics={others} need a teacher, several images of a prompt or a stopwatch: use "
+                "python -m lcm.evaluate for them"
+            )
         directions = {f"val/{name}_{n}_steps": metric.lower_is_better for name, metric in metrics.items() for n in steps}
         if keep_best is not None and keep_best not in directions:
             raise UserError(f"callbacks.evaluation.keep_best={keep_best} is not measured: choose from {', '.join(directions)}")
@@ -74,7 +77,8 @@ class Evaluation(L.Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         resolution = self.resolution or data.resolution
         module.text_to_image(data.codec).size(resolution, "callbacks.evaluation.resolution")
-        self.extract = Extractor(self.backbone, self.fid_backbone, resolution=resolution).to(module.device)
+        networks = [metric for metric in self.metrics.values() if isinstance(metric, Score)]
+        self.extract = Extractor(self.backbone, self.fid_backbone, resolution=resolution, scores=networks).to(module.device)
         source = data.reader(self.shards, "callbacks.evaluation.shards")
         captions = read_captions(source, self.samples)
         if not captions:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
@@ -45,6 +46,10 @@ class ClipBackbone(nn.Module):
         x = (pixels - self.mean) / self.std
         return self.clip.get_image_features(x.to(self.clip.dtype)).pooler_output.float()
 
+    def score(self, pixels: Tensor, captions: list[str]) -> Tensor:
+        """Return the cosine `[B]` of images, as `embed` takes them, and their captions."""
+        return F.cosine_similarity(self.embed(pixels), self.text(captions))
+
     def text(self, captions: list[str]) -> Tensor:
         """Return float32 text embeddings `[B, D]`. Captions are cut to the length of the text tower. EOS is kept."""
         length = self.clip.config.text_config.max_position_embeddings
@@ -80,13 +85,13 @@ def pretrained_clip(model: str, *, antialias: bool = True) -> ClipBackbone:
 
 
 def snapshot(hub_id: str) -> Path:
-    """Download a CLIP from the hub, without pickled weights."""
+    """Download a CLIP or a head from the hub, without pickled weights."""
     try:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", "model*.safetensors"]))
     except Exception as error:  # the hub client raises many types
         raise UserError(
-            f"cannot load the CLIP {hub_id!r} ({type(error).__name__}): offline, copy its config.json, model.safetensors (a "
-            "pickled .bin is not read) and tokenizer files to a folder and give that"
+            f"cannot load {hub_id!r} ({type(error).__name__}): offline, copy its config.json, model.safetensors (a pickled "
+            ".bin is not read) and, of a CLIP, its tokenizer files to a folder and give that"
         ) from error
 
 

@@ -2,10 +2,12 @@
 
 import json
 import os
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors.torch import load_file
@@ -15,29 +17,44 @@ from tqdm import tqdm
 from lcm.app.images import resized
 from lcm.core.errors import UserError
 from lcm.data.captions import read_images
-from lcm.data.source import Source, stamp
+from lcm.data.source import Source
 from lcm.evaluate.clip import ClipBackbone
 from lcm.evaluate.inception import InceptionBackbone
-from lcm.evaluate.metrics import Features, finite
+from lcm.evaluate.metrics import Features, Score, finite
 from lcm.models.text_to_image import fingerprint
 from lcm.runtime.atomic_io import digest, whole_file, writable
 
 
 class Extractor:
-    """The backbones `clip` and `fid`. None: `clip` also computes the `fid` features."""
+    """The backbones `clip` and `fid`, and the networks of `scores`. fid: None: `clip` also computes the `fid` features."""
 
-    def __init__(self, clip: ClipBackbone, fid: ClipBackbone | InceptionBackbone | None = None, *, resolution: int) -> None:
+    def __init__(
+        self,
+        clip: ClipBackbone,
+        fid: ClipBackbone | InceptionBackbone | None = None,
+        *,
+        resolution: int,
+        scores: Iterable[Score] = (),
+    ) -> None:
         self.clip, self.fid, self.resolution = clip, fid, resolution
+        self.scorers = {score.title: score.network for score in scores}
+        self.scorer_weights = {title: fingerprint(network) for title, network in self.scorers.items()}
         backbones = [backbone for backbone in (clip, fid) if backbone is not None]
         self.weights, self.names = [fingerprint(backbone) for backbone in backbones], [backbone.name for backbone in backbones]
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Return everything that features depend on besides the images."""
+        """Return everything that features of drawn images depend on besides the images."""
+        scorers = {title: [network.name, self.scorer_weights[title]] for title, network in self.scorers.items()}
+        return self.reference_identity | ({"scorers": scorers} if scorers else {})
+
+    @property
+    def reference_identity(self) -> dict[str, Any]:
+        """Return everything that features of real images depend on besides the images."""
         return {"weights": self.weights, "backbones": self.names, "resolution": self.resolution}
 
     def to(self, device: torch.device | str) -> "Extractor":
-        for backbone in (self.clip, self.fid):
+        for backbone in (self.clip, self.fid, *self.scorers.values()):
             if backbone is not None:
                 backbone.to(device)
         return self
@@ -46,8 +63,17 @@ class Extractor:
     def __call__(self, images: Tensor, captions: list[str]) -> Features:
         """Return float32 features on the CPU for uint8 images `[B, 3, H, W]`, resized to `resolution`, and B captions.
 
-        Raise NonFiniteError.
+        Scores are those of the images before this resize. Raise NonFiniteError.
         """
+        images, values = images.to(self.clip.mean.device), {}
+        for title, network in self.scorers.items():
+            pixels = resized(images, network.size, antialias=network.antialias).float() / 255
+            values[title] = network.score(pixels, captions).cpu()
+        return finite({**self.features(images, captions), **values})
+
+    @torch.no_grad()
+    def features(self, images: Tensor, captions: list[str]) -> Features:
+        """Return the features without scores."""
         images = resized(images.to(self.clip.mean.device), self.resolution)
         features = {"clip": self.clip(images), "text": self.clip.text(captions)}
         if self.fid is not None:
@@ -59,7 +85,7 @@ class Extractor:
 
         Raise UserError for fewer than 2 images and for a folder that is not writable.
         """
-        identity = {"shards": [stamp(url) for url in source.urls], "crop": "centre", **self.identity}
+        identity = {"shards": source.stamps(), "crop": "centre", **self.reference_identity}
         if source.filters is not None and source.filters.limits:
             identity["filters"] = source.filters.signature()
         if source.captions is not None:
@@ -68,11 +94,35 @@ class Extractor:
         if not file.is_file():
             writable(Path(folder), option)
             batches = tqdm(read_images(source, resolution=self.resolution), desc="real images", unit="batch")
-            parts = [self(batch["x"], batch["captions"]) for batch in batches]
+            parts = [self.features(batch["x"], batch["captions"]) for batch in batches]
             if sum(len(part["clip"]) for part in parts) < 2:
                 raise UserError(f"the {len(source.urls)} shards of real images hold fewer than two images: give others")
             save(file, joined(parts), identity)
         return load_file(file)
+
+
+def read_statistics(file: str, dimensions: int) -> Features:
+    """Return {"mu": [D], "sigma": [D, D]} in float64 of a .npz file, as pytorch-fid and clean-fid write it. Raises UserError.
+
+    dimensions: D, the features of the network that compares with them.
+    """
+    try:
+        with np.load(Path(file).expanduser(), allow_pickle=False) as content:
+            statistics = {name: torch.from_numpy(np.asarray(content[name], dtype=np.float64)) for name in ("mu", "sigma")}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"reference={file} cannot be read ({' '.join(str(error).split())}): expected a .npz file with the arrays mu and "
+            "sigma and without pickled objects, as pytorch-fid writes it"
+        ) from error
+    shapes = [tuple(value.shape) for value in statistics.values()]
+    if shapes != [(dimensions,), (dimensions, dimensions)]:
+        raise UserError(
+            f"reference={file} has mu {shapes[0]} and sigma {shapes[1]}, but the network of FID has {dimensions} features: "
+            "choose the network that the statistics were made with, as in backbone@fid_backbone=inception"
+        )
+    if not all(value.isfinite().all() for value in statistics.values()):
+        raise UserError(f"reference={file} holds values that are not finite: get the file again")
+    return statistics
 
 
 def joined(parts: Sequence[Features]) -> Features:

@@ -56,6 +56,11 @@ class Job:
     size: int
     folder: Path
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the keyword arguments of `TextToImage.latents`."""
+        return {"steps": self.steps, "w": self.w, "sampler": self.sampler, "size": self.size}
+
     def chunks(self, prompts: list[str], length: int) -> "list[Chunk]":
         return [Chunk(self, start, prompts[start : start + length]) for start in range(0, len(prompts), length)]
 
@@ -76,9 +81,8 @@ class Chunk:
         """Draw the images and save their features, with the images of the grid."""
         job, images, features = self.job, [], []
         seeds = [job.seed + self.start + i for i in range(len(self.prompts))]
-        options: dict[str, Any] = {"steps": job.steps, "w": job.w, "sampler": job.sampler, "size": job.size}
         try:
-            for i, batch in enumerate(job.model.images(self.prompts, seeds, batch_size=batch_size, **options)):
+            for i, batch in enumerate(job.model.images(self.prompts, seeds, batch_size=batch_size, **job.options)):
                 features.append(extract(batch, self.prompts[i * batch_size :][: len(batch)]))
                 images.append(batch[: max(GRID_IMAGES - self.start - i * batch_size, 0)].cpu())
                 bar.update(len(batch) * job.steps)
@@ -119,12 +123,12 @@ def choose_resolution(cfg: DictConfig, models: dict[str, TextToImage]) -> int:
     return height
 
 
-def choose_size(option: str, entry: Any, model: TextToImage, resolution: int) -> int:
-    """Return the pixels per side at which an entry is drawn: its own `size`, or the resolution."""
-    if entry.get("size") is not None:
-        height, width = model.size(entry.size, f"{option}.size")
+def choose_size(option: str, entry: Any, model: TextToImage, resolution: int, draw_at: str) -> int:
+    """Return the pixels per side at which an entry is drawn: its own `size`, or as `draw_at` says."""
+    if entry.get("size") is not None or draw_at == "model":
+        height, width = model.size(entry.get("size"), f"{option}.size")
         if height != width:
-            raise UserError(f"{option}.size={entry.size}: metrics compare squares: give one number")
+            raise UserError(f"{option}.size={[height, width]}: metrics compare squares: give one number")
         return height
     size, _ = model.size(resolution, "resolution")
     trained = model.net.config["sample_size"]
@@ -145,7 +149,7 @@ def make_jobs(cfg: DictConfig, models: dict[str, TextToImage], extract: Extracto
     jobs = []
     for option, entry in named_entries(cfg).items():
         model, sampler = models[entry.pipeline], make_sampler(option, entry.get("sampler"))
-        size, ws = choose_size(option, entry, model, extract.resolution), listed(entry.get("w", cfg.w))
+        size, ws = choose_size(option, entry, model, extract.resolution, cfg.draw_at), listed(entry.get("w", cfg.w))
         for key, values in (("steps", listed(entry.steps)), ("w", ws)):
             if repeated := [value for value, count in Counter(values).items() if count > 1]:
                 raise UserError(f"{option}.{key} has {repeated[0]:g} twice: give each value once")

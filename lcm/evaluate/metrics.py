@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +13,31 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lcm.core.errors import NonFiniteError, UserError
 
-Features = dict[str, Tensor]  # float32: "clip" and "text" [N, D]; "fid" [N, F] if FID has a network of its own
+# float32: "clip" and "text" [N, D]; "fid" [N, F] if FID has a network of its own; a score's title: [N]. "prompt": int64 [N],
+# equal for images of one prompt. A statistics file has "mu" [F] and "sigma" [F, F] instead.
+Features = dict[str, Tensor]
+
+
+class TableMetric(Protocol):
+    """A column of the table: the content of one file in conf/metrics."""
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def lower_is_better(self) -> bool: ...
+
+    @property
+    def against(self) -> str: ...
 
 
 @dataclass(frozen=True)
 class FeatureMetric:
-    """A metric, its title and its direction: the content of one file in conf/metrics.
+    """A metric of features.
 
     metric: builds the `Metric`. Against real images or a teacher's images it is updated by `update(features, real=True)` and
     `update(features, real=False)`, against captions by `update(image_embeddings, text_embeddings)`, each `[N, D]` in float64.
+    Against `prompt`, images of one prompt are compared with each other: `update(features, prompts)`, prompts int64 `[N]`.
     features: the network, `fid` or `clip`. scale: the factor of the reported value.
     """
 
@@ -29,30 +45,62 @@ class FeatureMetric:
     lower_is_better: bool
     features: Literal["fid", "clip"]
     metric: Callable[..., Metric]
-    against: Literal["real", "captions", "teacher"] = "real"
+    against: Literal["real", "captions", "teacher", "prompt"] = "real"
     scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.against == "captions" and self.features != "clip":
             raise UserError(f"the metric {self.title} compares with captions: set its features to clip")
 
+    @property
+    def takes_statistics(self) -> bool:
+        """Whether a mean and a covariance can take the place of the real images."""
+        return self.against == "real" and hasattr(getattr(self.metric, "func", self.metric), "update_statistics")
+
     def __call__(self, drawn: Features, reference: Features, device: str = "cpu") -> float:
         """Return the reported value for the features of the drawn images and of those they are compared with."""
-        x, y = (features.get(self.features, features["clip"]).to(device).double() for features in (drawn, reference))
+
+        def of_network(features: Features) -> Tensor:
+            return features[self.features if self.features in features else "clip"].to(device).double()
+
+        x = of_network(drawn)
         options: dict[str, Any] = {"sync_on_compute": False}  # the features of all ranks are here already
         if "num_features" in inspect.signature(self.metric).parameters:
             options["num_features"] = x.shape[1]
         metric = self.metric(**options).to(device).set_dtype(torch.float64)
         if self.against == "captions":
             metric.update(x, drawn["text"].to(device).double())
+        elif self.against == "prompt":
+            metric.update(x, drawn["prompt"].to(device))
         else:
-            metric.update(y, real=True)
+            if "sigma" in reference:
+                metric.update_statistics(reference["mu"].to(device), reference["sigma"].to(device))
+            else:
+                metric.update(of_network(reference), real=True)
             metric.update(x, real=False)
         return self.scale * float(metric.compute())
 
 
+@dataclass(frozen=True)
+class Score:
+    """The mean of a score that a network gives to each drawn image, such as PickScore.
+
+    network: has `score(pixels, captions)`, `[B, 3, S, S]` in [0, 1] and B captions -> `[B]`, and `name`, `size` and `antialias`
+    as `ClipBackbone` has. It sees images at the size at which they are drawn. scale: the factor of the reported value.
+    """
+
+    title: str
+    lower_is_better: bool
+    network: Any
+    scale: float = 1.0
+    against: Literal["network"] = "network"
+
+    def __call__(self, drawn: Features, reference: Features, device: str = "cpu") -> float:
+        return self.scale * float(drawn[self.title].double().mean())
+
+
 def scores(
-    drawn: Features, references: Mapping[str, Features], metrics: Mapping[str, FeatureMetric], device: str = "cpu"
+    drawn: Features, references: Mapping[str, Features], metrics: Mapping[str, FeatureMetric | Score], device: str = "cpu"
 ) -> dict[str, float]:
     """Return `{name: value}`. Apple's GPUs have no float64: there the CPU computes. Raise NonFiniteError.
 
@@ -87,6 +135,13 @@ class FID(FrechetInceptionDistance):
     # The arguments for InceptionV3 are left out: torch-fidelity unpickles the file they name.
     def __init__(self, num_features: int, *, sync_on_compute: bool = True) -> None:
         super().__init__(feature=PassThrough(num_features), sync_on_compute=sync_on_compute)
+
+    def update_statistics(self, mu: Tensor, sigma: Tensor) -> None:
+        """Take the mean `[D]` and the unbiased covariance `[D, D]` of the real images in place of their features."""
+        count = 2  # sums of any number of images give the same mean and covariance
+        self.real_features_num_samples += count
+        self.real_features_sum += count * mu
+        self.real_features_cov_sum += (count - 1) * sigma + count * mu.outer(mu)
 
 
 class FeatureSets(Metric):

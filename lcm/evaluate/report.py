@@ -18,12 +18,13 @@ from torch import Tensor
 from lcm.app.html_report import Section, picture_source, write_report
 from lcm.app.images import columns_to_rows, grid, log_picture, steps_label
 from lcm.evaluate.features import Extractor
-from lcm.evaluate.metrics import FeatureMetric, Features, scores
-from lcm.runtime.environment import command_line, commit
+from lcm.evaluate.latency import Latency
+from lcm.evaluate.metrics import FeatureMetric, Features, TableMetric, scores
+from lcm.runtime.environment import command_line, commit, device_name
 from lcm.runtime.redaction import redacted
 
 Row = dict[str, Any]  # name, steps, w, and one value per metric
-Metrics = Mapping[str, FeatureMetric]
+Metrics = Mapping[str, TableMetric]
 PER_TABLE = 2  # metrics side by side in a table and in a plot
 
 
@@ -36,11 +37,15 @@ def write(
     cfg: DictConfig,
     metrics: Metrics,
     loggers: Sequence[Any],
+    sha256: str,
 ) -> None:
-    """Write all files. columns: the images of the grid, uint8 `[grid_rows, 3, H, W]` per row of the table."""
+    """Write all files.
+
+    sha256: of the prompts. columns: the images of the grid, uint8 `[grid_rows, 3, H, W]` per row of the table.
+    """
     text = table(rows, metrics, note, cfg.w)
     (folder / "table.md").write_text(text)
-    record = {"rows": rows, "note": note, "config": OmegaConf.to_container(cfg, resolve=True)}
+    record = {"rows": rows, "note": note, "prompts_sha256": sha256, "config": OmegaConf.to_container(cfg, resolve=True)}
     (folder / "table.json").write_text(json.dumps(redacted(record), indent=2))
     with (folder / "table.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -96,7 +101,9 @@ def table(rows: Sequence[Row], metrics: Metrics, note: str, w: Any = None) -> st
 
 def shown(value: float | None) -> str:
     """Return a cell of the table. None: there is no row, or its model was trained to raise this metric."""
-    return "" if value is None else f"{value:.2f}"
+    if value is None:
+        return ""
+    return f"{value:.2g}" if 0 < abs(value) < 0.1 else f"{value:.2f}"
 
 
 def note(
@@ -104,37 +111,61 @@ def note(
     extract: Extractor,
     metrics: Metrics,
     *,
-    real: Features,
+    real: Features | None,
     different: int,
-    reference: str,
+    sha256: str,
     warnings: Sequence[str],
 ) -> str:
-    """Return everything a reader needs to repeat the numbers, in sentences. different: the number of different prompts."""
+    """Return everything a reader needs to repeat the numbers, in sentences.
+
+    different: the number of different prompts. sha256: their digest. real: features or statistics of real images.
+    """
     suite = f", {cfg.suite.title}" if cfg.prompts == "val" else ""
     prompts = cfg.shards if cfg.prompts == "val" else cfg.prompts if isinstance(cfg.prompts, str) else "prompts"
+    protocol = f"Protocol: {cfg.protocol_title}. " if cfg.protocol_title else ""
     repeated = "" if different == cfg.samples else f" of {different} captions, repeated with other seeds"
     w = f"w = {cfg.w:g} unless a row names another" if isinstance(cfg.w, int | float) else "w as the rows say"
     clip, fid = (f"{extract.names[i]}, weights {extract.weights[i]}" for i in (0, -1))
+    of_features = [metric for metric in metrics.values() if isinstance(metric, FeatureMetric)]
     titles = {
-        network: " and ".join(metric.title for metric in metrics.values() if metric.features == network)
+        network: " and ".join(metric.title for metric in of_features if metric.features == network)
         for network in ("fid", "clip")
     }
-    networks = f"All metrics: {clip}."
+    networks = f"Features: {clip}."
     if extract.fid is not None:
         networks = " ".join(f"{titles[key]}: {name}." for key, name in (("fid", fid), ("clip", clip)) if titles[key])
-    against_captions = {metric.title: metric for metric in metrics.values() if metric.against == "captions"}
-    values = scores(real, {"real": real}, against_captions)
-    own = "".join(f", whose own {title} is {value:.2f}" for title, value in values.items())
+    for title, network in extract.scorers.items():
+        networks += f" {title}: {network.name}, weights {extract.scorer_weights[title]}, on images at their drawn size."
+    for metric in metrics.values():
+        if isinstance(metric, Latency):
+            batches = f"batches of {metric.batch_size}, the median of {metric.repeats} after a warm-up"
+            networks += f" {metric.title}: from prompt to picture on {device_name(cfg.device)}, {batches}."
     models = ", ".join(f"{name} is {entry.pipeline}" for name, entry in cfg.entries.items())
     if (teacher := cfg.get("teacher")) is not None:
-        titles_of_teacher = " and ".join(metric.title for metric in metrics.values() if metric.against == "teacher")
-        models += f". {titles_of_teacher} compares with {cfg.samples} images of {teacher.pipeline} ({teacher.steps} steps)"
+        compared = [metric.title for metric in metrics.values() if metric.against == "teacher"]
+        verb = "compare" if len(compared) > 1 else "compares"
+        drawn = f"{cfg.samples} images of {teacher.pipeline} ({teacher.steps} steps)"
+        models += f". {' and '.join(compared)} {verb} with {drawn}"
     return redacted(
         f"{cfg.samples} images per cell{repeated} (`{prompts}`{suite}), seeds from {cfg.seed}; {w} (diffusers' "
-        f"guidance_scale is w + 1). Reference: {len(real['clip'])} images of `{reference}`{own}; centre crop, antialiased "
-        f"bicubic resize to {cfg.resolution} px. {networks} UNet in {cfg.dtype}, features in float32, distances in float64. "
+        f"guidance_scale is w + 1). {protocol}SHA-256 of the prompts: {sha256}. {reference(cfg, real, of_features)} {networks} "
+        f"UNet in {cfg.dtype}, features in float32, distances in float64. "
         + " ".join([f"{models}.", *(f"{sentence.rstrip('.')}." for sentence in warnings), f"Commit {commit()}."])
     )
+
+
+def reference(cfg: DictConfig, real: Features | None, metrics: Sequence[FeatureMetric]) -> str:
+    """Return what the metrics compare with, in a sentence."""
+    if real is None:
+        return f"No real images. Images are compared at {cfg.resolution} px."
+    path = cfg.reference or cfg.shards
+    if "sigma" in real:
+        return f"Reference: the mean and covariance in `{path}`; drawn images are resized to {cfg.resolution} px."
+    against_captions = {metric.title: metric for metric in metrics if metric.against == "captions"} if "text" in real else {}
+    values = scores(real, {"real": real}, against_captions)
+    own = "".join(f", whose own {title} is {value:.2f}" for title, value in values.items())
+    resize = f"centre crop, antialiased bicubic resize to {cfg.resolution} px"
+    return f"Reference: {len(real['clip'])} images of `{path}`{own}; {resize}."
 
 
 def plot(rows: Sequence[Row], metrics: Metrics, x: str, line: Callable[[Row], str]) -> Image.Image:

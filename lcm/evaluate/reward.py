@@ -1,4 +1,4 @@
-"""A metric's score as a reward of a training: CLIP's cosine between an image and its caption (RG-LCD, 2403.11027)."""
+"""A metric's score as a reward of a training, such as CLIP's cosine of an image and its caption (RG-LCD, 2403.11027)."""
 
 from typing import Any
 
@@ -6,17 +6,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lcm.core.numbers import Positive
+from lcm.evaluate.aesthetic import AestheticScorer
 from lcm.evaluate.clip import ClipBackbone
 from lcm.models.text_to_image import fingerprint
 
 
-class ClipReward(nn.Module):
-    """The cosine of a CLIP, or of a model of preferences in its format (PickScore, HPSv2), to be raised.
+class ScoreReward(nn.Module):
+    """The score of a CLIP, of a model of preferences in its format (PickScore, HPSv2.1) or of an aesthetic head, to be raised.
 
     weight: of its term, RG-LCD's beta.
     """
 
-    def __init__(self, backbone: ClipBackbone, *, weight: Positive = 1.0) -> None:
+    def __init__(self, backbone: ClipBackbone | AestheticScorer, *, weight: Positive = 1.0) -> None:
         super().__init__()
         self.backbone, self.weight = backbone, weight
         self.facts: dict[str, Any] = {"name": backbone.name, "weights": fingerprint(backbone)}
@@ -26,4 +27,4 @@ class ClipReward(nn.Module):
         side, mode = (self.backbone.size,) * 2, "bicubic" if self.backbone.antialias else "bilinear"
         if pixels.shape[-2:] != side:
             pixels = F.interpolate(pixels, side, mode=mode, antialias=self.backbone.antialias, align_corners=False).clamp(0, 1)
-        return F.cosine_similarity(self.backbone.embed(pixels), self.backbone.text(captions))
+        return self.backbone.score(pixels, captions)

@@ -37,6 +37,11 @@ def environment() -> dict[str, str]:
     }
 
 
+def device_name(device: str) -> str:
+    """Return a torch device by name: a GPU, or the CPU with its threads."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device} ({torch.get_num_threads()} threads)"
+
+
 def command_line(program: str) -> str:
     """Return the command that a shell takes, without secrets. program: such as `train.py` or `-m lcm.evaluate`."""
     return redacted(f"python {program} {shlex.join(sys.argv[1:])}".rstrip())

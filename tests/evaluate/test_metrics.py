@@ -12,7 +12,9 @@ from lcm.core.errors import UserError
 from lcm.evaluate import kernels
 from lcm.evaluate.metrics import FeatureMetric, scores
 
-METRICS = {file.stem: build(OmegaConf.load(file))[file.stem] for file in sorted((CONF / "metrics").glob("*.yaml"))}
+NODES = {file.stem: OmegaConf.load(file) for file in sorted((CONF / "metrics").glob("*.yaml"))}
+METRICS = {name: build(node)[name] for name, node in NODES.items() if node[name]._target_.endswith("FeatureMetric")}
+PROMPT = torch.tensor([0, 1, 2] * 20)
 
 
 def features(count: int, seed: int, dimensions: int = 12) -> torch.Tensor:
@@ -117,13 +119,34 @@ def test_precision_and_recall_extremes():
         value("precision", x, x[:3])
 
 
+def test_statistics_give_the_same_fid_as_images():
+    drawn, real = features(60, 0), features(50, 1)
+    statistics = {"mu": real.double().mean(0), "sigma": real.double().T.cov()}
+    assert METRICS["fid"]({"clip": drawn}, statistics) == pytest.approx(value("fid", drawn, real), rel=1e-9)
+    assert [name for name, metric in METRICS.items() if metric.takes_statistics] == ["fid"]
+
+
+def test_diversity_is_the_mean_distance_within_prompts():
+    x, prompt = features(20, 0), torch.tensor([7, *[0, 1, 2] * 6, 1])  # the prompt 7 has one image
+    distance = [[1 - float(torch.cosine_similarity(a, b, dim=0)) for b in x.double()] for a in x.double()]
+    means = []
+    for number in (0, 1, 2):
+        rows = [i for i in range(20) if prompt[i] == number]
+        means.append(np.mean([distance[i][j] for i in rows for j in rows if i != j]))
+    drawn = {"clip": x, "prompt": prompt}
+    assert METRICS["diversity"](drawn, drawn) == pytest.approx(100 * np.mean(means), rel=1e-6)
+    same = {"clip": x[:1].repeat(6, 1), "prompt": PROMPT[:6]}
+    assert METRICS["diversity"](same, same) == pytest.approx(0, abs=1e-6)
+
+
 def test_scores_use_the_cpu_instead_of_mps():
-    real, drawn = ({"clip": torch.randn(9, 4), "text": torch.randn(9, 4)} for _ in range(2))
+    real, drawn = ({"clip": torch.randn(9, 4), "text": torch.randn(9, 4), "prompt": PROMPT[:9]} for _ in range(2))
     assert scores(drawn, {"real": real}, METRICS, device="mps") == scores(drawn, {"real": real}, METRICS, device="cpu")
 
 
 def test_fid_features_have_their_own_network():
-    drawn, real = ({"clip": features(20, s), "text": features(20, 5), "fid": features(20, s + 2, 4)} for s in (0, 1))
+    fixed = {"text": features(20, 5), "prompt": PROMPT[:20]}
+    drawn, real = ({"clip": features(20, s), "fid": features(20, s + 2, 4), **fixed} for s in (0, 1))
     changed = {**drawn, "fid": drawn["fid"] + 1}
     before, after = scores(drawn, {"real": real}, METRICS), scores(changed, {"real": real}, METRICS)
     assert {name for name in METRICS if before[name] != after[name]} >= {"fid", "kid"}

@@ -10,7 +10,8 @@ import torch
 from lcm.evaluate import report
 from lcm.evaluate.__main__ import untrained
 from lcm.evaluate.clip import mini_clip
-from lcm.evaluate.reward import ClipReward
+from lcm.evaluate.metrics import Score
+from lcm.evaluate.reward import ScoreReward
 from lcm.models.pipeline import load_vae
 from tests.evaluate.test_metrics import METRICS
 
@@ -18,11 +19,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 
 
 @pytest.fixture
-def reward(tiny_pipeline: Any) -> ClipReward:
-    return ClipReward(mini_clip(str(tiny_pipeline)), weight=2.0)
+def reward(tiny_pipeline: Any) -> ScoreReward:
+    return ScoreReward(mini_clip(str(tiny_pipeline)), weight=2.0)
 
 
-def test_reward_is_the_clip_score(reward: ClipReward) -> None:
+def test_reward_is_the_clip_score(reward: ScoreReward) -> None:
     x = torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
     captions = ["red apple", "rocket", "dog"]
     features = {"clip": reward.backbone(x), "text": reward.backbone.text(captions)}
@@ -31,7 +32,7 @@ def test_reward_is_the_clip_score(reward: ClipReward) -> None:
     assert reward(torch.rand(2, 3, 48, 48), captions[:2]).shape == (2,)  # of another size
 
 
-def test_gradient_raises_the_score_of_decoded_latents(reward: ClipReward, tiny_pipeline: Any) -> None:
+def test_gradient_raises_the_score_of_decoded_latents(reward: ScoreReward, tiny_pipeline: Any) -> None:
     vae = load_vae(tiny_pipeline).eval().requires_grad_(False)
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
     values = []
@@ -43,7 +44,7 @@ def test_gradient_raises_the_score_of_decoded_latents(reward: ClipReward, tiny_p
 
 
 @pytest.mark.parametrize("kind", ["distillation", "pcm", "finetuning", "dmd2"])
-def test_student_follows_the_reward(kind: str, reward: ClipReward, training: Any, data: Any, fit: Any) -> None:
+def test_student_follows_the_reward(kind: str, reward: ScoreReward, training: Any, data: Any, fit: Any) -> None:
     modules = [training(kind, reward=each) for each in (None, reward)]
     before = {name: value.clone() for name, value in reward.state_dict().items()}
     metrics = [fit(module, data(), 2).callback_metrics for module in modules]
@@ -56,12 +57,15 @@ def test_student_follows_the_reward(kind: str, reward: ClipReward, training: Any
     assert "rewards" not in modules[0].facts()
 
 
-def test_trained_score_is_no_result(reward: ClipReward) -> None:
-    extract: Any = SimpleNamespace(weights=[reward.facts["weights"]])
+def test_trained_score_is_no_result(reward: ScoreReward) -> None:
+    scorer_weights = {"Pick": reward.facts["weights"], "Other": "other"}
+    extract: Any = SimpleNamespace(weights=[reward.facts["weights"]], scorer_weights=scorer_weights)
     model = {True: SimpleNamespace(metadata={"rewards": [reward.facts]}), False: SimpleNamespace(metadata={})}
     jobs: Any = {trained: SimpleNamespace(name=str(trained), model=model[trained]) for trained in (True, False)}
     assert set(METRICS) - set(untrained(jobs[True], METRICS, extract)) == {"clip_score"}
     assert untrained(jobs[False], METRICS, extract) == METRICS
+    networks = {title: Score(title, False, None) for title in scorer_weights}
+    assert set(untrained(jobs[True], networks, extract)) == {"Other"}
     other: Any = SimpleNamespace(weights=["other"])
     assert untrained(jobs[True], METRICS, other) == METRICS
 

@@ -1,0 +1,34 @@
+"""Seconds an image on this device."""
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from lcm.core.numbers import Count
+from lcm.evaluate.jobs import Job
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The seconds from prompt to picture, divided by the images of a batch: text encoder, network and decoder.
+
+    It is the median of `repeats` batches after one that is not counted.
+    """
+
+    title: str
+    batch_size: Count = 1
+    repeats: Count = 5
+    lower_is_better: bool = True
+    against: Literal["time"] = "time"
+
+    def measure(self, job: Job, prompt: str) -> float:
+        def batch() -> float:
+            start = time.perf_counter()
+            [images] = job.model.images(prompts, seeds, batch_size=self.batch_size, **job.options)
+            images.cpu()  # waits for the device
+            return (time.perf_counter() - start) / self.batch_size
+
+        prompts, seeds = [prompt] * self.batch_size, list(range(self.batch_size))
+        batch()
+        return statistics.median(batch() for _ in range(self.repeats))
