@@ -93,11 +93,16 @@ class Extractor:
         file = Path(folder, f"{digest(identity)}.safetensors")
         if not file.is_file():
             writable(Path(folder), option)
-            batches = tqdm(read_images(source, resolution=self.resolution), desc="real images", unit="batch")
-            parts = [self.features(batch["x"], batch["captions"]) for batch in batches]
+            batches, parts, captioned = read_images(source, resolution=self.resolution), [], False
+            for batch in tqdm(batches, desc="real images", unit="batch"):
+                parts.append(self.features(batch["x"], batch["captions"]))
+                captioned |= any(batch["captions"])
             if sum(len(part["clip"]) for part in parts) < 2:
                 raise UserError(f"the {len(source.urls)} shards of real images hold fewer than two images: give others")
-            save(file, joined(parts), identity)
+            features = joined(parts)
+            if not captioned:
+                del features["text"]
+            save(file, features, identity)
         return load_file(file)
 
 

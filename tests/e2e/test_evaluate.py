@@ -1,6 +1,7 @@
 """The evaluation program: reproducible values, no image drawn twice, and clear errors."""
 
 import csv
+import hashlib
 import json
 import shutil
 import subprocess
@@ -10,10 +11,12 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from safetensors.torch import load_file
 
 from lcm.app.composition import compose
 from lcm.core.errors import UserError
@@ -24,8 +27,12 @@ from lcm.models.pipeline import load_network
 from lcm.models.saving import save_network
 from tests.e2e import warm
 from tests.e2e.conftest import command, environment, tiny_data
+from tests.evaluate.test_clip import folder as clip_folder
+from tests.evaluate.test_prompts import write_coco
 from tests.models.conftest import save_student, save_teacher
 from tests.modules.conftest import new_module
+
+__all__ = ["clip_folder"]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +115,7 @@ def test_repeated_run_draws_nothing(run, drawn, tmp_path, shards):
     assert len(drawn) == 2 * 8 * 4
 
     names = {path.name for path in (tmp_path / "a").iterdir()}
-    assert names == {"features", "grid.png", "plot.png", "report.html", "table.csv", "table.json", "table.md"}
+    assert names == {"features", "grid.png", "plot.png", "prompts.txt", "report.html", "table.csv", "table.json", "table.md"}
     text, says = (tmp_path / "a/table.md").read_text(), ["w = 4", "w + 1", "CLIP of", "antialiased bicubic", "centre crop"]
     for part in (*says, "UNet in float32", "Commit", f"{shards}/val-*"):
         assert part in text, part
@@ -306,6 +313,99 @@ def test_teacher_is_drawn_once_with_seeds_of_its_own(run, drawn, tiny_pipeline, 
     assert not drawn
 
 
+def test_teacher_metrics_need_no_real_images(run, tiny_pipeline, tmp_path):
+    names = ["fid_teacher", "kid_teacher", "cmmd_teacher", "clip_score", "diversity", "seconds"]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("red apple\nrocket\ndog\n")
+    rows = run(
+        f"metrics=[{','.join(names)}]", f"teacher={{pipeline:{tiny_pipeline},steps:2}}", "~entries.LCM", f"prompts={prompts}",
+        "per_prompt=4", "shards=nowhere/*.tar", "metrics.seconds.repeats=1",
+    )  # fmt: skip
+    assert list(rows[0]) == ["name", "steps", "w", *names]
+    assert all(row["seconds"] > 0 and 0 < row["diversity"] < 200 for row in rows)
+    table = (tmp_path / "a/table.md").read_text()
+    for part in (
+        "8 images per cell of 2 captions",
+        "No real images",
+        "KID x 1000 to teacher",
+        "Seconds an image: from prompt to",
+    ):
+        assert part in table, part
+    assert (tmp_path / "a/prompts.txt").read_text() == "red apple\nrocket\n"
+
+
+def test_coco_protocol(tiny_pipeline, clip_folder, tmp_path, drawn_sizes, caplog):
+    """Stand-ins in the real formats: captions_val2017.json, a folder of JPEGs without captions, statistics of pytorch-fid."""
+    coco, pictures = write_coco(tmp_path / "captions_val2017.json"), tmp_path / "val2017"
+    pictures.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(pictures / f"{i:012d}.jpg")
+
+    def run(*overrides):
+        args = [
+            "protocol=coco5k", f"prompts={coco}", f"reference={pictures}", "samples=10", "resolution=16", "grid_rows=2",
+            f"backbone.model={clip_folder}", "backbone@fid_backbone=mini", f"fid_backbone.pipeline={tiny_pipeline}",
+            "device=cpu", "~entries.LCM", f"entries.DDIM.pipeline={tiny_pipeline}", "entries.DDIM.steps=[1]",
+            f"output={tmp_path / 'out'}", f"reference_cache={tmp_path / 'cache'}", "dtype=float32",
+        ]  # fmt: skip
+        with caplog.at_level("INFO"):
+            evaluate(compose("evaluate", [*args, *overrides]))
+        return json.loads((tmp_path / "out/table.json").read_text())
+
+    result = run()
+    [row] = result["rows"]
+    assert list(row) == ["name", "steps", "w", "fid", "clip_score", "precision", "recall"]
+    assert set(drawn_sizes) == {(32, 32)}  # the model's own size; 16 px is the protocol's
+    digest = hashlib.sha256((tmp_path / "out/prompts.txt").read_bytes()).hexdigest()
+    assert result["prompts_sha256"] == digest
+    assert f"SHA-256 of the 10 prompts: {digest}" in caplog.text
+    for part in ("Protocol: coco5k", digest, f"Reference: 12 images of `{pictures}`; centre crop", "resize to 16 px"):
+        assert part in result["note"], part
+
+    [file] = (tmp_path / "cache").glob("*.safetensors")
+    real = load_file(file)["fid"].double().numpy()
+    np.savez_compressed(tmp_path / "coco.npz", mu=real.mean(0), sigma=np.cov(real, rowvar=False))
+    drawn_sizes.clear()
+    statistics = [f"reference={tmp_path}/coco.npz", f"prompts_sha256={digest}"]
+    result = run(*statistics, "metrics=[fid,clip_score]")
+    assert not drawn_sizes
+    assert result["rows"][0]["fid"] == pytest.approx(row["fid"], rel=1e-6)
+    assert "Reference: the mean and covariance in" in result["note"]
+    with pytest.raises(UserError, match=r"metrics=\['precision', 'recall'\] compare images: give a folder"):
+        run(*statistics)
+    for arrays, says in (
+        ({"mu": np.zeros(3), "sigma": np.eye(3)}, r"mu \(3,\) and sigma \(3, 3\), but the network of FID has 8 features"),
+        ({"mu": np.array([{}]), "sigma": np.eye(3)}, "cannot be read .* without pickled objects"),
+        ({"a": np.eye(3)}, "expected a .npz file with the arrays mu and sigma"),
+    ):
+        np.savez(tmp_path / "coco.npz", **arrays)
+        with pytest.raises(UserError, match=says):
+            run(*statistics, "metrics=[fid,clip_score]")
+
+
+@pytest.mark.parametrize("missing", ["prompts", "reference"])
+def test_missing_file_of_a_protocol_is_named_before_any_work(missing, tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setenv("LCM_DATA", str(tmp_path))
+    coco = tmp_path / "coco/captions_val2014.json"
+    (tmp_path / "coco/val2014").mkdir(parents=True)
+    if missing == "reference":
+        (tmp_path / "coco/val2014").rmdir()
+        write_coco(coco)
+    args = [
+        "protocol=coco30k",
+        "~entries.LCM",
+        f"entries.DDIM.pipeline={tiny_pipeline}",
+        f"output={tmp_path}/out",
+        "device=cpu",
+    ]
+    says = (
+        f"there is no caption file {coco}: it is in" if missing == "prompts" else f"reference={tmp_path}/coco/val2014: there is"
+    )
+    with pytest.raises(UserError, match=says):
+        evaluate(compose("evaluate", args))
+
+
 def test_vague_suite_draws_vague_captions(run, tmp_path):
     exact = run()
     vague = run("suite=vague", output="b")
@@ -344,6 +444,12 @@ def test_tensorboard_gets_metrics_and_pictures(run, tmp_path):
         ("captions={blip:1}", "has no captions that can be read (no_caption: none of blip among"),
         ("samples=1", "at least 2 samples"),
         ("reference=nowhere/*.tar", "no shards match 'nowhere/*.tar': point reference at"),
+        ("reference=nowhere/val2014", "reference=nowhere/val2014: there is no such folder or file: give a folder of images"),
+        ("metrics=[clip_score] reference=.", "reference=. is used by no metric: leave it out"),
+        (
+            "metrics=[diversity]",
+            "metrics=['diversity'] compare images of one prompt, and each prompt has one: set per_prompt=4",
+        ),
         ("~entries.LCM ~entries.DDIM", "nothing to evaluate"),
         ("backbone@fid_backbone=inception", "torch-fidelity|no InceptionV3 weights at"),
     ],

@@ -80,5 +80,5 @@ def test_wrong_prompts_are_refused(coco: Path, options: dict[str, Any], says: st
 )
 def test_other_json_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(UserError, match="a.json is no caption file of COCO"):
+    with pytest.raises(UserError, match=r"a\.json is no caption file of COCO"):
         read_coco(str(tmp_path / "a.json"), 0)

@@ -106,5 +106,5 @@ def test_other_heads_are_refused(folder: Path, tmp_path: Path) -> None:
     save_file(Original(9).state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"is no aesthetic head for this CLIP: expected layers.0 to layers.7"):
         pretrained_aesthetic(str(folder), str(tmp_path))
-    with pytest.raises(UserError, match="is no .safetensors file, folder or hub id"):
+    with pytest.raises(UserError, match=r"is no \.safetensors file, folder or hub id"):
         pretrained_aesthetic(str(folder), "nowhere/head.safetensors")
