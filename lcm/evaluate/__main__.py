@@ -173,7 +173,9 @@ def evaluate(cfg: DictConfig) -> None:
             rows.append({"name": job.name, "steps": job.steps, "w": job.w, **{name: values.get(name) for name in metrics}})
     reference = str(cfg[option])
     note = report.note(cfg, extract, metrics, real=real, different=different, reference=reference, warnings=sentences)
-    report.write(folder, rows, note, columns, prompts, cfg, metrics, build_all(cfg.get("logger")))
+    names = {job.name: job.model.metadata for job in jobs}
+    trainings = [row for name, metadata in names.items() if (row := report.training(name, metadata))]
+    report.write(folder, rows, note, columns, prompts, cfg, metrics, trainings, build_all(cfg.get("logger")))
 
 
 @program
