@@ -222,7 +222,9 @@ def evaluate(cfg: DictConfig) -> None:
             values |= {name: metric.measure(job, prompts[0]) for name, metric in timed.items()}
             rows.append({"name": job.name, "steps": job.steps, "w": job.w, **{name: values.get(name) for name in metrics}})
     note = report.note(cfg, extract, metrics, real=real, different=different, sha256=sha256, warnings=sentences)
-    report.write(folder, rows, note, columns, prompts, cfg, metrics, build_all(cfg.get("logger")), sha256)
+    names = {job.name: job.model.metadata for job in jobs}
+    trainings = [row for name, metadata in names.items() if (row := report.training(name, metadata))]
+    report.write(folder, rows, note, columns, prompts, cfg, metrics, trainings, build_all(cfg.get("logger")), sha256)
 
 
 @program

@@ -36,16 +36,19 @@ def write(
     prompts: list[str],
     cfg: DictConfig,
     metrics: Metrics,
+    trainings: Sequence[Row],
     loggers: Sequence[Any],
     sha256: str,
 ) -> None:
     """Write all files.
 
-    sha256: of the prompts. columns: the images of the grid, uint8 `[grid_rows, 3, H, W]` per row of the table.
+    columns: the images of the grid, uint8 `[grid_rows, 3, H, W]` per row of the table. trainings: the length of each student's
+    training, see `training`. sha256: of the prompts.
     """
-    text = table(rows, metrics, note, cfg.w)
+    text = table(rows, metrics, f"{markdown(trainings)}{note}", cfg.w)
     (folder / "table.md").write_text(text)
-    record = {"rows": rows, "note": note, "prompts_sha256": sha256, "config": OmegaConf.to_container(cfg, resolve=True)}
+    config = OmegaConf.to_container(cfg, resolve=True)
+    record = {"rows": rows, "trainings": trainings, "note": note, "prompts_sha256": sha256, "config": config}
     (folder / "table.json").write_text(json.dumps(redacted(record), indent=2))
     with (folder / "table.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -67,6 +70,7 @@ def write(
             header=[metrics[name].title if name in metrics else name for name in rows[0]],
             rows=[[*row.values()] for row in rows],
         ),
+        *([Section("Training", header=list(trainings[0]), rows=[[*row.values()] for row in trainings])] if trainings else []),
         *(Section(name.capitalize(), pictures={name: picture_source(picture)}) for name, picture in pictures.items()),
         Section("Configuration", text=OmegaConf.to_yaml(config)),
     ]
@@ -97,6 +101,22 @@ def table(rows: Sequence[Row], metrics: Metrics, note: str, w: Any = None) -> st
             lines.append(f"| {line} | " + " | ".join(values) + " |")
         lines.append("")
     return "\n".join([*lines, note, ""])
+
+
+def training(name: str, metadata: Mapping[str, Any]) -> Row | None:
+    """Return the length of a model's training. None: the model was trained elsewhere. metadata: the content of `lcm.json`."""
+    if "seconds" not in metadata:
+        return None
+    length = {"steps": metadata["steps"], "images": metadata["images"], "minutes": round(metadata["seconds"] / 60, 1)}
+    return {"training": name, **length}
+
+
+def markdown(trainings: Sequence[Row]) -> str:
+    """Return the table of the trainings, or nothing if there is none."""
+    if not trainings:
+        return ""
+    lines = [list(trainings[0]), ["---"] * len(trainings[0]), *([*row.values()] for row in trainings)]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n\n"
 
 
 def shown(value: float | None) -> str:

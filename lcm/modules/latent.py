@@ -31,6 +31,7 @@ from lcm.models.text_to_image import TextToImage
 from lcm.modules.adversary import LatentAdversary
 from lcm.modules.checkpoint import check_fixed_settings, check_method, check_tensors
 from lcm.modules.optimization import Opponent, Optimization, OptimizerFactory, ScheduleFactory, log_train
+from lcm.modules.training_length import TrainingLength
 
 Draws = TypeVar("Draws")  # a dataclass of tensors with one row per sample
 
@@ -78,6 +79,7 @@ class LatentModule(L.LightningModule):
             check_compiler("model.compile")
         super().__init__()
         self.optimization, self.seed = Optimization(optimizer, lr_schedule, clip_norm, skip_non_finite, opponents), seed
+        self.length = TrainingLength()
         self.net, self.process, self.pipeline, self.family = net.train(), process, pipeline, load_family(pipeline)
         self.prediction_type = prediction_type or load_prediction_type(pipeline)
         Denoiser(net, process, self.prediction_type)  # refuses an unknown prediction type
@@ -110,7 +112,7 @@ class LatentModule(L.LightningModule):
     # setup
 
     def configure_callbacks(self) -> list[L.Callback]:
-        return [self.optimization]
+        return [self.optimization, self.length]
 
     def configure_optimizers(self) -> Any:
         return self.optimization.configure(self.parameter_groups(), self.trainer.max_steps)
@@ -303,6 +305,8 @@ class LatentModule(L.LightningModule):
             "method": self.method,
             "pipeline": self.pipeline,
             "steps": self.global_step,
+            "images": self.length.images,
+            "seconds": round(self.length.seconds, 1),
             **self.objective.sampling(),
             **({"rewards": rewards} if (rewards := self.rewards()) else {}),
         }

@@ -54,6 +54,7 @@ def test_distil_sample_evaluate_fine_tune(run_cold, run, tiny, shards, tiny_pipe
     table = (tmp_path / "outputs/evaluate/table.md").read_text()
     assert "| DDIM |" in table
     assert "| LCM |" in table
+    assert "| LCM | 6 | 24 |" in table  # steps and images of its training
     assert len(json.loads((tmp_path / "outputs/evaluate/table.json").read_text())["rows"]) == 4
 
     done = run(

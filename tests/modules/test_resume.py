@@ -81,6 +81,12 @@ def test_computed_group_numbers_are_resumed(resume: Make) -> None:
     assert {group["k"] for group in trainer.optimizers[0].param_groups} == {5}
 
 
+def test_length_counts_over_resumes(resume: Make) -> None:
+    module, _ = resume("diffusion", {}, {})
+    assert module.facts()["images"] == 5 * 4
+    assert module.length.seconds > 0
+
+
 def test_changed_patience_takes_effect(resume: Make, training: Make, data: Make, fit: Make, tmp_path: Path) -> None:
     def stop(patience: int) -> EarlyStopping:
         return EarlyStopping("train/loss", patience=patience, check_on_train_epoch_end=True)

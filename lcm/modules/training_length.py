@@ -1,0 +1,32 @@
+"""The length of a training: its images and seconds, over all its resumes."""
+
+import time
+from typing import Any
+
+import lightning as L
+
+from lcm.core.batch import LatentBatch
+
+
+class TrainingLength(L.Callback):
+    """Counts the images of all ranks, and the seconds of training. Validation does not count."""
+
+    def __init__(self) -> None:
+        self.images, self.seconds, self.started = 0, 0.0, time.perf_counter()
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: LatentBatch, batch_idx: int) -> None:
+        now = time.perf_counter()
+        self.seconds, self.started = self.seconds + now - self.started, now
+        self.images += len(batch) * trainer.world_size
+
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
+        self.started = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"images": self.images, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.images, self.seconds = state["images"], state["seconds"]
