@@ -222,8 +222,8 @@ def evaluate(cfg: DictConfig) -> None:
             values |= {name: metric.measure(job, prompts[0]) for name, metric in timed.items()}
             rows.append({"name": job.name, "steps": job.steps, "w": job.w, **{name: values.get(name) for name in metrics}})
     note = report.note(cfg, extract, metrics, real=real, different=different, sha256=sha256, warnings=sentences)
-    names = {job.name: job.model.metadata for job in jobs}
-    trainings = [row for name, metadata in names.items() if (row := report.training(name, metadata))]
+    metadata = {job.name: job.model.metadata for job in jobs}
+    trainings = [row for name, content in metadata.items() if (row := report.training(name, content))]
     report.write(folder, rows, note, columns, prompts, cfg, metrics, trainings, build_all(cfg.get("logger")), sha256)
 
 

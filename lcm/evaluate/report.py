@@ -47,9 +47,15 @@ def write(
     """
     text = table(rows, metrics, f"{markdown(trainings)}{note}", cfg.w)
     (folder / "table.md").write_text(text)
-    config = OmegaConf.to_container(cfg, resolve=True)
-    record = {"rows": rows, "trainings": trainings, "note": note, "prompts_sha256": sha256, "config": config}
-    (folder / "table.json").write_text(json.dumps(redacted(record), indent=2))
+    config = redacted(OmegaConf.to_container(cfg, resolve=True))
+    record = {
+        "rows": redacted(rows),
+        "trainings": redacted(trainings),
+        "note": redacted(note),
+        "prompts_sha256": sha256,
+        "config": config,
+    }
+    (folder / "table.json").write_text(json.dumps(record, indent=2))
     with (folder / "table.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -63,7 +69,6 @@ def write(
         pictures["w"] = plot(several, plotted, "w", lambda row: f"{row['name']}, {steps_label(row['steps'])}")
     for name, picture in pictures.items():
         picture.save(folder / f"{name}.png")
-    config = redacted(OmegaConf.to_container(cfg, resolve=True))
     sections = [
         Section(
             "Table",
