@@ -43,7 +43,7 @@ lock:
 	$(PYTHON) -m venv outputs/lock
 	outputs/lock/bin/pip install --quiet --upgrade "pip>=25"
 	outputs/lock/bin/pip install --quiet --dry-run --ignore-installed --report outputs/lock/report.json \
-	  $(LOCKED) setuptools wheel ".[wandb,tensorboard,fid]"
+	  $(LOCKED) setuptools wheel ".[tensorboard,fid]"
 	outputs/lock/bin/python docker/lock.py outputs/lock/report.json > docker/requirements.$(VARIANT).txt
 	rm -rf outputs/lock
 

@@ -277,6 +277,9 @@ class ShardDataModule(L.LightningDataModule):
         training = self.trainer is not None and self.trainer.training
         if self.trainer is not None and training:
             self.position = batch["position"]
+            for logger in self.trainer.loggers:
+                if hasattr(logger, "images_seen"):
+                    logger.images_seen = self.position
             self.skips.add(self.batch_size, batch["skipped"], batch["left_out"])
             for logger in self.trainer.loggers if batch["skipped"] or batch["left_out"] else ():
                 logger.log_metrics(self.skips.metrics(), self.trainer.global_step)
