@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean lock
+.PHONY: demo test lint format docs clean lock
 
 demo: .venv/installed
 	$(BIN)/python -u train.py ckpt_path=last
@@ -28,6 +28,10 @@ lint: .venv/installed
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file .ci/mkdocs.yml
+	@echo "site:    outputs/site/index.html"
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -10,8 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from lcm.callbacks.wandb_logger import IMAGES
 from lcm.core.errors import UserError
+from lcm.data.datamodule import IMAGES_SEEN
 
 try:
     import wandb_workspaces.reports.v2 as reports
@@ -32,7 +32,7 @@ def panels() -> dict[str, list[Any]]:
     """Return the panels by section. The axis of the curves is the number of images seen."""
 
     def curve(title: str, metric_regex: str, **options: Any) -> Any:
-        return reports.LinePlot(title=title, x=IMAGES, title_x="images seen", metric_regex=metric_regex, **options)
+        return reports.LinePlot(title=title, x=IMAGES_SEEN, title_x="images seen", metric_regex=metric_regex, **options)
 
     return {
         "Quality": [
@@ -64,7 +64,7 @@ def panels() -> dict[str, list[Any]]:
 def build_workspace(entity: str, project: str, title: str) -> Any:
     """Return a workspace that is not saved yet, with a section for each group of panels."""
     sections = [workspaces.Section(name=name, panels=group, is_open=True) for name, group in panels().items()]
-    settings = workspaces.WorkspaceSettings(x_axis=IMAGES)
+    settings = workspaces.WorkspaceSettings(x_axis=IMAGES_SEEN)
     return workspaces.Workspace(entity=entity, project=project, name=title, sections=sections, settings=settings)
 
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from lcm.app.images import steps_label, to_pil
 from lcm.core.errors import UserError
 from lcm.core.numbers import Count, PositiveShare
+from lcm.data.datamodule import IMAGES_SEEN
 from lcm.runtime import signals
 from lcm.runtime.redaction import redacted
 
 log = logging.getLogger(__name__)
-IMAGES = "trainer/images_seen"
 UPLOAD = 600  # seconds to wait for the upload of a trained model
 
 
@@ -68,7 +68,7 @@ class WandbLogger(LightningWandbLogger):
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         with ignore_errors():
-            super().log_metrics({**metrics, IMAGES: self.images_seen}, step)
+            super().log_metrics({**metrics, IMAGES_SEEN: self.images_seen}, step)
             self.alert_of(metrics, step)
 
     @rank_zero_only
@@ -114,7 +114,7 @@ class WandbLogger(LightningWandbLogger):
             self.log_object(f"charts/{name}", chart, step)
 
     def log_object(self, name: str, value: Any, step: int) -> None:
-        super().log_metrics({name: value, IMAGES: self.images_seen}, step)
+        super().log_metrics({name: value, IMAGES_SEEN: self.images_seen}, step)
 
     def log_folder(self, folder: str | Path, alias: str, *, wait: bool = False) -> None:
         """Log a pipeline folder as a version of the model's artifact. wait: until it is uploaded."""
@@ -147,8 +147,8 @@ class WandbLogger(LightningWandbLogger):
         if self._experiment is None:
             os.environ.setdefault("WANDB_DATA_DIR", f"{self.save_dir}/wandb")  # artifacts wait there for their upload
             run = self.start()
-            run.define_metric(IMAGES)
-            run.define_metric("*", step_metric=IMAGES, overwrite=True)
+            run.define_metric(IMAGES_SEEN)
+            run.define_metric("*", step_metric=IMAGES_SEEN, overwrite=True)
         return self._experiment
 
     def start(self) -> Any:

@@ -31,6 +31,7 @@ from lcm.models.codec import LatentCodec, to_signed_range
 from lcm.runtime.atomic_io import digest
 
 log = logging.getLogger(__name__)
+IMAGES_SEEN = "trainer/images_seen"  # the axis of curves in wandb
 ENOUGH = 1000  # samples seen before their share of skipped ones means something
 
 
