@@ -9,7 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from lcm.dashboard import TEXTS, build_report, build_workspace, panels
+from lcm.core.errors import UserError
+from lcm.dashboard import TEXTS, build_report, build_workspace, login, panels
 from tests.conf.programs import configured
 
 SWEEPS = sorted((Path(__file__).parents[2] / "docs/sweeps").glob("*.yaml"))
@@ -59,3 +60,12 @@ def test_agent_of_a_sweep_starts_trainings(file: Path) -> None:
         assert sweep["metric"]["name"] in {
             f"val/{name}_{n}_steps" for name in cfg.callbacks.evaluation.metrics for n in cfg.callbacks.evaluation.steps
         }
+
+
+def test_without_a_login_one_sentence_tells_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    with pytest.raises(
+        UserError, match=r"^wandb does not let this program in \(.*\): run `wandb login`, or set WANDB_API_KEY$"
+    ):
+        login()
