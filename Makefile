@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean lock
+.PHONY: demo test lint format docs clean lock
 
 demo: .venv/installed
 	$(BIN)/python -u train.py ckpt_path=last
@@ -29,6 +29,10 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file .ci/mkdocs.yml
+	@echo "site:    outputs/site/index.html"
+
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
@@ -43,7 +47,7 @@ lock:
 	$(PYTHON) -m venv outputs/lock
 	outputs/lock/bin/pip install --quiet --upgrade "pip>=25"
 	outputs/lock/bin/pip install --quiet --dry-run --ignore-installed --report outputs/lock/report.json \
-	  $(LOCKED) setuptools wheel ".[wandb,tensorboard,fid]"
+	  $(LOCKED) setuptools wheel ".[tensorboard,fid]"
 	outputs/lock/bin/python docker/lock.py outputs/lock/report.json > docker/requirements.$(VARIANT).txt
 	rm -rf outputs/lock
 

@@ -23,6 +23,7 @@ if __name__ == "__main__":
 import lightning as L
 from omegaconf import DictConfig
 
+from lcm.callbacks.wandb_logger import log_model
 from lcm.data.workers import workers_watched
 from lcm.modules.trainer import Trainer
 from lcm.runtime.launch import check_processes
@@ -48,6 +49,7 @@ def main(cfg: DictConfig) -> float | None:
         model.save_model(f"{run_dir}/model")
         if trainer.is_global_zero:
             print(f"model:   {run_dir}/model")
+            log_model(loggers, f"{run_dir}/model", "last")
         return finish(run_dir, trainer.callback_metrics.get(cfg.optimized_metric or ""))
 
 

@@ -49,10 +49,11 @@ def main(cfg: DictConfig) -> None:
             skipped.update(batch["skipped"])
             shapes[tuple(batch["x"].shape[-2:])] += len(batch["captions"])
             bar.update(min(len(batch["captions"]), count - bar.n))
-    rate = (len(captions) - warm_up) / (time.monotonic() - started) if len(captions) > warm_up else float("nan")
+    timed, seconds = len(captions) - warm_up, time.monotonic() - started
     captions, sizes = captions[:count], sizes[:count]  # samples of the next epoch fill the last batch
     words = [len(caption.split()) for caption in captions]
-    print(f"reading:  {rate:.0f} samples/s with {data.num_workers} workers, at {data.resolution} px")
+    if timed:
+        print(f"reading:  {timed / seconds:.0f} samples/s with {data.num_workers} workers, at {data.resolution} px")
     for shape, number in shapes.most_common() if data.buckets else ():
         print(f"bucket:   {shape[0]} x {shape[1]} with {number} of {sum(shapes.values())} samples")
     print(f"sizes:    shorter side {quantiles([min(size) for size in sizes])} px")

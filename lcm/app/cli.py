@@ -114,6 +114,8 @@ def run_job(main: Callable[[DictConfig], Any], cfg: DictConfig, process_per_job:
 
     quiet()
     expand_home(cfg)
+    if HydraConfig.get().mode is RunMode.MULTIRUN:
+        os.environ.setdefault("WANDB_RUN_GROUP", f"sweep-{os.path.basename(HydraConfig.get().sweep.dir)}")
     try:
         resolve_models(cfg, cfg.paths.runs)
         if not (process_per_job and sweeps_here()):

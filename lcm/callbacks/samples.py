@@ -8,6 +8,8 @@ import lightning as L
 from torch import Tensor
 
 from lcm.app.images import columns_to_rows, grid, log_picture, steps_label
+from lcm.callbacks.throughput import not_timed
+from lcm.callbacks.wandb_logger import WandbLogger
 from lcm.core.errors import NonFiniteError, UserError
 from lcm.core.numbers import Count, Seed
 
@@ -37,7 +39,8 @@ class ImageGrid(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
         if trainer.global_step % self.every_n_steps == 0:
-            self.draw(trainer, module)
+            with not_timed(trainer):
+                self.draw(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
         self.draw(trainer, module)
@@ -65,3 +68,5 @@ class ImageGrid(L.Callback):
         picture.save(self.folder / f"step-{step:06d}.png")
         for logger in trainer.loggers:
             log_picture(logger, "val/samples", picture, step)
+            if isinstance(logger, WandbLogger):
+                logger.log_samples(self.prompts, dict(zip(self.steps, columns, strict=True)), step)

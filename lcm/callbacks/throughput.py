@@ -1,6 +1,8 @@
 """Rates of a training: `perf/images_per_sec`, `perf/tflops`, `perf/mfu` and `perf/data_wait`."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -11,7 +13,7 @@ from lcm.models.flops import call_flop, matmul_tflops
 
 
 class Throughput(L.Callback):
-    """Log the rates since the last log whenever the trainer logs. Validation does not count.
+    """Log the rates since the last log whenever the trainer logs. Validation, image grids and metrics do not count.
 
     - `perf/images_per_sec`: images per second of all devices together.
     - `perf/tflops`: TFLOP/s of one device. It counts the matmuls, convolutions and attention of the algorithm, but not
@@ -70,5 +72,17 @@ class Throughput(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         if not trainer.sanity_checking:
-            passed = time.perf_counter() - self.paused
-            self.started, self.ended = self.started + passed, self.ended + passed
+            self.leave_out(time.perf_counter() - self.paused)
+
+    def leave_out(self, seconds: float) -> None:
+        self.started, self.ended = self.started + seconds, self.ended + seconds
+
+
+@contextmanager
+def not_timed(trainer: L.Trainer) -> Iterator[None]:
+    """Leave the time of the context out of the rates of a training. Otherwise it would count as waiting for data."""
+    started = time.perf_counter()
+    yield
+    for callback in trainer.callbacks if trainer.training else ():  # type: ignore[attr-defined]
+        if isinstance(callback, Throughput):
+            callback.leave_out(time.perf_counter() - started)

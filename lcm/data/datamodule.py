@@ -31,6 +31,7 @@ from lcm.models.codec import LatentCodec, to_signed_range
 from lcm.runtime.atomic_io import digest
 
 log = logging.getLogger(__name__)
+IMAGES_SEEN = "trainer/images_seen"  # the axis of curves in wandb
 ENOUGH = 1000  # samples seen before their share of skipped ones means something
 
 
@@ -277,6 +278,9 @@ class ShardDataModule(L.LightningDataModule):
         training = self.trainer is not None and self.trainer.training
         if self.trainer is not None and training:
             self.position = batch["position"]
+            for logger in self.trainer.loggers:
+                if hasattr(logger, "images_seen"):
+                    logger.images_seen = self.position
             self.skips.add(self.batch_size, batch["skipped"], batch["left_out"])
             for logger in self.trainer.loggers if batch["skipped"] or batch["left_out"] else ():
                 logger.log_metrics(self.skips.metrics(), self.trainer.global_step)

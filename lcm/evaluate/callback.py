@@ -10,6 +10,9 @@ import lightning as L
 import torch
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from lcm.app.images import steps_label
+from lcm.callbacks.throughput import not_timed
+from lcm.callbacks.wandb_logger import WandbLogger, log_model, model_loggers
 from lcm.core.errors import NonFiniteError, UserError
 from lcm.core.numbers import Count, Limit, Seed
 from lcm.data.captions import read_captions
@@ -18,6 +21,7 @@ from lcm.evaluate.features import Extractor, joined
 from lcm.evaluate.inception import InceptionBackbone
 from lcm.evaluate.metrics import FeatureMetric, Features, Score, scores
 from lcm.models.text_to_image import TextToImage
+from lcm.runtime.atomic_io import remove
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +64,7 @@ class Evaluation(L.Callback):
         self.every_n_steps, self.batch_size, self.seed = every_n_steps, batch_size, seed
         self.keep_best, self.best_file = keep_best, Path(folder, "best.ckpt")
         self.best: float | None = None
+        self.history: dict[str, dict[str, dict[int, float]]] = {}  # values by metric, curve and training step
         self.real: Features = {}
         self.captions: list[str] = []
         self.last_step = 0
@@ -89,7 +94,8 @@ class Evaluation(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
         if trainer.global_step % self.every_n_steps == 0:
-            self.evaluate(trainer, module)
+            with not_timed(trainer):
+                self.evaluate(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
         self.evaluate(trainer, module)
@@ -110,21 +116,34 @@ class Evaluation(L.Callback):
                 if features is not None and trainer.is_global_zero:
                     measured = scores(features, {"real": self.real}, self.metrics)
                     values |= {names[metric]: value for metric, value in measured.items()}
+                    curve = f"{steps_label(steps)}{suffix.replace('_', ', ')}"
+                    for metric, value in measured.items():
+                        self.history.setdefault(metric, {}).setdefault(curve, {})[trainer.global_step] = value
         values = trainer.strategy.broadcast(values)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
+            if isinstance(logger, WandbLogger):
+                for metric, curves in self.history.items():
+                    logger.log_curves(metric, curves, trainer.global_step)
         if self.keep_best in values and self.is_best(values[self.keep_best]):
             self.best = values[self.keep_best]  # set on all ranks, and before last.ckpt is written
             trainer.save_checkpoint(self.best_file)
+            if model_loggers(trainer.loggers):
+                folder = self.best_file.with_name("best_model")
+                module.save_model(str(folder))
+                if trainer.is_global_zero:
+                    log_model(trainer.loggers, folder, "best")
+                    remove(folder)
 
     def is_best(self, value: float) -> bool:
         return self.best is None or (value < self.best if self.lower_is_better else value > self.best)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "metric": self.keep_best}
+        return {"best": self.best, "metric": self.keep_best, "history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = state_dict.get("history", {})
         if state_dict.get("metric") == self.keep_best:  # values of other metrics do not compare
             self.best = state_dict["best"]
 

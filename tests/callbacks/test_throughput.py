@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lcm.callbacks import throughput
-from lcm.callbacks.throughput import Throughput
+from lcm.callbacks.throughput import Throughput, not_timed
 from lcm.models.flops import forward_flop
 from lcm.models.pipeline import load_family, load_network
 from tests.modules.conftest import codec, data, fit, training  # noqa: F401  (fixtures)
@@ -60,6 +60,7 @@ def test_rates_cover_the_time_since_the_last_log(monkeypatch):
     trainer = SimpleNamespace(global_step=0, log_every_n_steps=2, world_size=4, sanity_checking=False)
     module = SimpleNamespace(family=None, log=lambda name, value, **_: logged.update({name: value}), log_dict=logged.update)
     callback, batch = Throughput(peak_tflops=1e-3), list(range(8))
+    trainer.callbacks, trainer.training = [callback], True
     callback.on_train_start(trainer, module)
 
     def step(wait, work):
@@ -83,6 +84,8 @@ def test_rates_cover_the_time_since_the_last_log(monkeypatch):
     callback.on_validation_start(trainer, module)
     clock.now += 1000
     callback.on_validation_end(trainer, module)
+    with not_timed(trainer):
+        clock.now += 500
     step(2, 4)
     assert logged["perf/images_per_sec"] == pytest.approx(4 * 16 / 8)
     assert logged["perf/data_wait"] == pytest.approx(2 / 8)

@@ -10,7 +10,7 @@ from lcm.app.arguments import check_arguments
 from lcm.app.composition import Command, compose, prepare
 
 MODULES = {"train": "train", "sample": "sample", "bench": "lcm.bench.__main__", "evaluate": "lcm.evaluate.__main__"}
-PROGRAMS = ["train", "sample", "evaluate", "encode", "preview", "index", "bench", "export", "serve"]
+PROGRAMS = ["train", "sample", "evaluate", "encode", "preview", "index", "bench", "export", "serve", "dashboard"]
 REQUIRED = {"encode": ["out=x"], "export": ["run=x"]}
 
 

@@ -25,7 +25,7 @@ def test_lock_file_pins_every_requirement():
         assert pinned, line
         pins[pinned[1]] = pinned[2]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [need for extra in ("wandb", "tensorboard", "fid") for need in project["optional-dependencies"][extra]]
+    extras = [need for extra in ("tensorboard", "fid") for need in project["optional-dependencies"][extra]]
     for need in map(Requirement, [*project["dependencies"], *extras, "setuptools", "wheel"]):
         assert need.name in pins, need
         assert need.specifier.contains(pins[need.name]), need
