@@ -125,7 +125,7 @@ def test_stored_text_embeddings_replace_the_text_encoder(
     expected = batch(codec, images, **options)
     encoded: list[list[str]] = []
     plain = TextEncoder.__call__
-    monkeypatch.setattr(TextEncoder, "__call__", lambda self, captions: encoded.append(captions) or plain(self, captions))
+    monkeypatch.setattr(TextEncoder, "__call__", lambda self, captions, *device: encoded.append(captions) or plain(self, captions, *device))
     got = batch(codec, folder, latents=True, **options)
     assert encoded == [[""]]
     assert got.captions == expected.captions
