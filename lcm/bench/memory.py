@@ -200,9 +200,9 @@ def cards(
                 "fits": f"{fitting[0]} GB" if fitting else f"none of {', '.join(map(str, sizes))} GB",
             })  # fmt: skip
     note = (
-        "GiB of one GPU with bf16-mixed, an estimate from the recipes and from shapes, not a measurement. States are the frozen "
+        "GiB of one GPU with bf16-mixed, an estimate from recipes and shapes, not a measurement. States are the frozen "
         "weights, the trained weights, their averages, gradients, moments and bfloat16 copies. `all` adds what autograd keeps "
-        f"of the student's forward pass, and one recomputed block. `fits` leaves {reserve:g} GiB for CUDA, workspaces and gaps. "
+        f"of the student's forward pass and a recomputed block. `fits` leaves {reserve:g} GiB for CUDA, workspaces and gaps. "
         "The VAE and the text encoders are not included: with stored latents and text embeddings they rest in host memory."
     )
     return Table("Memory of one consumer GPU", rows, note)

@@ -31,8 +31,8 @@ class GuidedDistillation(LatentModule):
     a student of N DDIM steps starts from the previous student and learns two of its steps in one.
 
     net: the pipeline's network, the teacher. match_share: stage one's share of `trainer.max_steps`; the other stages share
-    the rest equally. All students are saved in one folder, which is sampled with any number in `steps`. quantization: stores the
-    teacher's linear layers in fewer bits.
+    the rest equally. All students are saved in one folder, which is sampled with any number in `steps`.
+    quantization: stores the teacher's linear layers in fewer bits.
     """
 
     objective: GuidedDistillationObjective
