@@ -21,7 +21,7 @@ from lcm.models.families.sd import StableDiffusion
 
 GIB = 2**30
 FLOAT32, BFLOAT16 = 4, 2  # bytes
-FROZEN = {"nf4": 0.5 + 1 / 64, "int8": 1.0}  # bytes of a weight of a quantised layer, with its scale
+FROZEN = {"nf4": 0.5 + 1 / 64}  # bytes of a weight of a quantised layer, with its scale
 MOMENTS = {"AdamW": 2 * FLOAT32, "AdamW8bit": 2 * (1 + FLOAT32 / 256)}  # bytes of a parameter
 
 

@@ -1,23 +1,13 @@
-"""Frozen linear layers in int8 or nf4, by bitsandbytes. The layers quantise themselves when they are first moved to a device.
+"""Frozen linear layers in nf4, by bitsandbytes. The layers quantise themselves when they are first moved to a device.
 
 They compute in autocast's dtype, or in that of their input. Gradients pass through them to their input.
 """
 
-import logging
 from typing import Any
 
 import torch
 from bitsandbytes import nn as quantized
 from torch import Tensor, nn
-
-logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns at every call that int8 takes float16
-
-
-def int8(layer: nn.Linear) -> nn.Linear:
-    """Return the layer in int8 with a scale for each output channel (LLM.int8, 2208.07339, without outlier columns)."""
-    made = Int8(layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False, device="meta")
-    made.weight = quantized.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
-    return with_bias_of(layer, made)
 
 
 def nf4(layer: nn.Linear) -> nn.Linear:
@@ -36,11 +26,6 @@ def with_bias_of(layer: nn.Linear, made: Any) -> Any:
 def in_autocast(x: Tensor) -> Tensor:
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
-class Int8(quantized.Linear8bitLt):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(in_autocast(x))
 
 
 class NF4(quantized.Linear4bit):

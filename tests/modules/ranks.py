@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lcm.core.batch import LatentBatch
 from lcm.core.errors import UserError
 from lcm.core.random import generator
-from lcm.models.quantization import int8, nf4
+from lcm.models.quantization import nf4
 from lcm.modules.adversary import LatentAdversary
 from lcm.modules.latent import LatentModule
 from lcm.modules.lr_schedules import constant
@@ -156,7 +156,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "recomputed": {"kind": "distillation", "strategy": "fsdp", "gradient_checkpointing": True, "validate": True},
     **{f"{of}-fsdp": {"kind": "distillation", "strategy": "fsdp", "of": of, "export": True} for of in ("pixart", "sd3")},
     "nf4 base": {"kind": "lora", "strategy": "ddp", "quantization": nf4},
-    "int8 teacher": {"kind": "distillation", "strategy": "ddp", "quantization": int8, "optimizer": EIGHT_BIT},
+    "nf4 teacher": {"kind": "distillation", "strategy": "ddp", "quantization": nf4, "optimizer": EIGHT_BIT},
     "nf4 shards": {"kind": "distillation", "strategy": "fsdp", "quantization": nf4},
     "8-bit shards": {"kind": "distillation", "strategy": "fsdp", "optimizer": EIGHT_BIT},
     "poisoned": {"kind": "distillation", "strategy": "fsdp", "poisoned": 2},

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lcm.core.errors import UserError
 from lcm.models.pipeline import load_codec
-from lcm.models.quantization import int8, nf4
+from lcm.models.quantization import nf4
 from lcm.runtime.checkpoint_io import AtomicCheckpointIO
 from lcm.runtime.fsdp import FullySharded
 from tests.modules.conftest import new_module
@@ -121,7 +121,7 @@ def test_nccl_equals_one_process(strategy: str, options: dict[str, Any], train: 
     assert_close(train(strategy=strategy, **options), train(), 1e-4)
 
 
-@pytest.mark.parametrize("quantization", [int8, nf4])
+@pytest.mark.parametrize("quantization", [nf4])
 @pytest.mark.parametrize("kind", ["distillation", "lora", "tdm"])
 def test_quantised_layers_train_with_8_bit_moments(kind: str, quantization: Any, train: Any, tmp_path: Path) -> None:
     options = {

@@ -1,4 +1,4 @@
-"""Frozen layers in int8 and nf4, and moments of 8 bits: what is stored, what learns, and that a resumed training is exact."""
+"""Frozen layers in nf4, and moments of 8 bits: what is stored, what learns, and that a resumed training is exact."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from lcm.core.errors import UserError
 from lcm.models.lora import is_adapter_parameter
 from lcm.models.pipeline import load_network
-from lcm.models.quantization import NF4, Int8, int8, nf4
+from lcm.models.quantization import NF4, nf4
 
 Make = Callable[..., Any]
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning", "ignore:.*fork")
-BITS = {int8: (Int8, torch.int8, 0.02), nf4: (NF4, torch.uint8, 0.2)}  # the layers, their storage, and a bound of their error
+BITS = {nf4: (NF4, torch.uint8, 0.2)}  # the layers, their storage, and a bound of their error
 
 
 @pytest.mark.parametrize("quantization", BITS)
@@ -81,7 +81,6 @@ EIGHT_BIT = partial(AdamW8bit, lr=1e-3, weight_decay=0.0, min_8bit_size=64)  # t
 RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
     "nf4 teacher": ("distillation", {"quantization": nf4}),
     "nf4 base": ("lora", {"quantization": nf4, "ema_decay": 0.5}),
-    "int8 base": ("lora", {"quantization": int8, "eval_ema": 0.5}),
     "8-bit moments": ("distillation", {"optimizer": EIGHT_BIT}),
     "8-bit moments of two networks": ("tdm", {"optimizer": EIGHT_BIT}),
 }
