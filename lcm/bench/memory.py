@@ -1,22 +1,28 @@
 """An estimate of the GPU memory that distilling a UNet takes, from shapes: without weights and without a GPU."""
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from peft import LoraConfig
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
+from lcm.app.composition import compose
 from lcm.bench.measure import Table
 from lcm.core.guidance import W_DIM
 from lcm.models.families.sd import StableDiffusion
 
 GIB = 2**30
 FLOAT32, BFLOAT16 = 4, 2  # bytes
+FROZEN = {"nf4": 0.5 + 1 / 64}  # bytes of a weight of a quantised layer, with its scale
+MOMENTS = {"AdamW": 2 * FLOAT32, "AdamW8bit": 2 * (1 + FLOAT32 / 256)}  # bytes of a parameter
 
 
 class NormsInFloat32(TorchFunctionMode):
@@ -29,40 +35,65 @@ class NormsInFloat32(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def in_bfloat16(config: dict[str, Any]) -> UNet2DConditionModel:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)  # a network of fake tensors cannot be converted later
-    try:
-        return UNet2DConditionModel(**config, time_cond_proj_dim=W_DIM).train()
-    finally:
-        torch.set_default_dtype(before)
+class Kept(NamedTuple):
+    """Bytes that autograd keeps between the forward and the backward pass. block: of the block that keeps most."""
+
+    all: int
+    block: int
 
 
-def activations(config: dict[str, Any], batch: int, *, checkpointing: bool) -> int:
-    """Return the bytes that autograd keeps between a student's forward and backward pass, without its parameters.
+def on_meta(config: dict[str, Any], rank: int | None = None, **options: Any) -> Any:
+    """Return a network without memory. rank: of adapters, which alone require gradients; None: all weights are trained."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config, **options)
+        if rank is not None:
+            unet.requires_grad_(False)
+            unet.add_adapter(LoraConfig(r=rank, target_modules=list(StableDiffusion.lora_targets)))
+    return unet.train()
+
+
+def activations(config: dict[str, Any], batch: int, *, checkpointing: bool, rank: int | None = None) -> Kept:
+    """Return what autograd keeps of a student's forward pass, without its parameters. rank: of adapters; None: all weights.
 
     Tensors are fake: they have shapes and storages, but no memory. Weights and matmuls are in bfloat16, norms in float32.
     """
+    unet = on_meta(config, rank, **({"time_cond_proj_dim": W_DIM} if rank is None else {}))
     with FakeTensorMode(), torch.device("cpu"):
-        unet = in_bfloat16(config)
+        for layer in unet.modules():
+            for name, p in layer.named_parameters(recurse=False):
+                setattr(layer, name, nn.Parameter(torch.empty(p.shape, dtype=torch.bfloat16), requires_grad=p.requires_grad))
         if checkpointing:
             unet.enable_gradient_checkpointing()
         weights = {p.untyped_storage()._cdata for p in unet.parameters()}
         kept: dict[int, Any] = {}
+        blocks, running = Counter[int](), 0  # bytes by the block's id; 0: outside of blocks
 
         def keep(value: Tensor) -> Tensor:
             storage = value.untyped_storage()
-            if storage._cdata not in weights:
+            if storage._cdata not in weights and storage._cdata not in kept:
                 kept[storage._cdata] = storage  # a held storage keeps its address
+                blocks[running] += storage.nbytes()
             return value
 
+        def enter(block: Any, _: Any) -> None:
+            nonlocal running
+            running = id(block)
+
+        def leave(*_: Any) -> None:
+            nonlocal running
+            running = 0
+
+        for module in unet.modules():
+            if isinstance(module, StableDiffusion.blocks):
+                module.register_forward_pre_hook(enter)
+                module.register_forward_hook(leave)
         size, empty = config["sample_size"], partial(torch.empty, dtype=torch.bfloat16)
         inputs = empty(batch, 4, size, size), torch.zeros(batch, dtype=torch.long)
         cond = empty(batch, 77, config["cross_attention_dim"])
         more = {"text_embeds": empty(batch, 1280), "time_ids": empty(batch, 6)}
         with NormsInFloat32(), torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(keep, lambda value: value):
-            unet(*inputs, cond, timestep_cond=empty(batch, 256), added_cond_kwargs=more)
-        return sum(storage.nbytes() for storage in kept.values())
+            unet(*inputs, cond, timestep_cond=None if rank else empty(batch, W_DIM), added_cond_kwargs=more)
+        return Kept(blocks.total(), max((size for block, size in blocks.items() if block), default=0))
 
 
 def shares(student: UNet2DConditionModel, gpus: int) -> tuple[int, int]:
@@ -103,7 +134,7 @@ def measure(*, networks: dict[str, dict[str, Any]], batch_sizes: dict[str, int],
     rows = []
     for name, network in networks.items():
         config, images = {key: value for key, value in network.items() if key != "_target_"}, batch_sizes[name]
-        plain, recomputed = (activations(config, images, checkpointing=option) for option in (False, True))
+        plain, recomputed = (activations(config, images, checkpointing=option).all for option in (False, True))
         for strategy in ("ddp", "fsdp"):
             total = sum(states(config, strategy, gpus).values())
             rows.append({
@@ -121,3 +152,57 @@ def measure(*, networks: dict[str, dict[str, Any]], batch_sizes: dict[str, int],
         "allocator's gaps, the VAE and the text encoder."
     )
     return Table("Memory of training", rows, note)
+
+
+def states_of(model: Any, config: dict[str, Any]) -> dict[str, float]:
+    """Return the bytes of each state of a distillation on one GPU. model: its configuration."""
+    base = on_meta(config)
+    linear = sum(layer.weight.numel() for layer in base.modules() if isinstance(layer, nn.Linear))
+    whole = trained = base.num_parameters()
+    if model.adapters is not None:
+        trained = on_meta(config, model.adapters.rank).num_parameters() - whole
+    quantization = model.get("quantization")
+    short = FROZEN[quantization._target_.rpartition(".")[2]] if quantization else BFLOAT16
+    averages = bool(model.ema_decay) + bool(model.eval_ema)
+    return {
+        "frozen weights": BFLOAT16 * (whole - linear) + short * linear,  # the teacher, or the base that it shares
+        "trained": (1 + averages) * FLOAT32 * trained,
+        "gradients": FLOAT32 * trained,
+        "moments": MOMENTS[model.optimizer._target_.rpartition(".")[2]] * trained,
+        "autocast's copies": BFLOAT16 * trained,
+    }
+
+
+def cards(
+    *, networks: dict[str, dict[str, Any]], experiments: Mapping[str, str], cards: Sequence[str | None], sizes: Sequence[int],
+    reserve: float,
+) -> Table:  # fmt: skip
+    """experiments: the name of the network by the experiment's. cards: options of the group. sizes, reserve: in GiB."""
+    rows = []
+    for experiment, network in experiments.items():
+        config = {key: value for key, value in networks[network].items() if key != "_target_"}
+        adapters = compose("train", [f"experiment={experiment}"]).model.adapters
+        rank = None if adapters is None else adapters.rank
+        plain, recomputed = (activations(config, 1, checkpointing=option, rank=rank) for option in (False, True))
+        for card in cards:
+            cfg = compose("train", [f"experiment={experiment}", *([f"card={card}"] if card else [])])
+            # The backward pass recomputes one block at a time.
+            image = recomputed.all + plain.block if cfg.model.gradient_checkpointing else plain.all
+            states, images = sum(states_of(cfg.model, config).values()), cfg.data.batch_size
+            total = (states + images * image) / GIB
+            fitting = [size for size in sizes if total + reserve <= size]
+            rows.append({
+                "experiment": experiment,
+                "card": card,
+                "images a batch": images,
+                "states": states / GIB,
+                "all": total,
+                "fits": f"{fitting[0]} GB" if fitting else f"none of {', '.join(map(str, sizes))} GB",
+            })  # fmt: skip
+    note = (
+        "GiB of one GPU with bf16-mixed, an estimate from recipes and shapes, not a measurement. States are the frozen "
+        "weights, the trained weights, their averages, gradients, moments and bfloat16 copies. `all` adds what autograd keeps "
+        f"of the student's forward pass and a recomputed block. `fits` leaves {reserve:g} GiB for CUDA, workspaces and gaps. "
+        "The VAE and the text encoders are not included: with stored latents and text embeddings they rest in host memory."
+    )
+    return Table("Memory of one consumer GPU", rows, note)

@@ -287,11 +287,10 @@ class ShardDataModule(L.LightningDataModule):
         if self.codec is None:
             return {**batch, "x": to_signed_range(batch["x"])}
         device = batch["moments" if self.latents else "x"].device
-        if self.codec.device != device:
-            self.codec.to(device)
+        self.codec.place(device, batch)
         rank, world_size = self.world
         keys = (self.seed, training, batch["position"])
-        return self.codec.encode(batch, RankSlice(self.codec.device, *keys, rank=rank, world_size=world_size))
+        return self.codec.encode(batch, RankSlice(device, *keys, rank=rank, world_size=world_size))
 
     def teardown(self, stage: str) -> None:
         if stage == "fit" and self.skips.by_reason:

@@ -62,6 +62,22 @@ class LatentCodec:
         self.text.to(device)
         return self
 
+    def place(self, device: torch.device, batch: Mapping[str, Any]) -> None:
+        """Move to the device what encodes this batch. Latents need no VAE, and stored text embeddings no text encoders.
+
+        They rest in host memory, except while images are drawn.
+        """
+        vae_device = torch.device("cpu") if "moments" in batch else device
+        if self.vae.device != vae_device:
+            self.vae.to(vae_device)
+            self.set_memory_format()
+        text_device = torch.device("cpu") if self.has_text(batch) else device
+        if self.text.device != text_device:
+            self.text.to(text_device)
+
+    def has_text(self, batch: Mapping[str, Any]) -> bool:
+        return all(name in batch for name in self.text.family.text)
+
     def set_memory_format(self) -> None:
         """Use channels_last where it is faster: on a CPU, and compiled on a GPU. CUDA's eager group norm undoes it."""
         on_cpu = self.device.type == "cpu"
@@ -89,13 +105,14 @@ class LatentCodec:
         batch: may hold the text embeddings of the captions, see `encode`.
         """
         family = self.text.family
-        if all(name in batch for name in family.text):
-            uncond, captioned = self.text([""]), on_device(torch.tensor([caption != "" for caption in captions]), z.device)
+        if self.has_text(batch):
+            uncond = self.text([""], z.device)
+            captioned = on_device(torch.tensor([caption != "" for caption in captions]), z.device)
             # The embeddings are those of the full caption. A dropped caption is empty.
             stored = {name: batch[name].float() for name in family.text}
             cond = {name: torch.where(per_sample(captioned, rows.ndim), rows, uncond[name]) for name, rows in stored.items()}
         else:
-            embeddings = self.text([*captions, ""])
+            embeddings = self.text([*captions, ""], z.device)
             cond = {name: rows[:-1] for name, rows in embeddings.items()}
             uncond = {name: rows[-1:] for name, rows in embeddings.items()}
         if family.takes_sizes:

@@ -35,5 +35,23 @@ def frozen_copy(net: Any) -> Any:
 
 
 def copy_sharing(net: Any, shared: Iterable[nn.Parameter]) -> Any:
-    """Return a copy of `net` that shares the given parameters. They are the same objects, also after `.to(device)`."""
-    return copy.deepcopy(net, {id(p): p for p in shared})
+    """Return a copy of `net` that shares the given parameters, and the layers that hold no others.
+
+    They are the same objects, also after `.to(device)`. A quantised layer has state besides its parameters.
+    """
+    memo: dict[int, Any] = {id(p): p for p in shared}
+    for layer in net.modules():
+        parameters = list(layer.parameters())
+        if parameters and next(layer.children(), None) is None and all(id(p) in memo for p in parameters):
+            memo[id(layer)] = layer
+    return copy.deepcopy(net, memo)
+
+
+def quantized(net: Any, quantization: Callable[[nn.Linear], nn.Module] | None) -> Any:
+    """Replace every linear layer of a network by `quantization(layer)`, in place, and return the network. None: keep them."""
+    if quantization is not None:
+        for name, layer in list(net.named_modules()):
+            if isinstance(layer, nn.Linear):
+                parent, _, own = name.rpartition(".")
+                setattr(net.get_submodule(parent), own, quantization(layer))
+    return net

@@ -30,23 +30,36 @@ class TextEncoder:
         memory: float = 256,
     ) -> None:
         self.family, self.tokenizers, self.memory = family, list(tokenizers), memory
-        self.encoders = [encoder.to(dtype=dtype).eval().requires_grad_(False) for encoder in encoders]
+        self.encoders: list[Any] = [encoder.to(dtype=dtype).eval().requires_grad_(False) for encoder in encoders]
         self.cache: OrderedDict[str, list[Tensor]] = OrderedDict()
 
     def to(self, device: torch.device | str) -> "TextEncoder":
         for encoder in self.encoders:
             encoder.to(device)
-        self.cache = OrderedDict((caption, [row.to(device) for row in rows]) for caption, rows in self.cache.items())
+        self.cache_to(device)
         return self
 
+    @property
+    def device(self) -> torch.device:
+        return self.encoders[0].device
+
+    def cache_to(self, device: torch.device | str) -> None:
+        self.cache = OrderedDict((caption, [row.to(device) for row in rows]) for caption, rows in self.cache.items())
+
     @torch.no_grad()
-    def __call__(self, captions: list[str]) -> dict[str, Tensor]:
-        """Return float32 text embeddings `[B, ...]` by the family's names. Each uncached caption is encoded once."""
+    def __call__(self, captions: list[str], device: torch.device | None = None) -> dict[str, Tensor]:
+        """Return float32 text embeddings `[B, ...]` by the family's names. Each uncached caption is encoded once.
+
+        device: of the embeddings, and of the cache; None: the encoders'.
+        """
+        device = device or self.device
+        if self.cache and next(iter(self.cache.values()))[0].device != device:
+            self.cache_to(device)
         new = [caption for caption in dict.fromkeys(captions) if caption not in self.cache]
         if new:
             embeddings = self.family.encode(self.tokenizers, self.encoders, new)
             for caption, *rows in zip(new, *(embeddings[name] for name in self.family.text), strict=True):
-                self.cache[caption] = [row.clone() for row in rows]  # a view would keep the whole batch in memory
+                self.cache[caption] = [row.to(device, copy=True) for row in rows]  # a view would keep the batch in memory
         for caption in captions:
             self.cache.move_to_end(caption)
         stacked = [torch.stack(rows) for rows in zip(*(self.cache[caption] for caption in captions), strict=True)]

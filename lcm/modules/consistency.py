@@ -16,7 +16,7 @@ from lcm.core.process import Process
 from lcm.models.families import network_like
 from lcm.models.lora import drop_frozen, ignore_missing_frozen, with_adapters
 from lcm.models.pipeline import load_family, load_prediction_type
-from lcm.models.student import frozen_copy
+from lcm.models.student import frozen_copy, quantized
 from lcm.modules.adversary import Adversary, LatentAdversary
 from lcm.modules.latent import LatentModule
 from lcm.modules.optimization import log_train
@@ -32,7 +32,8 @@ class ConsistencyModule(LatentModule):
     student starts equal to its teacher. prediction_type: the student's; None: the teacher's. adapters: `{rank, alpha,
     target_modules}` trains LoRA adapters on the teacher's own weights (2311.05556). Such a student takes no w, and its
     checkpoint holds only the adapters and their averages. adversary: `channels of the features -> LatentAdversary` adds its
-    term in the teacher's features.
+    term in the teacher's features. quantization: stores the frozen linear layers in fewer bits: the teacher's, and with
+    adapters also the student's.
     """
 
     averages = MappingProxyType({**LatentModule.averages, "target_net": "model.ema_decay"})
@@ -53,6 +54,7 @@ class ConsistencyModule(LatentModule):
         zero_init: bool = True,
         adapters: Mapping[str, Any] | None = None,
         adversary: Callable[..., LatentAdversary] | None = None,
+        quantization: Callable[[nn.Linear], nn.Module] | None = None,
         **kwargs: Any,
     ) -> None:
         if not 0 <= ema_decay < 1:
@@ -63,6 +65,11 @@ class ConsistencyModule(LatentModule):
             )
         if isinstance(adversary, Adversary):
             raise UserError("model/adversary=patch judges images: use model/adversary=latent")
+        if quantization is not None and solver is None and adapters is None:
+            raise UserError(
+                "model.quantization stores frozen weights, and this method has none without a teacher or adapters: set "
+                "model/quantization=null"
+            )
         parts: dict[str, Any] = {"distance": loss}
         if timesteps is not None:
             parts["timesteps"] = timesteps(process.num_timesteps)
@@ -73,7 +80,7 @@ class ConsistencyModule(LatentModule):
             parts |= {"w_min": w_min, "w_max": w_max}
         family = load_family(pipeline)
         if adapters is not None:
-            student = with_adapters(family, net, **adapters)
+            student = with_adapters(family, quantized(net, quantization), **adapters)
         else:
             student = family.with_w(net, zero_init=zero_init) if w_max is not None else network_like(net)
         judge = None if adversary is None else adversary([width for _, width in family.feature_blocks(net)])
@@ -93,7 +100,8 @@ class ConsistencyModule(LatentModule):
         if w_max is not None and adapters is None:
             self.zero_init = zero_init
         if solver is not None:
-            self.frozen["teacher"] = net.eval()
+            self.frozen["teacher"] = quantized(net, None if adapters else quantization).eval()
+        self.quantization = quantization
         if adapters is not None:
             self.register_state_dict_post_hook(drop_frozen)
             self.register_load_state_dict_post_hook(ignore_missing_frozen)

@@ -17,6 +17,7 @@ from lcm.core.process import Process
 from lcm.core.random import generator
 from lcm.models.families import network_like
 from lcm.models.pipeline import find, load_family, load_network, load_prediction_type, read_lcm_json
+from lcm.models.student import quantized
 from lcm.modules.adversary import Adversary, LatentAdversary
 from lcm.modules.latent import LatentModule
 from lcm.modules.optimization import Opponent, OptimizerFactory, ScheduleFactory, log_train
@@ -42,7 +43,7 @@ class MatchingModule(LatentModule):
     net: the pipeline's network: a few-step student, or the teacher itself. teacher: its pipeline; None: the one that the
     student was distilled from, or `pipeline`. objective: a `DistributionMatching`. loss: its distance. w_min, w_max: the range
     of guidance weights of the teacher. Student and fake score take w as an input if the family has one. fake: `network ->
-    FakeScore`. adversary: as of `ConsistencyModule`.
+    FakeScore`. adversary, quantization: as of `ConsistencyModule`.
     """
 
     objective: DistributionMatching
@@ -60,6 +61,7 @@ class MatchingModule(LatentModule):
         w_min: float = 0.0,
         w_max: float = 0.0,
         adversary: Callable[..., LatentAdversary] | None = None,
+        quantization: Callable[[nn.Linear], nn.Module] | None = None,
         **kwargs: Any,
     ) -> None:
         check_w_range(w_min, w_max)
@@ -84,7 +86,7 @@ class MatchingModule(LatentModule):
         )
         self.fake, self.teacher, self.teacher_prediction_type = score, source, load_prediction_type(source)
         self.adversary = judge if adversary is not None else None
-        self.frozen["teacher"] = frozen.eval()
+        self.frozen["teacher"], self.quantization = quantized(frozen, quantization).eval(), quantization
         self.own_turn = True  # the student learns in this step
 
     def networks(self) -> list[Any]:

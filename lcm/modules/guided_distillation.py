@@ -1,6 +1,7 @@
 """Guided distillation (2210.03142): a w-conditioned student, then one of half its steps, and so on."""
 
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,7 @@ from lcm.core.process import Process
 from lcm.models.pipeline import load_family
 from lcm.models.saving import save_network
 from lcm.models.sharding import gather
-from lcm.models.student import frozen_copy
+from lcm.models.student import frozen_copy, quantized
 from lcm.modules.latent import LatentModule
 
 
@@ -31,6 +32,7 @@ class GuidedDistillation(LatentModule):
 
     net: the pipeline's network, the teacher. match_share: stage one's share of `trainer.max_steps`; the other stages share
     the rest equally. All students are saved in one folder, which is sampled with any number in `steps`.
+    quantization: stores the teacher's linear layers in fewer bits.
     """
 
     objective: GuidedDistillationObjective
@@ -46,6 +48,7 @@ class GuidedDistillation(LatentModule):
         w_min: float = 2.0,
         w_max: float = 14.0,
         zero_init: bool = True,
+        quantization: Callable[[nn.Linear], nn.Module] | None = None,
         **kwargs: Any,
     ) -> None:
         check_w_range(w_min, w_max)
@@ -67,7 +70,7 @@ class GuidedDistillation(LatentModule):
         self.previous = frozen_copy(self.net)  # the finished student of the previous stage
         self.steps, self.match_share = list(steps), match_share
         self.stage = 0
-        self.frozen["teacher"] = net.eval()
+        self.frozen["teacher"], self.quantization = quantized(net, quantization).eval(), quantization
 
     @property
     def students(self) -> list[int]:

@@ -53,6 +53,7 @@ class LatentModule(L.LightningModule):
     averages = MappingProxyType({"ema_net": "model.eval_ema"})  # networks that average `net`, and the options that do so
     zero_init: bool | None = None  # the projection of w started at zero; None: the module made no projection
     adversary: LatentAdversary | None
+    quantization: Callable[[nn.Linear], nn.Module] | None = None  # of the frozen layers
     calls: list[tuple[nn.Module, torch.Size, Condition, bool]] | None = None  # recorded network calls for FLOP counting
 
     def __init__(
@@ -121,6 +122,8 @@ class LatentModule(L.LightningModule):
         """Compile, or shard under `trainer=fsdp`, before a strategy wraps the networks."""
         if self.adversary is not None and self.device_mesh is not None and self.compile_networks:
             raise UserError("model.adversary cannot read features of compiled shards: set model.compile=false, or trainer=ddp")
+        if self.quantization is not None and self.device_mesh is not None:
+            raise UserError("quantised layers cannot be sharded: set model/quantization=null, or trainer=ddp")
         if self.compile_networks:
             # At most two graphs, with gradients and without, for each network or each sharded block at each batch shape.
             shapes = len(getattr(self.trainer.datamodule, "buckets", ())) or 1  # type: ignore[attr-defined]

@@ -3,7 +3,6 @@
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import lightning as L
@@ -204,10 +203,17 @@ def new_optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Return an optimizer that can load a checkpoint's state, and its schedule."""
     optimizer = make_optimizer(groups)
+    if type(optimizer).__module__.startswith("bitsandbytes") and isinstance(optimizer.param_groups[0]["params"][0], DTensor):
+        raise UserError("bitsandbytes' optimizers cannot update shards: set model/optimizer=adamw, or trainer=ddp")
     for group in optimizer.param_groups:
         group["lr"] *= group.pop("lr_scale", 1.0)
-    optimizer.register_load_state_dict_pre_hook(partial(keep_settings, make_optimizer))
-    optimizer.register_load_state_dict_post_hook(match_parameter_layout)
+    load = optimizer.load_state_dict
+
+    def load_with_settings(state: dict[str, Any]) -> None:  # not by hooks: bitsandbytes' own `load_state_dict` runs none
+        load(keep_settings(make_optimizer, optimizer, state))
+        match_parameter_layout(optimizer)
+
+    optimizer.load_state_dict = load_with_settings  # type: ignore[method-assign, assignment]
     return optimizer, scheduled(make_lr_schedule, optimizer, max_steps)
 
 
@@ -217,7 +223,7 @@ def keep_settings(make_optimizer: OptimizerFactory, optimizer: torch.optim.Optim
     A group may also hold numbers that an optimizer computes (Prodigy's `d`). They are no constructor arguments and stay.
     """
     saved_groups, moments = state["param_groups"], state["state"]
-    saved, needed = {name for moment in moments.values() for name in moment}, moments_of(make_optimizer, optimizer)
+    saved, needed = names_in(moments.values()), moments_of(make_optimizer, optimizer)
     if saved and not (needed and needed <= saved):
         say(f"resume:  {type(optimizer).__name__} starts without moments: the checkpoint's are another optimizer's")
         saved_groups, moments = [{"params": group["params"]} for group in saved_groups], {}
@@ -228,6 +234,12 @@ def keep_settings(make_optimizer: OptimizerFactory, optimizer: torch.optim.Optim
         for then, group in zip(saved_groups, optimizer.param_groups, strict=True)
     ]
     return {"state": moments, "param_groups": groups}
+
+
+def names_in(moments: Iterable[dict[str, Any]]) -> set[str]:
+    """Return the names of saved moments. bitsandbytes nests those of 8 bits."""
+    nested = [value for moment in moments for value in moment.values() if isinstance(value, dict)]
+    return {name for moment in (*moments, *nested) for name in moment}
 
 
 def moments_of(make_optimizer: OptimizerFactory, optimizer: torch.optim.Optimizer) -> set[str]:
@@ -257,6 +269,8 @@ def scheduled(make: Callable[..., Any], optimizer: torch.optim.Optimizer, max_st
 
 def match_parameter_layout(optimizer: torch.optim.Optimizer) -> None:
     """Give loaded moments the memory format of their parameters, which fused updates need."""
+    if not optimizer.defaults.get("fused"):
+        return
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():

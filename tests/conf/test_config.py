@@ -29,7 +29,7 @@ FULL_SIZE = {
     "lcd_sdxl": "sdxl",
     "lcd_lora_sdxl": "sdxl",
 }
-PARTS = ("solver", "loss", "timesteps", "lr_schedule", "optimizer", "net", "process", "objective")
+PARTS = ("solver", "loss", "timesteps", "lr_schedule", "optimizer", "net", "process", "objective", "quantization")
 
 
 def composed(experiment: str, *overrides: str) -> DictConfig:
@@ -74,6 +74,22 @@ def test_experiment(experiment: str) -> None:
 def test_every_option_of_group(group: str) -> None:
     for option in Groups("train").options(group):
         check_keys(configured("train", ["experiment=lcd_sd15", f"{group}={option}"]))
+
+
+CARDS = {
+    **dict.fromkeys(("lcd_lora_sd15", "lcd_lora_sdxl", "tcd_lora_sdxl", "lcf_lora_sd15"), ("8gb", "12gb", "16gb", "24gb")),
+    **dict.fromkeys(("lcd_sd15", "tcd_sd15"), ("16gb", "24gb")),
+}
+
+
+@pytest.mark.parametrize("experiment", CARDS)
+def test_card(experiment: str) -> None:
+    for card in CARDS[experiment]:
+        cfg = configured("train", [f"experiment={experiment}", f"card={card}"])
+        check_keys(cfg)
+        assert (cfg.name, cfg.data.latents, cfg.trainer.get("strategy")) == (experiment, True, None)
+        assert cfg.model.optimizer._target_.endswith("AdamW8bit")
+        assert cfg.model.gradient_checkpointing
 
 
 def check_keys(cfg: DictConfig) -> None:

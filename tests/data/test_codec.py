@@ -235,3 +235,13 @@ def test_cache_tells_samples_of_one_name_apart(tiny_pipeline: Path, tmp_path: Pa
     codec = load_codec(str(tiny_pipeline), cache=True)
     first, _, last = (codec.posterior(sample["x"][None], [sample["key"]]) for sample in samples)
     assert not torch.equal(first, last)
+
+
+@pytest.mark.parametrize(
+    ("batch", "vae", "text"), [(["x"], "meta", "meta"), (["moments"], "cpu", "meta"), (["moments", "states"], "cpu", "cpu")]
+)
+def test_only_what_encodes_the_batch_is_on_its_device(batch: list[str], vae: str, text: str, tiny_pipeline: Path) -> None:
+    codec = load_codec(str(tiny_pipeline))
+    codec.place(torch.device("meta"), dict.fromkeys(batch))
+    assert (codec.vae.device.type, codec.text.device.type) == (vae, text)
+    assert codec.text([""], torch.device("meta"))["states"].device.type == "meta"

@@ -125,7 +125,12 @@ def test_stored_text_embeddings_replace_the_text_encoder(
     expected = batch(codec, images, **options)
     encoded: list[list[str]] = []
     plain = TextEncoder.__call__
-    monkeypatch.setattr(TextEncoder, "__call__", lambda self, captions: encoded.append(captions) or plain(self, captions))
+
+    def counted(self: TextEncoder, captions: list[str], *device: torch.device) -> Any:
+        encoded.append(captions)
+        return plain(self, captions, *device)
+
+    monkeypatch.setattr(TextEncoder, "__call__", counted)
     got = batch(codec, folder, latents=True, **options)
     assert encoded == [[""]]
     assert got.captions == expected.captions

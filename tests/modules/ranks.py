@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from bitsandbytes.optim import AdamW8bit
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lcm.core.batch import LatentBatch
 from lcm.core.errors import UserError
 from lcm.core.random import generator
+from lcm.models.quantization import nf4
 from lcm.modules.adversary import LatentAdversary
 from lcm.modules.latent import LatentModule
 from lcm.modules.lr_schedules import constant
@@ -31,6 +33,7 @@ from tests.modules.test_autoencoder import train as train_autoencoder
 RANKS, STEPS, HALF = 2, 4, 2
 # With AdamW's usual eps of 1e-8 the order of a sum decides the step of a weight whose gradient is nearly zero.
 OPTIMIZER = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0, eps=1e-6, fused=True)
+EIGHT_BIT = partial(AdamW8bit, lr=1e-3, weight_decay=0.0, eps=1e-6)
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {  # of a sample of each pipeline
     "tiny": {"z0": (4, 8, 8), "states": (16, 16)},
     "pixart": {"z0": (4, 8, 8), "states": (6, 32), "mask": (6,)},
@@ -152,6 +155,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "hsdp": {"kind": "distillation", "strategy": "hsdp"},
     "recomputed": {"kind": "distillation", "strategy": "fsdp", "gradient_checkpointing": True, "validate": True},
     **{f"{of}-fsdp": {"kind": "distillation", "strategy": "fsdp", "of": of, "export": True} for of in ("pixart", "sd3")},
+    "nf4 base": {"kind": "lora", "strategy": "ddp", "quantization": nf4},
+    "nf4 teacher": {"kind": "distillation", "strategy": "ddp", "quantization": nf4, "optimizer": EIGHT_BIT},
+    "nf4 shards": {"kind": "distillation", "strategy": "fsdp", "quantization": nf4},
+    "8-bit shards": {"kind": "distillation", "strategy": "fsdp", "optimizer": EIGHT_BIT},
     "poisoned": {"kind": "distillation", "strategy": "fsdp", "poisoned": 2},
     "bf16": {"kind": "distillation", "strategy": "fsdp", "precision": "bf16-mixed"},
     **{f"half-{s}": {"kind": "distillation", "strategy": s, "steps": HALF, "save": f"half-{s}.ckpt"}

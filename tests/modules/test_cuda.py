@@ -7,11 +7,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from bitsandbytes.optim import AdamW8bit
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from lcm.core.errors import UserError
 from lcm.models.pipeline import load_codec
+from lcm.models.quantization import nf4
 from lcm.runtime.checkpoint_io import AtomicCheckpointIO
 from lcm.runtime.fsdp import FullySharded
 from tests.modules.conftest import new_module
@@ -51,7 +53,7 @@ def train(tiny_pipeline: Path, tmp_path: Path) -> Any:
             batches[poisoned].z0.fill_(float("nan"))
         # With AdamW's usual eps of 1e-8 the order of a sum decides the step of a weight whose gradient is nearly zero.
         optimizer = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0, eps=1e-6, fused=True)
-        module, watch = new_module(tiny_pipeline, kind, optimizer=optimizer, **options), Losses()
+        module, watch = new_module(tiny_pipeline, kind, **{"optimizer": optimizer, **options}), Losses()
         trainer = L.Trainer(
             accelerator=accelerator, devices=1, strategy=STRATEGIES[strategy](), max_steps=steps, max_epochs=-1,
             callbacks=[watch], precision=precision, logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -117,6 +119,26 @@ def test_checkpoint_resumes_on_either_device(written_on: str, train: Any, tmp_pa
 @pytest.mark.parametrize(("strategy", "options"), [("ddp", {}), ("fsdp", {}), ("fsdp", {"compile": True})])
 def test_nccl_equals_one_process(strategy: str, options: dict[str, Any], train: Any) -> None:
     assert_close(train(strategy=strategy, **options), train(), 1e-4)
+
+
+@pytest.mark.parametrize("quantization", [nf4])
+@pytest.mark.parametrize("kind", ["distillation", "lora", "tdm"])
+def test_quantised_layers_train_with_8_bit_moments(kind: str, quantization: Any, train: Any, tmp_path: Path) -> None:
+    options = {
+        "quantization": quantization,
+        "optimizer": partial(AdamW8bit, lr=1e-3, min_8bit_size=64),
+        "precision": "bf16-mixed",
+    }
+    straight = train(kind, **options)
+    train(kind, steps=HALF, save=tmp_path / "half.ckpt", **options)
+    assert_close(train(kind, resume=tmp_path / "half.ckpt", **options), straight, 1e-4)
+
+
+def test_stored_latents_keep_the_encoders_off_the_gpu(tiny_pipeline: Path) -> None:
+    codec = load_codec(str(tiny_pipeline)).to("cuda")
+    codec.place(torch.device("cuda", 0), {"moments": None, "states": None})
+    assert (codec.vae.device.type, codec.text.device.type) == ("cpu", "cpu")
+    assert codec.text([""], torch.device("cuda", 0))["states"].device.type == "cuda"
 
 
 def test_device_skips_a_non_finite_update(train: Any) -> None:

@@ -178,3 +178,16 @@ def test_two_ranks_train_the_autoencoder_as_one_process(folder: Path, tiny_pipel
     for name, value in one.items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], value, rtol=0, atol=2e-5, msg=name)  # three steps move a weight by 4e-3
+
+
+@pytest.mark.parametrize(("name", "kind"), [("nf4 base", "lora"), ("nf4 teacher", "distillation")])
+def test_quantised_layers_under_ddp(name: str, kind: str, found: Any, alone: Any) -> None:
+    one = alone(kind, **{key: SCENARIOS[name][key] for key in ("quantization", "optimizer") if key in SCENARIOS[name]})
+    assert_close(found(name), one, SIZES_APART)
+    assert_close(found(name, 1), found(name), 0.0)
+
+
+@pytest.mark.parametrize(("name", "says"), [("nf4 shards", "quantised layers"), ("8-bit shards", "bitsandbytes' optimizers")])
+def test_shards_are_neither_quantised_nor_updated_in_8_bits(name: str, says: str, found: Any) -> None:
+    assert found(name)["stopped"].startswith(says)
+    assert found(name)["losses"] == []
