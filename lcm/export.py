@@ -108,6 +108,8 @@ def check_format(cfg: DictConfig, module: LatentModule, net: Any) -> None:
         raise UserError(f"evaluation={cfg.evaluation} has no table.md: give the output folder of lcm.evaluate")
     if cfg.format in GRAPHS:
         graphs.check(module.family, cfg.format, f"format={cfg.format}")
+        if module.more_networks():
+            raise UserError(f"format={cfg.format} holds one network, and this run trained several: use format=pipeline")
     if cfg.format in ("kohya", "original") and module.family.original(net) is None:
         raise UserError(
             f"format={cfg.format}: other programs have no names for {module.family.pipelines[0]}: use format=pipeline"
