@@ -89,10 +89,16 @@ def test_a_folder_is_uploaded(hub: Any, tmp_path: Path) -> None:
         ("you/model", TOKEN, "push=you/model: the token in HF_TOKEN writes for me, lab: give one of these owners"),
     ],
 )
-def test_a_wrong_name_or_token_is_refused_before_the_export(name: str, token: str, says: str, hub: Any, tmp_path: Path) -> None:
-    """The folder of the run does not exist, so the export would end in another error."""
-    done = run(hub, "-m", "lcm.export", f"run={tmp_path / 'none'}", f"push={name}", HF_TOKEN=token)
-    assert done.returncode == 1
+def test_a_wrong_name_or_token_is_refused(name: str, token: str, says: str, hub: Any) -> None:
+    done = run(hub, "-c", UPLOAD.format(name, "."), HF_TOKEN=token)
     assert says in done.stderr
     assert token == "" or token not in done.stdout + done.stderr
     assert all(method == "GET" for method, _ in hub.requests)
+
+
+@pytest.mark.slow
+def test_an_export_checks_the_token_first(hub: Any, tmp_path: Path) -> None:
+    """The folder of the run does not exist, so the export would end in another error."""
+    done = run(hub, "-m", "lcm.export", f"run={tmp_path / 'none'}", "push=you/model")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith("the token in HF_TOKEN writes for me, lab: give one of these owners\n")

@@ -126,4 +126,4 @@ def test_optimum_draws_the_same_images(package: str, form: str, student: Path, t
     for pipeline in (LatentConsistencyModelPipeline.from_pretrained(student), theirs):
         rng, latents = torch.Generator().manual_seed(0), torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
         images.append(pipeline("cat", latents=latents, num_inference_steps=2, generator=rng, output_type="np").images)
-    assert np.abs(images[0] - images[1]).max() < 2 / 255
+    assert np.abs(images[0] - images[1]).max() < 3 / 255  # two grey levels of 255
