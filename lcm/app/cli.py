@@ -200,7 +200,6 @@ def quiet() -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request to a hub
     for message in (
         "Checkpoint directory",
         "Be aware that when using `ckpt_path`",  # a changed period of checkpoints: it takes effect
