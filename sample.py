@@ -1,12 +1,12 @@
 """Images from prompts: `python sample.py pipeline=runs/lcd_mini/0/model prompts='red apple' steps=4 w=2`."""
 
 from lcm.app.cli import Program, build
-from lcm.core.numbers import Count, Dtype, PositiveShare, Seed
+from lcm.core.numbers import Count, Dtype, Engine, PositiveShare, Seed
 
 COUNTS = dict.fromkeys(("steps", "images_per_prompt", "batch_size", "grid_rows"), Count)
 FILES = dict.fromkeys(("image", "mask", "output"), str | None) | {"strength": PositiveShare | None}
 TYPES = {"prompts": str | list[str], "pipeline": str, "w": float | None, "compile": bool, "negative": str, **FILES}
-program = Program("sample", seed=Seed, dtype=Dtype, **COUNTS, **TYPES)
+program = Program("sample", seed=Seed, dtype=Dtype, engine=Engine, **COUNTS, **TYPES)
 if __name__ == "__main__":
     program.read_command_line()  # before imports that take seconds: --help and misspelt keys are answered at once
 
@@ -33,8 +33,8 @@ def main(cfg: DictConfig) -> None:
     prompts, own = read_requests(cfg.prompts, lambda: read_captions(source), cfg.captions)
     name, lora = find_pipeline(cfg.pipeline, cfg.paths.runs), read_adapters(cfg.lora)
     print(f"model:   {name}")
-    options = {"device": pick_device(cfg.device), "dtype": getattr(torch, cfg.dtype), "compile": cfg.compile}
-    model = TextToImage.load(name, **options, lora=lora)
+    options = {"device": pick_device(cfg.device, engine=cfg.engine), "dtype": getattr(torch, cfg.dtype), "compile": cfg.compile}
+    model = TextToImage.load(name, **options, lora=lora, engine=cfg.engine)
     sampler, size = build(cfg.sampler), model.size(cfg.size)
     start = read_start(cfg.image, cfg.mask, cfg.strength, size)
     settings = {"steps": cfg.steps, "w": model.default_w if cfg.w is None else cfg.w, "negative": cfg.negative}

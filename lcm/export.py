@@ -5,7 +5,8 @@ from typing import Literal
 from lcm.app.cli import Program, build
 from lcm.core.numbers import Dtype
 
-FORMATS = ("pipeline", "unet", "kohya", "original")
+GRAPHS = ("onnx", "openvino")
+FORMATS = ("pipeline", "unet", "kohya", "original", *GRAPHS)
 ZERO_SNR = {"rescale_betas_zero_snr": True}  # other programs know this change of the noise schedule
 WEIGHTS = {"trained": "net", "average": "ema_net", "target": "target_net"}  # of a module
 program = Program(
@@ -18,6 +19,7 @@ program = Program(
     w=float | None,
     card=bool,
     evaluation=str | None,
+    push=str | None,
     output=str,
 )
 if __name__ == "__main__":
@@ -26,6 +28,7 @@ if __name__ == "__main__":
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
@@ -35,10 +38,12 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save
 from torch import Tensor
 
+from lcm.app.hub import Repository
 from lcm.app.inputs import output_folder
 from lcm.app.model_card import write_card
 from lcm.core.errors import UserError
 from lcm.core.process import VP
+from lcm.models import graphs
 from lcm.models.codec import vae_factor
 from lcm.models.loading import check_saved, load_part, read_json
 from lcm.models.lora import is_adapted, kohya_metadata, kohya_weights, merged
@@ -101,6 +106,10 @@ def check_format(cfg: DictConfig, module: LatentModule, net: Any) -> None:
         raise UserError(f"evaluation={cfg.evaluation} has no effect without a card: set card=true")
     if cfg.evaluation is not None and not Path(cfg.evaluation, "table.md").is_file():
         raise UserError(f"evaluation={cfg.evaluation} has no table.md: give the output folder of lcm.evaluate")
+    if cfg.format in GRAPHS:
+        graphs.check(module.family, cfg.format, f"format={cfg.format}")
+        if module.more_networks():
+            raise UserError(f"format={cfg.format} holds one network, and this run trained several: use format=pipeline")
     if cfg.format in ("kohya", "original") and module.family.original(net) is None:
         raise UserError(
             f"format={cfg.format}: other programs have no names for {module.family.pipelines[0]}: use format=pipeline"
@@ -151,17 +160,22 @@ def write(file: Path, weights: Mapping[str, Tensor], dtype: torch.dtype, metadat
 def main(cfg: DictConfig) -> None:
     """Load a checkpoint, choose its weights and write them."""
     output, dtype = Path(cfg.output), getattr(torch, cfg.dtype)
+    repository = None if cfg.push is None else Repository(cfg.push)
     module = trained(Path(cfg.run), cfg.checkpoint)
     net = choose_net(module, cfg.weights)
     check_format(cfg, module, net)
     output_folder(str(output.parent))
-    output = output if cfg.format == "pipeline" else output.with_suffix(".safetensors")
+    output = output if cfg.format in ("pipeline", *GRAPHS) else output.with_suffix(".safetensors")
     original = module.family.original(net)
     match cfg.format:
         case "pipeline":
             module.save_model(str(output), net, dtype=dtype)
             if cfg.card:
                 write_card(output, Path(cfg.run), None if cfg.evaluation is None else Path(cfg.evaluation))
+        case "onnx" | "openvino":
+            with TemporaryDirectory(dir=output.parent) as folder:
+                module.save_model(f"{folder}/model", net, dtype=dtype)
+                graphs.write_graphs(Path(folder, "model"), output, cfg.format)
         case "unet":
             net = merged(net, load_network(module.pipeline)) if is_adapted(net) else net
             write(output, net.state_dict(), dtype, {})
@@ -175,6 +189,8 @@ def main(cfg: DictConfig) -> None:
             write(output, single_file_weights(module, net, cfg.w), dtype, metadata)
     fixed = "" if cfg.w is None else f", w = {cfg.w:g}"
     print(f"model:   {output}   ({cfg.weights} weights of step {module.global_step}, {cfg.dtype}{fixed})")
+    if repository is not None:
+        print(f"hub:     {repository.upload(output)}")
 
 
 if __name__ == "__main__":

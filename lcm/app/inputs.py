@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 
 from lcm.core.errors import UserError
+from lcm.core.numbers import Engine
 from lcm.models.text_to_image import Start
 from lcm.runtime.atomic_io import lines_of, text_of, writable
 
@@ -171,10 +172,10 @@ def output_folder(path: str, option: str = "output") -> Path:
     return writable(Path(path), option)
 
 
-def pick_device(device: str, local_rank: int = 0) -> str:
-    """Return a torch device. "auto" is the GPU if there is one. "cuda" is the GPU of this process's local rank."""
+def pick_device(device: str, local_rank: int = 0, engine: Engine = "torch") -> str:
+    """Return a torch device. "auto" is the GPU if torch has one. "cuda" is the GPU of this process's local rank."""
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if engine == "torch" and torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device={device}, but torch sees no GPU: use device=cpu")
     if device == "mps" and not torch.backends.mps.is_available():

@@ -1,5 +1,6 @@
 """Few-step sampling beside LatentConsistencyModelPipeline of diffusers, with the same weights and the same noise."""
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lcm.app.inputs import pick_device
 from lcm.bench.measure import Table, in_turn, now
+from lcm.core.numbers import Engine
 from lcm.core.random import ImageNoise
 from lcm.models.pipeline import find, load_family, load_network, load_prediction_type, load_process
 from lcm.models.saving import save_pipeline
@@ -30,8 +32,8 @@ def save_student(pipeline: str, folder: Path) -> str:
     return str(folder)
 
 
-def ours(folder: str, dtype: torch.dtype, device: str, *, compile: bool = False) -> Sampler:
-    model = TextToImage.load(folder, device=device, dtype=dtype, compile=compile)
+def ours(folder: str, dtype: torch.dtype, device: str, *, compile: bool = False, engine: Engine = "torch") -> Sampler:
+    model = TextToImage.load(folder, device=device, dtype=dtype, compile=compile, engine=engine)
 
     @torch.inference_mode()  # as sample.py
     def images(prompts: list[str], steps: int, w: float) -> Tensor:
@@ -53,19 +55,31 @@ def diffusers(folder: str, dtype: torch.dtype, device: str) -> Sampler:
     return images
 
 
-def timed(sample: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    started = now()
+def timed(sample: Callable[[], Tensor]) -> tuple[float, float, Tensor]:
+    """Return the seconds on the clock and on the CPU, and the images."""
+    started, cpu = now(), time.process_time()
     images = sample()
-    return now() - started, images.cpu()
+    return now() - started, time.process_time() - cpu, images.cpu()
 
 
 def measure(
-    *, pipeline: str, prompt: str, w: float, steps: list[int], batch_sizes: list[int], repeats: int, device: str, compile: bool
+    *,
+    pipeline: str,
+    prompt: str,
+    w: float,
+    steps: list[int],
+    batch_sizes: list[int],
+    repeats: int,
+    device: str,
+    compile: bool,
+    openvino: bool,
 ) -> Table:
-    """pipeline: a teacher, saved as a student first. compile: also measure our sampler compiled."""
+    """pipeline: a teacher, saved as a student first. compile, openvino: also measure our sampler compiled, or by OpenVINO."""
     makers: dict[str, Callable[..., Sampler]] = {"diffusers": diffusers, "ours": ours}
     if compile:
         makers["ours compiled"] = partial(ours, compile=True)
+    if openvino:
+        makers["ours by OpenVINO"] = partial(ours, engine="openvino")
     rows = []
     with TemporaryDirectory() as folder:
         student = save_student(pipeline, Path(folder, "student"))
@@ -79,8 +93,9 @@ def measure(
             for count in steps:
                 runs = {", ".join(key): partial(timed, partial(s, prompts, count, w)) for key, s in samplers.items()}
                 results = in_turn(runs, repeats + 1, lambda result: f"{1e3 * result[0]:.0f} ms")
-                seconds = {name: min(time for time, _ in found[1:]) for name, found in results.items()}
-                images = {name: found[0][1].int() for name, found in results.items()}
+                seconds = {name: min(result[0] for result in found[1:]) for name, found in results.items()}
+                cpu = {name: min(result[1] for result in found[1:]) for name, found in results.items()}
+                images = {name: found[0][2].int() for name, found in results.items()}
                 for name, dtype in samplers:
                     key = f"{name}, {dtype}"
                     rows.append({
@@ -88,6 +103,7 @@ def measure(
                         "steps": count,
                         "sampler": key,
                         "ms": 1e3 * seconds[key],
+                        "CPU ms": 1e3 * cpu[key],
                         "of diffusers' rate": seconds[f"diffusers, {dtype}"] / seconds[key],
                         "largest difference": int((images[key] - images["diffusers, float32"]).abs().max()),
                     })  # fmt: skip

@@ -44,6 +44,8 @@ def find(pipeline: str | Path) -> Path:
     family = family_of(path)
     required = [family.network, "vae", "scheduler"]
     required += [folder for tower in family.towers if not tower.optional for folder in (tower.encoder, tower.tokenizer)]
+    if (path / "vae_decoder").is_dir():
+        raise UserError(f"{pipeline} holds graphs for optimum: give the pipeline that they were made from, and engine=openvino")
     if missing := [folder for folder in required if not (path / folder).is_dir()]:
         raise UserError(f"{pipeline} is not a whole {family.pipelines[0]}: it lacks {', '.join(missing)}")
     return path

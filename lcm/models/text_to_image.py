@@ -19,9 +19,11 @@ from lcm.core import sampling
 from lcm.core.consistency import cm_consistency_fn
 from lcm.core.denoiser import Denoiser
 from lcm.core.errors import UserError
+from lcm.core.numbers import Engine
 from lcm.core.process import Flow, Process
 from lcm.core.random import ImageNoise
 from lcm.core.timesteps import POINTS, consistency_steps, trailing_steps
+from lcm.models import graphs
 from lcm.models import pipeline as pipelines
 from lcm.models.attention import check_compiler
 from lcm.models.codec import LatentCodec
@@ -63,6 +65,7 @@ class TextToImage:
     codec: LatentCodec
     metadata: dict[str, Any] = field(default_factory=dict)
     students: dict[int, Any] = field(default_factory=dict)
+    engine: Engine = "torch"
 
     @classmethod
     def load(
@@ -73,22 +76,29 @@ class TextToImage:
         dtype: torch.dtype = torch.float32,
         compile: bool = False,
         lora: Mapping[str, float] = MappingProxyType({}),
+        engine: Engine = "torch",
     ) -> "TextToImage":
         """Load a pipeline, see `pipeline.find`.
 
         dtype: of the network. Solvers, VAE and text encoders use float32. compile: compile the networks and the VAE's decoder
-        at their first call. lora: weights by files of adapters, which are merged into network and text encoders.
+        at their first call. lora: weights by files of adapters, which are merged into network and text encoders. engine:
+        "torch", or "openvino" for the networks and the VAE's decoder on a CPU, see `graphs.Graph`.
         """
         if compile:
             check_compiler("compile")
+        if engine == "openvino":
+            check_engine(device, dtype, compile)
 
         def load(name: str | None = None) -> Any:
-            net = pipelines.load_network(folder, dtype, name=name).to(device).eval().requires_grad_(False)
+            stored = torch.float32 if engine == "openvino" else dtype
+            net = pipelines.load_network(folder, stored, name=name).to(device).eval().requires_grad_(False)
             if compile:
                 net.compile()
             return net
 
         folder = pipelines.find(pipeline)  # once, as a hub id needs a request
+        if engine == "openvino":
+            graphs.check(pipelines.load_family(folder), "openvino", "engine=openvino")
         net, codec = load(), pipelines.load_codec(folder).to(device)
         if compile:
             codec.vae.decoder.compile()
@@ -99,8 +109,13 @@ class TextToImage:
             raise UserError(f"lora: {pipeline} holds a network for each number of steps, and adapters fit one: leave lora out")
         for file, weight in lora.items():
             fuse_adapters(codec.text.family, net, codec, Path(file), weight)
+        if engine == "openvino":
+            for network in {net, *students.values()}:
+                network.forward = graphs.Graph(graphs.unet(network, codec), identified(network), dtype)
+            vae = codec.vae.to(memory_format=torch.contiguous_format)
+            vae.decode = graphs.Graph(graphs.vae_decoder(vae), identified(vae), torch.float32)
         process, prediction_type = pipelines.load_process(folder).to(device), pipelines.load_prediction_type(folder)
-        return cls(codec.text.family, net, process, prediction_type, codec, metadata, students)
+        return cls(codec.text.family, net, process, prediction_type, codec, metadata, students, engine)
 
     @property
     def consistency(self) -> bool:
@@ -168,6 +183,7 @@ class TextToImage:
             "latent_scaling": self.family.latent_scaling(self.codec.vae),
             "facts": self.metadata,
             "consistency": self.consistency,
+            **({} if self.engine == "torch" else {"engine": self.engine}),
         }
 
     def sampler(self, sampler: Sampler | None) -> tuple[Sampler, Callable[..., list[int]]]:
@@ -306,6 +322,22 @@ def checked_size(size: Any, factor: int, option: str = "size") -> tuple[int, int
             f"{option}={size}: {odd[0]} is not a multiple of the VAE's factor {factor}: use {lower} or {lower + factor}"
         )
     return sides[0], sides[1]
+
+
+def check_engine(device: str, dtype: torch.dtype, compile: bool) -> None:
+    """Raise UserError for an option that has no effect on OpenVINO."""
+    if device != "cpu":
+        raise UserError(f"device={device} has no effect on engine=openvino, which runs on the CPU: leave device out")
+    if compile:
+        raise UserError("compile=true has no effect on engine=openvino: leave compile out")
+    if dtype == torch.float16:
+        raise UserError("dtype=float16: engine=openvino computes in float32 or bfloat16: set one of them")
+
+
+def identified(network: Any) -> list[Any]:
+    """Return what identifies a network's function: its class, its config and its weights."""
+    config = {key: value for key, value in network.config.items() if not key.startswith("_")}
+    return [type(network).__name__, config, fingerprint(network)]
 
 
 def fingerprint(*networks: nn.Module) -> str:

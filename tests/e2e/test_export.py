@@ -47,6 +47,13 @@ def test_sharded_run_is_exported(run, tiny, tmp_path):
     pipe = StableDiffusionPipeline.from_single_file(str(tmp_path / "fixed.safetensors"), config=tiny[0].partition("=")[2])
     assert pipe.unet.config["time_cond_proj_dim"] is None
 
+    graphs = run("lcm.export", f"run={run_dir}", "format=openvino", "dtype=float32", "output=graphs")
+    assert "model:   graphs   (best weights of step 6, float32)" in graphs.stdout, graphs.stderr
+    assert 'names="timestep_cond"' in (tmp_path / "graphs/unet/openvino_model.xml").read_text()
+    assert {path.name for path in (tmp_path / "graphs").iterdir()} >= {"scheduler", "text_encoder", "tokenizer", "vae_decoder"}
+    drawn = run("sample.py", f"pipeline={run_dir}/export", "engine=openvino", "prompts=cat", HF_HOME=str(tmp_path / "hub"))
+    assert drawn.returncode == 0, drawn.stderr
+
     shard = next(last.glob("shard-*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
     before = run("lcm.export", f"run={run_dir}", "output=before", "format=unet")

@@ -168,7 +168,8 @@ def network(kind: str, tiny: Path, pixart: Path) -> tuple[Any, Any]:
         net = family.with_w(net)
     elif kind == "adapters":
         net = with_adapters(family, net, rank=2)
-    return SimpleNamespace(family=family, process=Flow() if kind == "flow" else VP(rescale_betas_zero_snr=True)), net
+    process = Flow() if kind == "flow" else VP(rescale_betas_zero_snr=True)
+    return SimpleNamespace(family=family, process=process, more_networks=lambda: kind == "several"), net
 
 
 @pytest.mark.parametrize(
@@ -188,6 +189,9 @@ def network(kind: str, tiny: Path, pixart: Path) -> tuple[Any, Any]:
         ("teacher", {"format": "unet", "card": True}, "card=true has no effect on format=unet"),
         ("teacher", {"evaluation": "x"}, "evaluation=x has no effect without a card"),
         ("teacher", {"evaluation": "x", "card": True}, "evaluation=x has no table.md"),
+        ("pixart", {"format": "onnx"}, "format=onnx is for Stable Diffusion 1, 2 and XL, and this is a PixArtAlphaPipeline"),
+        ("several", {"format": "openvino"}, "format=openvino holds one network, and this run trained several"),
+        ("student", {"format": "openvino", "w": 3.0}, "w=3 has no effect on format=openvino"),
         ("student", {"format": "original", "w": 3.0}, None),
         ("teacher", {"format": "original"}, None),
         ("adapters", {"format": "kohya"}, None),
