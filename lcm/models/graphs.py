@@ -3,6 +3,7 @@
 Folders, files, inputs and outputs have the names of optimum's exporters.
 """
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -152,10 +153,13 @@ def write_graphs(pipeline: Path, target: Path, form: str) -> None:
     """
     codec, net = load_codec(pipeline), load_network(pipeline)
     family, vae = codec.text.family, codec.vae.to(memory_format=torch.contiguous_format)
-    parts = {"unet": ("unet", lambda: unet(net, codec)), "vae_encoder": ("vae", lambda: vae_encoder(vae))}
-    parts["vae_decoder"] = ("vae", lambda: vae_decoder(vae))
+    parts: dict[str, tuple[str, Callable[[], Part]]] = {
+        "unet": ("unet", lambda: unet(net, codec)),
+        "vae_encoder": ("vae", lambda: vae_encoder(vae)),
+        "vae_decoder": ("vae", lambda: vae_decoder(vae)),
+    }
     for tower, encoder, tokenizer in zip(family.towers, codec.text.encoders, codec.text.tokenizers, strict=True):
-        parts[tower.encoder] = (tower.encoder, lambda encoder=encoder, tokenizer=tokenizer: text_encoder(encoder, tokenizer))
+        parts[tower.encoder] = (tower.encoder, functools.partial(text_encoder, encoder, tokenizer))
     partial = target.with_name(target.name + ".partial")
     remove(partial)
     try:
