@@ -40,8 +40,9 @@ def test_help_page(program: str) -> None:
         parent, _, name = key.rpartition(".")
         assert name in list(OmegaConf.select(cfg, parent) if parent else cfg), key
         assert len(sentence) > 5, key
-    for group in re.findall(r"^  \+?([\w/]+)", groups, re.MULTILINE):
-        assert (ROOT / "conf" / group).is_dir()
+    for plus, group, first in re.findall(r"^  (\+?)([\w/@.]+)\s+([\w()]+)", groups, re.MULTILINE):
+        assert (ROOT / "conf" / group.partition("@")[0]).is_dir()
+        assert plus or first == (cfg.hydra.runtime.choices[group] or "(none)")
     assert max(map(len, text.splitlines())) <= 132
 
 
