@@ -72,7 +72,7 @@ def comment_of(key: str, program: str) -> str:
 
 
 def choices(program: str, cfg: DictConfig) -> dict[str, list[str]]:
-    """Return the groups and their options, the default first, "(none)" if there is no default. A group that can be added has a plus."""
+    """Return the groups and their options. The default is first, or "(none)". A group that can be added has a plus."""
     groups, chosen = Groups(program), dict(cfg.hydra.runtime.choices)
     others = [name for name in groups.names if name not in chosen and name.rpartition("/")[0] in chosen]
     rows = {}

@@ -1,4 +1,4 @@
-"""A folder of pictures, one file each. None is drawn twice, and a picture of another call is never overwritten."""
+"""The output folder of `sample.py`: one file per picture. Existing pictures are neither drawn again nor overwritten."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,7 +80,7 @@ class Pictures:
         return folders / new_run(folders)
 
     def difference(self, folder: Path) -> str | None:
-        """Say how the first picture of other settings in the folder differs."""
+        """Describe the first picture in the folder that was drawn with other settings."""
         for file in [*numbered(folder), *folder.glob(GRID)]:
             expected = self.identity(int(file.stem) if file.stem.isdigit() else len(self))
             text = text_of(file)
