@@ -29,7 +29,7 @@ class Pictures:
     """`repeats` pictures of each prompt. Picture i has seed `seed + i`. Each file holds its prompt, seed and settings.
 
     settings: common to all pictures of a call. "model" identifies the weights, "pipeline" is only their name. own: settings of
-    each prompt that replace them; its own seed is that of its first picture.
+    single prompts that replace these; a seed in it is that of the prompt's first picture.
     """
 
     prompts: list[str]

@@ -48,7 +48,7 @@ class Skip(Exception):
 
 @contextmanager
 def skipping(reason: str, *errors: type[Exception]) -> Iterator[None]:
-    """Turns these errors of its block into a `Skip`."""
+    """Raise `Skip` in place of these errors."""
     try:
         yield
     except Skip:
@@ -58,7 +58,7 @@ def skipping(reason: str, *errors: type[Exception]) -> Iterator[None]:
 
 
 def metadata(sample: Sample) -> dict[str, Any]:
-    """The .json member under lower-case names, {} without one; raises `Skip("json")`."""
+    """Return the .json member with lower-case names, {} without one. Raises `Skip("json")`."""
     with skipping("json", ValueError, RecursionError):
         content = json.loads(sample.get("json", b"{}"))
     if not isinstance(content, dict):
@@ -69,7 +69,7 @@ def metadata(sample: Sample) -> dict[str, Any]:
 def captions_of(
     sample: Sample, captions: Mapping[str, float] | None = None, meta: Mapping[str, Any] | None = None
 ) -> dict[str, list[str]]:
-    """Return the texts of a sample by the member, else the .json field, that holds them.
+    """Return the captions of a sample, by the name of their member or .json field.
 
     captions: the names to read, all of them; None: the first of `CAPTIONS` with a text. meta: the sample's `metadata`, if it is
     known. Blank texts count only where there is no other. Raises `Skip("no_caption")` or `Skip("caption_encoding")`.
@@ -89,7 +89,7 @@ def captions_of(
 
 
 def texts_of(name: str, content: Any) -> list[str]:
-    """Return what a member or field says: one text, those of a list, or none where it is null or missing. Raises `Skip`."""
+    """Return the texts of a member or field: one text, those of a list, or none if it is null or missing. Raises `Skip`."""
     if isinstance(content, bytes):
         with refusing_encodings(name):
             return [text_of(content).strip()]
@@ -117,8 +117,8 @@ def caption_of(sample: Sample, captions: Mapping[str, float] | None = None) -> s
 class CaptionChoice:
     """`(sample, rng) -> caption`: "" with probability `dropout`, else one of the sample's captions.
 
-    weights: members or .json fields that hold a caption. One that the sample has is drawn by weight. None: the first of
-    `CAPTIONS` with a text. One text of a list is drawn. Raises `Skip` for a sample without a caption, dropped or not.
+    weights: of members or .json fields. One of the sample's fields is drawn by weight. None: the first of `CAPTIONS` with text.
+    One text of a list is drawn. Raises `Skip` for a sample without a caption, even if `dropout` drops it.
     """
 
     def __init__(self, dropout: float = 0.0, weights: Mapping[str, float] | None = None) -> None:
@@ -135,7 +135,7 @@ class CaptionChoice:
 
 
 def weights_of(captions: Mapping[str, float]) -> dict[str, float]:
-    """Return those above zero, under lower-case names as a shard's members and `metadata` have them."""
+    """Return the weights above zero, with lower-case names as in `metadata`."""
     try:
         weights = {str(name).lower().lstrip("."): float(weight) for name, weight in captions.items()}
     except (AttributeError, TypeError, ValueError) as error:
