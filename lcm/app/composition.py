@@ -284,8 +284,8 @@ def check_keys_are_read(cfg: DictConfig, overrides: Sequence[str], groups: Group
             continue
         if part := unbuilt_part(cfg, key):
             raise UserError(not_chosen(key, part, groups))
-        own = {name: cfg._get_node(name) for name in cfg if name != "hydra"}
-        if prefix and not is_read(cfg, key, hints) and f"${{{key}}}" not in str(own):
+        nodes = {name: cfg._get_node(name) for name in cfg if name != "hydra"}
+        if prefix and not is_read(cfg, key, hints) and f"${{{key}}}" not in str(nodes):
             near = nearest(key, [name for name in keys_of(cfg) if name != key])
             raise UserError(f"nothing reads {key}: leave it out" + (f", or did you mean '{near}'?" if near else ""))
 

@@ -101,9 +101,9 @@ def usage(class_name: str, facts: dict[str, Any]) -> str:
 
 def settings(config: Any) -> list[tuple[str, str]]:
     """Return the main settings of the training. A `_target_` is shortened to its last name."""
-    found = ((name, OmegaConf.select(config, name, throw_on_missing=False)) for name in SETTINGS)
+    values = ((name, OmegaConf.select(config, name, throw_on_missing=False)) for name in SETTINGS)
     return [(name.removesuffix("._target_"), str(value).rpartition(".")[2] if name.endswith("_target_") else number(value))
-            for name, value in found if value is not None]  # fmt: skip
+            for name, value in values if value is not None]  # fmt: skip
 
 
 def data_of(config: Any) -> str:

@@ -8,7 +8,7 @@ from lcm.core.errors import UserError
 from lcm.data.transforms import stored_size
 
 Shape = tuple[int, int]  # (height, width) in pixels
-SQUARE, STEPS = 128, 32  # an aspect ratio is a byte, this at 1:1, so many more each time the width doubles: +-1 %, up to 16:1
+SQUARE, STEPS = 128, 32  # the byte of the aspect ratio 1:1, and its increase per doubling of the width: +-1 %, up to 16:1
 
 
 def shapes_of(buckets: float | Sequence[Sequence[int]], resolution: int, factor: int = 1) -> list[Shape]:

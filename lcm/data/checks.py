@@ -15,7 +15,7 @@ SHOWN = 8  # kinds of members that a complaint lists
 
 def first_samples(file: Bytes, rules: Rules) -> list[Sample]:
     """Return the first samples of a shard, usable or not. Links to files outside are empty."""
-    links, found = Links(file), []
+    links, contents = Links(file), []
     for sample in islice(samples(file, rules.needs, rules.tells), LOOKED_AT):
         content: Sample = {"__key__": sample.key}
         for extension, member in sample.members.items():
@@ -26,8 +26,8 @@ def first_samples(file: Bytes, rules: Rules) -> list[Sample]:
                 content[extension] = b""
             else:
                 content[extension] = file.read(target.data, target.size)
-        found.append(content)
-    return found
+        contents.append(content)
+    return contents
 
 
 def extensions_of(first: Sequence[Sample]) -> set[str]:

@@ -98,7 +98,7 @@ class Encoder:
             arrays |= {TEXTS[name][0]: rows.half().cpu().numpy() for name, rows in embeddings.items()}
         for i, texts in enumerate(members):
             caption = {"txt": batch["captions"][i]} if self.text else {}
-            yield {**texts, **caption, **{member: npy(of[i]) for member, of in arrays.items()}}
+            yield {**texts, **caption, **{member: npy(array[i]) for member, array in arrays.items()}}
 
 
 def npy(array: np.ndarray) -> bytes:

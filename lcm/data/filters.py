@@ -44,11 +44,11 @@ def sides(fields: Fields) -> tuple[float, float] | None:
 
 
 def shorter_side(_: str | None, fields: Fields) -> float | None:
-    return found[0] if (found := sides(fields)) else None
+    return pair[0] if (pair := sides(fields)) else None
 
 
 def aspect(_: str | None, fields: Fields) -> float | None:
-    return found[1] / found[0] if (found := sides(fields)) else None
+    return pair[1] / pair[0] if (pair := sides(fields)) else None
 
 
 def length(caption: str | None, _: Fields) -> int | None:
@@ -61,17 +61,17 @@ def score(*names: str) -> Callable[[str | None, Fields], float | None]:
 
 def unsafe(_: str | None, fields: Fields) -> float | None:
     """Return a classifier's probability, else the number for LAION's textual NSFW column."""
-    found = number(fields, "punsafe", "nsfw_score_opennsfw2")
-    return NSFW.get(str(fields.get("nsfw")).strip().upper()) if found is None else found
+    probability = number(fields, "punsafe", "nsfw_score_opennsfw2")
+    return NSFW.get(str(fields.get("nsfw")).strip().upper()) if probability is None else probability
 
 
 def identities(_: str | None, fields: Fields) -> frozenset[str] | None:
     """Return the names of the sample in a removal list: its `hash`, `sha256`, `md5`, `url`, or the url's sha256."""
     digests = (fields.get(name) for name in ("hash", "sha256", "md5"))
-    found = {str(digest).lower() for digest in digests if isinstance(digest, str | int) and digest != ""}
+    names = {str(digest).lower() for digest in digests if isinstance(digest, str | int) and digest != ""}
     if isinstance(url := fields.get("url"), str) and url:
-        found |= {url, hashlib.sha256(url.encode(errors="surrogatepass")).hexdigest()}
-    return frozenset(found) or None
+        names |= {url, hashlib.sha256(url.encode(errors="surrogatepass")).hexdigest()}
+    return frozenset(names) or None
 
 
 class Rule(NamedTuple):
@@ -83,7 +83,7 @@ class Rule(NamedTuple):
     span: tuple[float, float] = (0.0, math.inf)
 
 
-NSFW = {"UNLIKELY": 0.0, "UNSURE": 0.75, "NSFW": 1.0}  # the default limit drops what was not called safe
+NSFW = {"UNLIKELY": 0.0, "UNSURE": 0.75, "NSFW": 1.0}  # the default limit drops everything not called safe
 AESTHETIC = score("aesthetic_score", "aesthetic", "aesthetic_score_laion_v2")
 # In the order of their use: a sample is counted under the first rule that it fails. The last name of a score is COYO's.
 RULES = {

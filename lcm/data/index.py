@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 RECORD = np.dtype([("start", "<u8"), ("size", "<u4"), ("aspect", "u1"), ("repeated", "u1")])
 VERSION = 1  # raised when a scan chooses or describes samples in another way
 FLUSH = 64  # records that are written at once
-AHEAD, PAUSE = 64, 2.0  # records beyond those asked for; then so many seconds pass for each `FLUSH`
+AHEAD, PAUSE = 64, 2.0  # records ahead of the readers; beyond them, a pause in seconds for each `FLUSH`
 NAMED = 10  # samples that are named in the log for each reason
 Judge = Callable[[str | None, Mapping[str, Any]], str | None]
 

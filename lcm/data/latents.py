@@ -69,7 +69,7 @@ def sizes_of(sample: Sample, variants: int) -> np.ndarray:
 
 def array(sample: Sample, name: str, dims: int) -> np.ndarray:
     """Raises `Skip`."""
-    with skipping("latent", Exception):  # whatever it makes numpy raise, MemoryError for a header that claims terabytes
+    with skipping("latent", Exception):  # numpy may raise anything, even MemoryError for a header of terabytes
         content = np.load(io.BytesIO(sample[name]), allow_pickle=False)
         sound = content.ndim == dims and np.isfinite(content).all()
     if not sound:
@@ -89,11 +89,11 @@ def collate_latents(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 def stamp(codec: LatentCodec, resolution: int, *, drawn: bool = False, text: bool = False) -> dict[str, Any]:
     """Return the settings that latents depend on. drawn, text: the options of `lcm.encode`."""
-    found = {"vae": weights_hash(codec.vae), "resolution": resolution, "content": CONTENT[DRAWN if drawn else POSTERIOR]}
+    settings = {"vae": weights_hash(codec.vae), "resolution": resolution, "content": CONTENT[DRAWN if drawn else POSTERIOR]}
     if not text:
-        return found
+        return settings
     words = [json.dumps(sorted(tokenizer.get_vocab().items())) for tokenizer in codec.text.tokenizers]
-    return {**found, "text_encoder": " ".join(map(weights_hash, codec.text.encoders, words))}
+    return {**settings, "text_encoder": " ".join(map(weights_hash, codec.text.encoders, words))}
 
 
 def weights_hash(network: torch.nn.Module, more: str = "") -> str:
@@ -112,21 +112,21 @@ def check_stamp(urls: Sequence[str], codec: LatentCodec, resolution: int, captio
     for folder in sorted({local(url).rpartition("/")[0] or "." for url in urls}):
         try:
             with fsspec.open(f"{folder}/{STAMP}") as file:
-                found = json.loads(file.read())
-        except Exception as error:  # whatever a file system's client raises
+                stored = json.loads(file.read())
+        except Exception as error:  # a file system's client may raise anything
             raise UserError(
                 f"{redacted(folder)} has no readable {STAMP}: make latent shards with python -m lcm.encode"
             ) from error
-        drawn, text = found.get("content") == CONTENT[DRAWN], "text_encoder" in found
+        drawn, text = stored.get("content") == CONTENT[DRAWN], "text_encoder" in stored
         if text and captions is not None:
             raise UserError(
                 f"data.captions chooses among captions, but the latents in {redacted(folder)} hold the text embeddings of one "
                 "of them: leave it out, or encode the images again with text=false"
             )
         for name, value in stamp(codec, resolution, drawn=drawn, text=text).items():
-            if found.get(name) != value:
+            if stored.get(name) != value:
                 raise UserError(
-                    f"the latents in {redacted(folder)} have {name} = {short(found.get(name))}, but data.codec and "
+                    f"the latents in {redacted(folder)} have {name} = {short(stored.get(name))}, but data.codec and "
                     f"data.resolution ask for {short(value)}: encode the images again, or set what they were encoded with"
                 )
 

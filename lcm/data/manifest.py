@@ -47,11 +47,11 @@ class Manifests:
         file = f"{folder}{slash}{MANIFEST}{mark}{query}"
         if file not in self.columns:
             self.columns[file] = columns(read_json(file))
-        said = {field: column[name] for field, column in self.columns[file].items() if name in column}
-        if "samples" not in said:
+        entry = {field: column[name] for field, column in self.columns[file].items() if name in column}
+        if "samples" not in entry:
             stats = read_json(f"{path.removesuffix('.tar')}_stats.json{mark}{query}")
-            said["samples"] = stats.get("successes")
-        sound: dict[str, Any] = {field: value for field, value in said.items() if isinstance(value, TYPES[field])}
+            entry["samples"] = stats.get("successes")
+        sound: dict[str, Any] = {field: value for field, value in entry.items() if isinstance(value, TYPES[field])}
         return Expected(**sound)
 
     def gone(self, urls: Iterable[str]) -> list[str]:
@@ -75,10 +75,10 @@ def read_json(url: str) -> dict[str, Any]:
         content = json.loads(files.cat_file(path))
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return {}
-    except Exception as error:  # whatever a file system's client raises
+    except Exception as error:  # a file system's client may raise anything
         if os_error(error, NO_HANDLES):
             raise
-        if getattr(error, "status", None) not in (401, 403):  # what some stores answer for a file that is not there
+        if getattr(error, "status", None) not in (401, 403):  # some stores answer these for a missing file
             log.warning("%s cannot be read (%s): shards are not checked against it", redacted(url), type(error).__name__)
         return {}
     return content if isinstance(content, dict) else {}

@@ -25,7 +25,7 @@ fcntl.flock(folder, fcntl.LOCK_EX)
 if os.path.samestat(os.stat(sys.argv[1]), os.fstat(folder)):
     shutil.rmtree(sys.argv[1], ignore_errors=True)
 """
-held: dict[Path, int] = {}  # folders that this process and its forks hold, and the handles of them
+held: dict[Path, int] = {}  # folders that this process and its forks hold, with their handles
 
 
 class MemoryCache(ShardCache):

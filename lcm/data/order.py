@@ -98,7 +98,7 @@ class Lane:
                 known, whole = self.samples.usable(shard, block + size)
             if number < known:
                 size = min(size, known - block)
-                if whole and number >= size // 2:  # not before: the first batch shall not wait for it
+                if whole and number >= size // 2:  # not earlier, so that the first batch does not wait for it
                     self._prefetch_next()
                 self.held.add(shard)
                 return SampleRef(self.source, self.number, shard, self._shuffled_block(shard, block, size)[number - block])

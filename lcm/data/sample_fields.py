@@ -76,35 +76,25 @@ def captions_of(
     """
     meta, texts = metadata(sample) if meta is None else meta, dict[str, list[str]]()
     for name in captions or CAPTIONS:
-        if found := texts_of(name, sample.get(name, meta.get(name))):
-            texts[name] = found
-            if captions is None and any(found):
+        if values := texts_of(name, sample.get(name, meta.get(name))):
+            texts[name] = values
+            if captions is None and any(values):
                 break
     if not texts:
         members = ", ".join(sorted(name for name in sample if not name.startswith("__")))
         fields = f" and the .json fields {', '.join(sorted(meta)[:SHOWN])}" if meta else ""
         raise Skip("no_caption", f"none of {', '.join(captions or CAPTIONS)} among {members}{fields}: see data.captions")
-    spoken = {name: [text for text in found if text] for name, found in texts.items() if any(found)}
+    spoken = {name: [text for text in values if text] for name, values in texts.items() if any(values)}
     return dict(list(spoken.items() or texts.items())[: None if captions else 1])
 
 
 def texts_of(name: str, content: Any) -> list[str]:
     """Return the texts of a member or field: one text, those of a list, or none if it is null or missing. Raises `Skip`."""
-    if isinstance(content, bytes):
-        with refusing_encodings(name):
-            return [text_of(content).strip()]
     texts = [text for text in (content if isinstance(content, list) else [content]) if text is not None]
-    if wrong := [type(text).__name__ for text in texts if not isinstance(text, str)]:
+    if wrong := [type(text).__name__ for text in texts if not isinstance(text, str | bytes)]:
         raise Skip("no_caption", f"{name} holds {KINDS.get(wrong[0], 'a number')}, not text: name another in data.captions")
-    with refusing_encodings(name):
-        # A JSON escape can hold half an emoji, which no tokenizer takes, or a NUL.
-        return [text_of(text.encode()).strip() for text in texts]
-
-
-@contextmanager
-def refusing_encodings(name: str) -> Iterator[None]:
-    try:
-        yield
+    try:  # a JSON escape can hold half an emoji, which no tokenizer takes, or a NUL
+        return [text_of(text if isinstance(text, bytes) else text.encode()).strip() for text in texts]
     except UnicodeError as error:
         raise Skip("caption_encoding", f"{name}: {error}") from error
 

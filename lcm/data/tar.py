@@ -231,7 +231,7 @@ def samples(file: Bytes, needs: Sequence[str], tells: Sequence[str], window: int
     must have one extension of each: a picture and a possible caption.
     """
     for first, run in groupby(members(file, window), key=attrgetter("key")):
-        found: list[Sample] = []
+        group: list[Sample] = []
         for key, parts in by_key(first, list(run), needs, tells).items():
             split: list[dict[str, Member]] = [{}]
             for extension, member in parts:
@@ -239,8 +239,8 @@ def samples(file: Bytes, needs: Sequence[str], tells: Sequence[str], window: int
                     split.append({})
                 split[-1][extension] = member
             ambiguous = len(split) > 1 and not all(is_complete(part, needs, tells) for part in split)
-            found += [Sample(key, part, ambiguous) for part in ([dict(parts)] if ambiguous else split)]
-        yield from found if len(found) == 1 else sorted(found, key=attrgetter("start"))
+            group += [Sample(key, part, ambiguous) for part in ([dict(parts)] if ambiguous else split)]
+        yield from group if len(group) == 1 else sorted(group, key=attrgetter("start"))
 
 
 def by_key(first: str, run: list[Member], needs: Sequence[str], tells: Sequence[str]) -> dict[str, list[tuple[str, Member]]]:
@@ -308,9 +308,9 @@ def why_empty(file: Bytes) -> str:
     for magic, kind in KINDS.items():
         if start.startswith(magic):
             return kind
-    found = list(islice(headers(file), 1000))
-    if any(member.link is not None for member in found):
+    first = list(islice(headers(file), 1000))
+    if any(member.link is not None for member in first):
         return ADVICE["link"]
-    if found:
-        return f"its files have no names such as 0.jpg and 0.txt, but {', '.join(member.name for member in found[:3])}"
+    if first:
+        return f"its files have no names such as 0.jpg and 0.txt, but {', '.join(member.name for member in first[:3])}"
     return "expected a .tar of <key>.jpg + <key>.txt members"

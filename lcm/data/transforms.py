@@ -17,7 +17,13 @@ from lcm.data.tar import MAX_BYTES
 from lcm.data.urls import IMAGES, first_of
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit, at which it only warns: a 17 kB file can ask for gigabytes
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what crawlers store under any name; others, say PostScript, run a program
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+)  # crawlers store these; others, such as PostScript, run a program
 ORIENTATION = 0x0112
 SCAN, END = b"\xff\xda", b"\xff\xd9"  # markers of a JPEG
 FILLER = random.Random(0).randbytes(512).replace(b"\xff", b"\xfe")
@@ -73,7 +79,7 @@ def ended(content: bytes) -> bytes:
 
 
 def decoded(content: bytes) -> bytes | None:
-    with suppress(Exception):  # whatever a broken file makes a decoder raise
+    with suppress(Exception):  # a decoder may raise anything for a broken file
         return Image.open(io.BytesIO(content), formats=("JPEG",)).tobytes()
     return None
 
@@ -110,7 +116,7 @@ def picture_of(sample: Sample) -> Image.Image:
 
 def stored_size(start: bytes) -> tuple[int, int] | None:
     """Return the upright (height, width) of an image from its first bytes, None for a broken one."""
-    with suppress(Exception):  # whatever a broken file makes a decoder raise
+    with suppress(Exception):  # a decoder may raise anything for a broken file
         image = Image.open(io.BytesIO(start), formats=FORMATS)
         return image.size if is_sideways(image) else (image.height, image.width)
     return None
@@ -142,14 +148,14 @@ def cropped(image: Image.Image, shape: tuple[int, int], *, random_crop: bool, fl
     turned = kind in TURNED
     width, height = reversed(stored) if turned else stored
     high, wide = shape
-    # The whole width or the whole height of the picture is used, and it is resized by to / of.
-    to, of = (wide, width) if width * high <= height * wide else (high, height)
-    used = (wide * of / to, high * of / to)
+    # The whole width or the whole height of the picture is used, and it is resized by new / old.
+    new, old = (wide, width) if width * high <= height * wide else (high, height)
+    used = (wide * old / new, high * old / new)
     left, top = int(width - used[0]) // 2, int(height - used[1]) // 2
     if random_crop:
         left, top = rng.randint(0, int(width - used[0])), rng.randint(0, int(height - used[1]))
-    # Cropped as it lies in the file and turned thereafter: less work, and a scaled JPEG's last pixel may be a fraction of one,
-    # which only there is the last. Cropped while it is resized: a thread of an image must not become a huge one.
+    # Crop before the rotation: it is less work, and a scaled JPEG's last row or column may stand for less than a pixel. Crop
+    # and resize in one call: a very thin image would otherwise become a huge one.
     x: float
     y: float
     lying, x, y = (used[::-1], top, left) if turned else (used, left, top)
@@ -160,9 +166,9 @@ def cropped(image: Image.Image, shape: tuple[int, int], *, random_crop: bool, fl
     image = rgb(image).resize(size, Image.Resampling.BICUBIC, box=(x * scale, y * scale, right, bottom), reducing_gap=2.0)
     if kind in UPRIGHT:
         image = image.transpose(UPRIGHT[kind])
-    crop = top * to // of, left * to // of
+    crop = top * new // old, left * new // old
     if flip and rng.random() < 0.5:
-        image, crop = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), (crop[0], (width - left) * to // of - wide)
+        image, crop = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), (crop[0], (width - left) * new // old - wide)
     return Cropped(image, (height, width), turned, crop)
 
 
@@ -201,7 +207,7 @@ class Decode:
 
     def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
         image, shape = picture_of(sample), sample.get("__shape__", (self.resolution, self.resolution))
-        with skipping("image", Exception):  # whatever a broken file makes a decoder raise
+        with skipping("image", Exception):  # a decoder may raise anything for a broken file
             picture = cropped(image, shape, random_crop=self.random_crop, flip=self.flip, rng=rng)
         return {
             "x": torch.from_numpy(np.asarray(picture.image).transpose(2, 0, 1).copy()),

@@ -56,13 +56,13 @@ def expand_braces(pattern: str, option: str) -> Iterator[str]:
 def local_files(url: str, option: str) -> list[str]:
     """Return the file of this name, else the files that match it as a glob. Raises UserError if there is none."""
     path = local(url)
-    found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
-    if not found:
+    files = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+    if not files:
         braces = "; ranges in braces are written {000..123}, choices {a,b}" if "{" in url else ""
         raise UserError(f"no shards match {url!r}: point {option} at webdataset .tar files (globs and braces work){braces}")
-    if all(map(os.path.isdir, found)):
-        raise UserError(f"{option}: {found[0]} is a folder{way_from(found[0], option)}")
-    return found
+    if all(map(os.path.isdir, files)):
+        raise UserError(f"{option}: {files[0]} is a folder{way_from(files[0], option)}")
+    return files
 
 
 def way_from(folder: str, option: str) -> str:

@@ -83,7 +83,7 @@ def test_teacher_gets_the_time_of_the_student(student_steps: int, expected: int,
     ],
     ids=str,
 )
-def test_nonsense_gets_a_sentence(body: dict[str, Any], status: int, says: str, models: dict[str, Served]) -> None:
+def test_wrong_request_is_refused(body: dict[str, Any], status: int, says: str, models: dict[str, Served]) -> None:
     answer = client(models).post("/api/draw", json=body)
     assert (answer.status_code, says in answer.json()["detail"]) == (status, True), answer.text
 

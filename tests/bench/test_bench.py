@@ -126,7 +126,7 @@ def test_synthetic_photos_have_the_bytes_of_photos():
         ("speed", r"parts=speed is not a list: write parts=\[speed\]"),
         (
             "[data,speed]",
-            "parts=speed does not exist: choose among memory, data, start, rate, node, memory_of_stream, step, quality",
+            "parts=speed does not exist: choose among memory, data, start, rate, step, quality",
         ),
     ],
 )

@@ -175,7 +175,7 @@ def test_text_states_move_with_the_codec(encoded: Encoded) -> None:
     assert [states.device.type for [states] in codec.to("meta").text.cache.values()] == ["meta", "meta"]
 
 
-def test_what_validation_encoded_serves_training(encoded: Encoded) -> None:
+def test_training_reuses_encodings_of_validation(encoded: Encoded) -> None:
     codec, _ = encoded()
     with torch.inference_mode():
         codec.encode(BATCH)

@@ -459,7 +459,7 @@ def test_captions_do_not_move_pixels() -> None:
 
 
 @pytest.mark.parametrize("captions", [{}, {"txt": 0}, {"txt": -1, "blip": 2}, {"txt": "much"}])
-def test_weights_that_make_no_sense_are_refused(captions: Any) -> None:
+def test_wrong_caption_weights_are_refused(captions: Any) -> None:
     with pytest.raises(UserError, match=r"data\.captions"):
         Decode(SIZE, captions=captions)
 

@@ -76,7 +76,7 @@ def test_each_call_has_its_folder_and_draws_nothing_twice(run, runs, tmp_path):
 
 
 @pytest.mark.parametrize("wild", [False, True], ids=["steps", "weights"])
-def test_what_cannot_be_drawn_is_refused(wild, run, runs, tiny_pipeline, tmp_path):
+def test_wrong_sampling_option_is_refused(wild, run, runs, tiny_pipeline, tmp_path):
     if wild:
         unet = load_network(str(tiny_pipeline))
         unet.conv_out.weight.data *= 1e38  # finite, but not what it makes of its input
