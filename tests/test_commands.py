@@ -33,7 +33,7 @@ def commands(text: str) -> list[str]:
 
 
 def special(command: str) -> list[str]:
-    """What a shell would expand, or zsh refuse, or an interactive zsh not take for a comment."""
+    """Return characters that a shell expands, zsh refuses, or an interactive zsh does not read as a comment."""
     if re.fullmatch(r"# [\w ,.:/+=>@-]*", command):
         return []
     return re.findall(r"[][{}*?!()~#]|(?<!<)[<>](?!>)", re.sub(HARMLESS, "", re.sub(QUOTED, "", command)))

@@ -1,4 +1,4 @@
-"""--help is a page for people, and it, --cfg and wrong keys are answered without torch."""
+"""--help is a complete page. --help, --cfg and the errors of wrong keys need no torch."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The shapes of buckets, and which picture belongs to which."""
+"""The shapes of buckets, and the bucket of a picture."""
 
 import io
 import math

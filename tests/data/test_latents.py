@@ -1,4 +1,4 @@
-"""Members of latents, and what is none, which is skipped."""
+"""Members of latent shards. Wrong arrays are skipped."""
 
 import io
 import random

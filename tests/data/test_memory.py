@@ -1,4 +1,4 @@
-"""Remote shards without a cache on a disk: they pass through memory, and nothing of them is left."""
+"""Remote shards without a cache on a disk: they pass through memory, and nothing remains."""
 
 import contextlib
 import multiprocessing

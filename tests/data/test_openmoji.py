@@ -1,4 +1,4 @@
-"""OpenMoji as shards: the split by caption, the styles, and builds that are whole, absent or reused."""
+"""OpenMoji as shards: the split by caption, the styles, and complete, missing or reused builds."""
 
 import json
 from collections.abc import Iterator

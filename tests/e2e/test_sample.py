@@ -1,4 +1,4 @@
-"""The sampling program, run as a user runs it: where it writes, what it says, what it draws again and what it refuses."""
+"""The sampling program, run as a user runs it: files, output, resuming and errors."""
 
 import json
 import os

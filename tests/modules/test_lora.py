@@ -32,7 +32,7 @@ def adapters(module: LatentModule) -> dict[str, Tensor]:
 
 @pytest.fixture
 def output(tiny_pipeline: Path, batch: LatentBatch) -> Callable[[UNet2DConditionModel], Tensor]:
-    """`output(unet)`: what a network makes of the batch."""
+    """`output(unet)`: the network's output for the batch."""
     family = load_family(str(tiny_pipeline))
 
     def of(unet: UNet2DConditionModel) -> Tensor:
