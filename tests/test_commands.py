@@ -71,3 +71,9 @@ def test_zsh_reads_commands_as_bash() -> None:
         )
         assert said[shell].stderr == ""
     assert said["bash"].stdout == said["zsh"].stdout
+
+
+def test_tests_named_in_docs_exist() -> None:
+    code = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    text = "\n".join(path.read_text() for path in (ROOT / "docs").rglob("*.md"))
+    assert [name for name in re.findall(r"`(test_\w+)(?:\.\.\.)?`", text) if f"def {name}" not in code] == []
