@@ -118,12 +118,3 @@ def test_picture_mask_adapters_and_table(run, runs, tiny_pipeline, tmp_path):
     assert np.array_equal(pictures["plain"], pictures["none"])
     assert abs(pictures["plain"][0] - pictures["strong"][0]).mean() > 1
     assert abs(pictures["plain"][0] - pictures["masked"][0])[:, :8].mean() > 1
-    for option in ("mask=mask.png", "strength=0.5"):
-        assert "has no effect without a picture" in complaint(
-            run("sample.py", f"pipeline={tiny_pipeline}", "prompts=a", option)
-        )
-    wrong = complaint(run("sample.py", f"pipeline={tiny_pipeline}", "prompts=a", "lora=photo.png"))
-    assert "lora: photo.png is not a .safetensors file" in wrong
-    save_file({"unet.other.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
-    wrong = complaint(run("sample.py", *call, "lora=other.safetensors"))
-    assert "lora: other.safetensors does not fit this StableDiffusionPipeline" in wrong
