@@ -101,7 +101,7 @@ def write_manifest(folder: Path, files: Mapping[Path, Shard]) -> list[str]:
     content, manifests = read_json(str(folder / MANIFEST)), Manifests()
     new = {path: path.stat().st_size for path in files if not is_listed(path, manifests[str(path)])}
     for path in new:
-        for field in ("bytes", "sha256"):  # stopped before it is measured, it shall not pass for unchanged
+        for field in ("bytes", "sha256"):  # a stop before the measurement must not leave it listed as unchanged
             content.get(field, {}).pop(path.name, None)
     save(folder, content)
     flaws = []

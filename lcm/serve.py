@@ -47,11 +47,11 @@ def main(cfg: DictConfig) -> None:
     for role, (name, steps) in names.items():
         if name is None:
             continue
-        found = find_pipeline(name, cfg.paths.runs)
-        models[role] = Served(found, TextToImage.load(found, **options), steps)
+        folder = find_pipeline(name, cfg.paths.runs)
+        models[role] = Served(folder, TextToImage.load(folder, **options), steps)
         models[role].model.timesteps(steps)  # raises UserError
         models[role].measure()
-        print(f"{role}: {found}".replace(": ", ":" + " " * (8 - len(role)), 1))
+        print(f"{role}: {folder}".replace(": ", ":" + " " * (8 - len(role)), 1))
     app = make_app(models, queue=cfg.queue, max_steps=cfg.max_steps, max_side=cfg.max_side, host=cfg.host)
     host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
     print(f"page:    http://{host}:{opened.getsockname()[1]}   (Ctrl-C ends it)", flush=True)

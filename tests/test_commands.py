@@ -33,7 +33,7 @@ def commands(text: str) -> list[str]:
 
 
 def special(command: str) -> list[str]:
-    """What a shell would expand, or zsh refuse, or an interactive zsh not take for a comment."""
+    """Return characters that a shell expands, zsh refuses, or an interactive zsh does not read as a comment."""
     if re.fullmatch(r"# [\w ,.:/+=>@-]*", command):
         return []
     return re.findall(r"[][{}*?!()~#]|(?<!<)[<>](?!>)", re.sub(HARMLESS, "", re.sub(QUOTED, "", command)))
@@ -71,3 +71,9 @@ def test_zsh_reads_commands_as_bash() -> None:
         )
         assert said[shell].stderr == ""
     assert said["bash"].stdout == said["zsh"].stdout
+
+
+def test_tests_named_in_docs_exist() -> None:
+    code = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    text = "\n".join(path.read_text() for path in (ROOT / "docs").rglob("*.md"))
+    assert [name for name in re.findall(r"`(test_\w+)(?:\.\.\.)?`", text) if f"def {name}" not in code] == []

@@ -1,4 +1,4 @@
-"""An installation that is not editable runs from any folder: the wheel carries conf/ and the programs."""
+"""`pip install .` works from any folder: the wheel holds conf/ and the programs."""
 
 import os
 import shutil

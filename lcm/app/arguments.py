@@ -36,14 +36,14 @@ ANYTHING = Parameters({}, True)
 
 
 class Complaint(NamedTuple):
-    """interpolated: the value comes from another key, whose own complaint is the better one."""
+    """interpolated: the value comes from another key. A complaint about that key is clearer."""
 
     interpolated: bool
     message: str
 
 
 def fits(value: Any, hint: Hint) -> bool:
-    """Whether a plain value may be an argument of that annotation. A node with a `_target_` always may."""
+    """Return whether a plain value fits an annotation. A node with a `_target_` always does."""
     origin, inner = get_origin(hint), get_args(hint)
     if isinstance(value, Mapping) and "_target_" in value:
         return True
@@ -69,7 +69,7 @@ def fits(value: Any, hint: Hint) -> bool:
 
 
 def expected(hint: Hint) -> str:
-    """A phrase for a message, such as "a whole number from 1"."""
+    """Return a phrase for a message, such as "a whole number from 1"."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return expected(inner[0]) + "".join(str(limit) for limit in inner[1:] if isinstance(limit, Limit))
@@ -90,7 +90,7 @@ def as_yaml(value: Any) -> str:
 
 @cache
 def parameters(target: Callable[..., Any]) -> Parameters:
-    """The parameters of a function or of a constructor, `**kwargs` followed to the base classes."""
+    """Return the parameters of a function or constructor. `**kwargs` includes those of the base classes."""
     if not isinstance(target, type):
         return signature_of(target, 0) or ANYTHING
     hints: dict[str, Hint] = {}
@@ -126,7 +126,7 @@ def is_own(target: Any) -> bool:
 
 
 def parameters_of(node: DictConfig, hint: Hint, path: str) -> tuple[Parameters, str, Callable[..., Any] | None]:
-    """The parameters that receive a node's keys, the receiver's name for a message, and the node's target."""
+    """Return the parameters for a node's keys, their owner's name for a message, and the node's target."""
     if OmegaConf.is_dict(node) and "_target_" in node:
         target = located(node["_target_"], f"{path}._target_")
         accepted = parameters(target)
@@ -138,7 +138,7 @@ def parameters_of(node: DictConfig, hint: Hint, path: str) -> tuple[Parameters, 
 
 
 def as_number(hint: Hint) -> Hint:
-    """The same annotation if it is one of numbers (or tensors), else Any."""
+    """Return an annotation of numbers (or tensors) unchanged, and Any for all others."""
     members = set(get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,))
     members = {member for member in members if getattr(member, "__name__", "") != "Tensor"}
     if not {int, float} & members or members - {int, float, bool, NoneType}:
@@ -173,14 +173,14 @@ def names_beside(target: str) -> list[str]:
 
 
 def check_arguments(cfg: DictConfig, hints: Mapping[str, Hint]) -> None:
-    """Raise UserError for an argument of any node, or of the program (`hints`), that no run could use."""
+    """Raise UserError for an invalid argument of any node, or of the program (`hints`)."""
     complaints = list(check_node(cfg, "", Parameters(dict(hints), True), "the program"))
     if complaints:
         raise UserError(min(complaints, key=lambda complaint: complaint.interpolated).message)
 
 
 def check_node(node: DictConfig, path: str, accepted: Parameters, receiver: str) -> Iterator[Complaint]:
-    """A key's complaints come before those of the nodes below it."""
+    """Yield the complaints about a node: first about its keys, then about the nodes below it."""
     below: list[tuple[str, Any, Hint]] = []
     for name in node:
         key, child = str(name), node._get_node(name)

@@ -1,4 +1,4 @@
-"""A program: its command line, its configuration, and the sentence a user sees when either is wrong."""
+"""A program: its command line, its configuration and its error messages."""
 
 import logging
 import os
@@ -105,7 +105,7 @@ class Program:
 
 
 def run_job(main: Callable[[DictConfig], Any], cfg: DictConfig, process_per_job: bool) -> Any:
-    """Run `main`, for a sweep's job in a process of its own if wanted. An expected error becomes one sentence."""
+    """Run `main`, in a new process for a sweep's job if `process_per_job`. Print an expected error as one sentence."""
     import torch
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -150,13 +150,13 @@ def fail(reason: object) -> None:
 
 
 def sweeps_here() -> bool:
-    """Whether this process runs all jobs of a sweep. A job of submitit is a process of its own."""
+    """Return whether this process runs all jobs of a sweep. submitit starts a process for each job."""
     hydra_cfg = HydraConfig.get()
     return hydra_cfg.mode is RunMode.MULTIRUN and hydra_cfg.launcher["_target_"].endswith(".BasicLauncher")
 
 
 def expand_home(cfg: DictConfig) -> None:
-    """Replace the `~` that begins a path anywhere in a configuration. A shell leaves it within quotes and behind `=`."""
+    """Expand a leading `~` of every path in a configuration. A shell does not expand it in quotes or after `=`."""
     for from_environment in (False, True):  # first the keys that others take their value from
         for node, key in settings(cfg):
             interpolated = OmegaConf.is_interpolation(node, key)
@@ -180,7 +180,7 @@ def settings(node: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def own_keys(cfg: DictConfig) -> DictConfig:
-    """The configuration without Hydra's own."""
+    """Return the configuration without Hydra's own keys."""
     return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
 
@@ -194,7 +194,7 @@ def check_missing(cfg: DictConfig) -> None:
 
 
 def quiet() -> None:
-    """Silence the libraries' advice and their progress bars for single files."""
+    """Mute the advice of libraries and their progress bars for single files."""
     import diffusers
     import transformers
 
@@ -218,9 +218,9 @@ def quiet() -> None:
 
 
 def build(node: Any, *, foreign: bool = False) -> Any:
-    """`instantiate` with plain containers. None for an empty node. A constructor's error becomes a UserError.
+    """Instantiate a node with plain containers. Return None for an empty node. Raises UserError for a constructor's error.
 
-    foreign: the node comes from a file of someone else, and may name only targets that `lcm.app.targets` allows.
+    foreign: the node comes from an untrusted file. Only targets that `lcm.app.targets` allows may be in it.
     """
     if not node:
         return None
@@ -240,5 +240,5 @@ def build(node: Any, *, foreign: bool = False) -> Any:
 
 
 def build_all(nodes: Any) -> list[Any]:
-    """Build the nodes of a group that have a `_target_`. Others are settings of a part that is not chosen."""
+    """Build the nodes of a group that have a `_target_`. The others are settings of parts that are not chosen."""
     return [build(node) for node in (nodes or {}).values() if node and "_target_" in node]

@@ -1,6 +1,6 @@
-"""Compose a program's configuration from its command line. Refuse in one sentence an override that cannot be meant.
+"""Compose a program's configuration from its command line. Refuse wrong overrides with one sentence.
 
-Nothing here imports torch, so a misspelt key is answered at once.
+Nothing here imports torch, so the answer to a typo comes at once.
 """
 
 import difflib
@@ -28,10 +28,10 @@ PARTS = ("callbacks", "logger")  # each child with a `_target_` is built
 
 
 class Command(NamedTuple):
-    """A command line that composes.
+    """A valid command line.
 
-    args: the same for Hydra, every text quoted. runs: the configuration of each run, several in a sweep. sweep_dir: the
-    folder of a sweep. printed: Hydra or the help page answers it, and nothing runs.
+    args: the arguments for Hydra, with texts quoted. runs: the configuration of each run; a sweep has several. sweep_dir: the
+    folder of a sweep. printed: only help or a configuration is printed, and nothing runs.
     """
 
     args: list[str]
@@ -41,7 +41,7 @@ class Command(NamedTuple):
 
 
 def prepare(config_name: str, args: list[str], hints: Mapping[str, Hint]) -> Command:
-    """Raises UserError for a command line that no run could use. hints: annotations of the program's own keys."""
+    """Return the composed command line. Raises UserError for a wrong one. hints: annotations of the program's own keys."""
     options, unknown = get_args_parser().parse_known_intermixed_args(args)
     name, given = options.config_name or config_name, options.overrides
     groups = Groups(name, given)
@@ -72,7 +72,7 @@ def prepare(config_name: str, args: list[str], hints: Mapping[str, Hint]) -> Com
             raise UserError(" ".join(str(error).split())) from None
 
     def chosen(overrides: Sequence[str]) -> DictConfig:
-        """The configuration of the groups that are chosen, before any value is set."""
+        """Compose the chosen groups, without the overrides of values."""
         return composed(*(override for override in overrides if groups.are_chosen_by(override)))
 
     choices = [override for override in given if groups.are_chosen_by(override)]
@@ -102,7 +102,7 @@ def prepare(config_name: str, args: list[str], hints: Mapping[str, Hint]) -> Com
 
 
 def single_runs(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """Without sweeps the overrides themselves; else one list for each value of each sweep, the other sweeps at their first."""
+    """Yield the overrides of single runs: each swept value once, with the first values of the other sweeps."""
     readings = OverridesParser.create().parse_overrides(list(overrides))
     values = [
         [f"{reading.get_key_element()}={value}" for value in reading.sweep_string_iterator()]
@@ -118,7 +118,7 @@ def single_runs(overrides: Sequence[str]) -> Iterator[list[str]]:
 
 
 def readable(before: DictConfig, override: str, hints: Mapping[str, Hint], multirun: bool) -> str:
-    """The override as Hydra can read it."""
+    """Return the override, quoted so that Hydra can read it. Raises UserError if it cannot."""
     key, text = typed(override)[1:]
     if key.startswith("hydra."):
         return override
@@ -141,7 +141,7 @@ def several_values(overrides: Sequence[str], groups: Groups) -> str:
 
 
 def check_choice(override: str, groups: Groups) -> None:
-    """Raise UserError for a choice that Hydra would not find, or would merge into nonsense."""
+    """Raise UserError for a group or an option that does not exist, and for several options that do not combine."""
     prefix, key, text = typed(override)
     group, _, package = key.partition("@")
     if group == "hydra.searchpath" or group.startswith("hydra/") or prefix == "~":
@@ -163,7 +163,7 @@ def check_choice(override: str, groups: Groups) -> None:
 
 
 def explain_choices(choices: Sequence[str], groups: Groups, message: str) -> None:
-    """Raise UserError for the choice that Hydra did not compose."""
+    """Raise UserError for the choice that made Hydra's composition fail."""
     for override in choices:
         prefix, key, text = typed(override)
         group, options = key.partition("@")[0], groups.options(key)
@@ -179,7 +179,7 @@ def explain_choices(choices: Sequence[str], groups: Groups, message: str) -> Non
 
 
 def check_keys(before: DictConfig, values: Sequence[str], groups: Groups, hints: Mapping[str, Hint]) -> None:
-    """Raise UserError for a key that is not there, is there already, or is a part that a slash swaps."""
+    """Raise UserError for an unknown key, a `+key` that exists, and a part that is chosen with a slash."""
     added: list[str] = []
     for override in values:
         prefix, key, text = typed(override)
@@ -203,7 +203,7 @@ def check_keys(before: DictConfig, values: Sequence[str], groups: Groups, hints:
 
 
 def check_hydra_key(before: DictConfig, key: str) -> None:
-    """Raise UserError for a key that Hydra lacks, even with a plus, and for one without effect."""
+    """Raise UserError for an unknown key of Hydra, and for one without effect."""
     if key in UNUSED and os.environ.get("LOCAL_RANK", "0") == "0":  # Lightning sets them for the other processes that it starts
         raise UserError(
             f"{key} has no effect: set paths.runs, name and paths.run_id for a run's folder, or output= of other programs"
@@ -218,7 +218,7 @@ def check_hydra_key(before: DictConfig, key: str) -> None:
 
 
 def check_part(before: DictConfig, key: str, text: str | None, value: Any, groups: Groups) -> None:
-    """Raise UserError for a dot where a slash is needed."""
+    """Raise UserError for a part that is set with a dot instead of a slash."""
     chosen = {name.partition("@")[2] or name.replace("/", "."): name for name in before.hydra.runtime.choices}
     group = chosen.get(key, key.replace(".", "/"))
     options = groups.options(group)
@@ -238,7 +238,7 @@ def check_part(before: DictConfig, key: str, text: str | None, value: Any, group
 
 
 def unknown_key(before: DictConfig, key: str, text: str | None, groups: Groups, hints: Mapping[str, Hint]) -> str:
-    """The sentence for a key that the configuration lacks."""
+    """Return the error message for a key that the configuration lacks."""
     if part := unbuilt_part(before, key):
         return not_chosen(key, part, groups)
     parent = key.rpartition(".")[0]
@@ -260,7 +260,7 @@ def unknown_key(before: DictConfig, key: str, text: str | None, groups: Groups, 
 
 
 def unbuilt_part(cfg: DictConfig, key: str) -> str | None:
-    """The callback or logger that a key belongs to, if it is not chosen: it has no `_target_`."""
+    """Return the callback or logger of a key if it is not chosen (it has no `_target_`), else None."""
     top, *below = key.split(".")
     if top not in PARTS or len(below) < 2:
         return None
@@ -275,7 +275,7 @@ def not_chosen(key: str, part: str, groups: Groups) -> str:
 
 
 def check_keys_are_read(cfg: DictConfig, overrides: Sequence[str], groups: Groups, hints: Mapping[str, Hint]) -> None:
-    """Raise UserError for a key that nothing reads: of a part that is not chosen, or added with `+` where nothing looks."""
+    """Raise UserError for an unused key: one of a part that is not chosen, or an added one that nothing reads."""
     if cfg.hydra.output_subdir is not None:
         raise UserError("hydra.output_subdir would store secrets in overrides: leave it null, config.yaml has the settings")
     for override in overrides:
@@ -284,14 +284,14 @@ def check_keys_are_read(cfg: DictConfig, overrides: Sequence[str], groups: Group
             continue
         if part := unbuilt_part(cfg, key):
             raise UserError(not_chosen(key, part, groups))
-        own = {name: cfg._get_node(name) for name in cfg if name != "hydra"}
-        if prefix and not is_read(cfg, key, hints) and f"${{{key}}}" not in str(own):
+        nodes = {name: cfg._get_node(name) for name in cfg if name != "hydra"}
+        if prefix and not is_read(cfg, key, hints) and f"${{{key}}}" not in str(nodes):
             near = nearest(key, [name for name in keys_of(cfg) if name != key])
             raise UserError(f"nothing reads {key}: leave it out" + (f", or did you mean '{near}'?" if near else ""))
 
 
 def is_read(cfg: DictConfig, key: str, hints: Mapping[str, Hint]) -> bool:
-    """Whether the program or a part reads the key. The part's constructor is compared with its arguments later."""
+    """Return whether the program or a part reads the key. `check_arguments` compares the part's constructor later."""
     names = key.split(".")
     if names[0] in hints or names[0] not in cfg:
         return names[0] in hints
@@ -301,7 +301,7 @@ def is_read(cfg: DictConfig, key: str, hints: Mapping[str, Hint]) -> bool:
 
 
 def plain(node: Any) -> Any:
-    """Containers without interpolations. A value that cannot be resolved yet, such as the run folder, is None."""
+    """Return plain containers without interpolations. A value without a resolution yet, such as the run folder, is None."""
     if not OmegaConf.is_config(node):
         return node
     values = {}

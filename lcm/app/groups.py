@@ -1,4 +1,4 @@
-"""The groups of conf/, the options of each, and the key that a misspelt one was meant to be."""
+"""The groups of conf/ and their options, and suggestions for misspelt keys."""
 
 import difflib
 import re
@@ -17,7 +17,7 @@ from lcm.app.targets import CONF
 
 
 def compose(config_name: str, overrides: Sequence[str], **options: Any) -> DictConfig:
-    """options: `return_hydra_config=True` adds Hydra's own configuration."""
+    """Compose a configuration. options: `return_hydra_config=True` adds Hydra's own keys."""
     if GlobalHydra.instance().is_initialized():  # within a program, which reads the same conf/
         return hydra.compose(config_name, list(overrides), **options)
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
@@ -25,7 +25,7 @@ def compose(config_name: str, overrides: Sequence[str], **options: Any) -> DictC
 
 
 class Groups:
-    """folders: conf/ and the user's own, which `hydra.searchpath` names."""
+    """Configuration groups. folders: conf/ and the folders in `hydra.searchpath`."""
 
     def __init__(self, config_name: str, overrides: Iterable[str] = ()) -> None:
         self.config_name = config_name
@@ -33,7 +33,7 @@ class Groups:
         self.folders = [CONF, *(Path(path) for given in paths for path in given)]
 
     def files(self, group: str) -> list[Path]:
-        """The yaml files of a group. A file whose name begins with an underscore is a part of others."""
+        """Return the yaml files of a group. Files with a leading underscore are parts of others and not included."""
         group = group.partition("@")[0]
         files = (file for folder in self.folders for file in (folder / group).glob("*.yaml"))
         return sorted(file for file in files if not file.stem.startswith("_"))
@@ -46,7 +46,7 @@ class Groups:
 
     @cached_property
     def default_keys(self) -> list[str]:
-        """The groups, and the keys of the configuration without overrides."""
+        """Return the groups, and the keys of the configuration without overrides."""
         return [*self.names, *keys_of(compose(self.config_name, []))]
 
     @cached_property
@@ -54,23 +54,23 @@ class Groups:
         return sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*") if path.is_dir())
 
     def are_chosen_by(self, override: str) -> bool:
-        """Whether an override chooses among the options of a group, or says where groups are."""
+        """Return whether an override chooses an option of a group, or names the folders of groups."""
         key = typed(override).key
         group = key.partition("@")[0]
         return "/" in key or "@" in key or group == "hydra.searchpath" or any((f / group).is_dir() for f in self.folders)
 
     def has_targets(self, group: str) -> bool:
-        """Whether each option is a part of its own, so that two do not combine."""
+        """Return whether an option of the group has a `_target_`: then two options do not combine."""
         return any("_target_" in OmegaConf.load(file) for file in self.files(group))
 
     def option_that_builds(self, group: str, part: str) -> str | None:
-        """The first option of a group whose `part` has a `_target_`."""
+        """Return the first option of a group whose `part` has a `_target_`."""
         nodes = ((file.stem, OmegaConf.select(OmegaConf.load(file), part)) for file in self.files(group))
         return next((name for name, node in nodes if OmegaConf.is_dict(node) and "_target_" in node), None)
 
 
 def keys_of(node: Any, prefix: str = "") -> list[str]:
-    """The dotted keys of a configuration, without Hydra's own."""
+    """Return the dotted keys of a configuration, without Hydra's own."""
     if not isinstance(node, DictConfig):
         return []
     keys = []
@@ -80,7 +80,7 @@ def keys_of(node: Any, prefix: str = "") -> list[str]:
 
 
 def override_like(text: str, keys: list[str]) -> str:
-    """The override that was probably meant: experiment=lcd_mini by `lcd_mini`, trainer.max_steps=3 by `max_steps=3`."""
+    """Return the likely override: experiment=lcd_mini for `lcd_mini`, trainer.max_steps=3 for `max_steps=3`."""
     files = sorted(CONF.glob("*/**/*.yaml"), key=lambda file: (file.parent.name != "experiment", file))
     if group := next((file.parent.relative_to(CONF).as_posix() for file in files if file.stem == text), None):
         return f"{group}={text}"
@@ -89,7 +89,7 @@ def override_like(text: str, keys: list[str]) -> str:
 
 
 def nearest(key: str, keys: Sequence[str]) -> str | None:
-    """The key of the same last name, else one of an abbreviated, contained or similar name."""
+    """Return the key with the same last name, else with an abbreviated, contained or similar name, else None."""
     last, above = last_name(key), {name.rpartition(".")[0] for name in keys}
     words = re.split(r"[_-]", last)
     leaves = [name for name in keys if name not in above]

@@ -23,6 +23,7 @@ def page(program: str, cfg: DictConfig) -> str:
     purpose = [line for line in head if line and not line.startswith((" ", KEYS_OF_PARTS))]
     keys = {name: text for name, text in comments_in(CONF / f"{program}.yaml").items() if "." not in name}
     keys |= {name: comment_of(name, program) for part in names for name in part}
+    groups = choices(program, cfg)
     return "\n".join(
         [
             *purpose,
@@ -30,15 +31,15 @@ def page(program: str, cfg: DictConfig) -> str:
             *examples(program),
             "\nKeys, set with <key>=<value>:",
             *(entry(f"{key}={short(cfg, key)}", text) for key, text in keys.items()),
-            "\nGroups, set with <group>=<option> (the first is the default; + adds a part):",
-            *(entry(group, ", ".join(options)) for group, options in choices(program, cfg).items()),
+            *["\nGroups, set with <group>=<option> (the first is the default; + adds a part):"] * bool(groups),
+            *(entry(group, ", ".join(options)) for group, options in groups.items()),
             "\n--cfg job prints the whole configuration. docs/guide.md explains it.",
         ]
     )
 
 
 def head_of(program: str) -> list[str]:
-    """The comment at the head of a program's yaml."""
+    """Return the comment at the head of a program's yaml."""
     text = (CONF / f"{program}.yaml").read_text()
     return [line[2:].rstrip() for line in re.match(r"(?:#.*\n)*", text)[0].splitlines()]  # type: ignore[index]
 
@@ -48,7 +49,7 @@ def examples(program: str) -> list[str]:
 
 
 def comments_in(file: Path) -> dict[str, str]:
-    """The comments of a yaml file's keys, by dotted key."""
+    """Return the comments of a yaml file by dotted key."""
     comments: dict[str, str] = {}
     path: list[str] = []
     for line in file.read_text().splitlines():
@@ -59,7 +60,7 @@ def comments_in(file: Path) -> dict[str, str]:
 
 
 def comment_of(key: str, program: str) -> str:
-    """The comment of a part's key in the program's file, else in the first file of its group that has one."""
+    """Return the comment of a part's key: that of the program's file, else of the first file of its group with a comment."""
     if comment := comments_in(CONF / f"{program}.yaml").get(key):
         return comment
     names = key.split(".")
@@ -71,19 +72,20 @@ def comment_of(key: str, program: str) -> str:
 
 
 def choices(program: str, cfg: DictConfig) -> dict[str, list[str]]:
-    """The groups with a choice and their options, the chosen one first. A group that can be appended has a plus."""
+    """Return the groups and their options. The default is first, or "(none)". A group that can be added has a plus."""
     groups, chosen = Groups(program), dict(cfg.hydra.runtime.choices)
     others = [name for name in groups.names if name not in chosen and name.rpartition("/")[0] in chosen]
     rows = {}
     for name, option in {**chosen, **{f"+{name}": None for name in others}}.items():
         options = groups.options(name.lstrip("+"))
         if not name.startswith(("hydra", "/")) and len(options) > 1 - (option is None):
-            rows[name] = sorted(options, key=lambda other: other != option)
+            nothing = ["(none)"] if option is None and not name.startswith("+") else []
+            rows[name] = nothing + sorted(options, key=lambda other: other != option)
     return dict(sorted(rows.items(), key=lambda row: row[0].lstrip("+")))
 
 
 def short(cfg: DictConfig, key: str) -> str:
-    """A key's value as it is typed, cut."""
+    """Return a key's value as a user types it, shortened."""
     parent = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
     node = parent._get_node(key.rpartition(".")[2])
     value = str(node._value()) if node is not None else "..."

@@ -1,4 +1,4 @@
-"""A folder of pictures, one file each. None is drawn twice, and a picture of another call is never overwritten."""
+"""The output folder of `sample.py`: one file per picture. Existing pictures are neither drawn again nor overwritten."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ class Pictures:
     """`repeats` pictures of each prompt. Picture i has seed `seed + i`. Each file holds its prompt, seed and settings.
 
     settings: common to all pictures of a call. "model" identifies the weights, "pipeline" is only their name. own: settings of
-    each prompt that replace them; its own seed is that of its first picture.
+    single prompts that replace these; a seed in it is that of the prompt's first picture.
     """
 
     prompts: list[str]
@@ -80,7 +80,7 @@ class Pictures:
         return folders / new_run(folders)
 
     def difference(self, folder: Path) -> str | None:
-        """Say how the first picture of other settings in the folder differs."""
+        """Describe the first picture in the folder that was drawn with other settings."""
         for file in [*numbered(folder), *folder.glob(GRID)]:
             expected = self.identity(int(file.stem) if file.stem.isdigit() else len(self))
             text = text_of(file)

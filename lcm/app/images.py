@@ -1,4 +1,4 @@
-"""Images on disk: labelled grids, and PNGs that say how they were made."""
+"""Images on disk: labelled grids, and PNG files with their settings."""
 
 import json
 from bisect import bisect_right
@@ -35,12 +35,12 @@ def resized(images: Tensor, size: int, *, antialias: bool = True) -> Tensor:
 
 
 def as_text(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The settings as a PNG's text chunks have them."""
+    """Return a setting as text for a PNG chunk."""
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
 
 
 def save_png(image: Image.Image, path: Path, **settings: Any) -> None:
-    """Write a PNG, whole or not at all, with the settings in its text chunks."""
+    """Write a PNG atomically, with the settings in its text chunks."""
     with whole_file(path) as file:
         write_png(image, file, **settings)
 
@@ -59,7 +59,7 @@ def write_png(image: Image.Image, file: BinaryIO, **settings: Any) -> None:
 
 
 def parameters(settings: Mapping[str, Any]) -> str:
-    """Return the text by which A1111, Forge and ComfyUI show how an image was drawn, and draw it again."""
+    """Return the text from which A1111, Forge and ComfyUI show and repeat the settings of an image."""
     height, width = settings.get("size", (None, None))
     values = {
         "Steps": settings.get("steps"),
@@ -76,14 +76,14 @@ def parameters(settings: Mapping[str, Any]) -> str:
 
 
 def sampler_title(sampler: Any) -> str | None:
-    """Return the field's name of a sampler. sampler: its name in `lcm.json`, or the node of its configuration."""
+    """Return the common name of a sampler. sampler: its name in `lcm.json`, or the node of its configuration."""
     if isinstance(sampler, Mapping):
         sampler = sampler.get("solver", sampler)["_target_"].rpartition(".")[2]
     return TITLES.get(str(sampler), sampler)
 
 
 def quoted(value: Any) -> str:
-    """Return a value of `parameters`, within quotes if it has a character that would end it."""
+    """Return a value of `parameters`, in quotes if it contains a separator."""
     return json.dumps(str(value)) if set(str(value)) & set(',:\n"') else str(value)
 
 
@@ -127,7 +127,7 @@ def grid(
 
 @cache
 def font_file() -> tuple[Path, frozenset[int]]:
-    """Return matplotlib's font, which has most alphabets where Pillow's own lacks an e with an accent, and its characters."""
+    """Return matplotlib's font file and its characters. It has most alphabets; Pillow's own font lacks accents."""
     import matplotlib
     from matplotlib.ft2font import FT2Font
 
@@ -147,7 +147,7 @@ def drawable(text: str) -> str:
 
 
 def wrap(text: str, font: Any, width: float, limit: int | None = None) -> list[str]:
-    """Return lines of at most `width` pixels, broken between words and within wider ones, cut after `limit` lines."""
+    """Wrap text to lines of at most `width` pixels. Wider words are broken. Lines after `limit` are cut."""
     lines = [""]
     for word in text[: LONGEST if limit else None].split():
         alone = drawable(word)
@@ -174,7 +174,7 @@ def steps_label(steps: int) -> str:
 
 
 def columns_to_rows(columns: Sequence[Tensor]) -> list[Tensor]:
-    """Column-wise batches `[rows, 3, H, W]`, one a column, -> the rows that `grid` takes."""
+    """Convert columns, batches `[rows, 3, H, W]`, to the rows of `grid`."""
     return list(torch.stack(list(columns), dim=1))
 
 

@@ -24,7 +24,7 @@ FILE_NAME = re.compile(r"\S+\.(txt|text|csv|tsv|json|jsonl|ndjson|md|yaml|yml|pa
 def read_prompts(prompts: Any, captions: Callable[[], list[str]], weights: Any = None) -> list[str]:
     """Return the prompts. prompts: one, a list, a .txt file with one per line, or "val" for the validation captions.
 
-    weights: the choice among the validation captions, which other prompts refuse.
+    weights: of the caption fields for "val". With other prompts it is an error.
     """
     if prompts == "val":
         return captions()
@@ -145,7 +145,7 @@ def read_start(image: str | None, mask: str | None, strength: float | None, size
 
 
 def read_picture(file: str, option: str) -> Image.Image:
-    """Return a picture, upright, the transparent on white."""
+    """Read a picture as upright RGB. Transparency becomes white."""
     try:
         picture = ImageOps.exif_transpose(Image.open(os.path.expanduser(file), formats=("PNG", "JPEG", "WEBP")))
         if picture.has_transparency_data:
@@ -163,7 +163,7 @@ def fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def is_file_name(prompt: str) -> bool:
-    """Whether a prompt looks like a file: one word with the suffix of a text file, or an existing path."""
+    """Return whether a prompt looks like a file: one word with the suffix of a text file, or an existing path."""
     path = os.path.expanduser(prompt)
     return bool(FILE_NAME.fullmatch(prompt)) or os.path.isfile(path) or (os.path.isdir(path) and os.sep in path)
 

@@ -1,4 +1,4 @@
-"""The card of a model on a hub: what it is, how it was trained and measured, how it is called, and its limits."""
+"""The README.md of a model on a hub: description, training, metrics, usage and limits."""
 
 import shutil
 from pathlib import Path
@@ -24,7 +24,7 @@ SETTINGS = (  # of config.yaml
 def write_card(folder: Path, run: Path, evaluation: Path | None) -> None:
     """Write `README.md` and its picture into the pipeline folder of a run.
 
-    evaluation: the folder of an `lcm.evaluate` that measured it.
+    evaluation: the output folder of `lcm.evaluate` for this model.
     """
     config: Any = OmegaConf.load(run / "config.yaml")
     facts, index = read_lcm_json(folder), read_json(folder / "model_index.json")
@@ -59,7 +59,7 @@ def write_card(folder: Path, run: Path, evaluation: Path | None) -> None:
 
 
 def base_license(base: str) -> str | None:
-    """Return the licence that the card of the base model names, if it is here."""
+    """Return the licence in the base model's card, if the card exists on this machine."""
     card = find(base) / "README.md"
     license = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict().get("license") if card.is_file() else None
     return license if isinstance(license, str) else None
@@ -81,7 +81,7 @@ def picture_of(run: Path, folder: Path) -> str | None:
 
 
 def usage(class_name: str, facts: dict[str, Any]) -> str:
-    """Return an example in diffusers, with the arguments that this class needs."""
+    """Return a usage example in diffusers for this pipeline class."""
     steps = facts.get("phases") or facts.get("students", [4])[-1]
     if facts["sampler"] == "ddim" and "students" not in facts:
         arguments = "num_inference_steps=50, guidance_scale=7.5"
@@ -100,21 +100,21 @@ def usage(class_name: str, facts: dict[str, Any]) -> str:
 
 
 def settings(config: Any) -> list[tuple[str, str]]:
-    """Return the settings of the training that it has. A target is its last name."""
-    found = ((name, OmegaConf.select(config, name, throw_on_missing=False)) for name in SETTINGS)
+    """Return the main settings of the training. A `_target_` is shortened to its last name."""
+    values = ((name, OmegaConf.select(config, name, throw_on_missing=False)) for name in SETTINGS)
     return [(name.removesuffix("._target_"), str(value).rpartition(".")[2] if name.endswith("_target_") else number(value))
-            for name, value in found if value is not None]  # fmt: skip
+            for name, value in values if value is not None]  # fmt: skip
 
 
 def data_of(config: Any) -> str:
-    """Return the last part of the name of the data, because folders of this machine concern nobody."""
+    """Return the last part of the data's path, so that the card holds no folder of this machine."""
     source = OmegaConf.select(config, "data.shards") or OmegaConf.select(config, "data.folder") or "unknown"
     names = [source] if isinstance(source, str) else list(source)
     return ", ".join("/".join(str(name).split("/")[-2:]) for name in names)
 
 
 def metrics(run: Path, evaluation: Path | None) -> str:
-    """Return the table of an evaluation, and the last values of the run's validation."""
+    """Return the table of an evaluation and the last validation metrics of the run."""
     last = [(name, list(values)[-1], list(values.values())[-1])
             for name, values in read_metrics(run / "metrics.csv").items() if name.startswith("val/")]  # fmt: skip
     own = table(("metric", "step", "value"), [(name, str(step), number(value)) for name, step, value in last]) if last else ""

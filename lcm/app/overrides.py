@@ -1,7 +1,7 @@
-"""Overrides as a user types them, quoted for Hydra's grammar where it would read something else.
+"""Quoting of overrides: Hydra's grammar would misread some texts.
 
 Hydra reads `name=2024` as a number, `prompts=a cat, a dog` as two values and `prompts=café` not at all. A key holds text
-if its constructor's annotation or its value in the configuration says so. Its override is quoted before Hydra sees it.
+if its constructor's annotation says so, or if its value in the configuration is text. Such an override is quoted for Hydra.
 """
 
 import re
@@ -40,7 +40,7 @@ def typed(override: str) -> Typed:
 
 
 def parsed(override: str) -> Override | None:
-    """Hydra's reading of an override, None if it cannot read it."""
+    """Parse an override by Hydra's grammar. Return None for a syntax error."""
     try:
         return OverridesParser.create().parse_override(override)
     except HydraException:
@@ -48,7 +48,7 @@ def parsed(override: str) -> Override | None:
 
 
 class Kind(NamedTuple):
-    """Whether a key holds text, whether it may hold a list of texts, and whether it may be null."""
+    """The kind of a key. text: it holds text. texts: it may hold a list of texts. nullable: it may be null."""
 
     text: bool = False
     texts: bool = False
@@ -56,7 +56,7 @@ class Kind(NamedTuple):
 
 
 def alternatives(hint: Hint) -> Sequence[Hint]:
-    """The members of a union."""
+    """Return the members of a union."""
     if get_origin(hint) is Annotated:
         return alternatives(get_args(hint)[0])
     if get_origin(hint) in (Union, UnionType):
@@ -69,7 +69,7 @@ def is_text(hint: Hint) -> bool:
 
 
 def kind_of(cfg: DictConfig, key: str, hints: Mapping[str, Hint]) -> Kind:
-    """Decide by the annotation, else by the value before the command line sets it. A number needs no annotation."""
+    """Return the kind of a key by its annotation, else by its value in conf/. A number needs no annotation."""
     value, _ = lookup(cfg, key)
     if key not in hints and isinstance(value, bool | int | float):
         return Kind()
@@ -87,7 +87,7 @@ def kind_of(cfg: DictConfig, key: str, hints: Mapping[str, Hint]) -> Kind:
 
 
 def lookup(cfg: Any, key: str) -> tuple[Any, bool]:
-    """A key's value, None if it is missing or cannot be resolved yet; and whether the key exists."""
+    """Return a key's value, None if it is missing or not resolvable yet, and whether the key exists."""
     parent, _, name = key.rpartition(".")
     try:
         node = OmegaConf.select(cfg, parent) if parent else cfg
@@ -101,7 +101,7 @@ def lookup(cfg: Any, key: str) -> tuple[Any, bool]:
 
 
 def hint_of(cfg: DictConfig, key: str, hints: Mapping[str, Hint]) -> Hint:
-    """The annotation of the parameter that a key is given to, Any without one. It imports the constructors on the way."""
+    """Return the annotation of a key's parameter, Any without one. Imports the constructors of the nodes above it."""
     node: Any = cfg
     accepted, hint = Parameters(dict(hints), True), Any
     for name in key.split("."):
@@ -118,7 +118,7 @@ def hint_of(cfg: DictConfig, key: str, hints: Mapping[str, Hint]) -> Hint:
 
 
 def as_hydra_reads(override: str, kind_of: Callable[[str], Kind], multirun: bool) -> str:
-    """Return the override with its texts quoted. With multirun a comma outside of brackets and quotes separates values."""
+    """Return the override with its texts quoted. In a sweep, a comma outside of brackets and quotes separates values."""
     prefix, key, text = typed(override)
     reading = parsed(override)
     if text is None or (reading is not None and isinstance(reading._value, str)):
@@ -134,7 +134,7 @@ def as_hydra_reads(override: str, kind_of: Callable[[str], Kind], multirun: bool
 
 
 def quoted_mapping(key: str, text: str, kind_of: Callable[[str], Kind]) -> str:
-    """`{name: value, ...}` with the texts in it quoted. Any other value stays."""
+    """Quote the texts in `{name: value, ...}`. Return any other value unchanged."""
     pairs = [part.partition(":") for part in split(text.strip()[1:-1])]
     if not re.fullmatch(r"\s*\{.*\}\s*", text, re.DOTALL) or not all(colon for _, colon, _ in pairs):
         return text
@@ -168,7 +168,7 @@ def quoted(text: str) -> str:
 
 
 def split(text: str) -> list[str]:
-    """The parts between commas outside of quotes and brackets. A quote encloses a whole part."""
+    """Split at commas outside of quotes and brackets. Quotes enclose whole parts only."""
     parts, depth, start, i = [], 0, 0, 0
     while i < len(text):
         letter = text[i]
@@ -194,7 +194,7 @@ def closing_quote(text: str, start: int) -> int | None:
 
 
 def shown(override: str) -> tuple[str, str]:
-    """Key and value of an override, the value without Hydra's quotes."""
+    """Return key and value of an override, the value without Hydra's quotes."""
     (_, key, text), reading = typed(override), parsed(override)
     if reading is None:
         return override, ""

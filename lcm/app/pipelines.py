@@ -1,4 +1,4 @@
-"""The pipeline folder that a name on the command line stands for."""
+"""Resolve `last` and `last:<name>` to pipeline folders."""
 
 import os
 from functools import cache
@@ -31,7 +31,7 @@ def chosen(pipeline: str, runs: str, working_directory: str) -> str:
 
 
 def is_student(pipeline: Path) -> bool:
-    """Whether a saved model was distilled: it samples by consistency, or its lcm.json names students."""
+    """Return whether a saved model is a student: it has a consistency sampler, or its lcm.json lists students."""
     metadata = read_lcm_json(pipeline)
     return metadata["sampler"] != "ddim" or "students" in metadata
 

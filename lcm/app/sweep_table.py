@@ -19,9 +19,9 @@ from lcm.runtime.redaction import redacted
 
 
 class SweepTable(Callback):
-    """A Hydra callback that notes each run's swept values and last `val/` metrics. It writes table.md and plot.png.
+    """A Hydra callback that collects each run's swept values and last `val/` metrics in table.md and plot.png.
 
-    A note is a file in the sweep's folder (`hydra.sweep.dir`). The runs may be on other machines that share this folder.
+    Each run writes a file into the sweep's folder (`hydra.sweep.dir`). Runs on other machines must share this folder.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -78,7 +78,7 @@ def hide_secrets(config: DictConfig) -> None:
 
 
 def lack(runs: Sequence[str]) -> str:
-    """Return why no run has a metric for the table."""
+    """Return the reason for an empty table."""
     if not runs:
         return "no job has trained, the errors are above"
     if not any(Path(run, "metrics.csv").is_file() for run in runs):

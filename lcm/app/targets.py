@@ -1,4 +1,4 @@
-"""Which `_target_` a file from elsewhere may name. A target is code that runs, so only parts of a training are allowed.
+"""The allowed `_target_` values of untrusted files. A target is code that runs, so only parts of a training are allowed.
 
 The command line and the user's own conf/ are trusted.
 """
@@ -60,7 +60,7 @@ def shipped() -> frozenset[str]:
 
 
 def is_allowed(target: str) -> bool:
-    """Whether a target is a class, or a function of FUNCTIONS. The module that defines it decides.
+    """Return whether a target is an allowed class or function, by the module that defines it.
 
     `lcm.runtime.run_dir.os.system` is os.system. A method such as `from_pretrained` may run code that it downloads.
     """

@@ -1,4 +1,4 @@
-"""The page and the HTTP API of `lcm.serve`: a model, a teacher beside it, one request drawn at a time, the others queue."""
+"""The page and the HTTP API of `lcm.serve`. Requests are drawn one at a time; the others queue."""
 
 import asyncio
 import io
@@ -27,7 +27,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Draw(BaseModel):
-    """A request of one image. Without `steps`, a teacher makes as many as fit in the time of `student_steps` of the student."""
+    """A request for one image. The default `steps` of a teacher fit in the time of `student_steps` of the student."""
 
     model_config = ConfigDict(extra="forbid")
     prompt: str = Field(max_length=LONGEST)
@@ -42,7 +42,7 @@ class Draw(BaseModel):
 
 @dataclass
 class Served:
-    """A model that is served. seconds: (a, b) of an image's time `a + b * steps`, measured at the start."""
+    """A served model. seconds: (a, b) of an image's time `a + b * steps`, measured at the start."""
 
     name: str
     model: TextToImage
@@ -55,7 +55,7 @@ class Served:
         return images[0]
 
     def measure(self) -> None:
-        """Time images of two step counts, after one that warms up."""
+        """Time images at two step counts, after a warm-up."""
         times = {}
         few = self.default_steps
         for steps in (few, few, 1) if self.can(1) and few > 1 else (few, few):
@@ -73,7 +73,7 @@ class Served:
         return True
 
     def steps_in(self, seconds: float) -> int:
-        """Return the number of steps, at least 1, whose image takes at most these seconds."""
+        """Return the largest number of steps within these seconds, at least 1."""
         fixed, per_step = self.seconds
         return max(1, math.floor((seconds - fixed) / per_step))
 
@@ -84,7 +84,7 @@ class Served:
 
 @dataclass
 class Queue:
-    """Requests in the order of their arrival, one at a time. length: of those that may wait."""
+    """Requests, served one at a time in the order of arrival. length: the limit of waiting requests."""
 
     length: int
     waiting: int = 0

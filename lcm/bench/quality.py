@@ -38,8 +38,8 @@ class Judge:
         self, shards: str, captions: dict[str, float], *, resolution: int, samples: int, steps: int, w: list[float], cache: str
     ) -> None:
         source = Source(expand_urls(shards), captions=captions, option="val_shards")
-        found = read_captions(source, samples)
-        self.prompts = [found[i % len(found)] for i in range(samples)]
+        texts = read_captions(source, samples)
+        self.prompts = [texts[i % len(texts)] for i in range(samples)]
         self.steps, self.w = steps, w
         self.extract = Extractor(mini_clip("mini"), resolution=resolution).to(pick_device("auto"))
         self.real = self.extract.reference(source, cache)

@@ -1,11 +1,8 @@
-"""The stream of training samples: time to its first batch, its rate beside webdataset's, what a node fetches, its memory."""
+"""The stream of training samples: the time to its first batch, and its rate beside webdataset's."""
 
 import contextlib
-import itertools
 import multiprocessing
-import os
 import resource
-import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,9 +19,6 @@ from lcm.core.random import generator
 from lcm.data.cache import ShardCache
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.filters import Filters
-from lcm.data.index import RECORD
-from lcm.data.order import Order
-from lcm.data.source import Source
 
 DISTINCT = 200  # pictures that differ; drawing one takes longer than reading it
 
@@ -204,111 +198,3 @@ def measured(batches: Any, captions: Any, seconds: float) -> tuple[float, float]
 def cpu_seconds() -> float:
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(entry.ru_utime + entry.ru_stime for entry in usage)
-
-
-def node(
-    *,
-    folder: str,
-    samples: int,
-    size: int,
-    shards: int,
-    lanes: list[int],
-    passes: list[int],
-    nodes: int,
-    ranks: int,
-    batch_size: int,
-) -> Table:
-    """Measure the bytes that one of several nodes fetches for the samples that it uses. Its ranks are processes in step."""
-    shard = write_crawl(Path(folder, f"crawl-{samples}-{size}.tar"), count=samples, size=size)
-    context = multiprocessing.get_context("fork")
-    rows = []
-    for count, passed in itertools.product(lanes, passes):
-        with TemporaryDirectory() as made, server(shard, 0.0) as (address, served):
-            urls = [f"{address}/{number:06d}.tar" for number in range(shards)]
-            cache = ShardCache(f"{made}/cache")
-            source = Source(urls, filters=Filters(), cache=cache, index=f"{made}/index")
-            order = Order([source], [1.0], lanes=count)
-            used, step, world_size = context.Queue(), context.Barrier(ranks), nodes * ranks
-            steps = count // nodes * passed * samples // (ranks * batch_size)
-            batches = [
-                range(first * batch_size, (first + world_size) * batch_size)
-                for first in range(0, steps * world_size, world_size)
-            ]
-            processes = [
-                context.Process(target=read_as, args=(source, order, batches, rank, world_size, step, used))
-                for rank in range(ranks)
-            ]
-            for process in processes:
-                process.start()
-            refs = [ref for _ in processes for ref in used.get()]
-            for process in processes:
-                process.join()
-            if len(set(refs)) < len(refs):
-                raise AssertionError("a sample came twice")
-            arrived = [file.stat().st_size for file in cache.folder.glob("*.tar")]
-            rows.append(
-                {
-                    "lanes": count,
-                    "shards passed by a lane": passed,
-                    "samples": len(refs),
-                    "shards used": len({ref.shard for ref in refs}),
-                    "shards fetched": len(arrived),
-                    "MB fetched": served.value / 1e6,
-                    "fetched / used": served.value / len(refs) / (shard.stat().st_size / samples),
-                    "bytes fetched twice": served.value - sum(arrived),
-                }
-            )
-            print(rows[-1], flush=True)
-    note = (
-        f"{nodes} nodes of {ranks} ranks, {shards} remote shards of {samples} samples ({shard.stat().st_size / 1e6:.2g} MB), "
-        f"{batch_size} samples for each rank and step. The first node's ranks read. Fetched / used: bytes that the server sent "
-        "for each sample, in parts of a sample's share of its shard."
-    )
-    return Table("Bytes that a node fetches", rows, note)
-
-
-def read_as(source: Source, order: Order, batches: list[range], rank: int, world_size: int, step: Any, used: Any) -> None:
-    """Read a rank's part of some global batches, in step with the others. Then wait for what is still being fetched."""
-    refs = []
-    for positions in batches:
-        for _, ref in order.batch(positions, rank, world_size):
-            source.read(ref.shard, ref.sample)
-            refs.append(ref)
-        step.wait()
-    for thread in threading.enumerate():
-        if thread.name.startswith("writes"):
-            thread.join()
-    used.put(refs)
-
-
-def memory(*, folder: str, samples: int, size: int, shards: int, reads: int) -> Table:
-    """Measure the memory of a reader while it passes the indexes of `shards` shards, and the size of the indexes."""
-    shard = write_crawl(Path(folder, f"crawl-{samples}-{size}.tar"), count=samples, size=size)
-    rows = []
-    with TemporaryDirectory() as made:
-        links = copies(shard, Path(made, "shards"), shards)
-        urls = sorted(str(path) for path in links.iterdir())
-        source = Source(urls, filters=Filters(), index=f"{made}/index")
-        source.notes(0)
-        first = source._index(0)
-        for number in range(1, shards):  # the same file: the same index under another name
-            index = source._index(number)
-            os.link(first.path, index.path)
-            os.link(first.notes_file, index.notes_file)
-        order = Order([source], [1.0])
-        total = shards * samples
-        for part in range(10):
-            for position in range(part * total // 10, (part + 1) * total // 10, max(total // reads, 1)):
-                [(_, ref)] = order.batch(range(position, position + 1))
-                source.read(ref.shard, ref.sample)
-            rows.append({"samples passed, millions": (part + 1) * total / 1e7, "memory, MB": resident()})
-            print(rows[-1], flush=True)
-        size_mb = RECORD.itemsize * 1.0
-    note = f"{shards} shards of {samples} samples, {reads} samples read. The index has {size_mb:.0f} MB for a million samples."
-    return Table("Memory over an epoch", rows, note)
-
-
-def resident() -> float:
-    """Return this process's memory in MB, without the files that it maps."""
-    fields = Path("/proc/self/status").read_text().split()
-    return int(fields[fields.index("RssAnon:") + 1]) / 1024

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: the shapes that batches have, and to which of them a picture is nearest."""
+"""Aspect-ratio buckets: the shapes of batches, and the nearest shape of a picture."""
 
 import math
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from lcm.core.errors import UserError
 from lcm.data.transforms import stored_size
 
 Shape = tuple[int, int]  # (height, width) in pixels
-SQUARE, STEPS = 128, 32  # an aspect ratio is a byte, this at 1:1, so many more each time the width doubles: +-1 %, up to 16:1
+SQUARE, STEPS = 128, 32  # the byte of the aspect ratio 1:1, and its increase per doubling of the width: +-1 %, up to 16:1
 
 
 def shapes_of(buckets: float | Sequence[Sequence[int]], resolution: int, factor: int = 1) -> list[Shape]:
-    """What `data.buckets` asks for: a list of [height, width], or as a number the largest ratio of sides, see `shapes_up_to`.
+    """Return the shapes of `data.buckets`: a list of [height, width], or a number, the ratio of `shapes_up_to`.
 
-    factor: what every side must be a multiple of. Raises UserError.
+    factor: a divisor of every side. Raises UserError.
     """
     hint = f"data.buckets={buckets}: expected a ratio from 1 to 16, or at most 256 shapes such as [[512, 512], [640, 384]]"
     if isinstance(buckets, int | float):
@@ -34,8 +34,11 @@ def shapes_of(buckets: float | Sequence[Sequence[int]], resolution: int, factor:
 
 
 def shapes_up_to(ratio: float, resolution: int) -> list[Shape]:
-    """As SDXL has them (arXiv:2307.01952, appendix I): the square, and for each longer side the longest shorter one at which a
-    picture has at most `resolution` squared pixels. Sides are multiples of 64, of an eighth of a resolution below 512."""
+    """Return SDXL's shapes (arXiv:2307.01952, appendix I) with at most `resolution` squared pixels and this ratio of sides.
+
+    There is the square, and for each longer side the longest possible shorter side. Sides are multiples of 64, or of an
+    eighth of a resolution below 512.
+    """
     step = max(1, min(64, resolution // 8))
     longer = range(resolution - resolution % step + step, int(ratio * resolution) + 1, step)
     sides = [(long, resolution**2 // long // step * step) for long in longer]
@@ -44,7 +47,7 @@ def shapes_up_to(ratio: float, resolution: int) -> list[Shape]:
 
 
 def aspect(start: bytes) -> int:
-    """Return a picture's width / height as a byte, from its first bytes. A broken picture passes for a square."""
+    """Return a picture's width / height, coded as a byte, from its first bytes. A broken picture counts as square."""
     size = stored_size(start)
     if size is None or min(size) < 1:
         return SQUARE
@@ -53,6 +56,6 @@ def aspect(start: bytes) -> int:
 
 @lru_cache(4096)
 def nearest(code: int, shapes: tuple[Shape, ...]) -> int:
-    """Return the number of the shape nearest to a picture of this `aspect`, in the ratio of ratios."""
+    """Return the number of the shape with the nearest aspect ratio (by quotient). code: the value of `aspect`."""
     ratio = (code - SQUARE) / STEPS
     return min(range(len(shapes)), key=lambda number: abs(math.log2(shapes[number][1] / shapes[number][0]) - ratio))

@@ -1,4 +1,4 @@
-"""Remote shards on this machine: a cache of files that can be read while they arrive."""
+"""A cache of remote shards. Its files can be read during their download."""
 
 import contextlib
 import hashlib
@@ -27,15 +27,15 @@ PAUSE = 1.0
 
 
 class TooLarge(OSError):
-    """A file does not end where it should."""
+    """A file is larger than the cache."""
 
 
 class Differs(OSError):
-    """A whole file differs from its manifest."""
+    """A downloaded file differs from its manifest."""
 
 
 class GrowingFile:
-    """A file of the cache, which another thread or process may still be writing."""
+    """A file of the cache. Another thread or process may still be writing it."""
 
     def __init__(self, arrival: "Arrival") -> None:
         self.arrival, self.whole, self.arrived = arrival, False, 0
@@ -43,7 +43,7 @@ class GrowingFile:
         self.path = str(arrival.path)
 
     def _look(self) -> None:
-        """Open the file, and learn how much of it has arrived."""
+        """Open the file and update `arrived`, its present size."""
         whole = self.arrival.path.exists()
         if self.file is not None and os.fstat(self.file.fileno()).st_nlink == 0:
             self.close()  # it is fetched again
@@ -54,7 +54,7 @@ class GrowingFile:
             self.arrived, self.whole = os.fstat(self.file.fileno()).st_size, whole
 
     def _wait(self, size: int | None) -> None:
-        """Wait until `size` bytes have arrived, or all (None). Raises OSError when the file cannot be fetched."""
+        """Wait for `size` bytes, or for the whole file (None). Raises OSError if the download failed."""
         while not self.whole and (size is None or self.arrived < size):
             self._look()
             if self.whole or (size is not None and self.arrived >= size):
@@ -81,7 +81,7 @@ class GrowingFile:
 
 
 class Arrival:
-    """One remote shard on its way into the cache. One thread of one process of the node fetches it."""
+    """The download of one remote shard, by one thread of one process of the node."""
 
     def __init__(self, cache: "ShardCache", url: str, flaw: Callable[[str], str | None]) -> None:
         self.cache, self.url, self.flaw = cache, url, flaw
@@ -93,7 +93,7 @@ class Arrival:
         self.failure: Exception | None = None
 
     def ensure(self) -> None:
-        """Start to fetch the file unless this or another process does. Raises the error of a fetch that failed."""
+        """Start the download unless it is running. Raises the error of a failed download."""
         with growing.starting:
             self._ensure()
 
@@ -166,10 +166,10 @@ class Arrival:
 
 
 class ShardCache:
-    """A folder of at most about `max_gb` gigabytes for remote shards. The shards used longest ago make room.
+    """A folder of at most about `max_gb` gigabytes for remote shards. The least recently used shards are removed first.
 
-    A request is tried `attempts` times, with pauses of 1, 2, 4, ... times `pause` seconds. timeout: seconds without data that
-    count as a failure. Files are named by the digest of the whole URL.
+    A request is tried `attempts` times, with pauses of 1, 2, 4, ... times `pause` seconds. timeout: seconds without
+    data that count as a failure. Files are named by the digest of the whole URL.
     """
 
     def __init__(
@@ -180,9 +180,9 @@ class ShardCache:
         self.started = time.time()
 
     def open(self, url: str, flaw: Callable[[str], str | None] = lambda file: None) -> GrowingFile:
-        """Return the file of `url`, which arrives from now on. Raises OSError and UserError as `Arrival.ensure` does.
+        """Start the download of `url` and return its file. Raises OSError and UserError like `Arrival.ensure`.
 
-        flaw: tells how a whole file differs from its manifest. Such a file is fetched again.
+        flaw: `file -> ` its difference from the manifest, or None. A file that differs is fetched again.
         """
         arrival = Arrival(self, url, flaw)
         arrival.ensure()
@@ -194,10 +194,10 @@ class ShardCache:
         return self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.tar"
 
     def release(self, url: str) -> None:
-        """Take note that the shard is not needed soon: it stays until another one needs its room."""
+        """Note that the shard is not needed soon. This cache keeps it until it needs the space."""
 
     def make_room(self, size: int) -> None:
-        """Remove the shards that were used longest ago, so that `size` more bytes fit."""
+        """Remove the least recently used shards until `size` more bytes fit."""
         files: list[tuple[os.stat_result, Path]] = []
         for file in self.folder.glob("*.tar"):
             with contextlib.suppress(FileNotFoundError):  # another process made room

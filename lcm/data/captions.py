@@ -1,4 +1,4 @@
-"""Captions and images of shards, without a training loop."""
+"""Captions and images of shards, for programs other than training."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,7 +22,7 @@ def read_samples(source: Source) -> Iterator[Sample]:
 
 
 def read_captions(source: Source, limit: int | None = None) -> list[str]:
-    """Return the captions of the first `limit` samples in the shards' order, as `read_images` pairs them."""
+    """Return the captions of the first `limit` samples, in the order and with the choice of `read_images`."""
     captions: list[str] = []
     choose = CaptionChoice(weights=source.captions)
     for position, sample in enumerate(read_samples(source)):

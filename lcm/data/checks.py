@@ -1,4 +1,4 @@
-"""Checks of a shard's first samples: whether they hold pictures or latents, and captions that can be read."""
+"""Checks of a shard's first samples: pictures or latents, and readable captions."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -14,8 +14,8 @@ SHOWN = 8  # kinds of members that a complaint lists
 
 
 def first_samples(file: Bytes, rules: Rules) -> list[Sample]:
-    """Return the first samples of a shard, whether they are usable or not. Links to files outside hold nothing."""
-    links, found = Links(file), []
+    """Return the first samples of a shard, usable or not. Links to files outside are empty."""
+    links, contents = Links(file), []
     for sample in islice(samples(file, rules.needs, rules.tells), LOOKED_AT):
         content: Sample = {"__key__": sample.key}
         for extension, member in sample.members.items():
@@ -26,8 +26,8 @@ def first_samples(file: Bytes, rules: Rules) -> list[Sample]:
                 content[extension] = b""
             else:
                 content[extension] = file.read(target.data, target.size)
-        found.append(content)
-    return found
+        contents.append(content)
+    return contents
 
 
 def extensions_of(first: Sequence[Sample]) -> set[str]:
@@ -35,7 +35,7 @@ def extensions_of(first: Sequence[Sample]) -> set[str]:
 
 
 def flaw_of(title: str, first: Sequence[Sample], rules: Rules, option: str) -> str | None:
-    """Return why a shard's captions cannot be read. Raises UserError for shards of another kind, which are all alike."""
+    """Return the reason if a shard's captions cannot be read, else None. Raises UserError for shards of another kind."""
     extensions = extensions_of(first)
     held = f"its samples hold {', '.join(sorted(extensions)[:SHOWN])}" + ", ..." * (len(extensions) > SHOWN)
     hint = advice({"link": 1}) if any("__link__" in sample for sample in first) else ""

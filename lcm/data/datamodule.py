@@ -36,13 +36,13 @@ ENOUGH = 1000  # samples seen before their share of skipped ones means something
 
 
 class Skips:
-    """Counts damaged samples by reason among those seen. More than `max_ratio` of them end the training."""
+    """Counts of damaged samples by reason. A share above `max_ratio` ends the training."""
 
     def __init__(self, max_ratio: float) -> None:
         self.max_ratio, self.seen, self.by_reason, self.left_out = max_ratio, 0, Counter[str](), Counter[str]()
 
     def add(self, seen: int, skipped: dict[str, int], left_out: dict[str, int]) -> None:
-        """left_out: samples that the shards' indexes leave out. Raises UserError above the limit."""
+        """Add counts. left_out: samples that the filters or the index left out. Raises UserError above the limit."""
         self.seen += seen
         self.by_reason.update(skipped)
         self.left_out.update(left_out)
@@ -67,24 +67,24 @@ class Skips:
 
 
 class ShardDataModule(L.LightningDataModule):
-    """Streams webdataset shards or a folder of pictures.
+    """Batches from webdataset shards or a folder of pictures.
 
-    With a codec its batches are `LatentBatch`, without one `{"x": [-1, 1], "captions", ...}`.
+    With a codec, batches are `LatentBatch`. Without one they are `{"x": [-1, 1], "captions", ...}`.
 
     shards: paths or URLs of .tar files, globs, braces, @list files. folder: pictures with captions, see `FolderSource`.
-    source: a class of your own, see docs/extending.md. sources: several of them by weight, `[{"urls", "folder" or "source",
-    "weight"}, ...]`. One of the four is given.
+    source: a class of your own, see docs/extending.md. sources: several of these by weight, `[{"urls", "folder" or "source",
+    "weight"}, ...]`. Give exactly one of the four.
     allow_pipe: also `pipe:<command that prints a shard>`.
-    val_shards: one ordered, complete pass; None disables validation. filters: rules for the samples of both.
+    val_shards: read in one ordered, complete pass; None disables validation. filters: apply to training and validation.
     build: called once per node before anything else, e.g. to draw a dataset.
     latents: the shards hold the output of `python -m lcm.encode` for this codec and resolution.
-    resolution: pixels a side; None: those of the codec's pipeline, and 512 without a codec.
+    resolution: pixels per side; None: the size of the codec's pipeline, or 512 without a codec.
     buckets: batches of one shape, see `lcm.data.buckets.shapes_of`; None trains on squares of `resolution`.
     batch_size: per device. shuffle, lanes: see `lcm.data.order`. index: the folder of the shards' indexes.
     cache: of remote shards; None keeps them in memory, see `lcm.data.memory`.
-    captions: weights of the members or .json fields that hold one, see `CaptionChoice`.
+    captions: weights of the members or .json fields with captions, see `CaptionChoice`.
     timeout: seconds without data after which the training ends with an error.
-    max_skip_ratio: more damaged samples than this share of those seen stop the training.
+    max_skip_ratio: a larger share of damaged samples stops the training.
 
     Nothing is counted before the first batch. A checkpoint holds the position after the last consumed batch. A resumed run sees
     the next samples, with any number of workers and ranks.
@@ -162,7 +162,7 @@ class ShardDataModule(L.LightningDataModule):
             self.val_decode = Decode(resolution, captions=captions)
 
     def prepare_data(self) -> None:
-        """Once per node: the other ranks then find the data drawn and the samples counted."""
+        """Build and check the data once per node, before the other ranks need it."""
         if self.build is not None:
             self.build()
         self.setup()
@@ -208,7 +208,7 @@ class ShardDataModule(L.LightningDataModule):
         return False
 
     def warn_of_blindness(self) -> None:
-        """Warn of each filter and caption name that no sample has."""
+        """Warn of each filter and caption name whose field no sample has."""
         for source in self.train_sources:
             for name in source.blind_filters():
                 if source.filters is None or name not in source.filters.chosen:
@@ -219,7 +219,7 @@ class ShardDataModule(L.LightningDataModule):
 
     @property
     def way(self) -> dict[str, Any]:
-        """Return how samples for training and validation are chosen and described."""
+        """Return the options of a source that training and validation share."""
         return {"needs": self.decode.needs, "aspect": aspect if self.buckets else None}
 
     def _source(self, source: dict[str, Any]) -> Source:
@@ -236,19 +236,19 @@ class ShardDataModule(L.LightningDataModule):
         return source
 
     def reader(self, urls: str | list[str], option: str, **way: Any) -> Source:
-        """Return shards that are read as this data is. option: the configuration's key, for errors."""
+        """Return a source with the settings of this data. option: the configuration's key, for errors."""
         expanded = expand_urls(urls, option, allow_pipe=self.allow_pipe)
         options = {"captions": self.captions, "filters": self.filters, "cache": self.cache, "index": self.index, **way}
         return Source(expanded, option=option, **options)
 
     @property
     def sample_size(self) -> int | None:
-        """Latent cells a side, which the UNet that is trained is noted to have."""
+        """Return the latent size per side, which becomes `sample_size` in the trained network's config."""
         return None if self.codec is None else self.resolution // self.codec.factor
 
     @property
     def world(self) -> tuple[int, int]:
-        """This rank, of how many."""
+        """Return the rank and the world size."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _loader(self, kind: Callable[..., Stream], *data: Any, **options: Any) -> DataLoader:
@@ -297,7 +297,7 @@ class ShardDataModule(L.LightningDataModule):
             log.warning("%s", self.skips)
 
     def identity(self) -> str:
-        """Return a digest of all that the order of the training depends on but the samples of a shard."""
+        """Return a digest of everything that determines the order, except the samples in each shard."""
         names = [[name.rpartition("/")[2] for name in source.urls] for source in self.train_sources]
         weights = [source.get("weight", 1.0) for source in self.weighted]
         return digest(

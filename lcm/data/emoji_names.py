@@ -114,7 +114,7 @@ UNGENDERED = {"man": "person", "woman": "person", "men": "people", "women": "peo
 
 
 class Emoji(NamedTuple):
-    """`name`: exact, `kind` and `category`: vague, as people write them. `path`: its SVG."""
+    """name: the exact name. kind, category: vague names. path: the SVG."""
 
     name: str
     kind: str
@@ -123,7 +123,7 @@ class Emoji(NamedTuple):
 
     @property
     def toned(self) -> bool:
-        """Whether it differs from another by skin tone."""
+        """Return whether the emoji has a skin tone."""
         return "skin tone" in self.name
 
 

@@ -23,8 +23,11 @@ TEXT_MEMBERS = ("json", *CAPTIONS)
 
 @dataclass
 class Variants:
-    """`sample -> {"x": uint8 [V, 3, S, S], "sizes": int64 [V, 4], "caption", "members"}`: crops and mirrored copies of one
-    image, each with its original size and crop as `Decode` gives them, and its texts: metadata and every caption."""
+    """`sample -> {"x": uint8 [V, 3, S, S], "sizes": int64 [V, 4], "caption", "members"}`.
+
+    x: V crops or mirrored copies of one image. sizes: original size and crop of each, as in `Decode`. members: the sample's
+    metadata and captions.
+    """
 
     decode: Decode
     crops: int
@@ -43,14 +46,14 @@ class Variants:
 
 
 def is_text(name: str, content: Any) -> bool:
-    """Whether a member is text, which latents keep, or at least called so."""
+    """Return whether a member is text, by its name or content. Latent shards keep text members."""
     with suppress(UnicodeError):
         return name in TEXT_MEMBERS or (not name.startswith("__") and name not in IMAGES and bool(text_of(content)))
     return False
 
 
 def mirrored(sizes: torch.Tensor, side: int) -> torch.Tensor:
-    """The sizes of crops of side x side pixels when their pictures are mirrored; a picture's shorter side is a crop's."""
+    """Return `sizes` for mirrored pictures, whose shorter side was resized to the crop's `side`."""
     height, width, top, left = sizes.unbind(1)
     resized = (side * width / torch.minimum(height, width)).round().long()
     return torch.stack([height, width, top, (resized - side - left).clamp(min=0)], dim=1)
@@ -67,10 +70,10 @@ def gathered(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 @dataclass
 class Encoder:
-    """A batch of `Variants` of a shard -> that shard's samples, as `DecodeLatents` takes them.
+    """A batch of `Variants` of a shard -> samples of a latent shard, as `DecodeLatents` reads them.
 
-    drawn: a draw of each posterior, a function of (seed, shard, key), in place of its mean and standard deviation.
-    text: what the text encoder makes of the caption, too, and as .txt member the caption.
+    drawn: store a sample of each posterior, a function of (seed, shard, key), instead of mean and standard deviation.
+    text: also store the text embeddings, and the caption as .txt member.
     Sizes are stored for a UNet that takes them.
     """
 
@@ -95,7 +98,7 @@ class Encoder:
             arrays |= {TEXTS[name][0]: rows.half().cpu().numpy() for name, rows in embeddings.items()}
         for i, texts in enumerate(members):
             caption = {"txt": batch["captions"][i]} if self.text else {}
-            yield {**texts, **caption, **{member: npy(of[i]) for member, of in arrays.items()}}
+            yield {**texts, **caption, **{member: npy(array[i]) for member, array in arrays.items()}}
 
 
 def npy(array: np.ndarray) -> bytes:

@@ -1,4 +1,4 @@
-"""The content of a URL, piece by piece: through fsspec, or from the user's own command (`pipe:` URLs)."""
+"""Downloads in parts: by fsspec, or by the user's own command (`pipe:` URLs)."""
 
 import contextlib
 import gc
@@ -59,7 +59,7 @@ def parts(url: str, start: int, timeout: float) -> Iterator[bytes]:
 
 
 def size_of(url: str, timeout: float) -> int | None:
-    """Return the bytes of a URL's content, None if they are not known before it is read."""
+    """Return the size of a URL's content in bytes. None: unknown before it is read."""
     if scheme_of(url) == "pipe":
         return None
     try:
@@ -79,7 +79,7 @@ def read_up_to(stream: Any, size: int) -> bytes:
 
 
 def connect(url: str, timeout: float) -> tuple[Any, str]:
-    """Return the file system of a URL or path, and the name there. timeout: seconds without data, for http."""
+    """Return the fsspec file system of a URL or path, and the path in it. timeout: seconds without data, for http."""
     if not url.startswith("http"):
         return fsspec.url_to_fs(url)
     import aiohttp
@@ -92,8 +92,8 @@ def connect(url: str, timeout: float) -> tuple[Any, str]:
 def output_of(command: str, timeout: float) -> Iterator[bytes]:
     """Yield the output of a command. There is no shell: `sh -c '...'` is one.
 
-    Raises OSError if it fails or prints nothing for `timeout` seconds. The message has the last line of its errors, without its
-    arguments.
+    Raises OSError if it fails or prints nothing for `timeout` seconds. The message has the last line of stderr, without the
+    command's arguments.
     """
     words = shlex.split(command)
     with tempfile.TemporaryFile() as errors:

@@ -44,11 +44,11 @@ def sides(fields: Fields) -> tuple[float, float] | None:
 
 
 def shorter_side(_: str | None, fields: Fields) -> float | None:
-    return found[0] if (found := sides(fields)) else None
+    return pair[0] if (pair := sides(fields)) else None
 
 
 def aspect(_: str | None, fields: Fields) -> float | None:
-    return found[1] / found[0] if (found := sides(fields)) else None
+    return pair[1] / pair[0] if (pair := sides(fields)) else None
 
 
 def length(caption: str | None, _: Fields) -> int | None:
@@ -61,17 +61,17 @@ def score(*names: str) -> Callable[[str | None, Fields], float | None]:
 
 def unsafe(_: str | None, fields: Fields) -> float | None:
     """Return a classifier's probability, else the number for LAION's textual NSFW column."""
-    found = number(fields, "punsafe", "nsfw_score_opennsfw2")
-    return NSFW.get(str(fields.get("nsfw")).strip().upper()) if found is None else found
+    probability = number(fields, "punsafe", "nsfw_score_opennsfw2")
+    return NSFW.get(str(fields.get("nsfw")).strip().upper()) if probability is None else probability
 
 
 def identities(_: str | None, fields: Fields) -> frozenset[str] | None:
     """Return the names of the sample in a removal list: its `hash`, `sha256`, `md5`, `url`, or the url's sha256."""
     digests = (fields.get(name) for name in ("hash", "sha256", "md5"))
-    found = {str(digest).lower() for digest in digests if isinstance(digest, str | int) and digest != ""}
+    names = {str(digest).lower() for digest in digests if isinstance(digest, str | int) and digest != ""}
     if isinstance(url := fields.get("url"), str) and url:
-        found |= {url, hashlib.sha256(url.encode(errors="surrogatepass")).hexdigest()}
-    return frozenset(found) or None
+        names |= {url, hashlib.sha256(url.encode(errors="surrogatepass")).hexdigest()}
+    return frozenset(names) or None
 
 
 class Rule(NamedTuple):
@@ -83,7 +83,7 @@ class Rule(NamedTuple):
     span: tuple[float, float] = (0.0, math.inf)
 
 
-NSFW = {"UNLIKELY": 0.0, "UNSURE": 0.75, "NSFW": 1.0}  # the default limit drops what was not called safe
+NSFW = {"UNLIKELY": 0.0, "UNSURE": 0.75, "NSFW": 1.0}  # the default limit drops everything not called safe
 AESTHETIC = score("aesthetic_score", "aesthetic", "aesthetic_score_laion_v2")
 # In the order of their use: a sample is counted under the first rule that it fails. The last name of a score is COYO's.
 RULES = {
@@ -100,15 +100,15 @@ RULES = {
 
 
 class Filters:
-    """Which samples of a shard are used, by their metadata; each rule is off at None.
+    """Rules that choose samples by their metadata. None switches a rule off.
 
     min_side: pixels, max_aspect: longer / shorter side, both of the picture as published. min_aesthetic: LAION's predictor, 0
-    to 10; the paper's recipes are 6 and 6.5. max_watermark, max_unsafe: probabilities; where LAION's NSFW column is all there
-    is, UNLIKELY counts as 0, UNSURE as 0.75, NSFW as 1. min_similarity: CLIP's cosine. min_caption, max_caption: characters.
-    Limits are included. removal_list: a text file of samples to leave out, one per line: an img2dataset `sha256` or `md5` of
+    to 10; the paper's recipes are 6 and 6.5. max_watermark, max_unsafe: probabilities; without them LAION's NSFW column counts:
+    UNLIKELY as 0, UNSURE as 0.75, NSFW as 1. min_similarity: CLIP's cosine. min_caption, max_caption: characters. Limits are
+    included. removal_list: a text file of samples to leave out, one per line: an img2dataset `sha256` or `md5` of
     the image, LAION's `hash`, the URL or its sha256 (`#` begins a comment line).
-    missing: whether a sample that lacks what an active rule needs is kept or dropped.
-    Raises `UserError` for a setting that makes no sense.
+    missing: "keep" or "drop" a sample without the field of an active rule.
+    Raises `UserError` for an invalid setting.
     """
 
     def __init__(
@@ -134,9 +134,9 @@ class Filters:
         self.chosen = [option for option in self.limits if given[option] != defaults[option].default]
 
     def __call__(self, caption: str | None, meta: Mapping[str, Any]) -> str | None:
-        """None keeps the sample, else why it is left out: a rule's reason ("aesthetic") or "missing_<reason>".
+        """Return None to keep the sample, else the reason to leave it out, such as "aesthetic" or "missing_aesthetic".
 
-        meta: the decoded .json member, {} without one; its names are read in any case.
+        meta: the decoded .json member, {} without one; case of names is ignored.
         """
         fields = lowered(meta)
         for option, limit in self.limits.items():
@@ -149,7 +149,7 @@ class Filters:
         return None
 
     def blind(self, samples: Iterable[tuple[str | None, Mapping[str, Any]]]) -> list[str]:
-        """Return the active rules whose value is missing in all of these (caption, metadata)."""
+        """Return the active rules whose field is missing in all of these (caption, metadata) pairs."""
         seen = [(caption, lowered(meta)) for caption, meta in samples]
         return [option for option in self.limits if seen and all(RULES[option].value(*sample) is None for sample in seen)]
 
@@ -160,7 +160,7 @@ class Filters:
 
 
 def limit_of(option: str, setting: Any) -> float | frozenset[str]:
-    """A number within the rule's span, or the entries of the removal list."""
+    """Return a checked number within the rule's span, or the entries of the removal list."""
     if option == "removal_list":
         try:
             lines = lines_of(setting)

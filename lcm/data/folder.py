@@ -1,4 +1,4 @@
-"""A folder of pictures with captions, as Hugging Face's ImageFolder and kohya's trainers have it."""
+"""A folder of pictures with captions, in the layout of Hugging Face's ImageFolder and kohya's trainers."""
 
 import contextlib
 import csv
@@ -25,11 +25,11 @@ NAME, TEXT = "file_name", "text"  # columns of a table
 
 
 class FolderSource(Source):
-    """Pictures in a folder and its subfolders. Parts of `FILES` pictures, by name, take the place of shards.
+    """Pictures in a folder and its subfolders. Each `FILES` pictures, sorted by name, count as a shard.
 
     The caption of `a/1.jpg` is in `a/1.txt`, `a/1.caption` or a field of `a/1.json`. Or it is the `text` of a row in a
     `metadata.jsonl` or `metadata.csv`, whose `file_name` is relative to the table. Filters read the table's other columns.
-    Raises UserError for a folder that is not there or a table that cannot be read.
+    Raises UserError for a missing folder or an unreadable table.
     """
 
     def __init__(self, folder: str, **options: Any) -> None:
@@ -79,7 +79,7 @@ class FolderSource(Source):
         return self.chosen[shard]
 
     def _reason(self, path: str) -> str | None:
-        """Return why a picture is left out, else None."""
+        """Return the reason to leave a picture out, else None."""
         try:
             texts = self.texts(path)
             meta = metadata(texts)
@@ -93,7 +93,7 @@ class FolderSource(Source):
         return next(filter(None, verdicts), None)
 
     def texts(self, path: str) -> Sample:
-        """Return the captions and metadata of a picture, as a shard's sample holds them."""
+        """Return the captions and metadata of a picture in the form of a shard's members."""
         stem, sample = path.rpartition(".")[0], {}
         for extension in self.rules.tells:
             with contextlib.suppress(FileNotFoundError), skipping("no_caption", IsADirectoryError, PermissionError):

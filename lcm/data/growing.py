@@ -1,4 +1,4 @@
-"""Files that one thread of one process of a node writes, and that others read while they grow."""
+"""Growing files: one thread of one process of a node writes, others read at the same time."""
 
 import os
 import threading
@@ -25,9 +25,9 @@ os.register_at_fork(after_in_child=reset)  # another thread of the parent may ha
 
 
 def start_writer(lock: Path, write: Callable[[], None]) -> threading.Thread | None:
-    """Run `write` in a thread that holds a lock file. Return None while another thread or process holds it.
+    """Run `write` in a thread that holds a lock file. Return None if another thread or process holds it.
 
-    Called with `starting` held. Raises OSError where the lock file cannot be written.
+    The caller holds `starting`. Raises OSError if the lock file cannot be written.
     """
     if lock in writing:
         return None
@@ -51,7 +51,7 @@ def start_writer(lock: Path, write: Callable[[], None]) -> threading.Thread | No
 
 
 class Asked:
-    """The extent of a growing file that is asked for, by this process and by others of the node that wait for it."""
+    """The size of a growing file that readers have asked for, in this process and in the others of the node."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.here, self.told = file, 0.0, 0.0
@@ -61,14 +61,14 @@ class Asked:
         self.here = max(self.here, extent)
 
     def tell(self) -> None:
-        """Tell the process that writes the file. Called by a process that waits."""
+        """Send the request of a waiting reader to the writer's process."""
         if self.here > self.told and not self.is_own:
             self.told = self.here
             with suppress(OSError):
                 self.file.write_text(str(self.here))
 
     def pause(self, extent: float, ahead: float, seconds: float) -> None:
-        """Sleep until a file of this extent is less than `ahead` before its readers, but no longer than `seconds`."""
+        """Let the writer sleep while it is more than `ahead` before its readers, at most `seconds`."""
         until = time.monotonic() + seconds
         while extent > self.here + ahead and time.monotonic() < until:
             with suppress(OSError, ValueError):

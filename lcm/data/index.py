@@ -1,8 +1,8 @@
-"""The index of a shard: where its usable samples lie. One process writes it, all processes of a node read it.
+"""The index of a shard: the offsets of its usable samples. One process writes it, all processes of a node read it.
 
 An index grows while its shard is scanned, so the first samples are usable at once. `<key>.part` is the growing file and
-`<key>.index` the whole one. `<key>.json` tells how many samples were left out and why. The key is a digest of the shard's name,
-size and time, and of the rules by which samples are chosen: another file or other rules have another index.
+`<key>.index` the complete one. `<key>.json` counts the left-out samples by reason. The key is a digest of the shard's name,
+size and time and of the rules, so a changed file or changed rules get a new index.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ log = logging.getLogger(__name__)
 RECORD = np.dtype([("start", "<u8"), ("size", "<u4"), ("aspect", "u1"), ("repeated", "u1")])
 VERSION = 1  # raised when a scan chooses or describes samples in another way
 FLUSH = 64  # records that are written at once
-AHEAD, PAUSE = 64, 2.0  # records beyond those asked for; then so many seconds pass for each `FLUSH`
+AHEAD, PAUSE = 64, 2.0  # records ahead of the readers; beyond them, a pause in seconds for each `FLUSH`
 NAMED = 10  # samples that are named in the log for each reason
 Judge = Callable[[str | None, Mapping[str, Any]], str | None]
 
 
 class Rules(NamedTuple):
-    """The rules by which the samples of a shard are chosen.
+    """The rules that choose the samples of a shard.
 
     needs: a sample must have one of these extensions. captions: see `captions_of`. judge: `(caption, metadata) -> reason or
     None`, asked for every caption that may be drawn. aspect: `picture's first bytes -> byte`, for aspect-ratio buckets.
@@ -53,7 +53,7 @@ class Rules(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """flaw: why a sample is damaged or unwanted, None for a usable one. aspect: the picture's ratio of sides as a byte."""
+    """flaw: the reason to leave the sample out, None for a usable one. aspect: the picture's aspect ratio as a byte."""
 
     sample: Sample
     flaw: str | None
@@ -82,7 +82,7 @@ def scan(file: Bytes, rules: Rules) -> Iterator[Verdict]:
 
 
 def flaw_of(sample: Sample, extensions: Collection[str], rules: Rules, file: Bytes, links: Links) -> str | None:
-    """Return why a sample cannot be used whatever its metadata says, else None."""
+    """Return the reason if a sample is damaged, else None."""
     if ".." in sample.key.split("/"):
         return "name"  # nothing is extracted here, but names are written to latent shards that others may extract
     if sample.end and not file.read(sample.end - 1, 1):
@@ -98,7 +98,7 @@ def flaw_of(sample: Sample, extensions: Collection[str], rules: Rules, file: Byt
 
 
 def judged(sample: Sample, rules: Rules, file: Bytes, links: Links) -> tuple[str | None, bool]:
-    """Return the reason for which the filters leave a sample out, and whether that reason is damage."""
+    """Return the filters' reason to leave a sample out, or None, and whether the reason is damage."""
     if rules.judge is None:
         return None, False
     names = set(rules.tells)
@@ -114,13 +114,13 @@ def judged(sample: Sample, rules: Rules, file: Bytes, links: Links) -> tuple[str
 
 
 def content_of(member: Member, file: Bytes, links: Links, limit: int | None = None) -> bytes:
-    """Return the content of a file, or of the file that a link stands for, up to `limit` bytes."""
+    """Return the content of a file or of a link's target, up to `limit` bytes."""
     target = member if member.link is None else links.target(member)
     return b"" if target is None else file.read(target.data, target.size if limit is None else min(target.size, limit))
 
 
 class Notes(NamedTuple):
-    """samples: usable ones. left_out: the others by reason. repeated: usable samples under a name that another one has."""
+    """Counts of a shard: samples: usable; left_out: others, by reason; repeated: usable samples with the key of another."""
 
     samples: int
     left_out: dict[str, int]
@@ -159,9 +159,9 @@ class ShardIndex:
         return self.records is not None
 
     def wait(self, count: int) -> tuple[int, bool]:
-        """Wait for `count` records, or for the whole index. Return how many there are, and whether that is all.
+        """Wait for `count` records or the whole index. Return the number of records, and whether the index is complete.
 
-        Raises OSError for a shard that cannot be had, UserError where the system fails whatever the shard.
+        Raises OSError for an unreadable shard, UserError for a failure of the system.
         """
         self.asked.add(count)
         while not self.whole and self.arrived < count:
@@ -181,7 +181,7 @@ class ShardIndex:
             self.arrived = os.fstat(self.file.fileno()).st_size // RECORD.itemsize
 
     def __getitem__(self, number: int) -> Any:
-        """Return record `number`. Raises IndexError if the shard has fewer usable samples, and what `wait` raises."""
+        """Return record `number`. Raises IndexError if the shard has fewer usable samples, and the errors of `wait`."""
         if number >= self.arrived and number >= self.wait(number + 1)[0]:
             raise IndexError(number)
         if self.records is not None:
@@ -190,12 +190,12 @@ class ShardIndex:
         return np.frombuffer(content, RECORD)[0]
 
     def notes(self) -> Notes:
-        """Return what is known of the whole shard. Wait for it."""
+        """Wait for the whole index, and return the shard's counts."""
         self.wait(2**63)
         return Notes(**json.loads(self.notes_file.read_bytes()))
 
     def ensure(self) -> None:
-        """Start to scan the shard unless this or another process does. Raises the error of a scan that failed."""
+        """Start a scan of the shard unless one is running. Raises the error of a failed scan."""
         with growing.starting:
             if self.failure is not None:
                 raise self.failure
@@ -299,7 +299,7 @@ left_out_now: Counter[str] = Counter()  # samples left out of the shards that th
 
 
 def take_left_out() -> dict[str, int]:
-    """Return the counts of `left_out_now`, and begin anew."""
+    """Return the counts of `left_out_now`, and reset them."""
     with growing.starting:
         counts = dict(left_out_now)
         left_out_now.clear()

@@ -33,9 +33,9 @@ class DecodeLatents:
     """`sample -> {"moments": float16 [2C, h, w], "caption", "key"}`: mean and standard deviation of q(z|x), unscaled.
 
     A member `latent.npy` is `[V, 2C, h, w]`: V crops or mirrored copies. One of them is drawn. A member `sample.npy`
-    `[V, C, h, w]` is a draw of each posterior: the mean of one without width. With a member `text.npy` there is "states", the
-    float16 `[L, D]` text states of the .txt member, whether that is dropped or not, and with `pooled.npy` "pooled" `[P]`.
-    A member `sizes.npy` `[V, 4]` gives its "original_sizes" and "crops", see `collate` of pictures.
+    `[V, C, h, w]` is a sample of each posterior, read as a mean with standard deviation 0. A member `text.npy` adds "states",
+    the float16 `[L, D]` text embeddings of the .txt member, and `pooled.npy` adds "pooled" `[P]`. A member `sizes.npy` `[V, 4]`
+    adds "original_sizes" and "crops", see `transforms.collate`.
     """
 
     needs = LATENTS
@@ -60,7 +60,7 @@ class DecodeLatents:
 
 
 def sizes_of(sample: Sample, variants: int) -> np.ndarray:
-    """int64 `[V, 4]`; raises `Skip`."""
+    """Return the sizes, int64 `[V, 4]`. Raises `Skip`."""
     sizes = array(sample, SIZES, 2)
     if sizes.shape != (variants, 4) or sizes.dtype != np.int64:
         raise Skip("latent", f"{SIZES} of shape {sizes.shape} and {sizes.dtype} for {variants} variants")
@@ -69,7 +69,7 @@ def sizes_of(sample: Sample, variants: int) -> np.ndarray:
 
 def array(sample: Sample, name: str, dims: int) -> np.ndarray:
     """Raises `Skip`."""
-    with skipping("latent", Exception):  # whatever it makes numpy raise, MemoryError for a header that claims terabytes
+    with skipping("latent", Exception):  # numpy may raise anything, even MemoryError for a header of terabytes
         content = np.load(io.BytesIO(sample[name]), allow_pickle=False)
         sound = content.ndim == dims and np.isfinite(content).all()
     if not sound:
@@ -78,7 +78,7 @@ def array(sample: Sample, name: str, dims: int) -> np.ndarray:
 
 
 def collate_latents(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """`{"moments": float16 [B, 2C, h, w], "captions": list[str], "keys": list[str]}`, and what else all have."""
+    """Return `{"moments": float16 [B, 2C, h, w], "captions": list[str], "keys": list[str]}` and all other common fields."""
     tensors = [name for name in samples[0] if name not in ("caption", "key") and all(name in sample for sample in samples)]
     return {
         **{name: torch.stack([sample[name] for sample in samples]) for name in tensors},
@@ -89,11 +89,11 @@ def collate_latents(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 def stamp(codec: LatentCodec, resolution: int, *, drawn: bool = False, text: bool = False) -> dict[str, Any]:
     """Return the settings that latents depend on. drawn, text: the options of `lcm.encode`."""
-    found = {"vae": weights_hash(codec.vae), "resolution": resolution, "content": CONTENT[DRAWN if drawn else POSTERIOR]}
+    settings = {"vae": weights_hash(codec.vae), "resolution": resolution, "content": CONTENT[DRAWN if drawn else POSTERIOR]}
     if not text:
-        return found
+        return settings
     words = [json.dumps(sorted(tokenizer.get_vocab().items())) for tokenizer in codec.text.tokenizers]
-    return {**found, "text_encoder": " ".join(map(weights_hash, codec.text.encoders, words))}
+    return {**settings, "text_encoder": " ".join(map(weights_hash, codec.text.encoders, words))}
 
 
 def weights_hash(network: torch.nn.Module, more: str = "") -> str:
@@ -105,28 +105,28 @@ def weights_hash(network: torch.nn.Module, more: str = "") -> str:
 
 
 def check_stamp(urls: Sequence[str], codec: LatentCodec, resolution: int, captions: Mapping[str, float] | None = None) -> None:
-    """Refuse latents that this codec did not make at this size, and a choice of captions where states are stored of one.
+    """Raise UserError for latents of another VAE or size, and for `captions` if text embeddings are stored.
 
-    Raises UserError.
+    Stored text embeddings belong to the one caption of the encoding.
     """
     for folder in sorted({local(url).rpartition("/")[0] or "." for url in urls}):
         try:
             with fsspec.open(f"{folder}/{STAMP}") as file:
-                found = json.loads(file.read())
-        except Exception as error:  # whatever a file system's client raises
+                stored = json.loads(file.read())
+        except Exception as error:  # a file system's client may raise anything
             raise UserError(
                 f"{redacted(folder)} has no readable {STAMP}: make latent shards with python -m lcm.encode"
             ) from error
-        drawn, text = found.get("content") == CONTENT[DRAWN], "text_encoder" in found
+        drawn, text = stored.get("content") == CONTENT[DRAWN], "text_encoder" in stored
         if text and captions is not None:
             raise UserError(
                 f"data.captions chooses among captions, but the latents in {redacted(folder)} hold the text embeddings of one "
                 "of them: leave it out, or encode the images again with text=false"
             )
         for name, value in stamp(codec, resolution, drawn=drawn, text=text).items():
-            if found.get(name) != value:
+            if stored.get(name) != value:
                 raise UserError(
-                    f"the latents in {redacted(folder)} have {name} = {short(found.get(name))}, but data.codec and "
+                    f"the latents in {redacted(folder)} have {name} = {short(stored.get(name))}, but data.codec and "
                     f"data.resolution ask for {short(value)}: encode the images again, or set what they were encoded with"
                 )
 

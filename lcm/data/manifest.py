@@ -19,14 +19,14 @@ TIMEOUT = 60.0  # seconds
 
 
 class Expected(NamedTuple):
-    """The record of one shard. None: unknown. samples: with the ones that a reader leaves out."""
+    """The manifest's entry of one shard. None: unknown. samples: all of them, also unusable ones."""
 
     samples: int | None = None
     bytes: int | None = None
     sha256: str | None = None
 
     def flaw(self, file: str) -> str | None:
-        """How a local copy of the shard differs. It is read only if its size is right."""
+        """Return the difference of a local copy from the entry, or None. The copy is read only if its size is right."""
         size = os.path.getsize(file)
         if self.bytes not in (None, size):
             return f"{size} bytes instead of {self.bytes}"
@@ -34,7 +34,7 @@ class Expected(NamedTuple):
 
 
 class Manifests:
-    """`manifests[url]` is the record of a shard. A folder's manifest is read once."""
+    """`manifests[url]` is the entry of a shard. Each folder's manifest is read once."""
 
     def __init__(self) -> None:
         self.columns: dict[str, dict[str, dict[str, Any]]] = {}
@@ -47,15 +47,15 @@ class Manifests:
         file = f"{folder}{slash}{MANIFEST}{mark}{query}"
         if file not in self.columns:
             self.columns[file] = columns(read_json(file))
-        said = {field: column[name] for field, column in self.columns[file].items() if name in column}
-        if "samples" not in said:
+        entry = {field: column[name] for field, column in self.columns[file].items() if name in column}
+        if "samples" not in entry:
             stats = read_json(f"{path.removesuffix('.tar')}_stats.json{mark}{query}")
-            said["samples"] = stats.get("successes")
-        sound: dict[str, Any] = {field: value for field, value in said.items() if isinstance(value, TYPES[field])}
+            entry["samples"] = stats.get("successes")
+        sound: dict[str, Any] = {field: value for field, value in entry.items() if isinstance(value, TYPES[field])}
         return Expected(**sound)
 
     def gone(self, urls: Iterable[str]) -> list[str]:
-        """Local shards beside these that a manifest lists, but that are not there: a glob does not miss them."""
+        """Return local shards that a manifest beside these lists but that do not exist. A glob cannot notice them."""
         folders = sorted({local(url).rpartition("/")[0] or "." for url in urls if not is_remote(url)})
         listed = [
             f"{folder}/{name}" for folder in folders for name in columns(read_json(f"{folder}/{MANIFEST}")).get("samples", {})
@@ -69,16 +69,16 @@ def columns(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def read_json(url: str) -> dict[str, Any]:
-    """{} where there is none, with a warning if that may be an accident."""
+    """Return a JSON object, {} if there is none. Warns if the file may exist but cannot be read."""
     try:
         files, path = connect(url, TIMEOUT)
         content = json.loads(files.cat_file(path))
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return {}
-    except Exception as error:  # whatever a file system's client raises
+    except Exception as error:  # a file system's client may raise anything
         if os_error(error, NO_HANDLES):
             raise
-        if getattr(error, "status", None) not in (401, 403):  # what some stores answer for a file that is not there
+        if getattr(error, "status", None) not in (401, 403):  # some stores answer these for a missing file
             log.warning("%s cannot be read (%s): shards are not checked against it", redacted(url), type(error).__name__)
         return {}
     return content if isinstance(content, dict) else {}

@@ -1,4 +1,4 @@
-"""Remote shards in memory: a cache in /dev/shm that the processes of a node share, and that disappears with them."""
+"""A cache of remote shards in /dev/shm. The processes of a node share it, and it disappears with the last one."""
 
 import fcntl
 import os
@@ -25,13 +25,13 @@ fcntl.flock(folder, fcntl.LOCK_EX)
 if os.path.samestat(os.stat(sys.argv[1]), os.fstat(folder)):
     shutil.rmtree(sys.argv[1], ignore_errors=True)
 """
-held: dict[Path, int] = {}  # folders that this process and its forks hold, and the handles of them
+held: dict[Path, int] = {}  # folders that this process and its forks hold, with their handles
 
 
 class MemoryCache(ShardCache):
-    """A cache that keeps nothing on a disk. A shard is removed when its lane has passed the one after it.
+    """A cache in memory. A shard is removed when its lane has passed the next one.
 
-    The processes of a user on a node share it. It has half of /dev/shm at most. Raises UserError where there is none.
+    The processes of a user on a node share it. It uses at most half of /dev/shm. Raises UserError without /dev/shm.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class MemoryCache(ShardCache):
         self.path_of(url).unlink(missing_ok=True)  # processes that have it open can read on
 
     def check_room(self, url: str, shards: int) -> None:
-        """Raise UserError if so many shards of this one's size do not fit. A size that cannot be had is no error."""
+        """Raise UserError if `shards` shards of the size of this one do not fit. An unknown size is no error."""
         size = size_of(url, self.timeout)
         if size is not None and size * shards > self.max_gb * 1e9:
             raise UserError(
@@ -59,7 +59,7 @@ class MemoryCache(ShardCache):
 
 
 def hold(folder: Path) -> None:
-    """Make a folder unless it is there, and hold it until this process ends. The last one that holds it leaves nothing."""
+    """Make the folder if needed, and hold it until this process ends. The folder is removed after its last holder."""
     if folder in held:
         return
     while True:
@@ -89,7 +89,7 @@ def hold(folder: Path) -> None:
 
 
 def start_guard(folder: Path) -> subprocess.Popen:
-    """Start the process that removes the folder. It outlives this one, also one that is killed."""
+    """Start the process that removes the folder. It outlives this process, even if this one is killed."""
     silent: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen([sys.executable, "-I", "-S", "-c", GUARD, str(folder)], **silent, start_new_session=True)
 

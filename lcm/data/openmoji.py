@@ -147,12 +147,12 @@ def _samples_of(task: Task) -> list[dict[str, Any]]:
 
 
 def is_held_out(caption: str, share: float) -> bool:
-    """A pure function of the caption, so that the split is the same on every machine and in every style."""
+    """Return whether a caption belongs to validation. The split is the same on every machine and in every style."""
     return int(hashlib.sha256(caption.encode()).hexdigest()[:8], 16) < share * 2**32
 
 
 def names(shards: Any) -> Iterator[str]:
-    """Yield each of these names of shards, which may be lists in lists."""
+    """Yield the names in nested lists of shards."""
     if isinstance(shards, str):
         yield shards
     elif shards is not None:
@@ -161,14 +161,14 @@ def names(shards: Any) -> Iterator[str]:
 
 
 def is_read(root: str, shards: Any) -> bool:
-    """Whether one of these shards is in `root` or in another style's folder beside it."""
+    """Return whether one of these shards is in `root` or in another style's folder beside it."""
     folder = Path(os.path.abspath(root))
     start = str(folder.with_name(folder.name.rpartition("-")[0] or folder.name))
     return any(os.path.abspath(name).startswith(start) for name in names(shards))
 
 
 def is_wanted(root: str, wanted: Any) -> bool:
-    """Whether training or validation reads OpenMoji, of [shards, val_shards]; None: a caller that reads it later."""
+    """Return whether [shards, val_shards] include OpenMoji. None: yes, a caller reads it later."""
     if wanted is None or is_read(root, wanted):
         return True
     if not list(names(wanted[1])):
@@ -177,7 +177,7 @@ def is_wanted(root: str, wanted: Any) -> bool:
 
 
 def held_out(root: str, shards: Any) -> str | None:
-    """Return the validation shards in `root` if `shards` are OpenMoji's, else None: OpenMoji validates no other data."""
+    """Return the validation shards in `root` if `shards` are OpenMoji's, else None."""
     return f"{root}/val-*.tar" if is_read(root, shards) else None
 
 
@@ -194,7 +194,7 @@ def build(
     limit: int | None = None,
     wanted: Any = None,
 ) -> None:
-    """Write `root/train-*.tar` and `root/val-*.tar`, unless a build with the same settings is already there.
+    """Write `root/train-*.tar` and `root/val-*.tar`, unless they exist with the same settings.
 
     backgrounds, toned_backgrounds: pictures of each emoji without and with a skin tone. pairs: pictures of two emoji for each
     picture of one without a skin tone. held_out: the share of the captions for validation.
@@ -257,7 +257,7 @@ def build(
 
 
 def build_styles(root: str, *, styles: list[str], wanted: Any = None, **settings: Any) -> None:
-    """One dataset a style: `root` for "color", `<name>-<style>-<resolution>` beside it for the others."""
+    """Build one dataset per style: `root` for "color", `<name>-<style>-<resolution>` beside it for the others."""
     for style in styles if is_wanted(root, wanted) else ():
         stem, _, resolution = root.rpartition("-")
         build(root if style == "color" else f"{stem}-{style}-{resolution}", style=style, **settings)

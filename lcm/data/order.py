@@ -1,8 +1,8 @@
 """The endless order of a training: it maps a position to a sample, as a function of shard names, seed and position.
 
 The shards of a source are dealt to lanes by the seed. A lane walks its shards one after another, in a new order each epoch, and
-shuffles samples within blocks of a shard. Positions take turns over the lanes. How many samples a shard holds is learnt when a
-lane reaches it, so nothing is counted before the first batch.
+shuffles samples within blocks of a shard. Positions take turns over the lanes. A shard's samples are counted when a lane
+reaches it, so nothing is counted before the first batch.
 """
 
 import heapq
@@ -26,9 +26,9 @@ WINDOW = 32  # global batches that are sorted by aspect ratio together
 
 
 class SampleRef(NamedTuple):
-    """Sample number `sample` of shard number `shard` of source number `source`.
+    """A sample: the numbers of its source, its lane, its shard in the source and its place in the shard.
 
-    lane: the lane that it lies in. shape: (height, width) of its picture after decoding, None for the shape of all.
+    shape: (height, width) of the decoded picture in a bucket; None without buckets.
     """
 
     source: int
@@ -39,32 +39,32 @@ class SampleRef(NamedTuple):
 
 
 class Samples(Protocol):
-    """A source's samples: what an order has to know of them."""
+    """The interface of a source for an order."""
 
     urls: list[str]
 
     def usable(self, shard: int, count: int) -> tuple[int, bool]:
-        """Wait until the shard is known to hold `count` usable samples. Return how many are known, and whether that is all."""
+        """Wait until `count` usable samples of the shard are known. Return the known number, and whether that is all."""
 
     def aspect(self, shard: int, sample: int) -> int: ...
 
     def weight(self, shard: int) -> float:
-        """Return the shard's size if that is known without reading it, else 1."""
+        """Return the shard's size if it is known without reading, else 1."""
 
     def prefetch(self, shard: int) -> None: ...
 
     def release(self, shard: int) -> None:
-        """Take note that the shard is not needed soon."""
+        """Note that the shard is not needed soon."""
 
     def nothing_usable(self) -> UserError:
-        """Return the error for a source whose shards hold no usable sample."""
+        """Return the error for a source without usable samples."""
 
 
 class Lane:
     """Some shards of a source, one after another, without end. `lane[k]` is its sample number k.
 
-    Each sample comes once before any comes again. shuffle: samples of a block. spare: the shards of the source, which a lane
-    takes when all of its own are empty.
+    Every sample comes once per epoch. shuffle: the number of samples in a block. spare: all shards of the source, which a lane
+    uses if its own are empty.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Lane:
                 known, whole = self.samples.usable(shard, block + size)
             if number < known:
                 size = min(size, known - block)
-                if whole and number >= size // 2:  # not before: the first batch shall not wait for it
+                if whole and number >= size // 2:  # not earlier, so that the first batch does not wait for it
                     self._prefetch_next()
                 self.held.add(shard)
                 return SampleRef(self.source, self.number, shard, self._shuffled_block(shard, block, size)[number - block])
@@ -147,7 +147,7 @@ class Lane:
         return shards
 
     def _block_of(self, number: int) -> tuple[int, int]:
-        """Return first sample and size of the block of a sample. A shard's first blocks are small, so that it starts soon."""
+        """Return the first sample and the size of a sample's block. The first blocks of a shard are small, to start soon."""
         first, size = 0, min(FIRST_BLOCK, self.shuffle)
         while size < self.shuffle and number >= first + size:
             first, size = first + size, min(2 * size, self.shuffle)
@@ -164,7 +164,7 @@ class Lane:
 
 
 class Turns:
-    """Numbers take turns over parts by weight. Nearly equal weights give part `number mod parts`."""
+    """Weighted turns: maps a number to a part. Nearly equal weights give part `number mod parts`."""
 
     def __init__(self, weights: Sequence[float]) -> None:
         if max(weights) <= min(weights) * NEARLY:
@@ -178,7 +178,7 @@ class Turns:
         self.turns = [(part, turn) for _, part, turn in sorted(spread)]
 
     def __getitem__(self, number: int) -> tuple[int, int]:
-        """Return the part that has a number, and how many numbers that part had before."""
+        """Return the part of a number, and the count of earlier numbers of that part."""
         round_, place = divmod(number, len(self.turns))
         part, turn = self.turns[place]
         return part, round_ * self.quota[part] + turn
@@ -220,18 +220,18 @@ class Order:
 
     @property
     def quotas(self) -> list[list[int]]:
-        """Return how many samples each lane of each source gives in a round."""
+        """Return the number of samples that each lane of each source gives in a round."""
         return [turns.quota for _, turns in self.turns]
 
     def turn(self, position: int) -> tuple[int, int]:
-        """Return the lane at a position, and how many positions that lane had before."""
+        """Return the lane at a position, and the count of earlier positions of that lane."""
         source, number = self.sources[position]
         first, turns = self.turns[source]
         lane, k = turns[number]
         return first + lane, k
 
     def batch(self, positions: range, rank: int = 0, world_size: int = 1) -> list[tuple[int, SampleRef]]:
-        """Return a rank's part of a global batch: neighbours by lane, so that a rank reads the shards of few lanes."""
+        """Return a rank's slice of a global batch, sorted by lane, so that a rank reads the shards of few lanes."""
         turns = sorted((*self.turn(position), position) for position in positions)
         size = len(turns) // world_size
         return [(position, self.lanes[lane][k]) for lane, k, position in turns[rank * size : (rank + 1) * size]]

@@ -48,7 +48,7 @@ class Skip(Exception):
 
 @contextmanager
 def skipping(reason: str, *errors: type[Exception]) -> Iterator[None]:
-    """Turns these errors of its block into a `Skip`."""
+    """Raise `Skip` in place of these errors."""
     try:
         yield
     except Skip:
@@ -58,7 +58,7 @@ def skipping(reason: str, *errors: type[Exception]) -> Iterator[None]:
 
 
 def metadata(sample: Sample) -> dict[str, Any]:
-    """The .json member under lower-case names, {} without one; raises `Skip("json")`."""
+    """Return the .json member with lower-case names, {} without one. Raises `Skip("json")`."""
     with skipping("json", ValueError, RecursionError):
         content = json.loads(sample.get("json", b"{}"))
     if not isinstance(content, dict):
@@ -69,42 +69,32 @@ def metadata(sample: Sample) -> dict[str, Any]:
 def captions_of(
     sample: Sample, captions: Mapping[str, float] | None = None, meta: Mapping[str, Any] | None = None
 ) -> dict[str, list[str]]:
-    """Return the texts of a sample by the member, else the .json field, that holds them.
+    """Return the captions of a sample, by the name of their member or .json field.
 
     captions: the names to read, all of them; None: the first of `CAPTIONS` with a text. meta: the sample's `metadata`, if it is
     known. Blank texts count only where there is no other. Raises `Skip("no_caption")` or `Skip("caption_encoding")`.
     """
     meta, texts = metadata(sample) if meta is None else meta, dict[str, list[str]]()
     for name in captions or CAPTIONS:
-        if found := texts_of(name, sample.get(name, meta.get(name))):
-            texts[name] = found
-            if captions is None and any(found):
+        if values := texts_of(name, sample.get(name, meta.get(name))):
+            texts[name] = values
+            if captions is None and any(values):
                 break
     if not texts:
         members = ", ".join(sorted(name for name in sample if not name.startswith("__")))
         fields = f" and the .json fields {', '.join(sorted(meta)[:SHOWN])}" if meta else ""
         raise Skip("no_caption", f"none of {', '.join(captions or CAPTIONS)} among {members}{fields}: see data.captions")
-    spoken = {name: [text for text in found if text] for name, found in texts.items() if any(found)}
+    spoken = {name: [text for text in values if text] for name, values in texts.items() if any(values)}
     return dict(list(spoken.items() or texts.items())[: None if captions else 1])
 
 
 def texts_of(name: str, content: Any) -> list[str]:
-    """Return what a member or field says: one text, those of a list, or none where it is null or missing. Raises `Skip`."""
-    if isinstance(content, bytes):
-        with refusing_encodings(name):
-            return [text_of(content).strip()]
+    """Return the texts of a member or field: one text, those of a list, or none if it is null or missing. Raises `Skip`."""
     texts = [text for text in (content if isinstance(content, list) else [content]) if text is not None]
-    if wrong := [type(text).__name__ for text in texts if not isinstance(text, str)]:
+    if wrong := [type(text).__name__ for text in texts if not isinstance(text, str | bytes)]:
         raise Skip("no_caption", f"{name} holds {KINDS.get(wrong[0], 'a number')}, not text: name another in data.captions")
-    with refusing_encodings(name):
-        # A JSON escape can hold half an emoji, which no tokenizer takes, or a NUL.
-        return [text_of(text.encode()).strip() for text in texts]
-
-
-@contextmanager
-def refusing_encodings(name: str) -> Iterator[None]:
-    try:
-        yield
+    try:  # a JSON escape can hold half an emoji, which no tokenizer takes, or a NUL
+        return [text_of(text if isinstance(text, bytes) else text.encode()).strip() for text in texts]
     except UnicodeError as error:
         raise Skip("caption_encoding", f"{name}: {error}") from error
 
@@ -117,8 +107,8 @@ def caption_of(sample: Sample, captions: Mapping[str, float] | None = None) -> s
 class CaptionChoice:
     """`(sample, rng) -> caption`: "" with probability `dropout`, else one of the sample's captions.
 
-    weights: members or .json fields that hold a caption. One that the sample has is drawn by weight. None: the first of
-    `CAPTIONS` with a text. One text of a list is drawn. Raises `Skip` for a sample without a caption, dropped or not.
+    weights: of members or .json fields. One of the sample's fields is drawn by weight. None: the first of `CAPTIONS` with text.
+    One text of a list is drawn. Raises `Skip` for a sample without a caption, even if `dropout` drops it.
     """
 
     def __init__(self, dropout: float = 0.0, weights: Mapping[str, float] | None = None) -> None:
@@ -135,7 +125,7 @@ class CaptionChoice:
 
 
 def weights_of(captions: Mapping[str, float]) -> dict[str, float]:
-    """Return those above zero, under lower-case names as a shard's members and `metadata` have them."""
+    """Return the weights above zero, with lower-case names as in `metadata`."""
     try:
         weights = {str(name).lower().lstrip("."): float(weight) for name, weight in captions.items()}
     except (AttributeError, TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The shards of one source: tars with pictures or latents, here or remote."""
+"""The shards of one source: local or remote tars with pictures or latents."""
 
 import contextlib
 import copy
@@ -40,8 +40,8 @@ class Source:
 
     urls: paths or URLs of tars. needs: every sample must have one of these extensions. captions: see `captions_of`; the filters
     judge these captions. aspect: `picture's first bytes -> byte`, stored for each sample. cache: of remote shards; None keeps
-    them in memory. index: the folder of the shards' indexes; None, or a folder that cannot be written: a temporary one. option:
-    the configuration's key that names the shards.
+    them in memory. index: the folder of the shards' indexes; None uses a temporary one. option: the configuration key of the
+    shards, for messages.
     """
 
     def __init__(
@@ -69,17 +69,17 @@ class Source:
         self.limit = max(1, min(OPEN_SHARDS, handles // 4)) if handles > 0 else OPEN_SHARDS
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state for a worker that is spawned, as on macOS: it opens its own files."""
+        """Return the state for a spawned worker (macOS), which opens its own files."""
         return {**vars(self), "indexes": OrderedDict(), "files": OrderedDict()}
 
     @classmethod
     def of_option(cls, cfg: DictConfig, option: str, cache: ShardCache | None) -> "Source":
-        """Return the shards that a program's option names, such as `val_shards` of sample.py."""
+        """Return the shards of a program's option, such as `val_shards` of sample.py."""
         captions: Any = OmegaConf.to_container(cfg.captions) if cfg.captions else None
         return cls(expand_urls(cfg[option], option), captions=captions, cache=cache, option=option)
 
     def subset(self, shards: Sequence[int]) -> Self:
-        """Return these shards as a source of their own, which is read in the same way."""
+        """Return a source of these shards with the same settings."""
         part = copy.copy(self)
         part.urls = [self.urls[shard] for shard in shards]
         part.indexes, part.files, part.empty = OrderedDict(), OrderedDict(), set()
@@ -91,7 +91,7 @@ class Source:
 
     @cached_property
     def how(self) -> list[Any]:
-        """Return the rules that samples are chosen by, as plain values."""
+        """Return the rules as plain values, for a digest."""
         rules = [VERSION, list(self.rules.needs), self.filters.signature() if self.rules.judge and self.filters else ""]
         return [*rules, sorted(self.captions) if self.captions else [], self.rules.aspect is not None]
 
@@ -113,9 +113,9 @@ class Source:
     # Called by an order
 
     def usable(self, shard: int, count: int) -> tuple[int, bool]:
-        """Wait until the shard is known to hold `count` usable samples. Return how many are known, and whether that is all.
+        """Wait until `count` usable samples of the shard are known. Return the known number, and whether that is all.
 
-        A shard that cannot be had counts as empty. Raises UserError where the system fails whatever the shard.
+        An unreadable shard counts as empty. Raises UserError for a failure of the system.
         """
         if shard in self.empty:
             return 0, True
@@ -130,7 +130,7 @@ class Source:
         return int(self.retried(shard, lambda: self._index(shard)[sample])["aspect"])
 
     def weight(self, shard: int) -> float:
-        """Return the bytes of a shard, or 1 where some shards are remote, of unknown size."""
+        """Return the bytes of a shard, or 1 if some shards are remote and their sizes unknown."""
         if self.any_remote:
             return 1.0
         with contextlib.suppress(OSError):
@@ -142,14 +142,14 @@ class Source:
         return any(map(is_remote, self.urls))
 
     def prefetch(self, shard: int) -> None:
-        """Begin to fetch and to scan a shard that will be needed soon."""
+        """Start to fetch and scan a shard that will be needed soon."""
         with contextlib.suppress(OSError):
             if is_remote(self.urls[shard]):
                 self._open(shard).close()
             self._index(shard).ensure()
 
     def release(self, shard: int) -> None:
-        """Close a shard that is not needed soon, and let its cache know."""
+        """Close a shard that is not needed soon, and release it in the cache."""
         self._close(shard)
         if shard in self.indexes:
             self.indexes.pop(shard).close()
@@ -164,7 +164,7 @@ class Source:
         )
 
     def notes(self, shard: int) -> Notes:
-        """Return how many samples a shard holds, and why others are left out. Wait for the whole shard."""
+        """Return a shard's counts of usable and left-out samples. Waits for the whole shard."""
         if self.usable(shard, 2**62) == (0, True) and shard in self.empty:
             return Notes(0, {"shard": 1})
         return self._index(shard).notes()
@@ -172,7 +172,7 @@ class Source:
     # Reading
 
     def read(self, shard: int, number: int) -> Sample:
-        """Return `{"__key__", "__url__", <extension>: bytes, ...}` of a usable sample. Raises Skip for one that is gone."""
+        """Return `{"__key__", "__url__", <extension>: bytes, ...}` of a usable sample. Raises Skip if it is gone."""
         if shard in self.empty:
             raise Skip("shard", self.title(shard))
         try:
@@ -226,13 +226,13 @@ class Source:
         return self.files[shard]
 
     def whole(self, shard: int) -> str:
-        """Return the local path of a shard that has arrived. Raises OSError for one that cannot be had."""
+        """Return the local path of a shard after its download. Raises OSError for an unreadable shard."""
         with contextlib.closing(self._open(shard)) as file:
             file.size()
             return file.path
 
     def _open(self, shard: int) -> LocalFile | GrowingFile:
-        """Open a shard, a remote one through the cache. Raises OSError for one that cannot be had."""
+        """Open a shard, a remote one through the cache. Raises OSError for an unreadable shard."""
         url = self.urls[shard]
         if not is_remote(url):
             return LocalFile(local(url))
@@ -244,7 +244,7 @@ class Source:
             self.files.pop(shard)[0].close()
 
     def _close_oldest(self) -> bool:
-        """Close the shard and the index that were used longest ago. Return whether any was open."""
+        """Close the least recently used shard and index. Return whether any was open."""
         was_open = bool(self.indexes or self.files)
         if self.indexes:
             self.indexes.popitem(last=False)[1].close()
@@ -253,9 +253,9 @@ class Source:
         return was_open
 
     def retried(self, shard: int, work: Callable[[], Any]) -> Any:
-        """Return `work()`. Errors that say nothing of the shard, such as too many open files, are retried.
+        """Return `work()`. Temporary errors of the system, such as too many open files, are retried.
 
-        Raises OSError for a shard that cannot be had, UserError where the system fails whatever the shard.
+        Raises OSError for an unreadable shard, UserError for a lasting failure of the system.
         """
         pauses = iter(PAUSES)
         while True:
@@ -277,15 +277,15 @@ class Source:
     # Checks before a training
 
     def check_room(self, lanes: int) -> None:
-        """Refuse shards that memory has no room for, as the size of one of them shows. lanes: those of this node."""
+        """Raise UserError if the shards of `lanes` lanes do not fit into the memory cache, by the size of one shard."""
         remote = [url for url in self.urls if is_remote(url)]
         if isinstance(self.cache, MemoryCache) and remote:
             self.cache.check_room(remote[0], min(HELD * lanes, len(remote)))
 
     def check(self) -> None:
-        """Refuse, before any training, shards without images or captions, as one of the first few that can be read shows.
+        """Raise UserError for shards without images or captions.
 
-        Only the first samples of one shard are read. Raises UserError.
+        Reads only the first samples of the first readable shard.
         """
         flaws: list[str] = []
         for shard in range(min(TRIED, len(self.urls))):
@@ -307,7 +307,7 @@ class Source:
         raise UserError(flaws[0] + f", nor can the {len(flaws) - 1} shards after it be read" * (len(flaws) > 1))
 
     def blind_filters(self) -> list[str]:
-        """Return the filters that leave out nothing, since none of the first samples has the fields that they read."""
+        """Return the filters without effect: none of the first samples has their fields."""
         if self.filters is None or self.filters.missing == "drop":
             return []
         described = []
@@ -325,11 +325,11 @@ class Source:
         return sorted(names)
 
     def gone(self) -> list[str]:
-        """Return local shards that a manifest lists but that are not there: a glob does not miss them."""
+        """Return local shards that a manifest lists but that do not exist."""
         return self.manifests.gone(self.urls)
 
     def left_out(self) -> Counter[str]:
-        """Return how many samples of all shards are left out, by reason. Wait for all shards."""
+        """Return the counts of left-out samples of all shards, by reason. Waits for all shards."""
         total: Counter[str] = Counter()
         for shard in range(len(self.urls)):
             total.update(self.notes(shard).left_out)
@@ -341,7 +341,7 @@ class Source:
 
 
 def stamp(url: str) -> str:
-    """Return the identity of a shard: its name, and of a local one size and time, so that a changed file is another."""
+    """Return the identity of a shard: its name, and for a local file its size and time."""
     if is_remote(url):  # a query may name the shard; its digest keeps its secrets
         query = hashlib.sha256(url.encode()).hexdigest()[:12] if "?" in url else ""
         return f"{redacted(url)} {query}".rstrip()
@@ -354,7 +354,7 @@ def stamp(url: str) -> str:
 
 @cache
 def index_folder(index: str | None) -> Path:
-    """Return a folder for indexes that can be written: the given one, else one that is removed with this process."""
+    """Return the given folder if it is writable, else a temporary one that is removed with this process."""
     if index is not None:
         try:
             folder = Path(index)

@@ -1,7 +1,7 @@
-"""Batches of decoded samples in the order of `lcm.data.order`, shared out over ranks and workers.
+"""Batches of decoded samples in the order of `lcm.data.order`, divided among ranks and workers.
 
 Batch b is positions `[start + b G, start + (b + 1) G)` of the order, G = batch_size x world_size. Workers take turns over
-batches. So neither workers nor, at one G, ranks change the samples of a step.
+batches. The samples of a step therefore depend on G, but not on the number of workers or ranks.
 """
 
 import itertools
@@ -38,7 +38,7 @@ def rng_of(seed: int | str, position: int) -> random.Random:
 
 
 class Stream(IterableDataset):
-    """The part of a stream that trainings and passes share: reading, decoding, counting damaged samples.
+    """Reading, decoding and counting of damaged samples, for trainings and passes.
 
     decode: `(sample, rng) -> dict`; raises Skip on a damaged sample. collate: `list -> dict`.
     """
@@ -61,9 +61,9 @@ class Stream(IterableDataset):
     def decoded(
         self, members: Sequence[tuple[int, SampleRef]], skipped: Counter[str], seed: int | str | None = None
     ) -> list[Sample]:
-        """Return the samples that decode. Count the others by reason, and name the first of each.
+        """Return the samples that decode. Count the others by reason, and log the first of each reason.
 
-        seed: of random choices, in place of the stream's.
+        seed: replaces the stream's seed of random choices.
         """
         seed = self.seed if seed is None else seed
         good: list[Sample] = []
@@ -88,8 +88,8 @@ class Stream(IterableDataset):
 class TrainStream(Stream):
     """Endless batches of one rank, from position `start` on.
 
-    Each batch also holds "position": the position after it; "skipped": `{reason: samples}` of this rank that did not decode;
-    "left_out": the same of samples that the index leaves out, of shards that were scanned meanwhile.
+    Each batch also holds "position": the position after it; "skipped": counts of this rank's damaged samples by reason;
+    "left_out": counts by reason of the samples that scans have left out since the last batch.
     """
 
     def __init__(self, sources: Sequence[Source], order: Batches, *, start: int = 0, **options: Any) -> None:
@@ -112,9 +112,9 @@ class TrainStream(Stream):
         return self.order.batch(self._positions(number), self.rank, self.world_size)
 
     def _sound(self, number: int, skipped: Counter[str]) -> list[Sample]:
-        """Return this rank's samples of a batch. Sound ones take the place of the damaged, so that a batch keeps its size.
+        """Return this rank's samples of a batch. Sound samples replace damaged ones, so a batch keeps its size.
 
-        They are of the same batch, or of the next batch that has any.
+        Replacements come from the same batch, or from the next batch with a sound sample.
         """
         members = self._share(number)
         good = self.decoded(members, skipped)
@@ -160,11 +160,11 @@ class PassStream(Stream):
                 yield {**packed, "shard": batch[0].shard} if self.by_shard else packed
 
     def _rank_slice(self, members: list[tuple[int, SampleRef]]) -> list[tuple[int, SampleRef]]:
-        """Return every world_size-th sample. A rank for which none is left gets one twice, so that no rank waits for it."""
+        """Return every world_size-th sample. A rank without a sample repeats one, so that no rank waits for it."""
         return members[self.rank :: self.world_size] or members[self.rank % len(members) :][:1]
 
     def _stand_in(self, members: list[tuple[int, SampleRef]]) -> list[Sample]:
-        """Return a sound sample for a rank whose share of a batch is damaged, so that all ranks have as many batches."""
+        """Return a sound sample for a rank whose slice is damaged, so that all ranks have equally many batches."""
         if self.world_size == 1:
             return []
         shape = members[0][1].shape

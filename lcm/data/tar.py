@@ -1,7 +1,7 @@
-"""Samples of a tar file, also of one that still arrives or is damaged.
+"""Samples of a tar file. The file may be damaged or still growing.
 
-Python's tarfile takes a damaged header for the end of the archive. The scan here continues at the next sound header, and only
-the samples that the damage hit are lost.
+Python's tarfile treats a damaged header as the end of the archive. This scan continues at the next sound header. Only damaged
+samples are lost.
 """
 
 import os
@@ -50,7 +50,7 @@ ADVICE = {
 
 
 def advice(reasons: Mapping[str, int]) -> str:
-    """Return advice for samples that were left out for these reasons, as the end of a sentence about them."""
+    """Return advice for samples that were left out for these reasons, as the end of a message."""
     return "".join(f"; {ADVICE[reason]}" for reason in reasons if reason in ADVICE)
 
 
@@ -58,10 +58,10 @@ class Bytes(Protocol):
     """A file that may still grow."""
 
     def read(self, start: int, size: int) -> bytes:
-        """Return `size` bytes from `start` on, fewer only at the end of the file. Wait for bytes that have not arrived."""
+        """Return `size` bytes from `start` on, fewer only at the end of the file. Waits for bytes of a growing file."""
 
     def size(self) -> int:
-        """Return the bytes of the whole file. Wait until it has arrived."""
+        """Return the size of the whole file in bytes. Waits for a growing file."""
 
 
 class LocalFile:
@@ -118,7 +118,7 @@ class Member(NamedTuple):
 
 
 def headers(file: Bytes, window: int = WINDOW) -> Iterator[Member]:
-    """Yield the files and links of a tar, also behind damaged headers. window: bytes that are read at once."""
+    """Yield the files and links of a tar, also after damaged headers. window: bytes per read."""
     offset, start, name, link, extended = 0, 0, "", "", False
     buffer, buffered = b"", 0
     while True:
@@ -179,7 +179,7 @@ def text(name: bytes) -> str:
 
 
 def extension_of(content: bytes, kind: bytes) -> tuple[str, str]:
-    """Return (name, link) that an extended header holds for the member after it."""
+    """Return the (name, link) in an extended header, for the member after it."""
     if kind == b"L":
         return text(content.rstrip(b"\0")), ""
     if kind == b"K":
@@ -196,7 +196,7 @@ def extension_of(content: bytes, kind: bytes) -> tuple[str, str]:
 
 
 def is_litter(path: str) -> bool:
-    """Return whether an operating system or a tool left this file beside the user's own."""
+    """Return whether an operating system or a tool wrote this file."""
     parts = path.lower().split("/")
     return parts[-1].startswith("._") or not LITTER.isdisjoint(parts)
 
@@ -209,7 +209,7 @@ def members(file: Bytes, window: int = WINDOW) -> Iterator[Member]:
 
 
 class Sample(NamedTuple):
-    """A sample's members by lower-case extension. ambiguous: nothing tells which of several members belong together."""
+    """A sample's members by lower-case extension. ambiguous: it has several pictures or captions that cannot be paired."""
 
     key: str
     members: dict[str, Member]
@@ -228,10 +228,10 @@ def samples(file: Bytes, needs: Sequence[str], tells: Sequence[str], window: int
     """Yield the samples of a tar. The members of one key follow each other.
 
     A key may come again, from two tars that were joined: a repeated extension begins another sample. needs, tells: a sample
-    must have one extension of each, the picture's and one that may hold a caption.
+    must have one extension of each: a picture and a possible caption.
     """
     for first, run in groupby(members(file, window), key=attrgetter("key")):
-        found: list[Sample] = []
+        group: list[Sample] = []
         for key, parts in by_key(first, list(run), needs, tells).items():
             split: list[dict[str, Member]] = [{}]
             for extension, member in parts:
@@ -239,15 +239,15 @@ def samples(file: Bytes, needs: Sequence[str], tells: Sequence[str], window: int
                     split.append({})
                 split[-1][extension] = member
             ambiguous = len(split) > 1 and not all(is_complete(part, needs, tells) for part in split)
-            found += [Sample(key, part, ambiguous) for part in ([dict(parts)] if ambiguous else split)]
-        yield from found if len(found) == 1 else sorted(found, key=attrgetter("start"))
+            group += [Sample(key, part, ambiguous) for part in ([dict(parts)] if ambiguous else split)]
+        yield from group if len(group) == 1 else sorted(group, key=attrgetter("start"))
 
 
 def by_key(first: str, run: list[Member], needs: Sequence[str], tells: Sequence[str]) -> dict[str, list[tuple[str, Member]]]:
-    """Sort members whose names are equal up to the first dot by sample.
+    """Group members with equal names up to the first dot by sample.
 
-    The first dot ends the key, as in webdataset: `0.seg.png` is a member of sample `0`. The dot before the extension ends it
-    where only that gives samples: `photo.001.jpg` and `photo.001.txt` are sample `photo.001`.
+    The first dot ends the key, as in webdataset: `0.seg.png` belongs to sample `0`. If that gives no complete sample, the dot
+    before the extension ends the key: `photo.001.jpg` and `photo.001.txt` are sample `photo.001`.
     """
     if not any("." in member.extension for member in run):
         return {first: [(member.extension.lower(), member) for member in run]}
@@ -289,7 +289,7 @@ class Links:
         self.file = file
 
     def target(self, link: Member) -> Member | None:
-        """Return the file of the same tar that a link stands for, if it is whole."""
+        """Return a link's target in the same tar, if it is complete."""
         folder = os.path.dirname(link.name) if link.symbolic else ""
         target = self.files.get(os.path.normpath(os.path.join(folder, link.link or "")).lstrip("/"))
         return None if target is None or target.data + target.size > self.file.size() else target
@@ -301,16 +301,16 @@ class Links:
 
 
 def why_empty(file: Bytes) -> str:
-    """Return why a file has no members that could be samples."""
+    """Return the reason why a file has no samples."""
     start = file.read(0, BLOCK)
     if not start:
         return "it is empty"
     for magic, kind in KINDS.items():
         if start.startswith(magic):
             return kind
-    found = list(islice(headers(file), 1000))
-    if any(member.link is not None for member in found):
+    first = list(islice(headers(file), 1000))
+    if any(member.link is not None for member in first):
         return ADVICE["link"]
-    if found:
-        return f"its files have no names such as 0.jpg and 0.txt, but {', '.join(member.name for member in found[:3])}"
+    if first:
+        return f"its files have no names such as 0.jpg and 0.txt, but {', '.join(member.name for member in first[:3])}"
     return "expected a .tar of <key>.jpg + <key>.txt members"

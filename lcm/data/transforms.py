@@ -1,4 +1,4 @@
-"""Decode a sample: an RGB tensor of the training's size, and a caption."""
+"""Decoding of a sample: an RGB tensor of the training's size, and a caption."""
 
 import io
 import random
@@ -17,7 +17,13 @@ from lcm.data.tar import MAX_BYTES
 from lcm.data.urls import IMAGES, first_of
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit, at which it only warns: a 17 kB file can ask for gigabytes
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what crawlers store under any name; others, say PostScript, run a program
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+)  # crawlers store these; others, such as PostScript, run a program
 ORIENTATION = 0x0112
 SCAN, END = b"\xff\xda", b"\xff\xd9"  # markers of a JPEG
 FILLER = random.Random(0).randbytes(512).replace(b"\xff", b"\xfe")
@@ -36,7 +42,7 @@ TURNED = (5, 6, 7, 8)  # orientations in which width and height are exchanged
 
 
 def opened(content: bytes) -> Image.Image:
-    """The image, its pixels not decoded yet; raises `Skip` if it is broken, too large or too small."""
+    """Open an image without decoding its pixels. Raises `Skip` if it is broken, too large or too small."""
     if len(content) > MAX_BYTES:
         raise Skip("bytes", f"{len(content)} are more than {MAX_BYTES}")
     with skipping("image", Exception), skipping("pixels", Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -54,9 +60,9 @@ def opened(content: bytes) -> Image.Image:
 
 
 def ended(content: bytes) -> bytes:
-    """Return a JPEG with its end marker. Raises OSError for one that lacks it and is cut.
+    """Return a JPEG with its end marker. Raises OSError for a cut JPEG.
 
-    A scan that ends where the file does is whole: bytes that follow change no pixel, and none of its last bytes can be spared.
+    A scan that ends at the end of the file is complete: appended bytes change no pixel, and its last bytes are needed.
     The scan of a cut JPEG continues into the appended bytes, after a restart marker if it stops at one.
     """
     if content.endswith(END) or content.rfind(END) > (scan := content.rfind(SCAN)):
@@ -73,7 +79,7 @@ def ended(content: bytes) -> bytes:
 
 
 def decoded(content: bytes) -> bytes | None:
-    with suppress(Exception):  # whatever a broken file makes a decoder raise
+    with suppress(Exception):  # a decoder may raise anything for a broken file
         return Image.open(io.BytesIO(content), formats=("JPEG",)).tobytes()
     return None
 
@@ -86,7 +92,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """8 bits a channel, the transparent on white: as img2dataset stores it, as a browser shows it."""
+    """Convert to RGB with 8 bits per channel, as img2dataset and browsers do. Transparency becomes white."""
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     if image.has_transparency_data:
@@ -96,12 +102,12 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def is_sideways(image: Image.Image) -> bool:
-    """Return whether it is stored on its side, by its first bytes: for more of a PNG, Pillow would decode it."""
+    """Return whether EXIF rotates the image by 90 degrees. Reads only its first bytes: Pillow would decode a whole PNG."""
     return (image.format != "PNG" or "exif" in image.info) and orientation(image) in TURNED
 
 
 def picture_of(sample: Sample) -> Image.Image:
-    """The sample's image, its pixels not decoded yet; raises `Skip`."""
+    """Open the sample's image without decoding its pixels. Raises `Skip`."""
     name = first_of(sample, IMAGES)
     if name is None:
         raise Skip("no_image", f"only {', '.join(key for key in sample if not key.startswith('__'))}")
@@ -109,16 +115,18 @@ def picture_of(sample: Sample) -> Image.Image:
 
 
 def stored_size(start: bytes) -> tuple[int, int] | None:
-    """Return (height, width) of an image, upright, from its first bytes; None for a broken one."""
-    with suppress(Exception):  # whatever a broken file makes a decoder raise
+    """Return the upright (height, width) of an image from its first bytes, None for a broken one."""
+    with suppress(Exception):  # a decoder may raise anything for a broken file
         image = Image.open(io.BytesIO(start), formats=FORMATS)
         return image.size if is_sideways(image) else (image.height, image.width)
     return None
 
 
 class Cropped(NamedTuple):
-    """image: RGB; stored: (height, width) before any scaling, upright; turned: whether these were exchanged for that;
-    crop: (top, left) of the image in the whole picture as resized (and mirrored)."""
+    """image: RGB. stored: upright (height, width) before scaling. turned: EXIF exchanged height and width.
+
+    crop: (top, left) of the image in the resized (and mirrored) picture.
+    """
 
     image: Image.Image
     stored: tuple[int, int]
@@ -127,11 +135,10 @@ class Cropped(NamedTuple):
 
 
 def cropped(image: Image.Image, shape: tuple[int, int], *, random_crop: bool, flip: bool, rng: random.Random) -> Cropped:
-    """Upright RGB, cropped to the proportions of `shape` (height, width), resized to it (antialiased), mirrored with p = 0.5 if
-    `flip`.
+    """Convert to upright RGB, crop to the proportions of `shape` (height, width), resize (antialiased) and mirror.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its scale where `shape` still fits in it. libjpeg then leaves out the high
-    frequencies of each block, a low pass, which saves part of the decoding and most of the resizing.
+    flip: mirror with p = 0.5. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, if `shape` fits. libjpeg then skips the
+    high frequencies of each block, which saves part of the decoding and most of the resizing.
     """
     stored = image.size
     draft = image.draft("RGB", shape if is_sideways(image) else shape[::-1])
@@ -141,14 +148,14 @@ def cropped(image: Image.Image, shape: tuple[int, int], *, random_crop: bool, fl
     turned = kind in TURNED
     width, height = reversed(stored) if turned else stored
     high, wide = shape
-    # The whole width or the whole height of the picture is used, and it is resized by to / of.
-    to, of = (wide, width) if width * high <= height * wide else (high, height)
-    used = (wide * of / to, high * of / to)
+    # The whole width or the whole height of the picture is used, and it is resized by new / old.
+    new, old = (wide, width) if width * high <= height * wide else (high, height)
+    used = (wide * old / new, high * old / new)
     left, top = int(width - used[0]) // 2, int(height - used[1]) // 2
     if random_crop:
         left, top = rng.randint(0, int(width - used[0])), rng.randint(0, int(height - used[1]))
-    # Cropped as it lies in the file and turned thereafter: less work, and a scaled JPEG's last pixel may be a fraction of one,
-    # which only there is the last. Cropped while it is resized: a thread of an image must not become a huge one.
+    # Crop before the rotation: it is less work, and a scaled JPEG's last row or column may stand for less than a pixel. Crop
+    # and resize in one call: a very thin image would otherwise become a huge one.
     x: float
     y: float
     lying, x, y = (used[::-1], top, left) if turned else (used, left, top)
@@ -159,14 +166,14 @@ def cropped(image: Image.Image, shape: tuple[int, int], *, random_crop: bool, fl
     image = rgb(image).resize(size, Image.Resampling.BICUBIC, box=(x * scale, y * scale, right, bottom), reducing_gap=2.0)
     if kind in UPRIGHT:
         image = image.transpose(UPRIGHT[kind])
-    crop = top * to // of, left * to // of
+    crop = top * new // old, left * new // old
     if flip and rng.random() < 0.5:
-        image, crop = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), (crop[0], (width - left) * to // of - wide)
+        image, crop = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), (crop[0], (width - left) * new // old - wide)
     return Cropped(image, (height, width), turned, crop)
 
 
 def original_size(meta: Mapping[str, Any], picture: Cropped) -> tuple[int, int]:
-    """(height, width) of the picture as published, which img2dataset notes before it scales; else as stored."""
+    """Return (height, width) of the published picture, from img2dataset's metadata, else of the stored one."""
     height, width = number(meta, "original_height"), number(meta, "original_width")
     if height is None or width is None or not 1 <= min(height, width) <= max(height, width) < 2**31:
         return picture.stored
@@ -176,12 +183,12 @@ def original_size(meta: Mapping[str, Any], picture: Cropped) -> tuple[int, int]:
 class Decode:
     """`sample -> {"x": uint8 [3, H, W], "caption", "key", "original_size", "crop"}`.
 
-    H, W: the sample's "__shape__" if it is in a bucket, else `resolution` both.
+    H, W: the sample's "__shape__" in a bucket, else both `resolution`.
     caption_dropout, captions: see `CaptionChoice`.
-    original_size: (height, width) in pixels as published, upright. crop: (top, left) of x in that picture resized to x's scale.
+    original_size: upright (height, width) of the published picture. crop: (top, left) of x in the resized picture.
     Both and x's own size are SDXL's micro-conditioning (arXiv:2307.01952, 2.2). As in diffusers' SDXL scripts the picture is
     first mirrored, then cropped: `left` is counted in the mirrored one.
-    All chance comes from the rng given with a sample. Raises `Skip` for a sample that cannot be used, whatever its fault.
+    The rng of a sample makes all random choices. Raises `Skip` for an unusable sample.
     """
 
     needs = IMAGES
@@ -200,7 +207,7 @@ class Decode:
 
     def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
         image, shape = picture_of(sample), sample.get("__shape__", (self.resolution, self.resolution))
-        with skipping("image", Exception):  # whatever a broken file makes a decoder raise
+        with skipping("image", Exception):  # a decoder may raise anything for a broken file
             picture = cropped(image, shape, random_crop=self.random_crop, flip=self.flip, rng=rng)
         return {
             "x": torch.from_numpy(np.asarray(picture.image).transpose(2, 0, 1).copy()),
@@ -212,7 +219,7 @@ class Decode:
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """`{"x": uint8 [B, 3, H, W], "captions": list[str], "keys": list[str], "original_sizes", "crops": int64 [B, 2]}`."""
+    """Return `{"x": uint8 [B, 3, H, W], "captions", "keys": list[str], "original_sizes", "crops": int64 [B, 2]}`."""
     return {
         "x": torch.stack([sample["x"] for sample in samples]),
         "captions": [sample["caption"] for sample in samples],

@@ -22,7 +22,7 @@ def expand_urls(shards: str | Sequence[str], option: str = "data.shards", *, all
     """Return shard paths or URLs from globs, `{000..123}` braces and list files (`@shards.txt`, one per line).
 
     Local ones must exist. allow_pipe: also `pipe:<command that prints a shard>`, but never from a list file, which may be
-    another's.
+    untrusted.
     """
     urls: list[str] = []
     for pattern in [shards] if isinstance(shards, str) else shards:
@@ -42,7 +42,7 @@ def expand_urls(shards: str | Sequence[str], option: str = "data.shards", *, all
 
 
 def expand_braces(pattern: str, option: str) -> Iterator[str]:
-    """Yield what the braces stand for, `{00000}` for one shard."""
+    """Expand braces. `{00000}` is one shard."""
     try:
         for url in braceexpand(pattern):
             single = "{" in url and scheme_of(url) != "pipe" and (is_remote(url) or not os.path.exists(url))
@@ -54,19 +54,19 @@ def expand_braces(pattern: str, option: str) -> Iterator[str]:
 
 
 def local_files(url: str, option: str) -> list[str]:
-    """Return the file of this name, else the files that match it as a glob. Raises UserError where there is none."""
+    """Return the file of this name, else the files that match it as a glob. Raises UserError if there is none."""
     path = local(url)
-    found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
-    if not found:
+    files = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+    if not files:
         braces = "; ranges in braces are written {000..123}, choices {a,b}" if "{" in url else ""
         raise UserError(f"no shards match {url!r}: point {option} at webdataset .tar files (globs and braces work){braces}")
-    if all(map(os.path.isdir, found)):
-        raise UserError(f"{option}: {found[0]} is a folder{way_from(found[0], option)}")
-    return found
+    if all(map(os.path.isdir, files)):
+        raise UserError(f"{option}: {files[0]} is a folder{way_from(files[0], option)}")
+    return files
 
 
 def way_from(folder: str, option: str) -> str:
-    """Return what to do with a folder in place of shards, by what lies in it and one level below."""
+    """Return advice for a folder given as shards, by its content and one level below."""
     escaped = glob.escape(folder.rstrip("/"))
     pattern = f"{escaped}/*.tar"
     if not glob.glob(pattern):

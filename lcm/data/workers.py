@@ -27,8 +27,8 @@ SHARED_MEMORY = (
 class Loader(DataLoader):
     """A DataLoader that waits no longer than `patience` seconds for a batch. Raises UserError.
 
-    The DataLoader's own timeout is not enough. A worker that stops while it hands over a batch blocks the reader for ever.
-    So does a worker that hangs in the shutdown. Such workers are killed.
+    The DataLoader's own timeout is not enough. A worker that stops during the transfer of a batch blocks the reader
+    forever. So does a worker that hangs during shutdown. Such workers are killed.
     """
 
     def __init__(self, stream: IterableDataset, *, num_workers: int, patience: float, pin_memory: bool = False) -> None:
@@ -66,7 +66,7 @@ class Loader(DataLoader):
 
 
 def share(batch: Any) -> Any:
-    """Move a batch to shared memory where a failure reaches the user: torch does it in a thread whose errors it only prints."""
+    """Move a batch to shared memory. torch would do it in a thread and only print its errors."""
     try:
         return {name: value.share_memory_() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
     except RuntimeError as error:
@@ -91,7 +91,7 @@ def kill(workers: list[Any]) -> None:
 
 
 def init_worker(worker: int) -> None:
-    """Decoding scales over workers, not over threads within one."""
+    """Set up a loader worker: one thread, and signals of the main process only."""
     signals.leave_to_parent()
     torch.set_num_threads(1)
     sys.setswitchinterval(5e-4)  # so that a scan in a thread does not hold up decoding

@@ -1,4 +1,4 @@
-"""A value that a constructor or a program cannot take is refused in one sentence, before anything is loaded."""
+"""An invalid value of a constructor or a program is refused in one sentence, before anything is loaded."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal

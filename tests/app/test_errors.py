@@ -1,4 +1,4 @@
-"""A sentence for the user stays whole on its way from a worker."""
+"""An error message of a worker reaches the user unchanged."""
 
 import pytest
 from torch.utils.data import DataLoader, Dataset

@@ -1,4 +1,4 @@
-"""--help is a page for people, and it, --cfg and wrong keys are answered without torch."""
+"""--help is a complete page. --help, --cfg and the errors of wrong keys need no torch."""
 
 import os
 import re
@@ -40,8 +40,9 @@ def test_help_page(program: str) -> None:
         parent, _, name = key.rpartition(".")
         assert name in list(OmegaConf.select(cfg, parent) if parent else cfg), key
         assert len(sentence) > 5, key
-    for group in re.findall(r"^  \+?([\w/]+)", groups, re.MULTILINE):
-        assert (ROOT / "conf" / group).is_dir()
+    for plus, group, first in re.findall(r"^  (\+?)([\w/@.]+)\s+([\w()]+)", groups, re.MULTILINE):
+        assert (ROOT / "conf" / group.partition("@")[0]).is_dir()
+        assert plus or first == (cfg.hydra.runtime.choices[group] or "(none)")
     assert max(map(len, text.splitlines())) <= 132
 
 

@@ -1,4 +1,4 @@
-"""Pictures in a folder: none is drawn twice, none of another call is overwritten, each is whole."""
+"""The output folder: no picture is drawn twice, none of another call is overwritten, each is complete."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_same_call_draws_missing_pictures(pictures: Pictures, tmp_path: Path) ->
 
 
 def test_prompts_have_settings_of_their_own(pictures: Pictures, tmp_path: Path) -> None:
-    """Such as the rows of a table. Those that share their settings are drawn together."""
+    """The rows of a table, for example. Pictures with equal settings are drawn together."""
     own = [{"seed": 100}, {"steps": 2}, {"steps": 2, "seed": 0}]
     pictures = replace(pictures, own=own)
     assert [pictures.seed_of(i) for i in range(6)] == [100, 101, 7, 8, 0, 1]

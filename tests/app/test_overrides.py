@@ -1,4 +1,4 @@
-"""Text arrives as it was typed. A command that cannot be meant gets one sentence that says what to type."""
+"""Text arrives as it was typed. A wrong command gets one sentence with the right one."""
 
 import os
 import shlex

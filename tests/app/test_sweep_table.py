@@ -1,4 +1,4 @@
-"""A sweep whose table cannot be written says why. tests/e2e/test_story.py has a table."""
+"""A sweep without a table says the reason. tests/e2e/test_story.py has a table."""
 
 from pathlib import Path
 

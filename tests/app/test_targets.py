@@ -1,4 +1,4 @@
-"""A configuration from elsewhere may name parts of a training only. The user's own is trusted."""
+"""An untrusted configuration may name parts of a training only. The user's own is trusted."""
 
 import importlib
 from pathlib import Path

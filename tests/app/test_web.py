@@ -1,4 +1,4 @@
-"""The HTTP API of `lcm.serve`: what it draws, what it refuses with a sentence, and its queue."""
+"""The HTTP API of `lcm.serve`: images, errors and the queue."""
 
 import io
 import threading
@@ -57,7 +57,7 @@ def test_defaults_are_those_of_the_models(models: dict[str, Served]) -> None:
 
 @pytest.mark.parametrize(("student_steps", "expected"), [(1, 1), (4, 3), (8, 6), (20, 14), (1000, 20)])
 def test_teacher_gets_the_time_of_the_student(student_steps: int, expected: int, models: dict[str, Served]) -> None:
-    """Its steps are as many as fit in it, at least one and at most the server's."""
+    """The teacher makes as many steps as fit, at least one and at most the server's limit."""
     timed = {name: Served(name, served.model, served.default_steps) for name, served in models.items()}
     timed["student"].seconds, timed["teacher"].seconds = (0.1, 0.03), (0.05, 0.045)
     body = {"prompt": "", "model": "teacher", "student_steps": student_steps}
@@ -83,7 +83,7 @@ def test_teacher_gets_the_time_of_the_student(student_steps: int, expected: int,
     ],
     ids=str,
 )
-def test_nonsense_gets_a_sentence(body: dict[str, Any], status: int, says: str, models: dict[str, Served]) -> None:
+def test_wrong_request_is_refused(body: dict[str, Any], status: int, says: str, models: dict[str, Served]) -> None:
     answer = client(models).post("/api/draw", json=body)
     assert (answer.status_code, says in answer.json()["detail"]) == (status, True), answer.text
 

@@ -60,7 +60,7 @@ def test_steps_are_measured(tiny_pipeline: Path, shards: Path):
 
 @pytest.mark.slow
 def test_quality_is_measured_at_the_given_minutes(tiny_pipeline: Path, shards: Path, tmp_path: Path):
-    """Every recipe has a row a time. Students differ from time to time, since the trainings go on."""
+    """Every recipe has a row for each time. Its students differ, because the training continues."""
     base = ["experiment=lcd_mini", f"model.pipeline={tiny_pipeline}", f"data.shards={shards}/train-*.tar", "data.resolution=32"]
     base += ["data.batch_size=4", "data.num_workers=0", "trainer.precision=32-true", "model.guidance_lr_multiplier=1"]
     table = quality.measure(
@@ -126,7 +126,7 @@ def test_synthetic_photos_have_the_bytes_of_photos():
         ("speed", r"parts=speed is not a list: write parts=\[speed\]"),
         (
             "[data,speed]",
-            "parts=speed does not exist: choose among memory, data, start, rate, node, memory_of_stream, step, quality",
+            "parts=speed does not exist: choose among memory, data, start, rate, step, quality",
         ),
     ],
 )

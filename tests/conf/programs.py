@@ -1,4 +1,4 @@
-"""A program's command line, without the program."""
+"""The command line of a program, composed and checked without running the program."""
 
 import importlib
 from collections.abc import Sequence

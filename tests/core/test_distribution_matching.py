@@ -25,6 +25,8 @@ from tests.core.test_objectives import SHAPE, B, Recorder, Scale, a_batch, rng
 every_process = pytest.mark.parametrize("process", [VP(), Flow(), Flow(shift=3.0)], ids=["vp", "flow", "flow_3"])
 KINDS = {"tdm": (TrajectoryDistributionMatching, losses.huber), "dmd2": (ImprovedDistributionMatching, losses.l2)}
 every_kind = pytest.mark.parametrize("kind", KINDS)
+pairs = [("tdm", VP()), ("dmd2", VP()), ("tdm", Flow()), ("dmd2", Flow(shift=3.0))]
+kind_and_process = pytest.mark.parametrize(("kind", "process"), pairs, ids=["tdm_vp", "dmd2_vp", "tdm_flow", "dmd2_flow_3"])
 
 
 def matching(kind, process=None, **options):
@@ -58,8 +60,7 @@ def test_golden_loss(kind, loss, gradient):
     assert student.value.grad.item() == pytest.approx(gradient, rel=1e-4)
 
 
-@every_kind
-@every_process
+@kind_and_process
 def test_scores_that_agree_leave_the_student(kind, process):
     student, score = exact(process, "v_prediction", mu=0.9, s=0.1), exact(process, "v_prediction")
     objective = matching(kind, process, w_min=0.0, w_max=5.0)
@@ -67,8 +68,7 @@ def test_scores_that_agree_leave_the_student(kind, process):
     assert objective.loss(Networks(student, student, score, score), a_batch(), draws)[0] < 1e-9
 
 
-@every_kind
-@every_process
+@kind_and_process
 def test_student_is_drawn_from_its_own_data_to_the_teachers(kind, process):
     student, teacher = exact(process, "v_prediction", mu=-0.4, s=0.3), exact(process, "v_prediction", mu=0.6, s=0.3)
     objective = matching(kind, process)
@@ -91,8 +91,7 @@ class Steps:
         return 0.4 * z
 
 
-@every_process
-@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize(("process", "steps"), [(VP(), 1), (VP(), 4), (Flow(), 2), (Flow(shift=3.0), 4)], ids=str)
 def test_inputs_are_those_of_the_sampler(process, steps):
     """In every step, whose times are those of the few-step sampler."""
     times = trailing_steps(steps) if isinstance(process, Flow) else consistency_steps(steps)
@@ -174,8 +173,7 @@ def test_golden_fake_score_of_tdm():
     assert loss.item() == pytest.approx(min((a_t / s_t) ** 2, 5) * ratio * 0.3**2, rel=1e-4)
 
 
-@every_kind
-@every_process
+@kind_and_process
 def test_exact_fake_score_of_a_point_has_no_loss(kind, process):
     """The student always says 0.7."""
     fake, objective = exact(process, "v_prediction", mu=0.7, s=0.0), matching(kind, process)
@@ -199,8 +197,7 @@ def test_all_networks_take_w_and_the_teacher_is_guided(kind):
     torch.testing.assert_close(pair.target, torch.full(SHAPE, 0.3 + move))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4])
-@every_kind
+@pytest.mark.parametrize(("kind", "steps"), [("tdm", 1), ("tdm", 4), ("dmd2", 2), ("dmd2", 4)])
 def test_saved_scheduler_takes_the_steps_of_the_training(kind, steps):
     objective = matching(kind, steps=steps)
     name, options = objective.scheduler("epsilon")

@@ -1,4 +1,4 @@
-"""The shapes of buckets, and which picture belongs to which."""
+"""The shapes of buckets, and the bucket of a picture."""
 
 import io
 import math
@@ -48,7 +48,7 @@ def test_buckets_without_sense_are_refused(buckets: Any) -> None:
 
 
 @pytest.mark.parametrize(("kind", "orientation"), [("PNG", 1), ("JPEG", 8), ("WEBP", 6)])
-def test_aspect_is_of_the_upright_picture_undecoded(kind: str, orientation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_aspect_of_upright_picture_needs_no_decoding(kind: str, orientation: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("decoded"))
     rng = random.Random(0)
     for _ in range(20):

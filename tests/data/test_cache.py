@@ -1,4 +1,4 @@
-"""Remote shards: fetched once a node, piece by piece, readable while they arrive; and shards that a command prints."""
+"""Remote shards: fetched once per node, in parts, and readable during the download; shards from a command."""
 
 import contextlib
 import errno
@@ -104,7 +104,7 @@ def dropped(handler: BaseHTTPRequestHandler, content: bytes) -> None:
 
 
 def stalled(handler: BaseHTTPRequestHandler, content: bytes) -> None:
-    """Nothing more comes, but the connection stays."""
+    """The server stops sending, but the connection stays open."""
     handler.send_response(200)
     handler.send_header("Content-Length", str(len(content)))
     handler.end_headers()
@@ -235,7 +235,7 @@ def test_processes_of_a_node_fetch_a_shard_once(ranged: Server, tmp_path: Path, 
 
 
 def test_caches_of_a_process_fetch_a_shard_once(ranged: Server, tmp_path: Path, small_parts: None) -> None:
-    """As training and evaluation have: a POSIX lock does not keep out the process that holds it."""
+    """Two threads of one process, such as training and evaluation: a POSIX lock does not exclude its own process."""
     shards = [f"{ranged.url}/{number}.tar" for number in range(3)]
     sources = [Source(shards, cache=cache(tmp_path), index=str(tmp_path / "index")) for _ in range(6)]
     results: list[list[int]] = []

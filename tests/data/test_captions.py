@@ -1,4 +1,4 @@
-"""Captions as other programs leave them: under any name, in lists, with byte order marks, in other encodings."""
+"""Captions of other programs: under any name, in lists, with byte order marks, in other encodings."""
 
 import json
 import random

@@ -70,7 +70,7 @@ def test_a_batch_keeps_captions_and_keys(codec: LatentCodec) -> None:
 
 
 def test_the_vaes_layout_is_its_own(codec: LatentCodec) -> None:
-    """A UNet that is handed channels_last latents would go on in that layout."""
+    """A UNet would keep the layout of channels_last latents."""
     assert codec.vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     z0 = codec.encode(BATCH).z0
     assert z0.is_contiguous()
@@ -146,7 +146,7 @@ def test_a_caption_is_encoded_once(encoded: Encoded) -> None:
 
 
 def test_cached_states_are_those_of_a_plain_encoding(encoded: Encoded) -> None:
-    """Bit-equal where a row of a matrix product does not depend on how many there are, as on the CPUs tried; else nearly so."""
+    """Bit-equal on the CPUs tried. On others a row of a matrix product may depend on the number of rows."""
     (codec, _), (plain, sizes) = encoded(), encoded(text_cache=0)
     codec.text(["rocket", "sun"])["states"]
     captions = ["dog face", "sun", "a cat", "rocket"]
@@ -175,7 +175,7 @@ def test_text_states_move_with_the_codec(encoded: Encoded) -> None:
     assert [states.device.type for [states] in codec.to("meta").text.cache.values()] == ["meta", "meta"]
 
 
-def test_what_validation_encoded_serves_training(encoded: Encoded) -> None:
+def test_training_reuses_encodings_of_validation(encoded: Encoded) -> None:
     codec, _ = encoded()
     with torch.inference_mode():
         codec.encode(BATCH)

@@ -1,4 +1,4 @@
-"""Damage that costs other stream readers samples in silence. Here only what is bad is lost, and each loss is told."""
+"""Damage that silently costs other stream readers samples. Here only damaged samples are lost, and each loss is reported."""
 
 import io
 import os
@@ -29,7 +29,7 @@ def surviving(urls: list[str]) -> set[str]:
 
 @pytest.fixture
 def middle(tmp_path: Path) -> tuple[list[str], Path]:
-    """Three shards, and the one to be damaged."""
+    """Three shards, and the one that the test damages."""
     urls = [write_shard(tmp_path / f"{number}.tar", pairs(number, COUNT)) for number in range(3)]
     return urls, Path(urls[1])
 

@@ -1,4 +1,4 @@
-"""What the DataModule refuses, and which batches move its position."""
+"""The DataModule's errors, and the batches that move its position."""
 
 import importlib
 import itertools
@@ -39,7 +39,7 @@ def datamodule(shards: Path, **options: Any) -> ShardDataModule:
 
 
 def consume(data: ShardDataModule, batch: dict[str, Any], *, training: bool) -> Any:
-    """As Lightning hands a batch to a step."""
+    """Return a batch as Lightning passes it to a step."""
     data.trainer = SimpleNamespace(training=training, global_rank=0, world_size=1, loggers=[], global_step=3)
     return data.on_after_batch_transfer(batch, 0)
 
@@ -82,7 +82,7 @@ def test_only_training_batches_move_the_position(shards: Path, codec: LatentCode
 
 
 def steps(shards: Path, ranks: int, count: int, state: dict[str, Any] | None = None) -> tuple[list[list[str]], dict[str, Any]]:
-    """What so many ranks train on in each of `count` steps, all of them together, and rank 0's state thereafter."""
+    """Return the samples of all ranks in each of `count` steps, and the state of rank 0 afterwards."""
     taken, states = [], []
     for rank in range(ranks):
         data = datamodule(shards, batch_size=8 // ranks, val_shards=None)
@@ -389,7 +389,7 @@ def test_messages_name_the_option_of_the_shards(shards: Path, tmp_path: Path) ->
 def test_validation_without_usable_samples_is_refused(
     shards: Path, tmp_path: Path, members: dict[str, Any], options: dict[str, Any], says: str
 ) -> None:
-    """A pass over them is empty: Lightning then logs no val/loss, and says nothing."""
+    """Otherwise the pass is empty, and Lightning logs no val/loss without a message."""
     held_out = write_shard(tmp_path / "v.tar", [{**sample, **members} for sample in pairs(0, 3)])
     with pytest.raises(UserError, match=says):
         datamodule(shards, val_shards=held_out, **options)

@@ -1,4 +1,4 @@
-"""Shards of latents: what they hold, what training makes of it, what is refused, and disks that are full."""
+"""Shards of latents: their content, training on them, refused ones, and full disks."""
 
 import errno
 import json
@@ -198,7 +198,7 @@ def test_damaged_array_costs_its_sample(codec: LatentCodec, encode: Encode) -> N
 
 
 class FullDisk:
-    """A file that takes so many bytes, then no more."""
+    """A file that is full after a number of bytes."""
 
     def __init__(self, file: Any, space: int) -> None:
         self.file, self.left = file, space
@@ -256,7 +256,7 @@ def test_samples_of_one_name_stay_apart(tmp_path: Path, codec: LatentCodec) -> N
 
 
 def test_latents_are_alike_whatever_was_done_before(tmp_path: Path, codec: LatentCodec, capfd: pytest.CaptureFixture) -> None:
-    """A killed encoding goes on with other shards before a shard, and with other workers."""
+    """An encoding is resumed with other shards before a shard, and with other workers."""
     urls = [
         write_shard(tmp_path / f"{n}.tar", [{**sample, "png": png((40, 32), n)} for sample in pairs(n, 7)]) for n in range(3)
     ]

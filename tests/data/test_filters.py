@@ -1,4 +1,4 @@
-"""Each rule is really applied, under every spelling of its fields; what is missing is kept or dropped as told."""
+"""Each rule is applied, for every spelling of its fields. `missing` decides on samples without the field."""
 
 import hashlib
 import json

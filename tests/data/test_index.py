@@ -1,4 +1,4 @@
-"""The index of a shard: written once by one process, found again by all, ignored when something changed."""
+"""The index of a shard: written once by one process, used by all, and ignored after a change."""
 
 import errno
 import json
@@ -170,7 +170,7 @@ def test_sources_of_one_process_scan_a_shard_once(tmp_path: Path) -> None:
 
 
 def test_index_of_a_killed_process_is_written_anew(tmp_path: Path) -> None:
-    """Its part and its lock stay. Another process that read the part goes on with the new one."""
+    """Its .part file and its lock stay. Another process that read the .part file continues with the new one."""
     shard = write_shard(tmp_path / "a.tar", pairs(0, 40))
     reached = fork.Event()
 
@@ -260,12 +260,12 @@ def test_full_disk_is_one_sentence(urls: list[str], tmp_path: Path, monkeypatch:
         Source(urls, index=str(tmp_path)).notes(0)
 
 
-# What a dataset says of its own shards
+# Manifests and img2dataset's statistics
 
 
 @pytest.mark.parametrize("made_by", ["manifest.json", "000_stats.json"])
 def test_cut_shard_is_found_out_by_its_manifest(tmp_path: Path, made_by: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A tar cut between two members reads without any error: only a count tells."""
+    """A tar that is cut between two members reads without any error. Only a sample count shows the cut."""
     shard = write_shard(tmp_path / "000.tar", pairs(0, 5))
     entry = {"samples": {"000.tar": 8}} if made_by == "manifest.json" else {"successes": 8}
     (tmp_path / made_by).write_text(json.dumps(entry))

@@ -1,4 +1,4 @@
-"""Members of latents, and what is none, which is skipped."""
+"""Members of latent shards. Wrong arrays are skipped."""
 
 import io
 import random
@@ -53,7 +53,7 @@ def zipped(values: np.ndarray) -> bytes:
         zipped(MOMENTS),
     ],
 )
-def test_what_is_not_a_latent_is_skipped(content: bytes):
+def test_wrong_array_is_skipped(content: bytes):
     with pytest.raises(Skip, match="latent"):
         decode(content)
 

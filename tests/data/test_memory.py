@@ -1,4 +1,4 @@
-"""Remote shards without a cache on a disk: they pass through memory, and nothing of them is left."""
+"""Remote shards without a cache on a disk: they pass through memory, and nothing remains."""
 
 import contextlib
 import multiprocessing
@@ -163,7 +163,7 @@ def test_nothing_is_left_when_the_last_process_of_a_node_ends(shards: list[str],
     assert gone(folder)
 
 
-def test_what_a_killed_guard_left_is_removed_at_the_next_start(folder: Path) -> None:
+def test_next_start_removes_the_folder_of_a_killed_guard(folder: Path) -> None:
     folder.mkdir()
     (folder / "old.tar").touch()
     hold(folder)

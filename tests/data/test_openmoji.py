@@ -1,4 +1,4 @@
-"""OpenMoji as shards: the split by caption, the styles, and builds that are whole, absent or reused."""
+"""OpenMoji as shards: the split by caption, the styles, and complete, missing or reused builds."""
 
 import json
 from collections.abc import Iterator
@@ -78,7 +78,7 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_process")
-def test_what_another_process_has_drawn_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_of_another_process_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     render, drawn = openmoji._render, []
 
     def overtaken(tasks: list[Any], description: str) -> Iterator[dict[str, Any]]:

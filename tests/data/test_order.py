@@ -1,4 +1,4 @@
-"""Which sample comes when: a function of shard names, seed and position, of which counts are learnt on the way."""
+"""The sample order: a function of shard names, seed and position. Counts are learnt on the way."""
 
 import pickle
 import random
@@ -94,7 +94,7 @@ def test_lanes_of_unequal_length_end_their_epochs_together() -> None:
 
 
 def test_small_last_shard_does_not_come_too_often() -> None:
-    """img2dataset's last shard holds what is left."""
+    """img2dataset's last shard has fewer samples."""
     counts = [1000, 1000, 1000, 1]
     seen = Counter((ref.shard, ref.sample) for ref in refs(order(counts, lanes=16), range(10 * sum(counts))))
     assert len(seen) == sum(counts)
@@ -163,7 +163,7 @@ def test_first_batch_asks_for_the_first_blocks_of_the_lanes_only(scanned: bool) 
 
 @pytest.mark.parametrize(("scanned", "prefetched"), [(False, 12), (True, 14)])
 def test_next_shard_is_prefetched_once(scanned: bool, prefetched: int) -> None:
-    """Late in a shard that still arrives, so that its own bytes come first; else soon."""
+    """Late in a shard that is still downloaded, so that its own bytes come first; else early."""
     source = Counts([100] * 12, scanned)
     walked = refs(Order([source], [1.0], shuffle=16, lanes=2), range(12 * 100 + 20))
     for lane in (0, 1):

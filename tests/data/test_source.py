@@ -1,4 +1,4 @@
-"""A source refuses what is no shard with its cause, bears what the system lacks for a moment, and reads by number."""
+"""A source refuses wrong files with a reason, survives temporary failures of the system, and reads by number."""
 
 import errno
 import gzip

@@ -1,4 +1,4 @@
-"""Batches in one order whatever the workers and ranks, from any position on, and what damage does to them."""
+"""Batches in one order for any number of workers and ranks, from any position, and with damaged samples."""
 
 import copy
 import itertools
@@ -99,7 +99,7 @@ def test_resume_with_other_workers_and_ranks(even: list[str], tmp_path: Path, wo
 
 
 def test_stream_resumes_with_another_global_batch(even: list[str]) -> None:
-    """The order is one of samples: no sample comes again, whatever the batches that it is cut into."""
+    """The order is one of samples, not of batches: no sample repeats after a change of the batch size."""
     first = take(stream(even, lanes=4, batch_size=12), 4)
     rest = take(stream(even, lanes=4, batch_size=8, start=48), 6)
     assert len(set(keys(first) + keys(rest))) == 96
@@ -274,7 +274,7 @@ SHAPES = [(16, 16), (16, 24), (24, 16), (8, 32)]  # (height, width)
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """45 pictures of these shapes in turn, of which 23 are squares."""
+    """45 pictures of these shapes in turn. 23 are squares."""
     root, number, shards = tmp_path_factory.mktemp("mixed"), 0, []
     for shard, size in enumerate(SIZES):
         samples = pairs(shard, size)

@@ -1,4 +1,4 @@
-"""Samples of tars: which members belong together, in tars of every kind, also damaged or still growing ones."""
+"""Samples of tars: grouping of members, in tars of every kind, including damaged and growing ones."""
 
 import contextlib
 import io
@@ -204,7 +204,7 @@ def test_litter_is_no_member(tmp_path: Path) -> None:
 
 
 def test_key_with_dots_ends_at_extension(tmp_path: Path) -> None:
-    """Only where that gives samples."""
+    """Only if that gives samples."""
     keys = ["IMG 2.1 sunset", "IMG 2.10 sunset", "photo", "photo.001", "photo.k.1", "v1.5.Beta", "v1.5.beta"]
     shard = write_tar(tmp_path / "a.tar", sorted(item for key in keys for item in pair(key, key.encode())))
     assert captions(shard) == {key: key.encode() for key in keys}

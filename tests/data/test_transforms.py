@@ -1,4 +1,4 @@
-"""Images of every kind become upright RGB of one shape; chance comes from the given rng alone."""
+"""Images of every kind become upright RGB of one shape. Only the given rng makes random choices."""
 
 import io
 import json
@@ -55,7 +55,7 @@ def skipped(members: dict[str, bytes], **options: Any) -> Skip:
 
 
 def reason_of(content: bytes) -> str:
-    """Why it is skipped, "" if it is not."""
+    """Return the reason of a skip, "" for none."""
     try:
         decode(content)
     except Skip as skip:
@@ -459,7 +459,7 @@ def test_captions_do_not_move_pixels() -> None:
 
 
 @pytest.mark.parametrize("captions", [{}, {"txt": 0}, {"txt": -1, "blip": 2}, {"txt": "much"}])
-def test_weights_that_make_no_sense_are_refused(captions: Any) -> None:
+def test_wrong_caption_weights_are_refused(captions: Any) -> None:
     with pytest.raises(UserError, match=r"data\.captions"):
         Decode(SIZE, captions=captions)
 

@@ -1,4 +1,4 @@
-"""Where shards are looked for."""
+"""Paths and URLs of shards."""
 
 import os
 from pathlib import Path

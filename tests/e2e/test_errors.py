@@ -1,4 +1,4 @@
-"""Wrong input: one clear sentence, exit code 1, before training starts. Other sentences: beside the code that says them."""
+"""Wrong input: one clear sentence and exit code 1, before training starts. Unit tests have the other messages."""
 
 import pytest
 import torch

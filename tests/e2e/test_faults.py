@@ -25,11 +25,11 @@ SAVE = "callbacks.checkpoint.every_n_train_steps={}".format
 
 @pytest.fixture
 def start(tmp_path):
-    """`start(*overrides)`: train.py in a session of its own, output in tmp_path/log; what is left of it dies with the test."""
+    """`start(*overrides)`: train.py in a new session, with its output in tmp_path/log. The test's end kills it."""
     started = []
 
     def start(*args: str, **env: str) -> subprocess.Popen:
-        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a suite in the background inherits deafness
+        default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job inherits an ignored SIGINT
         with (tmp_path / "log").open("w") as log:
             process = subprocess.Popen(
                 command("train.py", *args),
@@ -38,7 +38,7 @@ def start(tmp_path):
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=heard,
+                preexec_fn=default,
             )
         started.append(process)
         return process
@@ -144,7 +144,7 @@ def test_full_disk_leaves_the_checkpoint(run, tiny, small_disk):
 
 
 def test_stuck_worker_ends_the_training(start, wait, tiny, tmp_path):
-    """Also the interpreter's end does not wait for it. A killed one: tests/data/test_datamodule.py."""
+    """The interpreter's exit does not wait for it either. tests/data/test_datamodule.py kills a worker."""
     options = ["trainer.max_steps=100000", "trainer.val_check_interval=100000"]
     process = start(*tiny, *options, SAVE(1), "data.num_workers=1", "+data.timeout=10")
     wait(process, (tmp_path / "runs/lcd_mini/0/checkpoints/previous.ckpt").exists)

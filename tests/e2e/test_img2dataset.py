@@ -1,4 +1,4 @@
-"""What the real img2dataset writes, trains as it is.
+"""Shards of the real img2dataset train unchanged.
 
 It cannot share an environment with this program (it needs webdataset < 0.3, this one >= 1.0.2):
 `python3 -m venv i2d && i2d/bin/pip install img2dataset`, then

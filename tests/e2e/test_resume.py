@@ -1,4 +1,4 @@
-"""Stop at any moment, run the same command with ckpt_path=last: it ends as the uninterrupted run."""
+"""A run that is stopped and resumed with ckpt_path=last equals the uninterrupted run."""
 
 import csv
 import os
@@ -33,9 +33,9 @@ def losses(run_dir: Path) -> dict[int, str]:
 def interrupt(args: list[str], cwd: Path, when: Path) -> int:
     """Start training, wait for the first checkpoint and a little more, press Ctrl-C; the exit code."""
     with (cwd / "log").open("w") as log:
-        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a suite that runs in the background inherits deafness
+        default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job inherits an ignored SIGINT
         process = subprocess.Popen(
-            args, cwd=cwd, env=environment(), stdout=log, stderr=log, start_new_session=True, preexec_fn=heard
+            args, cwd=cwd, env=environment(), stdout=log, stderr=log, start_new_session=True, preexec_fn=default
         )
         deadline = time.monotonic() + 240
         while not when.is_file():

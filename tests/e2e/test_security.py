@@ -1,4 +1,4 @@
-"""Planted secrets are found nowhere, hostile files do nothing: with the real programs."""
+"""The real programs write no secret anywhere, and hostile files have no effect."""
 
 import re
 import tarfile
@@ -22,7 +22,7 @@ OVERRIDES = [
 
 
 def planted(done, folder) -> dict[str, list[str]]:
-    """Where which secret is."""
+    """Secrets by the place where the test plants them."""
     places = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     places |= {"stdout": done.stdout.encode(), "stderr": done.stderr.encode()}
     return {name: words for name, content in places.items() if (words := re.findall(rb"planted[\w-]*", content))}

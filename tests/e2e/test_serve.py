@@ -82,7 +82,7 @@ def test_page_draws_in_a_browser(address: str, tmp_path: Path) -> None:
     assert re.search(r'<p id="message" role="status"></p>', page)
 
 
-def test_what_cannot_be_served_is_refused(run, tiny_pipeline: Path) -> None:
+def test_wrong_server_option_is_refused(run, tiny_pipeline: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         says = complaint(run("lcm.serve", f"pipeline={tiny_pipeline}", f"port={port}"))

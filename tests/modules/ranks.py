@@ -1,4 +1,4 @@
-"""What a strategy makes of given batches: run as one of several processes by test_strategies.py, and by it for one process.
+"""Train on given batches under a strategy. test_strategies.py runs it as several processes, and calls it for one process.
 
 `torchrun --standalone --nproc-per-node=2 -m tests.modules.ranks <tiny pipeline> <pixart's> <sd3's> <folder>`.
 """

@@ -1,4 +1,4 @@
-"""The adversary of latents: its times and features, whose gradient reaches what, two optimizers, exact resume."""
+"""The adversary of latents: times, features, the paths of gradients, two optimizers, exact resume."""
 
 from collections.abc import Callable
 from functools import partial

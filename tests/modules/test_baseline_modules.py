@@ -189,7 +189,7 @@ def test_consistency_model_starts_as_the_unet(kind: str, training: Make, tiny_pi
 
 @MODELS
 def test_consistency_model_samples_as_trained(kind: str, training: Make, data: Make, fit: Make, tmp_path: Path) -> None:
-    """In its own form, at its own timesteps, whatever w is asked for, one forward a step."""
+    """With its own function and timesteps, for any w, in one forward pass per step."""
     module = training(kind, **{"objective.sigma_data": 0.7})
     fit(module, data(), 2)
     module.save_model(folder := str(tmp_path / "model"))
@@ -259,7 +259,7 @@ def test_ct_export_has_the_grid_of_its_step(stopped: Make, tmp_path: Path) -> No
 
 
 class AtStart(L.Callback):
-    """What a module is before its first batch."""
+    """Return a module in its state before the first batch."""
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         self.facts, self.decay = module.facts(), module.objective.target_decay(module.ema_decay)

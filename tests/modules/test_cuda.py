@@ -1,4 +1,4 @@
-"""What runs on a GPU only: one process, small networks. Skipped where there is none."""
+"""Tests for a GPU: one process, small networks. Skipped without a GPU."""
 
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ STRATEGIES = {"auto": lambda: "auto", "ddp": DDPStrategy, "fsdp": FullySharded}
 
 @pytest.fixture(autouse=True)
 def full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else convolutions round to TF32, and each kernel in its own way."""
+    """Otherwise convolutions round to TF32, each kernel differently."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 

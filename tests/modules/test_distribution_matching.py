@@ -1,4 +1,4 @@
-"""Distribution matching as a training: whose turn it is, exact resume, captions only, the teacher of a student."""
+"""Training by distribution matching: turns, exact resume, captions only, the teacher of a student."""
 
 import json
 from collections.abc import Callable

@@ -32,7 +32,7 @@ def adapters(module: LatentModule) -> dict[str, Tensor]:
 
 @pytest.fixture
 def output(tiny_pipeline: Path, batch: LatentBatch) -> Callable[[UNet2DConditionModel], Tensor]:
-    """`output(unet)`: what a network makes of the batch."""
+    """`output(unet)`: the network's output for the batch."""
     family = load_family(str(tiny_pipeline))
 
     def of(unet: UNet2DConditionModel) -> Tensor:
@@ -211,3 +211,20 @@ def test_adapters_are_added_with_their_weight(form: str, tiny_pipeline: Path, tm
     for name, value in found.items():
         torch.testing.assert_close(value, base[name] + 0.5 * (whole[name] - base[name]), rtol=1e-4, atol=1e-4)
     assert sum(not torch.equal(value, base[name]) for name, value in found.items()) > 50
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("photo.png", "is not a .safetensors file"),
+        ("missing.safetensors", "does not exist"),
+        ("other.safetensors", "does not fit this StableDiffusionPipeline"),
+    ],
+)
+def test_wrong_adapters_are_refused(name: str, says: str, tiny_pipeline: Path, tmp_path: Path) -> None:
+    if name == "photo.png":
+        (tmp_path / name).write_bytes(b"PNG")
+    elif name == "other.safetensors":
+        save_file({"unet.other.lora_A.weight": torch.zeros(2, 2)}, tmp_path / name)
+    with pytest.raises(UserError, match=f"^lora: .*{name} {says}"):
+        TextToImage.load(str(tiny_pipeline), lora={str(tmp_path / name): 1.0})

@@ -1,4 +1,4 @@
-"""The two modules that build the mini pipeline's parts: what they train and the folders they write."""
+"""The two modules that build the mini pipeline's parts: training and saved folders."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""A training's size: the model's own by default, and that of what it then draws, saves and exports."""
+"""The size of a training: by default the model's. Images, saved models and exports have the same size."""
 
 import logging
 from collections.abc import Callable

@@ -17,8 +17,8 @@ from tests.modules.ranks import ADVERSARY, RANKS, REAL_DATA, SCENARIOS, SHAPES, 
 from tests.modules.test_autoencoder import train as train_autoencoder
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:::lightning")]
-# Of weights that 4 steps moved by up to 4e-3. Sums are taken in another order, the more so over another batch size, and AdamW
-# magnifies that where a gradient is next to nothing.
+# Tolerances of weights, which 4 steps move by up to 4e-3. The order of sums differs, even more so with another batch size, and
+# AdamW magnifies the difference for gradients near zero.
 RANKS_APART, SIZES_APART = 2e-6, 2e-5
 Result = dict[str, Any]
 
@@ -53,7 +53,7 @@ def train_all(pipelines: dict[str, Path], folder: Path) -> None:
 
 @pytest.fixture
 def found(folder: Path) -> Any:
-    """`found(name, rank=0)`: what a scenario gave."""
+    """`found(name, rank=0)`: the result of a scenario."""
     return lambda name, rank=0: torch.load(folder / f"{name}-{rank}.pt", weights_only=True)
 
 

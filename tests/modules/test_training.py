@@ -273,7 +273,7 @@ def test_optimizer_gets_trained_parameters_only(training: Make, data: Make, fit:
 
 
 def fixed_loss(module: LatentModule, batch: LatentBatch) -> float:
-    """The training loss over the draws of four steps; the module must not have met a trainer."""
+    """Return the training loss over the draws of four steps. The module must be new, without a trainer."""
     with torch.no_grad():
         return sum(float(module.training_step(batch, index)) for index in range(4))
 

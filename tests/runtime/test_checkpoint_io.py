@@ -62,7 +62,7 @@ def spoil(path):
 
 @pytest.fixture(autouse=True)
 def nothing_verified():
-    """What a test damages afterwards was not verified by this process."""
+    """Forget the files that this process has verified, because the test damages them."""
     verified.clear()
 
 
@@ -319,7 +319,7 @@ def test_async_error_is_raised_once(where, tmp_path, monkeypatch):
 
 
 def keep_saving(path, begin, asynchronous, done):
-    """What the killed process does; says each step whose file is there: an asynchronous save proves the one before it."""
+    """The program that is killed. It prints each step whose file is complete: an asynchronous save proves the one before."""
     io = AtomicCheckpointIO(asynchronous)
     for step in itertools.count(begin):
         io.save_checkpoint(content(step, size=1 << 20), path)

@@ -1,4 +1,4 @@
-"""Checkpoints in a folder: what was written is read, a damaged one is never taken, nothing in it runs code."""
+"""Checkpoints in a folder: round trips, damaged ones are never used, and no content runs code."""
 
 import json
 import pickle
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[DeviceMesh]:
-    """Of this process alone."""
+    """A process group of this process alone."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()

@@ -38,7 +38,7 @@ class Job:
         return self.file.read_text() if self.file.is_file() else ""
 
     def facts(self) -> dict[str, str]:
-        """What `scontrol show job` knows: JobState, Restarts, ExitCode, ..."""
+        """Return the fields of `scontrol show job`: JobState, Restarts, ExitCode, ..."""
         return dict(re.findall(r"(\w+)=(\S*)", self.cluster.run("scontrol", "show", "job", self.number)))
 
     def logged(self, text: str) -> None:

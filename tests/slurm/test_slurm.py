@@ -1,4 +1,4 @@
-"""Jobs on a real SLURM: they train as one process does, and nothing is lost when one is stopped or breaks.
+"""Jobs on a real SLURM: they train as one process does, and a stopped or broken job loses nothing.
 
 `LCM_ROUNDS=20 pytest -n 0 tests/slurm` stops a job at 20 random moments, loses a node and sweeps; the default is one stop.
 """

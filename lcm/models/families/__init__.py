@@ -15,8 +15,6 @@ from lcm.core.denoiser import Condition
 from lcm.core.errors import UserError
 from lcm.models.loading import read_json
 
-Tokenize = Callable[..., Tensor]
-
 
 class Tower(NamedTuple):
     """A text encoder and its tokenizer: their folders in the pipeline and their classes in transformers.
