@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from lcm.core.errors import UserError
@@ -50,7 +51,7 @@ class Repository:
     def requests(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:
+        except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
             if status in (401, 403):
                 reason = f"the hub refuses the token in HF_TOKEN (status {status}): give one with the right to write"

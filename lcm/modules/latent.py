@@ -289,10 +289,12 @@ class LatentModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["method"], checkpoint["settled"] = self.method, self.fixed_settings()
+        checkpoint["images"], checkpoint["seconds"] = self.length.images, self.length.seconds
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_method(checkpoint, self.method)
         check_fixed_settings(checkpoint, self.fixed_settings())
+        self.length.images, self.length.seconds = checkpoint.get("images", 0), checkpoint.get("seconds", 0.0)
 
     @property
     def best_net(self) -> Any:

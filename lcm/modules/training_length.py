@@ -9,7 +9,10 @@ from lcm.core.batch import LatentBatch
 
 
 class TrainingLength(L.Callback):
-    """Counts the images of all ranks, and the seconds of training. Validation does not count."""
+    """Counts the images of all ranks, and the seconds of training. Validation does not count.
+
+    The module saves both in its checkpoints.
+    """
 
     def __init__(self) -> None:
         self.images, self.seconds, self.started = 0, 0.0, time.perf_counter()
@@ -24,9 +27,3 @@ class TrainingLength(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         self.started = time.perf_counter()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"images": self.images, "seconds": self.seconds}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.images, self.seconds = state["images"], state["seconds"]
