@@ -76,16 +76,16 @@ def test_every_option_of_group(group: str) -> None:
         check_keys(configured("train", ["experiment=lcd_sd15", f"{group}={option}"]))
 
 
-CARDS = {
+GPUS = {
     **dict.fromkeys(("lcd_lora_sd15", "lcd_lora_sdxl", "tcd_lora_sdxl", "lcf_lora_sd15"), ("8gb", "12gb", "16gb", "24gb")),
     **dict.fromkeys(("lcd_sd15", "tcd_sd15"), ("16gb", "24gb")),
 }
 
 
-@pytest.mark.parametrize("experiment", CARDS)
-def test_card(experiment: str) -> None:
-    for card in CARDS[experiment]:
-        cfg = configured("train", [f"experiment={experiment}", f"card={card}"])
+@pytest.mark.parametrize("experiment", GPUS)
+def test_one_gpu(experiment: str) -> None:
+    for gpu in GPUS[experiment]:
+        cfg = configured("train", [f"experiment={experiment}", f"gpu={gpu}"])
         check_keys(cfg)
         assert (cfg.name, cfg.data.latents, cfg.trainer.get("strategy")) == (experiment, True, None)
         assert cfg.model.optimizer._target_.endswith("AdamW8bit")
