@@ -100,7 +100,7 @@ class WandbLogger(LightningWandbLogger):
                 self.table = wandb.Table(names, log_mode="INCREMENTAL")
             for row, prompt in enumerate(prompts):
                 pictures = [wandb.Image(to_pil(images[row])) for images in columns.values()]
-                self.table.add_data(step, self.images_seen, prompt, *pictures)
+                self.table.add_data(step, self.images_seen, redacted(prompt), *pictures)
             self.log_object("val/prompts", self.table, step)
 
     @rank_zero_only
