@@ -182,9 +182,13 @@ def test_two_ranks_train_the_autoencoder_as_one_process(folder: Path, tiny_pipel
 
 @pytest.mark.parametrize(("name", "kind"), [("nf4 base", "lora"), ("nf4 teacher", "distillation")])
 def test_quantised_layers_under_ddp(name: str, kind: str, found: Any, alone: Any) -> None:
-    one = alone(kind, **{key: SCENARIOS[name][key] for key in ("quantization", "optimizer") if key in SCENARIOS[name]})
-    assert_close(found(name), one, SIZES_APART)
+    assert_close(found(name), alone(kind, quantization=SCENARIOS[name]["quantization"]), SIZES_APART)
     assert_close(found(name, 1), found(name), 0.0)
+
+
+def test_ranks_agree_on_8_bit_moments(found: Any) -> None:
+    # One process is not as close: rounded moments magnify the order of sums.
+    assert_close(found("8-bit", 1), found("8-bit"), 0.0)
 
 
 @pytest.mark.parametrize(("name", "says"), [("nf4 shards", "quantised layers"), ("8-bit shards", "bitsandbytes' optimizers")])
