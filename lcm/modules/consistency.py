@@ -14,7 +14,7 @@ from lcm.core.guidance import check_w_range
 from lcm.core.objectives.consistency import Distance, Networks
 from lcm.core.process import Process
 from lcm.models.families import network_like
-from lcm.models.lora import drop_frozen, ignore_missing_frozen, with_adapters
+from lcm.models.lora import with_adapters
 from lcm.models.pipeline import load_family, load_prediction_type
 from lcm.models.student import frozen_copy, quantized
 from lcm.modules.adversary import Adversary, LatentAdversary
@@ -96,24 +96,13 @@ class ConsistencyModule(LatentModule):
         self.teacher_prediction_type = load_prediction_type(pipeline)
         # In train mode, like the student, so that both draw the same dropout mask.
         self.target_net = frozen_copy(self.net).train() if ema_decay else None
-        self.ema_decay, self.adapters = ema_decay, adapters
+        self.ema_decay = ema_decay
         if w_max is not None and adapters is None:
             self.zero_init = zero_init
         if solver is not None:
             self.frozen["teacher"] = quantized(net, None if adapters else quantization).eval()
         self.quantization = quantization
-        if adapters is not None:
-            self.register_state_dict_post_hook(drop_frozen)
-            self.register_load_state_dict_post_hook(ignore_missing_frozen)
-
-    @property
-    def method(self) -> str:
-        return super().method + (" of adapters" if self.adapters is not None else "")
-
-    def configure_model(self) -> None:
-        if self.device_mesh is not None and self.adapters is not None:
-            raise UserError("adapters cannot be sharded: train them with trainer=ddp")
-        super().configure_model()
+        self.train_adapters(adapters)
 
     def setup(self, stage: str) -> None:
         self.objective.advance(0, self.trainer.max_steps)
@@ -150,8 +139,4 @@ class ConsistencyModule(LatentModule):
             ema_update_(self.target_net.parameters(), self.net.parameters(), decay, self.optimization.skipped_on_device)
 
     def facts(self) -> dict[str, Any]:
-        adapters: dict[str, Any] = {}
-        if self.adapters is not None:
-            rank, alpha = self.adapters["rank"], self.adapters.get("alpha")
-            adapters = {"rank": rank, "alpha": rank if alpha is None else alpha}
-        return {**super().facts(), **self.w_facts(), **adapters}
+        return {**super().facts(), **self.w_facts()}

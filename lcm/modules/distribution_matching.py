@@ -1,6 +1,6 @@
 """Distribution matching (TDM, DMD2): a student, its frozen teacher, and a fake score that learns the student's images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from lcm.core.objectives.consistency import Distance, Networks
 from lcm.core.objectives.distribution_matching import DistributionMatching
 from lcm.core.process import Process
 from lcm.core.random import generator
-from lcm.models.families import network_like
+from lcm.models.lora import with_adapters
 from lcm.models.pipeline import find, load_family, load_network, load_prediction_type, read_lcm_json
 from lcm.models.student import quantized
 from lcm.modules.adversary import Adversary, LatentAdversary
@@ -43,7 +43,9 @@ class MatchingModule(LatentModule):
     net: the pipeline's network: a few-step student, or the teacher itself. teacher: its pipeline; None: the one that the
     student was distilled from, or `pipeline`. objective: a `DistributionMatching`. loss: its distance. w_min, w_max: the range
     of guidance weights of the teacher. Student and fake score take w as an input if the family has one. fake: `network ->
-    FakeScore`. adversary, quantization: as of `ConsistencyModule`.
+    FakeScore`. adapters: `{rank, alpha, target_modules}` trains the student and the fake score as adapters (LoRA), each on its
+    frozen start. Neither takes w. A student that starts from its teacher shares all weights with it and with the fake score.
+    adversary, quantization: as of `ConsistencyModule`.
     """
 
     objective: DistributionMatching
@@ -60,6 +62,7 @@ class MatchingModule(LatentModule):
         teacher: str | None = None,
         w_min: float = 0.0,
         w_max: float = 0.0,
+        adapters: Mapping[str, Any] | None = None,
         adversary: Callable[..., LatentAdversary] | None = None,
         quantization: Callable[[nn.Linear], nn.Module] | None = None,
         **kwargs: Any,
@@ -67,7 +70,18 @@ class MatchingModule(LatentModule):
         check_w_range(w_min, w_max)
         family, source = load_family(pipeline), teacher or teacher_of(pipeline)
         frozen = net if source == pipeline else load_network(source)
-        score = fake(family.with_w(frozen))
+        if adapters is None:
+            student, scorer = family.with_w(net), family.with_w(frozen)
+        elif family.takes_w(net):
+            raise UserError(
+                f"{pipeline} takes w as an input, and a fake score of adapters does not: start from a teacher or from a student "
+                "of lcd_lora_*, or set model.adapters=null"
+            )
+        else:
+            for base in {net, frozen}:
+                quantized(base, quantization)
+            student, scorer = (with_adapters(family, base, **adapters) for base in (net, frozen))
+        score = fake(scorer)
         opponents: list[Opponent] = [score]
         if isinstance(adversary, Adversary):
             raise UserError("model/adversary=patch judges images: use model/adversary=latent")
@@ -77,7 +91,7 @@ class MatchingModule(LatentModule):
                 raise UserError("distribution matching has no target point to take for real: set model.adversary.real=data")
             opponents.append(judge)
         super().__init__(
-            family.with_w(net) if family.takes_w(score.network) else network_like(net),
+            student,
             process,
             pipeline=pipeline,
             objective=lambda p: objective(p, distance=loss, w_min=w_min, w_max=w_max),
@@ -86,7 +100,9 @@ class MatchingModule(LatentModule):
         )
         self.fake, self.teacher, self.teacher_prediction_type = score, source, load_prediction_type(source)
         self.adversary = judge if adversary is not None else None
-        self.frozen["teacher"], self.quantization = quantized(frozen, quantization).eval(), quantization
+        self.frozen["teacher"] = quantized(frozen, None if adapters else quantization).eval()
+        self.quantization = quantization
+        self.train_adapters(adapters)
         self.own_turn = True  # the student learns in this step
 
     def networks(self) -> list[Any]:

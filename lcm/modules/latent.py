@@ -1,7 +1,7 @@
 """The training of a network on latents: draws, averages, compilation, sharding, checkpoints, saving."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from lcm.models.attention import allow_graphs, check_compiler, fast_attention, r
 from lcm.models.codec import LatentCodec
 from lcm.models.features import block_features
 from lcm.models.loading import read_json
+from lcm.models.lora import drop_frozen, ignore_missing_frozen
 from lcm.models.pipeline import find, load_family, load_prediction_type, load_vae, read_lcm_json
 from lcm.models.saving import save_pipeline
 from lcm.models.sharding import gather, is_sharded, shard
@@ -54,6 +55,7 @@ class LatentModule(L.LightningModule):
     zero_init: bool | None = None  # the projection of w started at zero; None: the module made no projection
     adversary: LatentAdversary | None
     quantization: Callable[[nn.Linear], nn.Module] | None = None  # of the frozen layers
+    adapters: Mapping[str, Any] | None = None  # their options, if they alone are trained
     calls: list[tuple[nn.Module, torch.Size, Condition, bool]] | None = None  # recorded network calls for FLOP counting
 
     def __init__(
@@ -100,7 +102,15 @@ class LatentModule(L.LightningModule):
         self.compiled: dict[nn.Module, Callable[..., Any]] = {}
         self.register_load_state_dict_pre_hook(check_tensors)
         if gradient_checkpointing:
-            net.enable_gradient_checkpointing(None if compile else recomputed)
+            for trained in (net, *(each.network for each in opponents if isinstance(each.network, self.family.network_class))):
+                trained.enable_gradient_checkpointing(None if compile else recomputed)
+
+    def train_adapters(self, adapters: Mapping[str, Any] | None) -> None:
+        """Leave the frozen weights of networks with adapters out of checkpoints. adapters: `{rank, alpha}`; None: no change."""
+        self.adapters = adapters
+        if adapters is not None:
+            self.register_state_dict_post_hook(drop_frozen)
+            self.register_load_state_dict_post_hook(ignore_missing_frozen)
 
     def networks(self) -> list[Any]:
         """Return the trained network, its averages and the teacher."""
@@ -124,6 +134,8 @@ class LatentModule(L.LightningModule):
             raise UserError("model.adversary cannot read features of compiled shards: set model.compile=false, or trainer=ddp")
         if self.quantization is not None and self.device_mesh is not None:
             raise UserError("quantised layers cannot be sharded: set model/quantization=null, or trainer=ddp")
+        if self.adapters is not None and self.device_mesh is not None:
+            raise UserError("adapters cannot be sharded: train them with trainer=ddp")
         if self.compile_networks:
             # At most two graphs, with gradients and without, for each network or each sharded block at each batch shape.
             shapes = len(getattr(self.trainer.datamodule, "buckets", ())) or 1  # type: ignore[attr-defined]
@@ -281,7 +293,7 @@ class LatentModule(L.LightningModule):
     @property
     def method(self) -> str:
         """Return the objective's name, by which checkpoints are told apart: the tensors of two methods may fit each other."""
-        return type(self.objective).__name__.removesuffix("Objective")
+        return type(self.objective).__name__.removesuffix("Objective") + (" of adapters" if self.adapters is not None else "")
 
     def fixed_settings(self) -> dict[str, Any]:
         """Return the settings that cannot change once a training has begun, by option."""
@@ -313,8 +325,15 @@ class LatentModule(L.LightningModule):
             "images": self.length.images,
             "seconds": round(self.length.seconds, 1),
             **self.objective.sampling(),
+            **self.adapter_facts(),
             **({"rewards": rewards} if (rewards := self.rewards()) else {}),
         }
+
+    def adapter_facts(self) -> dict[str, Any]:
+        if self.adapters is None:
+            return {}
+        rank, alpha = self.adapters["rank"], self.adapters.get("alpha")
+        return {"rank": rank, "alpha": rank if alpha is None else alpha}
 
     def rewards(self) -> list[dict[str, Any]]:
         """Return the rewards that this training or an earlier one of its student raised. Tables leave them out."""

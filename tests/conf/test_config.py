@@ -24,6 +24,7 @@ FULL_SIZE = {
     "lcd_lora_sd15": "sd15",
     "lcd_sd21_768": "sd21",
     "tdm_sd15": "sd15",
+    "tdm_lora_sd15": "sd15",
     "dmd2_sd15": "sd15",
     "guided_distill_sd15": "sd15",
     "lcd_sdxl": "sdxl",

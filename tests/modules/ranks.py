@@ -149,6 +149,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     **{f"adversary-{s}": {"kind": "pcm", "strategy": s, "adversary": ADVERSARY} for s in ("ddp", "fsdp")},
     "adversary-pixart": {"kind": "pcm", "strategy": "fsdp", "of": "pixart", "adversary": ADVERSARY},
     "matching-ddp": {"kind": "tdm", "strategy": "ddp"},
+    "matching-adapters": {"kind": "tdm", "strategy": "ddp", "adapters": {"rank": 4}},
     "matching-fsdp": {"kind": "dmd2", "strategy": "fsdp", "adversary": REAL_DATA},
     "half-matching": {"kind": "dmd2", "strategy": "folder", "adversary": REAL_DATA, "steps": HALF, "save": "matching.ckpt"},
     "resumed-matching": {"kind": "dmd2", "strategy": "fsdp", "adversary": REAL_DATA, "resume": "matching.ckpt"},

@@ -22,6 +22,7 @@ from tests.modules.test_adversary import ADVERSARY
 Make = Callable[..., Any]
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 REAL = partial(ADVERSARY, real="data")
+ADAPTERS = {"adapters": {"rank": 4}}
 
 
 def updates(module: MatchingModule) -> tuple[set[int], set[int]]:
@@ -31,8 +32,11 @@ def updates(module: MatchingModule) -> tuple[set[int], set[int]]:
     return student, fake
 
 
-@pytest.mark.parametrize("kind", ["tdm", "dmd2"])
-def test_student_learns_every_second_step_and_the_fake_score_in_each(kind: str, training: Make, data: Make, fit: Make) -> None:
+@pytest.mark.parametrize(("kind", "options"), [("tdm", {}), ("dmd2", {}), ("tdm", ADAPTERS)])
+def test_student_learns_every_second_step_and_the_fake_score_in_each(
+    kind: str, options: dict[str, Any], training: Make, data: Make, fit: Make
+) -> None:
+    training = partial(training, **options)
     module = training(kind, eval_ema=0.5)
     student, fake, teacher = (vector(n.parameters()).clone() for n in (module.net, module.fake, module.frozen["teacher"]))
     fit(module, data(), 1)
@@ -62,7 +66,9 @@ def test_turns_follow_updates_and_not_batches(training: Make, data: Make, fit: M
     assert updates(module) == ({2}, {4})
 
 
-@pytest.mark.parametrize(("kind", "options"), [("tdm", {}), ("dmd2", {"adversary": REAL, "eval_ema": 0.5})])
+@pytest.mark.parametrize(
+    ("kind", "options"), [("tdm", {}), ("tdm", ADAPTERS), ("dmd2", {"adversary": REAL, "eval_ema": 0.5, **ADAPTERS})]
+)
 def test_resume_between_turns_is_exact(
     kind: str, options: dict[str, Any], training: Make, data: Make, fit: Make, tmp_path: Path
 ) -> None:
@@ -74,7 +80,7 @@ def test_resume_between_turns_is_exact(
     state = resumed.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in whole.state_dict().items())
     checkpoint = torch.load(tmp_path / "3.ckpt", weights_only=True)
-    assert len(checkpoint["optimizer_states"]) == 2 + bool(options)
+    assert len(checkpoint["optimizer_states"]) == 2 + ("adversary" in options)
 
 
 @pytest.mark.parametrize("adversary", [None, REAL])
@@ -85,6 +91,27 @@ def test_only_the_adversary_looks_at_images(adversary: Any, training: Make, fit:
         fit(module, DataLoader([replace(batch, z0=z0)] * 4, batch_size=None), 4)
         weights.append(vector(module.net.parameters()).detach())
     assert torch.equal(*weights) == (adversary is None)
+
+
+def test_each_loss_has_gradients_of_its_own_adapters(training: Make, batch: LatentBatch) -> None:
+    module = training("tdm", **ADAPTERS)
+    objective, nets = module.objective, module.denoisers(module.net)
+    draws = objective.draw(batch.z0, torch.Generator().manual_seed(0))
+
+    def trained() -> set[str]:
+        names = {name for name, p in module.named_parameters() if p.grad is not None}
+        module.zero_grad()
+        return names
+
+    sample = objective.sample(nets.online, batch, draws)
+    module.fake.learn(lambda: objective.score_loss(nets.fake, batch, draws, sample.detach()))
+    of_fake = trained()
+    loss, _ = objective.distances(objective.matched(nets, batch, draws, sample))
+    loss.backward()
+    of_student = trained()
+    assert of_fake | of_student == set(module.state_dict())
+    assert {name.partition(".")[0] for name in of_fake} == {"fake"}
+    assert {name.partition(".")[0] for name in of_student} == {"net"}
 
 
 def test_starts_from_a_student_with_its_teacher(tiny_pipeline: Path, data: Make, fit: Make, tmp_path: Path) -> None:
@@ -118,3 +145,5 @@ def test_unknown_teacher_and_target_are_one_sentence(tiny_pipeline: Path, data: 
         new_module(tmp_path / "student", "dmd2", teacher=str(tiny_pipeline))
     with pytest.raises(UserError, match=r"set model\.adversary\.real=data"):
         new_module(tiny_pipeline, "tdm", adversary=ADVERSARY)
+    with pytest.raises(UserError, match=r"takes w as an input.*set model\.adapters=null"):
+        new_module(tmp_path / "student", "dmd2", teacher=str(tiny_pipeline), **ADAPTERS)

@@ -172,12 +172,17 @@ def test_pcm_student_matches_diffusers(name: str, guided: bool, trained: Any, tm
         model.timesteps(2)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("tiny", "tdm"), ("tiny", "dmd2"), ("sd3", "tdm"), ("pixart", "dmd2")])
-def test_matched_student_matches_diffusers(name: str, kind: str, trained: Any, tmp_path: Path) -> None:
-    module = trained(name, kind, 2)
+@pytest.mark.parametrize(
+    ("name", "kind", "rank"),
+    [("tiny", "tdm", None), ("tiny", "dmd2", None), ("sd3", "tdm", None), ("pixart", "dmd2", None), ("tiny", "tdm", 4)],
+)
+def test_matched_student_matches_diffusers(name: str, kind: str, rank: int | None, trained: Any, tmp_path: Path) -> None:
+    module = trained(name, kind, 2, adapters=rank and {"rank": rank})
     module.save_model(str(tmp_path / "model"), dtype=torch.float32)
     model, pipe = TextToImage.load(str(tmp_path / "model")), opened(tmp_path / "model")
-    w = 7.0 if name == "tiny" else 0.0
+    w = 7.0 if model.takes_w else 0.0
+    assert model.takes_w == (name == "tiny" and rank is None)
+    assert (tmp_path / "model/pytorch_lora_weights.safetensors").is_file() == bool(rank)
     options = {"num_inference_steps": 4, "guidance_scale": w + 1, "generator": noises(model)}
     alike(model.latents(PROMPTS, SEEDS, steps=4, w=w), pipe(PROMPTS, output_type="latent", **options).images)
 

@@ -42,8 +42,9 @@ def output(tiny_pipeline: Path, batch: LatentBatch) -> Callable[[UNet2DCondition
     return of
 
 
-def test_networks_share_the_base_weights(training: Make, tiny_pipeline: Path) -> None:
-    module = training("lora", eval_ema=0.9, ema_decay=0.9)
+@pytest.mark.parametrize(("kind", "options"), [("lora", {"ema_decay": 0.9}), ("tdm", {"adapters": {"rank": 4}})])
+def test_networks_share_the_base_weights(kind: str, options: dict[str, Any], training: Make, tiny_pipeline: Path) -> None:
+    module = training(kind, eval_ema=0.9, **options)
     of_teacher = list(load_network(str(tiny_pipeline)).parameters())
     weights = {id(p): p for network in module.networks() for p in network.parameters()}
     more = sum(value.numel() for value in module.state_dict().values())
@@ -100,14 +101,15 @@ def test_adapters_of_a_student_keep_its_weights_and_w(
     torch.testing.assert_close(ours, again, rtol=1e-3, atol=1e-2)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_only_adapters_get_gradients(recompute: bool, training: Make, data: Make, fit: Make) -> None:
+@pytest.mark.parametrize(("kind", "recompute"), [("lora", False), ("lora", True), ("tdm", True)])
+def test_only_adapters_get_gradients(kind: str, recompute: bool, training: Make, data: Make, fit: Make) -> None:
     """So DDP need not look for unused parameters."""
-    module = training("lora", gradient_checkpointing=recompute, eval_ema=0.9)
-    fit(module, data(), 1)
+    module = training(kind, gradient_checkpointing=recompute, eval_ema=0.9, adapters={"rank": 4})
+    fit(module, data(), 2)
     assert [name for name, p in module.named_parameters() if (p.grad is not None) != p.requires_grad] == []
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
     assert trained == {name for name in module.state_dict() if name.startswith("net.")}
+    assert {net.is_gradient_checkpointing for net in module.networks() if net.training} == {recompute}
 
 
 def test_resume_from_adapters_is_exact(training: Make, data: Make, fit: Make, tmp_path: Path) -> None:
@@ -184,8 +186,9 @@ def test_empty_adapters_are_refused(options: dict[str, Any], training: Make) -> 
         training("lora", adapters={"rank": 4, **options})
 
 
-def test_sharding_is_refused(training: Make) -> None:
-    module = training("lora")
+@pytest.mark.parametrize("kind", ["lora", "tdm"])
+def test_sharding_is_refused(kind: str, training: Make) -> None:
+    module = training(kind, adapters={"rank": 4})
     module._device_mesh = object()
     with pytest.raises(UserError, match="trainer=ddp"):
         module.configure_model()

@@ -81,6 +81,7 @@ EIGHT_BIT = partial(AdamW8bit, lr=1e-3, weight_decay=0.0, min_8bit_size=64)  # t
 RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
     "nf4 teacher": ("distillation", {"quantization": nf4}),
     "nf4 base": ("lora", {"quantization": nf4, "ema_decay": 0.5}),
+    "nf4 base of two adapters": ("tdm", {"quantization": nf4, "adapters": {"rank": 4}}),
     "8-bit moments": ("distillation", {"optimizer": EIGHT_BIT}),
     "8-bit moments of two networks": ("tdm", {"optimizer": EIGHT_BIT}),
 }

@@ -120,10 +120,10 @@ def test_two_ranks_train_an_adversary_as_one_process(of: str, scenarios: list[st
             assert_close(rank, one, SIZES_APART)
 
 
-@pytest.mark.parametrize(("kind", "name"), [("tdm", "matching-ddp"), ("dmd2", "matching-fsdp")])
+@pytest.mark.parametrize(("kind", "name"), [("tdm", "matching-ddp"), ("tdm", "matching-adapters"), ("dmd2", "matching-fsdp")])
 def test_two_ranks_match_distributions_as_one_process(kind: str, name: str, found: Any, alone: Any) -> None:
     """The ranks take as many steps of the student, and take turns alike."""
-    one = alone(kind, **({"adversary": REAL_DATA} if kind == "dmd2" else {}))
+    one = alone(kind, **{key: SCENARIOS[name][key] for key in ("adversary", "adapters") if key in SCENARIOS[name]})
     assert [norm > 0 for norm in one["norms"]] == [False, True, False, True]
     for rank in (found(name, rank) for rank in range(RANKS)):
         assert rank["norms"] == pytest.approx(one["norms"], rel=1e-3)
