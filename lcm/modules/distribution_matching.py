@@ -74,8 +74,8 @@ class MatchingModule(LatentModule):
             student, scorer = family.with_w(net), family.with_w(frozen)
         elif family.takes_w(net):
             raise UserError(
-                f"{pipeline} takes w as an input, and a fake score of adapters does not: start from a teacher or from a student "
-                "of lcd_lora_*, or set model.adapters=null"
+                f"{pipeline} takes w as an input, and the fake score's adapters do not: set model.adapters=null, or "
+                "model.pipeline to a teacher or to a student of adapters"
             )
         else:
             for base in {net, frozen}:

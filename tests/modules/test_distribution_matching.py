@@ -145,5 +145,5 @@ def test_unknown_teacher_and_target_are_one_sentence(tiny_pipeline: Path, data: 
         new_module(tmp_path / "student", "dmd2", teacher=str(tiny_pipeline))
     with pytest.raises(UserError, match=r"set model\.adversary\.real=data"):
         new_module(tiny_pipeline, "tdm", adversary=ADVERSARY)
-    with pytest.raises(UserError, match=r"takes w as an input.*set model\.adapters=null"):
+    with pytest.raises(UserError, match=r"takes w as an input.*: set model\.adapters=null"):
         new_module(tmp_path / "student", "dmd2", teacher=str(tiny_pipeline), **ADAPTERS)

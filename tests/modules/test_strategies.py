@@ -13,7 +13,7 @@ import torch
 from lcm.bench import memory
 from lcm.models.pipeline import load_network
 from tests.modules.conftest import new_module
-from tests.modules.ranks import ADVERSARY, RANKS, REAL_DATA, SCENARIOS, SHAPES, train
+from tests.modules.ranks import ADVERSARY, RANKS, SCENARIOS, SHAPES, train
 from tests.modules.test_autoencoder import train as train_autoencoder
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:::lightning")]
