@@ -17,7 +17,7 @@ try:
     import wandb_workspaces.reports.v2 as reports
     import wandb_workspaces.workspaces as workspaces
 except ModuleNotFoundError:
-    raise SystemExit("error: the dashboard needs wandb-workspaces: pip install 'latent-consistency[dashboard]'") from None
+    raise SystemExit("error: the dashboard needs wandb-workspaces: pip install -e '.[dashboard]'") from None
 
 TEXTS = {
     "Quality": "FID (lower is better) and CLIP score (higher is better) by sampling steps, over the images seen. "

@@ -39,7 +39,7 @@ def main(cfg: DictConfig) -> None:
 
         from lcm.app.web import Served, make_app
     except ModuleNotFoundError as error:
-        raise UserError(f"lcm.serve needs {error.name}: install it by pip install 'latent-consistency[serve]'") from error
+        raise UserError(f"lcm.serve needs {error.name}: run pip install -e '.[serve]'") from error
     opened = listen(cfg.host, cfg.port)
     options = {"device": pick_device(cfg.device), "dtype": getattr(torch, cfg.dtype), "compile": cfg.compile}
     names = {"student": (cfg.pipeline, cfg.steps), "teacher": (cfg.teacher, cfg.teacher_steps)}

@@ -33,7 +33,7 @@ def check(weights: str) -> None:
     try:
         import torch_fidelity  # noqa: F401
     except ImportError:
-        raise UserError("InceptionV3 needs torch-fidelity: pip install 'latent-consistency[fid]'") from None
+        raise UserError("InceptionV3 needs torch-fidelity: pip install -e '.[fid]'") from None
     if not Path(weights).is_file():
         raise UserError(
             f"there are no InceptionV3 weights at {weights}: get {FILE} from the releases of toshas/torch-fidelity on GitHub "

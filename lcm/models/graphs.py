@@ -59,7 +59,7 @@ def check(family: Family, form: str, option: str) -> None:
     if family.network != "unet":
         raise UserError(f"{option} is for Stable Diffusion 1, 2 and XL, and this is a {family.pipelines[0]}: leave it out")
     if importlib.util.find_spec(form) is None:
-        raise UserError(f"{option} needs the package {form}: install it by pip install 'latent-consistency[openvino]'")
+        raise UserError(f"{option} needs the package {form}: run pip install -e '.[openvino]'")
 
 
 def unet(net: Any, codec: LatentCodec) -> Part:
