@@ -277,11 +277,10 @@ def scheduled(make: Callable[..., Any], optimizer: torch.optim.Optimizer, max_st
 
 def match_parameter_layout(optimizer: torch.optim.Optimizer) -> None:
     """Give loaded moments the memory format of their parameters, which fused updates need."""
-    if not optimizer.defaults.get("fused"):
-        return
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+            is_moment = isinstance(value, Tensor) and value.is_floating_point()  # those of 8 bits are stored by blocks
+            if is_moment and value.shape == parameter.shape and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
