@@ -80,9 +80,9 @@ class Throughput(L.Callback):
 
 @contextmanager
 def not_timed(trainer: L.Trainer) -> Iterator[None]:
-    """Leave the time of the context out of the rates of a training. Otherwise it would count as waiting for data."""
+    """Leave the time of the context out of a training's rates and length. Otherwise it would count as waiting for data."""
     started = time.perf_counter()
     yield
     for callback in trainer.callbacks if trainer.training else ():  # type: ignore[attr-defined]
-        if isinstance(callback, Throughput):
-            callback.leave_out(time.perf_counter() - started)
+        if (leave_out := getattr(callback, "leave_out", None)) is not None:
+            leave_out(time.perf_counter() - started)

@@ -63,7 +63,7 @@ def check(family: Family, form: str, option: str) -> None:
 
 
 def unet(net: Any, codec: LatentCodec) -> Part:
-    """Return the UNet with its inputs: the projection of w and the embeddings of Stable Diffusion XL, where it has them."""
+    """Return the UNet with its inputs: with the projection of w and the embeddings of Stable Diffusion XL if it has them."""
     side, channels, w_dim = net.config["sample_size"] or 64, net.config["in_channels"], net.config["time_cond_proj_dim"]
     z = torch.randn(2, channels, *((side, side) if isinstance(side, int) else side))
     cond, _ = codec.conditions(["", "a"], z)

@@ -3,8 +3,6 @@
 They compute in autocast's dtype, or in that of their input. Gradients pass through them to their input.
 """
 
-from typing import Any
-
 import torch
 from bitsandbytes import nn as quantized
 from torch import Tensor, nn
@@ -15,21 +13,13 @@ def nf4(layer: nn.Linear) -> nn.Linear:
     made = NF4(layer.in_features, layer.out_features, layer.bias is not None, quant_type="nf4", device="meta")
     made.weight = quantized.Params4bit(layer.weight.data, quant_type="nf4", module=made)
     made.support_avx512bf16_for_cpu = False  # this kernel of CPUs passes no gradient to the input
-    return with_bias_of(layer, made)
-
-
-def with_bias_of(layer: nn.Linear, made: Any) -> Any:
     made.bias = layer.bias
     return made.requires_grad_(False)
 
 
-def in_autocast(x: Tensor) -> Tensor:
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
 class NF4(quantized.Linear4bit):
     def forward(self, x: Tensor) -> Tensor:
-        x = in_autocast(x)
+        kind = x.device.type
+        x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
         self.compute_dtype = x.dtype  # bitsandbytes would keep that of the first input for ever
         return super().forward(x)

@@ -67,7 +67,7 @@ class ConsistencyModule(LatentModule):
             raise UserError("model/adversary=patch judges images: use model/adversary=latent")
         if quantization is not None and solver is None and adapters is None:
             raise UserError(
-                "model.quantization stores frozen weights, and this method has none without a teacher or adapters: set "
+                "model.quantization has no effect: this method has no teacher and no adapters, so no weights are frozen. Set "
                 "model/quantization=null"
             )
         parts: dict[str, Any] = {"distance": loss}

@@ -24,8 +24,8 @@ class Opponent(nn.Module):
     """A network trained against a LightningModule, in the same steps, by an optimizer of its own.
 
     The LightningModule holds it as a child and gives it to its `Optimization`. Lightning sees one optimizer, so a step stays a
-    step. The network's trained parameters, those that require gradients at first, do so within `learn` only: DDP, the other
-    optimizer and its clipping pass over them, and the other network's gradient passes through them.
+    step. It trains the parameters that require gradients when it is constructed. They require gradients within `learn` only, so
+    DDP, the other optimizer and its clipping skip them. The other network's gradient still passes through them.
     """
 
     optimizer: torch.optim.Optimizer
@@ -34,25 +34,23 @@ class Opponent(nn.Module):
     def __init__(self, network: nn.Module, optimizer: OptimizerFactory, lr_schedule: ScheduleFactory) -> None:
         super().__init__()
         self.network = network
-        self.trained = {name for name, p in self.named_parameters() if p.requires_grad}  # names: sharding replaces parameters
+        self.names = {name for name, p in self.named_parameters() if p.requires_grad}
+        self.trained: list[nn.Parameter] = []
         self.requires_grad_(False)
         self.make_optimizer, self.make_lr_schedule = optimizer, lr_schedule
 
     def configure(self, max_steps: int) -> None:
-        groups = [{"params": self.trained_parameters()}]
+        self.trained = [p for name, p in self.named_parameters() if name in self.names]  # by name: sharding replaces parameters
+        groups = [{"params": self.trained}]
         self.optimizer, self.schedule = new_optimizer(self.make_optimizer, self.make_lr_schedule, groups, max_steps)
-
-    def trained_parameters(self) -> list[nn.Parameter]:
-        return [p for name, p in self.named_parameters() if name in self.trained]
 
     def learn(self, loss: Callable[[], Tensor], share: float = 1.0) -> Tensor:
         """Add the gradient of `share * loss()`, and return the loss. The update follows with the other optimizer's."""
-        trained = self.trained_parameters()
-        for p in trained:
+        for p in self.trained:
             p.requires_grad_(True)
         value = loss()
         (share * value).backward()
-        for p in trained:
+        for p in self.trained:
             p.requires_grad_(False)
         return value.detach()
 

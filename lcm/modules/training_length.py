@@ -9,7 +9,7 @@ from lcm.core.batch import LatentBatch
 
 
 class TrainingLength(L.Callback):
-    """Counts the images of all ranks, and the seconds of training. Validation does not count.
+    """Counts the images of all ranks, and the seconds of training. Validation, image grids and metrics do not count.
 
     The module saves both in its checkpoints.
     """
@@ -27,3 +27,6 @@ class TrainingLength(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         self.started = time.perf_counter()
+
+    def leave_out(self, seconds: float) -> None:
+        self.started += seconds

@@ -11,6 +11,8 @@ from lcm.callbacks import throughput
 from lcm.callbacks.throughput import Throughput, not_timed
 from lcm.models.flops import forward_flop
 from lcm.models.pipeline import load_family, load_network
+from lcm.modules import training_length
+from lcm.modules.training_length import TrainingLength
 from tests.modules.conftest import codec, data, fit, training  # noqa: F401  (fixtures)
 
 KINDS = ["diffusion", "distillation", "cd", "guided", "lora"]
@@ -56,12 +58,14 @@ class Clock:
 def test_rates_cover_the_time_since_the_last_log(monkeypatch):
     clock, logged = Clock(), {}
     monkeypatch.setattr(throughput, "time", clock)
+    monkeypatch.setattr(training_length, "time", clock)
     monkeypatch.setattr(throughput, "call_flop", lambda family, unet, z, cond, trained: (1 + 2 * trained) * unet * z)
     trainer = SimpleNamespace(global_step=0, log_every_n_steps=2, world_size=4, sanity_checking=False)
     module = SimpleNamespace(family=None, log=lambda name, value, **_: logged.update({name: value}), log_dict=logged.update)
-    callback, batch = Throughput(peak_tflops=1e-3), list(range(8))
-    trainer.callbacks, trainer.training = [callback], True
+    callback, length, batch = Throughput(peak_tflops=1e-3), TrainingLength(), list(range(8))
+    trainer.callbacks, trainer.training = [callback, length], True
     callback.on_train_start(trainer, module)
+    length.on_train_start(trainer, module)
 
     def step(wait, work):
         clock.now += wait
@@ -71,6 +75,7 @@ def test_rates_cover_the_time_since_the_last_log(monkeypatch):
         clock.now += work
         trainer.global_step += 1
         callback.on_train_batch_end(trainer, module, None, batch, 0)
+        length.on_train_batch_end(trainer, module, None, batch, 0)
 
     step(50, 50)  # the first step is not timed
     step(1, 3)
@@ -84,11 +89,13 @@ def test_rates_cover_the_time_since_the_last_log(monkeypatch):
     callback.on_validation_start(trainer, module)
     clock.now += 1000
     callback.on_validation_end(trainer, module)
+    length.on_validation_end(trainer, module)
     with not_timed(trainer):
         clock.now += 500
     step(2, 4)
     assert logged["perf/images_per_sec"] == pytest.approx(4 * 16 / 8)
     assert logged["perf/data_wait"] == pytest.approx(2 / 8)
+    assert (length.images, length.seconds) == (4 * 8 * 4, 100 + 4 + 2 + 6)  # neither validation nor what is not timed
 
 
 def test_training_is_unchanged(training, data, fit):  # noqa: F811

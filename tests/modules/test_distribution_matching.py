@@ -104,6 +104,7 @@ def test_each_loss_has_gradients_of_its_own_adapters(training: Make, batch: Late
         return names
 
     sample = objective.sample(nets.online, batch, draws)
+    module.fake.configure(1)
     module.fake.learn(lambda: objective.score_loss(nets.fake, batch, draws, sample.detach()))
     of_fake = trained()
     loss, _ = objective.distances(objective.matched(nets, batch, draws, sample))

@@ -118,5 +118,5 @@ def test_moments_have_8_bits_and_other_settings_take_effect(
 
 @pytest.mark.parametrize("kind", ["finetuning", "ct"])
 def test_refused_without_frozen_weights(kind: str, training: Make) -> None:
-    with pytest.raises(UserError, match="without a teacher or adapters"):
+    with pytest.raises(UserError, match="has no teacher and no adapters"):
         training(kind, quantization=nf4)
