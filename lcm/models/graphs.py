@@ -185,6 +185,18 @@ def write_graphs(pipeline: Path, target: Path, form: str) -> None:
         remove(partial)
 
 
+@functools.cache
+def openvino_core() -> Any:
+    """Return the `openvino.Core` of this process, which is never deleted.
+
+    A core gives the main thread an alternate signal stack, and frees it when it is deleted. After several cores the thread can
+    have a freed stack. The next signal, such as that of a loader worker that ends, then crashes the process.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 class Graph:
     """A network's output, computed by OpenVINO on the CPU. It takes the place of `forward` or of a VAE's `decode`.
 
@@ -210,7 +222,7 @@ class Graph:
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
         self.names = list(part.inputs)
-        self.compiled = openvino.Core().compile_model(folder / FILES["openvino"], "CPU", options)
+        self.compiled = openvino_core().compile_model(folder / FILES["openvino"], "CPU", options)
 
     def __call__(self, *inputs: Tensor, return_dict: bool = True, added_cond_kwargs: Any = None, **named: Any) -> Any:
         """Return the output as diffusers does. inputs: as diffusers' network takes them, with one timestep for all samples."""

@@ -1,6 +1,8 @@
 """Graphs compute what torch computes, at other sizes than they were traced with. optimum opens their folders."""
 
+import gc
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ def outputs(folder: Path, form: str, inputs: dict[str, torch.Tensor]) -> dict[st
     if form == "onnx":
         session = onnxruntime.InferenceSession(file)
         return dict(zip([output.name for output in session.get_outputs()], session.run(None, arrays), strict=True))
-    results = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(arrays)
+    results = graphs.openvino_core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(arrays)
     return {output.get_any_name(): value for output, value in results.to_dict().items()}
 
 
@@ -92,6 +94,20 @@ def test_another_model_is_converted_anew(student: Path, tiny_pipeline: Path, tmp
     for pipeline in (student, tiny_pipeline):
         TextToImage.load(str(pipeline), engine="openvino")
     assert len([path for path in (tmp_path / "openvino").iterdir() if path.is_dir()]) == 3  # the VAE is the same
+
+
+def test_signals_arrive_after_models_are_deleted(student: Path) -> None:
+    """If the main thread is left on a freed signal stack, this crashes the process."""
+    models = [TextToImage.load(str(student), engine="openvino") for _ in range(2)]
+    models.pop(0)
+    gc.collect()
+    models.clear()
+    gc.collect()
+    arrived: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda signum, frame: arrived.append(signum))
+    signal.raise_signal(signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, before)
+    assert arrived == [signal.SIGUSR1]
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,6 @@ def test_device_skips_updates_until_the_host_checks(
         fit(training("distillation"), data(), 6, callbacks=[poison])  # no run ends without a look
 
 
-@pytest.mark.slow  # slow tests run first: a fork after other tests' libraries have started threads can crash
 def test_all_ranks_skip_a_bad_update_of_one(
     training: Make, data: Make, fit: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
