@@ -99,8 +99,8 @@ def train(name: str, overrides: list[str], minutes: list[float], judge: Judge) -
 
 
 def train_peer(name: str, overrides: list[str], lr: float, minutes: list[float], judge: Judge) -> list[dict[str, Any]]:
-    """Train as the peers' script does, in bfloat16."""
-    cfg = compose("train", overrides)
+    """Train as the peers' script does, in bfloat16. The script keeps no average of its student, so the student is judged."""
+    cfg = compose("train", [*overrides, "model.eval_ema=null"])
     data, module, device = build(cfg.data), build(cfg.model), pick_device("auto")
     for tower in data.codec.text.encoders:
         tower.to(torch.bfloat16)

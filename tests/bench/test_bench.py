@@ -64,7 +64,7 @@ def test_quality_is_measured_at_the_given_minutes(tiny_pipeline: Path, shards: P
     base = ["experiment=lcd_mini", f"model.pipeline={tiny_pipeline}", f"data.shards={shards}/train-*.tar", "data.resolution=32"]
     base += ["data.batch_size=4", "data.num_workers=0", "trainer.precision=32-true", "model.guidance_lr_multiplier=1"]
     table = quality.measure(
-        base=[*base, "++data.val_shards=null", "++data.build=null", "++data.index=null", "model.eval_ema=null"],
+        base=[*base, "++data.val_shards=null", "++data.build=null", "++data.index=null"],
         ours={"ours": [], "larger steps": ["model.optimizer.lr=0.01"]},
         peers=["model.w_min=5", "model.w_max=15"],
         learning_rates=[1e-2],
