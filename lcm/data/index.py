@@ -8,8 +8,6 @@ size and time and of the rules, so a changed file or changed rules get a new ind
 import contextlib
 import json
 import logging
-import os
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +17,7 @@ import numpy as np
 
 from lcm.core.errors import UserError
 from lcm.data import growing
-from lcm.data.growing import POLL, Asked, start_writer
+from lcm.data.growing import GrowingFile
 from lcm.data.manifest import Expected
 from lcm.data.sample_fields import CAPTIONS, Skip, captions_of, metadata
 from lcm.data.tar import FOREIGN, MAX_BYTES, Bytes, Links, Member, Sample, advice, samples, why_empty
@@ -29,7 +27,8 @@ log = logging.getLogger(__name__)
 RECORD = np.dtype([("start", "<u8"), ("size", "<u4"), ("aspect", "u1"), ("repeated", "u1")])
 VERSION = 1  # raised when a scan chooses or describes samples in another way
 FLUSH = 64  # records that are written at once
-AHEAD, PAUSE = 64, 2.0  # records ahead of the readers; beyond them, a pause in seconds for each `FLUSH`
+AHEAD = 64 * RECORD.itemsize  # bytes that a scan may be ahead of its readers; beyond them it pauses after each `FLUSH`
+PAUSE = 2.0  # seconds
 NAMED = 10  # samples that are named in the log for each reason
 Judge = Callable[[str | None, Mapping[str, Any]], str | None]
 
@@ -127,7 +126,7 @@ class Notes(NamedTuple):
     repeated: int = 0
 
 
-class ShardIndex:
+class ShardIndex(GrowingFile):
     """The index of one shard as a sequence of records `(start, size, aspect, repeated)`, one for each usable sample."""
 
     def __init__(
@@ -140,83 +139,56 @@ class ShardIndex:
         rules: Rules,
         expected: Callable[[], Expected] = Expected,
     ) -> None:
-        base = folder / key
-        self.path, self.part, self.lock = base.with_suffix(".index"), base.with_suffix(".part"), base.with_suffix(".lock")
-        self.notes_file = base.with_suffix(".json")
+        super().__init__(folder / f"{key}.index")
+        self.notes_file = self.path.with_suffix(".json")
         self.title, self.opener, self.rules, self.expected = title, opener, rules, expected
         self.records: np.ndarray | None = None  # memory-mapped once it is whole
-        self.file: Any = None
-        self.arrived, self.asked = 0, Asked(base.with_suffix(".asked"))  # in records
-        self.failure: Exception | None = None
-
-    @property
-    def whole(self) -> bool:
-        if self.records is None and self.path.exists():
-            size = self.path.stat().st_size
-            self.records = np.memmap(self.path, RECORD, "r") if size else np.zeros(0, RECORD)
-            self.arrived = len(self.records)
-            self._close_part()
-        return self.records is not None
 
     def wait(self, count: int) -> tuple[int, bool]:
         """Wait for `count` records or the whole index. Return the number of records, and whether the index is complete.
 
         Raises OSError for an unreadable shard, UserError for a failure of the system.
         """
-        self.asked.add(count)
-        while not self.whole and self.arrived < count:
-            self._look()
-            if self.arrived >= count or self.whole:
-                break
-            self.ensure()
-            self.asked.tell()
-            time.sleep(POLL)
-        return self.arrived, self.whole
+        if not self.whole:
+            self._look()  # it may have become whole since
+        self.wait_for(count * RECORD.itemsize)
+        return self.known, self.whole
+
+    @property
+    def known(self) -> int:
+        return self.arrived // RECORD.itemsize
 
     def _look(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            if self.file is None or os.fstat(self.file.fileno()).st_nlink == 0:  # its writer was killed: another one began
-                self._close_part()  # the next one may not be there yet
-                self.file = open(self.part, "rb")  # noqa: SIM115 - closed when the index is whole
-            self.arrived = os.fstat(self.file.fileno()).st_size // RECORD.itemsize
+        super()._look()
+        if self.whole and self.file is not None:
+            self.records = np.memmap(self.file, RECORD, "r") if self.arrived else np.zeros(0, RECORD)
+            self.file.close()
+            self.file = None
 
     def __getitem__(self, number: int) -> Any:
         """Return record `number`. Raises IndexError if the shard has fewer usable samples, and the errors of `wait`."""
-        if number >= self.arrived and number >= self.wait(number + 1)[0]:
+        if number >= self.known and number >= self.wait(number + 1)[0]:
             raise IndexError(number)
         if self.records is not None:
             return self.records[number]
-        content = os.pread(self.file.fileno(), RECORD.itemsize, number * RECORD.itemsize)
-        return np.frombuffer(content, RECORD)[0]
+        return np.frombuffer(self.read(number * RECORD.itemsize, RECORD.itemsize), RECORD)[0]
 
     def notes(self) -> Notes:
         """Wait for the whole index, and return the shard's counts."""
-        self.wait(2**63)
+        self.wait(2**62)
         return Notes(**json.loads(self.notes_file.read_bytes()))
 
-    def ensure(self) -> None:
-        """Start a scan of the shard unless one is running. Raises the error of a failed scan."""
-        with growing.starting:
-            if self.failure is not None:
-                raise self.failure
-            if self.path.exists():
-                return
-            self.lock.parent.mkdir(parents=True, exist_ok=True)
-            if start_writer(self.lock, self._scan):
-                self.asked.is_own = True
+    def write(self) -> None:
+        try:
+            self._scan()
+        except Exception as error:
+            if full := os_error(error, FULL):
+                raise UserError(
+                    f"{self.path.parent} cannot hold the shards' indexes ({full.strerror}): make room, or set data.index"
+                ) from error
+            raise
 
     def _scan(self) -> None:
-        try:
-            if not self.path.exists():
-                self._write()
-        except Exception as error:
-            self.failure = error
-            if full := os_error(error, FULL):
-                self.failure = UserError(
-                    f"{self.part.parent} cannot hold the shards' indexes ({full.strerror}): make room, or set data.index"
-                )
-
-    def _write(self) -> None:
         self.part.unlink(missing_ok=True)
         left_out, seen, repeated, pending, count = Counter[str](), set[str](), 0, [], 0
         lacking: dict[str, dict[str, list[str]]] = {"no_image": {}, "no_caption": {}}
@@ -239,7 +211,7 @@ class ShardIndex:
                     part.write(np.array(pending, RECORD).tobytes())
                     part.flush()
                     pending = []
-                    self.asked.pause(count, AHEAD, PAUSE)  # leave the processor to shards that are waited for
+                    self.asked.pause(count * RECORD.itemsize, AHEAD, PAUSE)  # leave the processor to shards that are waited for
             part.write(np.array(pending, RECORD).tobytes())
             for name in lacking["no_image"].keys() & lacking["no_caption"].keys():  # parts of one sample, far from each other
                 for reason in lacking:
@@ -267,16 +239,10 @@ class ShardIndex:
         with whole_file(self.notes_file) as file:
             file.write(json.dumps({"samples": count, "left_out": left_out, "repeated": repeated}).encode())
         self.part.rename(self.path)
-        self.asked.file.unlink(missing_ok=True)
-
-    def _close_part(self) -> None:
-        if self.file is not None:
-            self.file.close()
-            self.file = None
 
     def close(self) -> None:
-        self._close_part()
-        self.records, self.arrived = None, 0
+        super().close()
+        self.records = None
 
 
 class Named:

@@ -16,7 +16,7 @@ from typing import Any, Self
 from omegaconf import DictConfig, OmegaConf
 
 from lcm.core.errors import UserError
-from lcm.data.cache import GrowingFile, ShardCache
+from lcm.data.cache import Download, ShardCache
 from lcm.data.checks import extensions_of, first_samples, flaw_of
 from lcm.data.filters import Filters
 from lcm.data.index import VERSION, Notes, Rules, ShardIndex
@@ -62,7 +62,7 @@ class Source:
         self.rules = Rules(needs, None if captions is None else weights_of(captions), judge, aspect)
         self.folder, self.manifests = index_folder(index), Manifests()
         self.indexes: OrderedDict[int, ShardIndex] = OrderedDict()
-        self.files: OrderedDict[int, tuple[LocalFile | GrowingFile, Links]] = OrderedDict()
+        self.files: OrderedDict[int, tuple[LocalFile | Download, Links]] = OrderedDict()
         self.empty: set[int] = set()  # shards that could not be had
         # A quarter of the process' handles: a training and a validation read, and the rest of the program has files, too.
         handles = os.sysconf("SC_OPEN_MAX")
@@ -194,7 +194,7 @@ class Source:
         for key, held, _ in samples(Memory(content), needs, tells, window=len(content)):
             if all(member.offset for member in held.values()):
                 continue  # another sample's, between this one's members
-            sample: Sample = {"__url__": file.path, "__key__": f"{key}@{start}" if record["repeated"] else key}
+            sample: Sample = {"__url__": str(file.path), "__key__": f"{key}@{start}" if record["repeated"] else key}
             for extension, member in held.items():
                 if member.link is None:
                     sample[extension] = content[member.data : member.data + member.size]
@@ -216,7 +216,7 @@ class Source:
         self.indexes.move_to_end(shard)
         return self.indexes[shard]
 
-    def _file(self, shard: int) -> tuple[LocalFile | GrowingFile, Links]:
+    def _file(self, shard: int) -> tuple[LocalFile | Download, Links]:
         if shard not in self.files:
             while len(self.files) >= self.limit:
                 self._close_oldest()
@@ -229,9 +229,9 @@ class Source:
         """Return the local path of a shard after its download. Raises OSError for an unreadable shard."""
         with contextlib.closing(self._open(shard)) as file:
             file.size()
-            return file.path
+            return str(file.path)
 
-    def _open(self, shard: int) -> LocalFile | GrowingFile:
+    def _open(self, shard: int) -> LocalFile | Download:
         """Open a shard, a remote one through the cache. Raises OSError for an unreadable shard."""
         url = self.urls[shard]
         if not is_remote(url):
