@@ -52,6 +52,20 @@ def whole_file(target: Path, writer: object = "", keep: Path | None = None) -> I
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder beside the target, which then takes the target's place. An incomplete folder never has its name."""
+    partial = target.with_name(f"{target.name}.partial")
+    remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        remove(target)
+        partial.rename(target)
+    finally:
+        remove(partial)
+
+
 def locked(file: Path) -> TextIO:
     """Open a file and lock it against other processes until it is closed, if the file system has locks.
 
