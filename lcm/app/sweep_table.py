@@ -1,6 +1,5 @@
 """One table and one plot of all runs of a sweep (`python train.py -m model.ema_decay=0,0.95`)."""
 
-import csv
 import json
 import sys
 from collections.abc import Sequence
@@ -94,13 +93,10 @@ def number(value: float | None) -> str:
 
 
 def last_metrics(file: Path) -> dict[str, float]:
-    """Return the last value of each `val/` column of a run's metrics.csv."""
-    metrics: dict[str, float] = {}
-    if file.is_file():
-        with file.open(newline="") as lines:
-            for row in csv.DictReader(lines):
-                metrics |= {name: float(value) for name, value in row.items() if name.startswith("val/") and value}
-    return metrics
+    """Return the last value of each `val/` metric of a run's metrics.csv."""
+    from lcm.app.html_report import read_metrics  # with torch, for which `--cfg` does not wait
+
+    return {name: values[max(values)] for name, values in read_metrics(file).items() if name.startswith("val/")}
 
 
 def varied(swept: Sequence[dict[str, str]]) -> list[str]:

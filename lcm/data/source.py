@@ -25,7 +25,7 @@ from lcm.data.memory import MemoryCache
 from lcm.data.sample_fields import Sample, Skip, caption_of, captions_of, metadata, skipping, weights_of
 from lcm.data.tar import Links, LocalFile, Memory, advice, samples, why_empty
 from lcm.data.urls import IMAGES, expand_urls, is_remote, local
-from lcm.runtime.atomic_io import NO_HANDLES, TRANSIENT, digest, os_error
+from lcm.runtime.atomic_io import NO_HANDLES, TRANSIENT, digest, os_error, try_writing
 from lcm.runtime.redaction import redacted
 
 log = logging.getLogger(__name__)
@@ -357,12 +357,7 @@ def index_folder(index: str | None) -> Path:
     """Return the given folder if it is writable, else a temporary one that is removed with this process."""
     if index is not None:
         try:
-            folder = Path(index)
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".writable-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-            return folder
+            return try_writing(Path(index))
         except OSError as error:
             log.warning(
                 "%s cannot be written (%s), so each start scans the shards again: set data.index to a writable folder",
