@@ -20,7 +20,7 @@ from lcm.data import growing
 from lcm.data.growing import GrowingFile
 from lcm.data.manifest import Expected
 from lcm.data.sample_fields import CAPTIONS, Skip, captions_of, metadata
-from lcm.data.tar import FOREIGN, MAX_BYTES, Bytes, Links, Member, Sample, advice, samples, why_empty
+from lcm.data.tar import FOREIGN, MAX_BYTES, Bytes, Links, Sample, advice, samples, why_empty
 from lcm.runtime.atomic_io import FULL, os_error, whole_file
 
 log = logging.getLogger(__name__)
@@ -66,21 +66,21 @@ def scan(file: Bytes, rules: Rules) -> Iterator[Verdict]:
     for sample in samples(file, rules.needs, rules.tells):
         dangling = {extension for extension, member in sample.members.items() if member.link and not links.target(member)}
         extensions = sample.members.keys() - dangling
-        flaw = "duplicate" if sample.ambiguous else flaw_of(sample, extensions, rules, file, links)
+        flaw = "duplicate" if sample.ambiguous else flaw_of(sample, extensions, rules, file)
         if flaw in ("no_image", "no_caption") and dangling:
             flaw = "link"
         if flaw is not None:
             yield Verdict(sample, flaw, True)
             continue
-        reason, damaged = judged(sample, rules, file, links)
+        reason, damaged = judged(sample, rules, links)
         aspect = 0
         if reason is None and rules.aspect is not None:
             picture = next(sample.members[extension] for extension in rules.needs if extension in extensions)
-            aspect = rules.aspect(content_of(picture, file, links, 2**16))
+            aspect = rules.aspect(links.content(picture, 2**16) or b"")
         yield Verdict(sample, reason, damaged, aspect)
 
 
-def flaw_of(sample: Sample, extensions: Collection[str], rules: Rules, file: Bytes, links: Links) -> str | None:
+def flaw_of(sample: Sample, extensions: Collection[str], rules: Rules, file: Bytes) -> str | None:
     """Return the reason if a sample is damaged, else None."""
     if ".." in sample.key.split("/"):
         return "name"  # nothing is extracted here, but names are written to latent shards that others may extract
@@ -96,13 +96,13 @@ def flaw_of(sample: Sample, extensions: Collection[str], rules: Rules, file: Byt
     return "apart" if sample.end - sample.start > size + FOREIGN else None
 
 
-def judged(sample: Sample, rules: Rules, file: Bytes, links: Links) -> tuple[str | None, bool]:
+def judged(sample: Sample, rules: Rules, links: Links) -> tuple[str | None, bool]:
     """Return the filters' reason to leave a sample out, or None, and whether the reason is damage."""
     if rules.judge is None:
         return None, False
     names = set(rules.tells)
     texts: dict[str, Any] = {
-        extension: content_of(member, file, links) for extension, member in sample.members.items() if extension in names
+        extension: links.content(member) or b"" for extension, member in sample.members.items() if extension in names
     }
     try:
         meta = metadata(texts)
@@ -110,12 +110,6 @@ def judged(sample: Sample, rules: Rules, file: Bytes, links: Links) -> tuple[str
         return next(filter(None, verdicts), None), False
     except Skip as skip:
         return skip.reason, True
-
-
-def content_of(member: Member, file: Bytes, links: Links, limit: int | None = None) -> bytes:
-    """Return the content of a file or of a link's target, up to `limit` bytes."""
-    target = member if member.link is None else links.target(member)
-    return b"" if target is None else file.read(target.data, target.size if limit is None else min(target.size, limit))
 
 
 class Notes(NamedTuple):

@@ -198,8 +198,8 @@ class Source:
             for extension, member in held.items():
                 if member.link is None:
                     sample[extension] = content[member.data : member.data + member.size]
-                elif target := links.target(member):
-                    sample[extension] = file.read(target.data, target.size)
+                elif (linked := links.content(member)) is not None:
+                    sample[extension] = linked
             return sample
         raise self._changed(shard, number)
 

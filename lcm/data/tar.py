@@ -283,10 +283,17 @@ def is_complete(extensions: Collection[str], needs: Sequence[str], tells: Sequen
 
 
 class Links:
-    """Targets of the links in a tar, by name. The whole tar is scanned when the first link is followed."""
+    """The contents of a tar's members, links among them. The whole tar is scanned when the first link is followed."""
 
     def __init__(self, file: Bytes) -> None:
         self.file = file
+
+    def content(self, member: Member, limit: int | None = None) -> bytes | None:
+        """Return the content of a file or of a link's target, up to `limit` bytes. None: the target is not in the tar."""
+        target = member if member.link is None else self.target(member)
+        if target is None:
+            return None
+        return self.file.read(target.data, target.size if limit is None else min(target.size, limit))
 
     def target(self, link: Member) -> Member | None:
         """Return a link's target in the same tar, if it is complete."""
