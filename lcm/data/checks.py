@@ -6,7 +6,8 @@ from itertools import islice
 from lcm.core.errors import UserError
 from lcm.data.index import Rules
 from lcm.data.sample_fields import Sample, Skip, captions_of
-from lcm.data.tar import Bytes, Links, advice, samples
+from lcm.data.samples import Links, advice, samples
+from lcm.data.tar import Bytes
 from lcm.data.urls import IMAGES, LATENTS
 
 LOOKED_AT = 100  # samples

@@ -20,7 +20,8 @@ from lcm.data import growing
 from lcm.data.growing import GrowingFile
 from lcm.data.manifest import Expected
 from lcm.data.sample_fields import CAPTIONS, Skip, captions_of, metadata
-from lcm.data.tar import FOREIGN, MAX_BYTES, Bytes, Links, Sample, advice, samples, why_empty
+from lcm.data.samples import FOREIGN, Links, Sample, advice, samples, why_empty
+from lcm.data.tar import MAX_BYTES, Bytes
 from lcm.runtime.atomic_io import FULL, os_error, whole_file
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,8 @@ from lcm.data.index import VERSION, Notes, Rules, ShardIndex
 from lcm.data.manifest import Manifests
 from lcm.data.memory import MemoryCache
 from lcm.data.sample_fields import Sample, Skip, caption_of, captions_of, metadata, skipping, weights_of
-from lcm.data.tar import Links, LocalFile, Memory, advice, samples, why_empty
+from lcm.data.samples import Links, advice, samples, why_empty
+from lcm.data.tar import LocalFile, Memory
 from lcm.data.urls import IMAGES, expand_urls, is_remote, local
 from lcm.runtime.atomic_io import NO_HANDLES, TRANSIENT, digest, os_error, try_writing
 from lcm.runtime.redaction import redacted
