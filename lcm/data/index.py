@@ -8,8 +8,10 @@ size and time and of the rules, so a changed file or changed rules get a new ind
 import contextlib
 import json
 import logging
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ from lcm.data.manifest import Expected
 from lcm.data.sample_fields import CAPTIONS, Skip, captions_of, metadata
 from lcm.data.samples import FOREIGN, Links, Sample, advice, samples, why_empty
 from lcm.data.tar import MAX_BYTES, Bytes
-from lcm.runtime.atomic_io import FULL, os_error, whole_file
+from lcm.runtime.atomic_io import FULL, os_error, try_writing, whole_file
 
 log = logging.getLogger(__name__)
 RECORD = np.dtype([("start", "<u8"), ("size", "<u4"), ("aspect", "u1"), ("repeated", "u1")])
@@ -238,6 +240,26 @@ class ShardIndex(GrowingFile):
     def close(self) -> None:
         super().close()
         self.records = None
+
+
+@cache
+def index_folder(index: str | None) -> Path:
+    """Return the given folder if it is writable, else a temporary one that is removed with this process."""
+    if index is not None:
+        try:
+            return try_writing(Path(index))
+        except OSError as error:
+            log.warning(
+                "%s cannot be written (%s), so each start scans the shards again: set data.index to a writable folder",
+                index,
+                error.strerror,
+            )
+    temporary = tempfile.TemporaryDirectory(prefix="lcm-index-")
+    kept.append(temporary)
+    return Path(temporary.name)
+
+
+kept: list[tempfile.TemporaryDirectory] = []
 
 
 class Named:

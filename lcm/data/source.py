@@ -5,11 +5,10 @@ import copy
 import hashlib
 import logging
 import os
-import tempfile
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,14 +18,14 @@ from lcm.core.errors import UserError
 from lcm.data.cache import Download, ShardCache
 from lcm.data.checks import extensions_of, first_samples, flaw_of
 from lcm.data.filters import Filters
-from lcm.data.index import VERSION, Notes, Rules, ShardIndex
+from lcm.data.index import VERSION, Notes, Rules, ShardIndex, index_folder
 from lcm.data.manifest import Manifests
 from lcm.data.memory import MemoryCache
 from lcm.data.sample_fields import Sample, Skip, caption_of, captions_of, metadata, skipping, weights_of
 from lcm.data.samples import Links, advice, samples, why_empty
 from lcm.data.tar import LocalFile, Memory
 from lcm.data.urls import IMAGES, expand_urls, is_remote, local
-from lcm.runtime.atomic_io import NO_HANDLES, TRANSIENT, digest, os_error, try_writing
+from lcm.runtime.atomic_io import NO_HANDLES, TRANSIENT, digest, os_error
 from lcm.runtime.redaction import redacted
 
 log = logging.getLogger(__name__)
@@ -351,23 +350,3 @@ def stamp(url: str) -> str:
     except OSError:
         return os.path.abspath(local(url))
     return f"{os.path.abspath(local(url))} {status.st_size} {status.st_mtime_ns}"
-
-
-@cache
-def index_folder(index: str | None) -> Path:
-    """Return the given folder if it is writable, else a temporary one that is removed with this process."""
-    if index is not None:
-        try:
-            return try_writing(Path(index))
-        except OSError as error:
-            log.warning(
-                "%s cannot be written (%s), so each start scans the shards again: set data.index to a writable folder",
-                index,
-                error.strerror,
-            )
-    temporary = tempfile.TemporaryDirectory(prefix="lcm-index-")
-    kept.append(temporary)
-    return Path(temporary.name)
-
-
-kept: list[tempfile.TemporaryDirectory] = []
