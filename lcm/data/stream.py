@@ -9,13 +9,13 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lcm.core.errors import UserError
 from lcm.data.index import take_left_out
-from lcm.data.order import SampleRef, Shape, one_pass
+from lcm.data.order import BucketOrder, Order, SampleRef, Shape, one_pass
 from lcm.data.sample_fields import Sample, Skip
 from lcm.data.source import Source
 
@@ -25,12 +25,6 @@ NAMED = 10  # skipped samples a worker names for each reason; all are counted
 ENOUGH = 1000  # samples seen before their share of skipped ones means something
 Decode = Callable[[Sample, random.Random], Sample]
 Collate = Callable[[list[Sample]], Sample]
-
-
-class Batches(Protocol):
-    """An order of a training, see `lcm.data.order`."""
-
-    def batch(self, positions: range, rank: int, world_size: int) -> list[tuple[int, SampleRef]]: ...
 
 
 def rng_of(seed: int | str, position: int) -> random.Random:
@@ -93,7 +87,7 @@ class TrainStream(Stream):
     "left_out": counts by reason of the samples that scans have left out since the last batch.
     """
 
-    def __init__(self, sources: Sequence[Source], order: Batches, *, start: int = 0, **options: Any) -> None:
+    def __init__(self, sources: Sequence[Source], order: Order | BucketOrder, *, start: int = 0, **options: Any) -> None:
         super().__init__(sources, **options)
         self.order, self.start = order, start
 
