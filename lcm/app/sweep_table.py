@@ -1,7 +1,6 @@
 """One table and one plot of all runs of a sweep (`python train.py -m model.ema_decay=0,0.95`)."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from lcm.app.overrides import shown
-from lcm.core.errors import UserError
-from lcm.runtime.atomic_io import whole_file, writable
+from lcm.runtime.atomic_io import whole_file
 from lcm.runtime.redaction import redacted
 
 
@@ -22,12 +20,6 @@ class SweepTable(Callback):
 
     Each run writes a file into the sweep's folder (`hydra.sweep.dir`). Runs on other machines must share this folder.
     """
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        try:
-            writable(Path(config.hydra.sweep.dir), "paths.runs")
-        except UserError as error:
-            sys.exit(f"error: {error}")  # Hydra logs other exceptions of a callback and continues
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         hide_secrets(config)
