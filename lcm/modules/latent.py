@@ -275,22 +275,20 @@ class LatentModule(L.LightningModule):
 
     def facts(self) -> dict[str, Any]:
         """Return the content of `lcm.json` in the saved folder."""
-        return {
+        facts: dict[str, Any] = {
             "method": self.method,
             "pipeline": self.pipeline,
             "steps": self.global_step,
             "images": self.length.images,
             "seconds": round(self.length.seconds, 1),
             **self.objective.sampling(),
-            **self.adapter_facts(),
-            **({"rewards": rewards} if (rewards := self.rewards()) else {}),
         }
-
-    def adapter_facts(self) -> dict[str, Any]:
-        if self.adapters is None:
-            return {}
-        rank, alpha = self.adapters["rank"], self.adapters.get("alpha")
-        return {"rank": rank, "alpha": rank if alpha is None else alpha}
+        if self.adapters is not None:
+            rank, alpha = self.adapters["rank"], self.adapters.get("alpha")
+            facts |= {"rank": rank, "alpha": rank if alpha is None else alpha}
+        if rewards := self.rewards():
+            facts["rewards"] = rewards
+        return facts
 
     def rewards(self) -> list[dict[str, Any]]:
         """Return the rewards that this training or an earlier one of its student raised. Tables leave them out."""
