@@ -25,7 +25,7 @@ from lcm.core.errors import UserError
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.index import Notes
 from lcm.data.manifest import MANIFEST, Expected, Manifests, read_json, sha256_of
-from lcm.data.sample_fields import REASONS
+from lcm.data.sample_fields import described
 from lcm.data.source import Source
 from lcm.data.urls import is_remote, local
 from lcm.runtime.atomic_io import whole_file
@@ -69,7 +69,7 @@ def scan(shards: Sequence[Shard], jobs: int) -> None:
             bar.update()
     print(f"index:   {shards[0][0].folder if shards else ''}   ({len(shards)} shards, {usable} usable samples)")
     for reason, count in left_out.most_common():
-        print(f"         {count} left out: {reason}" + (f" ({REASONS[reason]})" if reason in REASONS else ""))
+        print(f"         {count} left out: {described(reason)}")
 
 
 def notes_of(shard: Shard) -> Notes:

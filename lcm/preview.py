@@ -20,7 +20,7 @@ from tqdm import tqdm
 from lcm.app.images import grid, save_png
 from lcm.app.inputs import output_folder
 from lcm.data.datamodule import ShardDataModule
-from lcm.data.sample_fields import REASONS
+from lcm.data.sample_fields import described
 from lcm.data.workers import workers_watched
 
 
@@ -90,10 +90,6 @@ def save_grid(images: list[torch.Tensor], captions: list[str], path: Path) -> No
     rows = [torch.stack(images[i : i + columns]) for i in starts]
     labels = [[f"{column}: {caption}" for column, caption in enumerate(captions[i : i + columns], 1)] for i in starts]
     save_png(grid(rows, labels), path)
-
-
-def described(reason: str) -> str:
-    return f"{reason} ({REASONS[reason]})" if reason in REASONS else reason
 
 
 def quantiles(values: list[int]) -> str:

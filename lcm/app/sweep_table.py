@@ -1,8 +1,6 @@
 """One table and one plot of all runs of a sweep (`python train.py -m model.ema_decay=0,0.95`)."""
 
-import csv
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from lcm.app.overrides import shown
-from lcm.core.errors import UserError
-from lcm.runtime.atomic_io import whole_file, writable
+from lcm.runtime.atomic_io import whole_file
 from lcm.runtime.redaction import redacted
 
 
@@ -23,12 +20,6 @@ class SweepTable(Callback):
 
     Each run writes a file into the sweep's folder (`hydra.sweep.dir`). Runs on other machines must share this folder.
     """
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        try:
-            writable(Path(config.hydra.sweep.dir), "paths.runs")
-        except UserError as error:
-            sys.exit(f"error: {error}")  # Hydra logs other exceptions of a callback and continues
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         hide_secrets(config)
@@ -94,13 +85,10 @@ def number(value: float | None) -> str:
 
 
 def last_metrics(file: Path) -> dict[str, float]:
-    """Return the last value of each `val/` column of a run's metrics.csv."""
-    metrics: dict[str, float] = {}
-    if file.is_file():
-        with file.open(newline="") as lines:
-            for row in csv.DictReader(lines):
-                metrics |= {name: float(value) for name, value in row.items() if name.startswith("val/") and value}
-    return metrics
+    """Return the last value of each `val/` metric of a run's metrics.csv."""
+    from lcm.app.html_report import read_metrics  # with torch, for which `--cfg` does not wait
+
+    return {name: values[max(values)] for name, values in read_metrics(file).items() if name.startswith("val/")}
 
 
 def varied(swept: Sequence[dict[str, str]]) -> list[str]:

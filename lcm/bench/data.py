@@ -8,7 +8,7 @@ from typing import Any
 
 from lcm.bench import peers
 from lcm.bench.measure import Table, in_turn, one_thread, reading_rate
-from lcm.bench.shards import write_latents, write_photos
+from lcm.bench.shards import photo_shard, write_latents
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.urls import expand_urls
 from lcm.models.pipeline import load_codec
@@ -51,7 +51,7 @@ def measure(
     """
     with TemporaryDirectory() as folder, one_thread():
         codec, small, half = load_codec(pipeline), expand_urls(shards)[0], photo_resolution // 2
-        photo = write_photos(Path(folder, "photos.tar"), count=photos, size=photo_size)
+        photo = photo_shard(Path(folder, "photos.tar"), count=photos, size=photo_size)
         small_latents = write_latents(small, Path(folder, "small"), codec=codec, resolution=resolution)
         photo_latents = write_latents(photo, Path(folder, "photo"), codec=codec, resolution=half)
         batch = {"batch_size": batch_size}

@@ -18,6 +18,8 @@ from lcm.data.transforms import Decode
 from lcm.encode import claim, encode_shards
 from lcm.models.codec import LatentCodec
 
+DISTINCT = 200  # photos that differ; drawing one takes longer than reading it
+
 
 def photo(size: int, rng: torch.Generator) -> bytes:
     """Return a square JPEG of quality 90: noise in every octave, mostly grey, with the spectrum of a smoothed photo."""
@@ -32,21 +34,25 @@ def photo(size: int, rng: torch.Generator) -> bytes:
     return file.getvalue()
 
 
-def write_photos(path: Path, *, count: int, size: int) -> str:
-    """Write one shard of `count` photos in the layout of img2dataset. Return its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def photo_shard(path: str | Path, *, count: int, size: int, metadata: bool = False) -> str:
+    """Write one shard of `count` photos in the layout of img2dataset, unless it exists. Return its path.
+
+    metadata: with the .json members that filters read.
+    """
+    if Path(path).is_file():
+        return str(path)
+    print(f"writing {path}: {count} synthetic photos of {size} px", flush=True)
     rng = generator("cpu", "photos", size)
-    with path.open("wb") as file, wds.TarWriter(file, mtime=0) as writer:
+    pictures = [photo(size, rng) for _ in range(min(DISTINCT, count))]
+    meta = {"width": size, "height": size, "original_width": 640, "original_height": 480, "punsafe": 0.01, "pwatermark": 0.1}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file, wds.TarWriter(file, mtime=0) as writer:
         for number in range(count):
-            writer.write({"__key__": f"{number:09d}", "jpg": photo(size, rng), "txt": f"a synthetic photo, number {number}"})
+            key, caption = f"{number:09d}", f"a synthetic photo, number {number}"
+            record = {**meta, "caption": caption, "key": key, "url": f"http://example.org/{number}.jpg"}
+            more = {"json": record} if metadata else {}
+            writer.write({"__key__": key, "jpg": pictures[number % len(pictures)], "txt": caption, **more})
     return str(path)
-
-
-def photo_shard(path: str, *, count: int, size: int) -> None:
-    """Call `write_photos` unless the shard exists."""
-    if not Path(path).is_file():
-        print(f"writing {path}: {count} synthetic photos of {size} px", flush=True)
-        write_photos(Path(path), count=count, size=size)
 
 
 def write_latents(shard: str, folder: Path, *, codec: LatentCodec, resolution: int) -> str:

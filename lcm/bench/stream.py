@@ -10,34 +10,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import webdataset as wds
-
 from lcm.bench import peers
 from lcm.bench.measure import Table
-from lcm.bench.shards import photo
-from lcm.core.random import generator
+from lcm.bench.shards import photo_shard
 from lcm.data.cache import ShardCache
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.filters import Filters
-
-DISTINCT = 200  # pictures that differ; drawing one takes longer than reading it
-
-
-def write_crawl(path: Path, *, count: int, size: int) -> Path:
-    """Write a shard in the layout of img2dataset, with the metadata that filters read, unless it exists. Return its path."""
-    if path.is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rng = generator("cpu", "photos", size)
-    pictures = [photo(size, rng) for _ in range(min(DISTINCT, count))]
-    meta = {"width": size, "height": size, "original_width": 640, "original_height": 480, "punsafe": 0.01, "pwatermark": 0.1}
-    with path.open("wb") as file, wds.TarWriter(file, mtime=0) as writer:
-        for number in range(count):
-            caption = f"a synthetic photo, number {number}"
-            record = {**meta, "caption": caption, "key": f"{number:09d}", "url": f"http://example.org/{number}.jpg"}
-            picture = pictures[number % len(pictures)]
-            writer.write({"__key__": f"{number:09d}", "jpg": picture, "json": record, "txt": caption})
-    return path
 
 
 def copies(shard: Path, folder: Path, count: int) -> Path:
@@ -126,7 +104,7 @@ def server(shard: Path, latency: float) -> Iterator[tuple[str, Any]]:
 
 def start(*, folder: str, samples: int, size: int, resolution: int, counts: list[int], workers: int, latency: float) -> Table:
     """Measure the time to the first batch for numbers of shards, local ones and remote ones."""
-    shard = write_crawl(Path(folder, f"crawl-{samples}-{size}.tar"), count=samples, size=size)
+    shard = Path(photo_shard(f"{folder}/crawl-{samples}-{size}.tar", count=samples, size=size, metadata=True))
     rows = []
     for count in counts:
         with TemporaryDirectory() as made, server(shard, latency) as (address, served):
@@ -149,7 +127,7 @@ def start(*, folder: str, samples: int, size: int, resolution: int, counts: list
 
 def rate(*, folder: str, samples: int, size: int, resolution: int, workers: list[int], shards: int, seconds: float) -> Table:
     """Measure samples/s and CPU time a sample, first without an index and then with it, beside webdataset."""
-    shard = write_crawl(Path(folder, f"crawl-{samples}-{size}.tar"), count=samples, size=size)
+    shard = Path(photo_shard(f"{folder}/crawl-{samples}-{size}.tar", count=samples, size=size, metadata=True))
     rows = []
     with TemporaryDirectory() as made:
         links = copies(shard, Path(made, "shards"), shards)

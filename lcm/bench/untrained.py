@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from lcm.app.cli import build
 from lcm.app.targets import CONF
 from lcm.core.process import VP
 from lcm.models.pipeline import find
+from lcm.runtime.atomic_io import whole_folder
 
 VAE: dict[str, Any] = {  # Stable Diffusion up to 2.1
     "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32,
@@ -40,7 +40,6 @@ def untrained_pipeline(net: str, folder: str) -> None:
         return
     print(f"writing {folder}: random weights of {net}", flush=True)
     torch.manual_seed(0)
-    target.parent.mkdir(parents=True, exist_ok=True)
     unet: UNet2DConditionModel = build(OmegaConf.load(CONF / "model/net" / f"{net}.yaml"))
     tokenizer = full_size(CLIPTokenizer.from_pretrained(find("mini") / "tokenizer"))
     xl, width = unet.config["addition_embed_type"] == "text_time", unet.config["cross_attention_dim"]
@@ -53,10 +52,8 @@ def untrained_pipeline(net: str, folder: str) -> None:
         pipeline: Any = StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=tokenizer)
     else:
         pipeline = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    with TemporaryDirectory(dir=target.parent) as partial:
+    with whole_folder(target) as partial:
         pipeline.to(torch.float16).save_pretrained(partial)
-        Path(partial).rename(target)
-        Path(partial).mkdir()
 
 
 def full_size(tokenizer: CLIPTokenizer) -> CLIPTokenizer:

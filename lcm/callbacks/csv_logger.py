@@ -1,11 +1,14 @@
 """Metrics in one CSV file. A restart appends to it; Lightning's CSVLogger deletes the file of an earlier start."""
 
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from lcm.runtime.atomic_io import whole_file
 
 
 class CSVLogger(Logger):
@@ -43,11 +46,11 @@ class CSVLogger(Logger):
 
     def _add_columns(self, columns: list[str]) -> list[str]:
         """Rewrite the file with these columns."""
-        rows = list(csv.DictReader(self.file.open(newline=""))) if self.file.is_file() else []
-        partial = self.file.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        partial.replace(self.file)
+        content = io.StringIO(newline="")
+        writer = csv.DictWriter(content, columns)
+        writer.writeheader()
+        if self.file.is_file():
+            writer.writerows(csv.DictReader(io.StringIO(self.file.read_text(), newline="")))
+        with whole_file(self.file) as file:
+            file.write(content.getvalue().encode())
         return columns

@@ -10,9 +10,10 @@ import torch
 
 from lcm.core.numbers import Count, Positive
 from lcm.models.flops import call_flop, matmul_tflops
+from lcm.modules.training_length import TrainingLength
 
 
-class Throughput(L.Callback):
+class Throughput(TrainingLength):
     """Log the rates since the last log whenever the trainer logs. Validation, image grids and metrics do not count.
 
     - `perf/images_per_sec`: images per second of all devices together.
@@ -26,6 +27,7 @@ class Throughput(L.Callback):
     """
 
     def __init__(self, peak_tflops: Positive | None = None, matmul_size: Count | None = None) -> None:
+        super().__init__()
         self.peak, self.matmul_size = peak_tflops, matmul_size
         self.flop_per_image: float | None = None
 
@@ -39,43 +41,31 @@ class Throughput(L.Callback):
         self.restart()
 
     def restart(self) -> None:
-        self.started, self.images, self.waited = time.perf_counter(), 0, 0.0
-        self.ended = self.started
+        self.images, self.seconds, self.waited, self.started = 0, 0.0, 0.0, time.perf_counter()
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
-        self.waited += time.perf_counter() - self.ended
+        self.waited += time.perf_counter() - self.started  # since the end of the batch before
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        size = len(batch["x"] if isinstance(batch, dict) else batch)
+        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
         if self.flop_per_image is None:  # the first batch warms up and is not timed
+            size = self.images / trainer.world_size
             self.flop_per_image = sum(call_flop(module.family, *call) for call in module.calls) / size
             module.calls = None
             return self.restart()
-        self.images += size
         if trainer.global_step > self.step and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.step = trainer.global_step
             self.log_rates(trainer.world_size, module)
-            return self.restart()
-        self.ended = time.perf_counter()
+            self.restart()
 
     def log_rates(self, devices: int, module: Any) -> None:
-        seconds = time.perf_counter() - self.started
-        module.log("perf/images_per_sec", devices * self.images / seconds, prog_bar=True)
-        rates = {"data_wait": self.waited / seconds}
+        images_per_sec = self.images / self.seconds
+        module.log("perf/images_per_sec", images_per_sec, prog_bar=True)
+        rates = {"data_wait": self.waited / self.seconds}
         if self.flop_per_image and self.peak:
-            tflops = self.images * self.flop_per_image / seconds / 1e12
+            tflops = images_per_sec / devices * self.flop_per_image / 1e12
             rates |= {"tflops": tflops, "mfu": tflops / self.peak}
         module.log_dict({f"perf/{name}": value for name, value in rates.items()})
-
-    def on_validation_start(self, trainer: L.Trainer, module: Any) -> None:
-        self.paused = time.perf_counter()
-
-    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
-        if not trainer.sanity_checking:
-            self.leave_out(time.perf_counter() - self.paused)
-
-    def leave_out(self, seconds: float) -> None:
-        self.started, self.ended = self.started + seconds, self.ended + seconds
 
 
 @contextmanager

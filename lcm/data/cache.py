@@ -1,22 +1,17 @@
 """A cache of remote shards. Its files can be read during their download."""
 
-import contextlib
 import hashlib
 import logging
-import math
 import os
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
 from lcm.core.errors import UserError
 from lcm.core.numbers import Count, NonNegative, Positive
-from lcm.data import growing
 from lcm.data.fetch import parts
-from lcm.data.growing import POLL, Asked, start_writer
+from lcm.data.growing import GrowingFile
 from lcm.data.urls import scheme_of
 from lcm.runtime.atomic_io import FULL, NO_HANDLES, TRANSIENT, os_error
 from lcm.runtime.redaction import redacted
@@ -34,81 +29,20 @@ class Differs(OSError):
     """A downloaded file differs from its manifest."""
 
 
-class GrowingFile:
-    """A file of the cache. Another thread or process may still be writing it."""
-
-    def __init__(self, arrival: "Arrival") -> None:
-        self.arrival, self.whole, self.arrived = arrival, False, 0
-        self.file: BinaryIO | None = None
-        self.path = str(arrival.path)
-
-    def _look(self) -> None:
-        """Open the file and update `arrived`, its present size."""
-        whole = self.arrival.path.exists()
-        if self.file is not None and os.fstat(self.file.fileno()).st_nlink == 0:
-            self.close()  # it is fetched again
-        if self.file is None:
-            with suppress(FileNotFoundError):
-                self.file = open(self.arrival.path if whole else self.arrival.partial, "rb")  # noqa: SIM115
-        if self.file is not None:
-            self.arrived, self.whole = os.fstat(self.file.fileno()).st_size, whole
-
-    def _wait(self, size: int | None) -> None:
-        """Wait for `size` bytes, or for the whole file (None). Raises OSError if the download failed."""
-        while not self.whole and (size is None or self.arrived < size):
-            self._look()
-            if self.whole or (size is not None and self.arrived >= size):
-                return
-            self.arrival.ensure()
-            self.arrival.asked.tell()
-            time.sleep(POLL)
-
-    def read(self, start: int, size: int) -> bytes:
-        self.arrival.asked.add(start + size)
-        self._wait(start + size)
-        assert self.file is not None
-        return os.pread(self.file.fileno(), size, start)
-
-    def size(self) -> int:
-        self.arrival.asked.add(math.inf)
-        self._wait(None)
-        return self.arrived
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-            self.file = None
-
-
-class Arrival:
-    """The download of one remote shard, by one thread of one process of the node."""
+class Download(GrowingFile):
+    """One remote shard, which one thread of one process of the node downloads."""
 
     def __init__(self, cache: "ShardCache", url: str, flaw: Callable[[str], str | None]) -> None:
+        super().__init__(cache.path_of(url))
         self.cache, self.url, self.flaw = cache, url, flaw
-        self.path = name = cache.path_of(url)
-        self.partial = name.with_suffix(".partial")
-        self.lock, self.failed = name.with_suffix(".lock"), name.with_suffix(".failed")
-        self.asked = Asked(name.with_suffix(".asked"))  # in bytes
-        self.thread: threading.Thread | None = None
-        self.failure: Exception | None = None
+        self.failed = self.path.with_suffix(".failed")
 
-    def ensure(self) -> None:
-        """Start the download unless it is running. Raises the error of a failed download."""
-        with growing.starting:
-            self._ensure()
-
-    def _ensure(self) -> None:
-        if self.failure is not None:
-            raise self.failure
-        if self.path.exists() or (self.thread is not None and self.thread.is_alive()):
-            return
+    def _start(self) -> None:
         with suppress(FileNotFoundError, NotADirectoryError):
             if self.failed.stat().st_mtime >= self.cache.started:  # by another process of this training
                 raise OSError(self.failed.read_text())
         try:
-            self.cache.folder.mkdir(parents=True, exist_ok=True)
-            self.thread = start_writer(self.lock, self._fetch)
-            self.asked.is_own = self.asked.is_own or self.thread is not None
+            super()._start()
         except OSError as error:
             if error.errno in TRANSIENT:
                 raise
@@ -117,30 +51,27 @@ class Arrival:
                 "folder"
             ) from None
 
-    def _fetch(self) -> None:
+    def write(self) -> None:
         try:
-            if not self.path.exists():
-                self._download()
+            self._download()
         except Exception as error:
-            self.failure = error
             with suppress(OSError):
                 self.failed.write_text(str(error))
-        finally:
-            self.asked.file.unlink(missing_ok=True)
+            raise
 
     def _download(self) -> None:
         """Write the file piece by piece. A failed piece is requested again, after a growing pause."""
         attempt, reached = 1, 0
         while True:
             try:
-                with self.partial.open("wb" if scheme_of(self.url) == "pipe" else "ab") as file:
+                with self.part.open("wb" if scheme_of(self.url) == "pipe" else "ab") as file:
                     for part in parts(self.url, file.tell(), self.cache.timeout):
                         check_size(file.tell() + len(part), self.cache.max_gb * 1e9)
                         file.write(part)
                         file.flush()
                         self.asked.pause(file.tell(), AHEAD, PAUSE)
-                if wrong := self.flaw(str(self.partial)):
-                    self.partial.unlink()
+                if wrong := self.flaw(str(self.part)):
+                    self.part.unlink()
                     raise Differs(wrong)
                 break
             except Exception as error:  # a file system's client raises errors of many kinds
@@ -152,17 +83,17 @@ class Arrival:
                         "smaller data.lanes"
                     ) from None
                 with suppress(FileNotFoundError):
-                    if (size := self.partial.stat().st_size) > reached:
+                    if (size := self.part.stat().st_size) > reached:
                         attempt, reached = 1, size  # more of it came than before: attempts are counted in a row
                 message = f"{redacted(self.url)}: {type(error).__name__}: {str(error).replace(self.url, redacted(self.url))}"
                 if attempt == self.cache.attempts or isinstance(error, ImportError | TooLarge):
-                    self.partial.unlink(missing_ok=True)
+                    self.part.unlink(missing_ok=True)
                     raise OSError(message) from None
                 log.warning("attempt %d of %d failed, %s", attempt, self.cache.attempts, message)
                 time.sleep(self.cache.pause * 2 ** (attempt - 1))
                 attempt += 1
-        self.cache.make_room(self.partial.stat().st_size)
-        self.partial.rename(self.path)
+        self.cache.make_room(self.part.stat().st_size)
+        self.part.rename(self.path)
 
 
 class ShardCache:
@@ -179,16 +110,16 @@ class ShardCache:
         self.attempts, self.pause, self.timeout = attempts, pause, timeout
         self.started = time.time()
 
-    def open(self, url: str, flaw: Callable[[str], str | None] = lambda file: None) -> GrowingFile:
-        """Start the download of `url` and return its file. Raises OSError and UserError like `Arrival.ensure`.
+    def open(self, url: str, flaw: Callable[[str], str | None] = lambda file: None) -> Download:
+        """Start the download of `url` and return its file. Raises OSError if it failed before, UserError for a bad folder.
 
         flaw: `file -> ` its difference from the manifest, or None. A file that differs is fetched again.
         """
-        arrival = Arrival(self, url, flaw)
-        arrival.ensure()
+        download = Download(self, url, flaw)
+        download.ensure()
         with suppress(OSError):
-            os.utime(arrival.path)  # used now: it makes room last
-        return GrowingFile(arrival)
+            os.utime(download.path)  # used now: it makes room last
+        return download
 
     def path_of(self, url: str) -> Path:
         return self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.tar"
@@ -200,7 +131,7 @@ class ShardCache:
         """Remove the least recently used shards until `size` more bytes fit."""
         files: list[tuple[os.stat_result, Path]] = []
         for file in self.folder.glob("*.tar"):
-            with contextlib.suppress(FileNotFoundError):  # another process made room
+            with suppress(FileNotFoundError):  # another process made room
                 files.append((file.stat(), file))
         total = size
         for stat, file in sorted(files, key=lambda entry: entry[0].st_mtime, reverse=True):

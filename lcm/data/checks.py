@@ -6,7 +6,8 @@ from itertools import islice
 from lcm.core.errors import UserError
 from lcm.data.index import Rules
 from lcm.data.sample_fields import Sample, Skip, captions_of
-from lcm.data.tar import Bytes, Links, advice, samples
+from lcm.data.samples import Links, advice, samples
+from lcm.data.tar import Bytes
 from lcm.data.urls import IMAGES, LATENTS
 
 LOOKED_AT = 100  # samples
@@ -19,13 +20,12 @@ def first_samples(file: Bytes, rules: Rules) -> list[Sample]:
     for sample in islice(samples(file, rules.needs, rules.tells), LOOKED_AT):
         content: Sample = {"__key__": sample.key}
         for extension, member in sample.members.items():
-            target = member if member.link is None else links.target(member)
-            if target is None:
+            is_text = extension not in (*rules.needs, *LATENTS, *IMAGES)
+            value = links.content(member, None if is_text else 0)
+            if value is None:
                 content["__link__"] = b""
-            elif extension in (*rules.needs, *LATENTS, *IMAGES):
-                content[extension] = b""
             else:
-                content[extension] = file.read(target.data, target.size)
+                content[extension] = value
         contents.append(content)
     return contents
 

@@ -1,7 +1,6 @@
 """One DataModule for every module: shards -> decoded batches -> (frozen codec) -> `LatentBatch`."""
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -23,7 +22,7 @@ from lcm.data.latents import DecodeLatents, check_stamp, collate_latents
 from lcm.data.order import BucketOrder, Order
 from lcm.data.sample_fields import Skip
 from lcm.data.source import Source
-from lcm.data.stream import PATIENCE, PassStream, Stream, TrainStream, rng_of
+from lcm.data.stream import PATIENCE, PassStream, Skips, Stream, TrainStream, rng_of
 from lcm.data.transforms import Decode, collate
 from lcm.data.urls import expand_urls
 from lcm.data.workers import Loader
@@ -32,38 +31,6 @@ from lcm.runtime.atomic_io import digest
 
 log = logging.getLogger(__name__)
 IMAGES_SEEN = "trainer/images_seen"  # the axis of curves in wandb
-ENOUGH = 1000  # samples seen before their share of skipped ones means something
-
-
-class Skips:
-    """Counts of damaged samples by reason. A share above `max_ratio` ends the training."""
-
-    def __init__(self, max_ratio: float) -> None:
-        self.max_ratio, self.seen, self.by_reason, self.left_out = max_ratio, 0, Counter[str](), Counter[str]()
-
-    def add(self, seen: int, skipped: dict[str, int], left_out: dict[str, int]) -> None:
-        """Add counts. left_out: samples that the filters or the index left out. Raises UserError above the limit."""
-        self.seen += seen
-        self.by_reason.update(skipped)
-        self.left_out.update(left_out)
-        if self.seen >= ENOUGH and self.by_reason.total() > self.max_ratio * self.seen:
-            raise UserError(
-                f"{self}, more than data.max_skip_ratio={self.max_ratio}: the warnings above name some of them; repair "
-                "the shards, or raise data.max_skip_ratio"
-            )
-
-    def __str__(self) -> str:
-        return f"{self.by_reason.total()} of {self.seen} samples were damaged and skipped ({dict(self.by_reason)})"
-
-    def metrics(self) -> dict[str, float]:
-        counts = {"skipped": self.by_reason, "left_out": self.left_out}
-        return {f"data/{kind}/{reason}": count for kind, counter in counts.items() for reason, count in counter.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"seen": self.seen, "by_reason": dict(self.by_reason)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.seen, self.by_reason = state["seen"], Counter(state["by_reason"])
 
 
 class ShardDataModule(L.LightningDataModule):

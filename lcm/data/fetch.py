@@ -4,11 +4,11 @@ import contextlib
 import gc
 import os
 import re
+import selectors
 import shlex
 import signal
 import subprocess
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -100,34 +100,24 @@ def output_of(command: str, timeout: float) -> Iterator[bytes]:
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors}
         process = subprocess.Popen(words, **streams, start_new_session=True)
         assert process.stdout is not None
-        silent = threading.Event()
-
-        def kill() -> None:
-            silent.set()
-            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
-
         try:
-            while True:
-                alarm = threading.Timer(timeout, kill)
-                alarm.start()
-                try:
-                    part = os.read(process.stdout.fileno(), LARGEST_PART)
-                finally:
-                    alarm.cancel()
-                if not part:
-                    break
-                yield part
+            with selectors.DefaultSelector() as selector:
+                selector.register(process.stdout, selectors.EVENT_READ)
+                while selector.select(timeout):
+                    if not (part := os.read(process.stdout.fileno(), LARGEST_PART)):
+                        break
+                    yield part
+                else:
+                    raise OSError(f"nothing came for {timeout:g} seconds")
             process.wait(timeout)
         finally:
             if process.poll() is None:
                 with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                    os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
                 process.wait()
             process.stdout.close()
         errors.seek(max(errors.seek(0, os.SEEK_END) - 4096, 0))
         lines = errors.read().decode(errors="replace").split("\n")
-    if silent.is_set():
-        raise OSError(f"nothing came for {timeout:g} seconds")
     if process.returncode:
         last = next((line for line in reversed(lines) if line.strip()), "")
         for word in sorted(re.findall(r"[^\s'\"|;<>()]{4,}", command.removeprefix(words[0])), key=len, reverse=True):

@@ -14,8 +14,8 @@ from lcm.core.errors import UserError
 from lcm.data.checks import LOOKED_AT
 from lcm.data.index import Notes, named
 from lcm.data.sample_fields import CAPTIONS, Sample, Skip, captions_of, metadata, skipping
+from lcm.data.samples import is_litter
 from lcm.data.source import Source, stamp
-from lcm.data.tar import is_litter
 from lcm.data.urls import IMAGES
 from lcm.runtime.atomic_io import text_of
 

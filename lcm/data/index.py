@@ -8,10 +8,10 @@ size and time and of the rules, so a changed file or changed rules get a new ind
 import contextlib
 import json
 import logging
-import os
-import time
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,17 +19,19 @@ import numpy as np
 
 from lcm.core.errors import UserError
 from lcm.data import growing
-from lcm.data.growing import POLL, Asked, start_writer
+from lcm.data.growing import GrowingFile
 from lcm.data.manifest import Expected
 from lcm.data.sample_fields import CAPTIONS, Skip, captions_of, metadata
-from lcm.data.tar import FOREIGN, MAX_BYTES, Bytes, Links, Member, Sample, advice, samples, why_empty
-from lcm.runtime.atomic_io import FULL, os_error, whole_file
+from lcm.data.samples import FOREIGN, Links, Sample, advice, samples, why_empty
+from lcm.data.tar import MAX_BYTES, Bytes
+from lcm.runtime.atomic_io import FULL, os_error, try_writing, whole_file
 
 log = logging.getLogger(__name__)
 RECORD = np.dtype([("start", "<u8"), ("size", "<u4"), ("aspect", "u1"), ("repeated", "u1")])
 VERSION = 1  # raised when a scan chooses or describes samples in another way
 FLUSH = 64  # records that are written at once
-AHEAD, PAUSE = 64, 2.0  # records ahead of the readers; beyond them, a pause in seconds for each `FLUSH`
+AHEAD = 64 * RECORD.itemsize  # bytes that a scan may be ahead of its readers; beyond them it pauses after each `FLUSH`
+PAUSE = 2.0  # seconds
 NAMED = 10  # samples that are named in the log for each reason
 Judge = Callable[[str | None, Mapping[str, Any]], str | None]
 
@@ -67,21 +69,21 @@ def scan(file: Bytes, rules: Rules) -> Iterator[Verdict]:
     for sample in samples(file, rules.needs, rules.tells):
         dangling = {extension for extension, member in sample.members.items() if member.link and not links.target(member)}
         extensions = sample.members.keys() - dangling
-        flaw = "duplicate" if sample.ambiguous else flaw_of(sample, extensions, rules, file, links)
+        flaw = "duplicate" if sample.ambiguous else flaw_of(sample, extensions, rules, file)
         if flaw in ("no_image", "no_caption") and dangling:
             flaw = "link"
         if flaw is not None:
             yield Verdict(sample, flaw, True)
             continue
-        reason, damaged = judged(sample, rules, file, links)
+        reason, damaged = judged(sample, rules, links)
         aspect = 0
         if reason is None and rules.aspect is not None:
             picture = next(sample.members[extension] for extension in rules.needs if extension in extensions)
-            aspect = rules.aspect(content_of(picture, file, links, 2**16))
+            aspect = rules.aspect(links.content(picture, 2**16) or b"")
         yield Verdict(sample, reason, damaged, aspect)
 
 
-def flaw_of(sample: Sample, extensions: Collection[str], rules: Rules, file: Bytes, links: Links) -> str | None:
+def flaw_of(sample: Sample, extensions: Collection[str], rules: Rules, file: Bytes) -> str | None:
     """Return the reason if a sample is damaged, else None."""
     if ".." in sample.key.split("/"):
         return "name"  # nothing is extracted here, but names are written to latent shards that others may extract
@@ -97,13 +99,13 @@ def flaw_of(sample: Sample, extensions: Collection[str], rules: Rules, file: Byt
     return "apart" if sample.end - sample.start > size + FOREIGN else None
 
 
-def judged(sample: Sample, rules: Rules, file: Bytes, links: Links) -> tuple[str | None, bool]:
+def judged(sample: Sample, rules: Rules, links: Links) -> tuple[str | None, bool]:
     """Return the filters' reason to leave a sample out, or None, and whether the reason is damage."""
     if rules.judge is None:
         return None, False
     names = set(rules.tells)
     texts: dict[str, Any] = {
-        extension: content_of(member, file, links) for extension, member in sample.members.items() if extension in names
+        extension: links.content(member) or b"" for extension, member in sample.members.items() if extension in names
     }
     try:
         meta = metadata(texts)
@@ -111,12 +113,6 @@ def judged(sample: Sample, rules: Rules, file: Bytes, links: Links) -> tuple[str
         return next(filter(None, verdicts), None), False
     except Skip as skip:
         return skip.reason, True
-
-
-def content_of(member: Member, file: Bytes, links: Links, limit: int | None = None) -> bytes:
-    """Return the content of a file or of a link's target, up to `limit` bytes."""
-    target = member if member.link is None else links.target(member)
-    return b"" if target is None else file.read(target.data, target.size if limit is None else min(target.size, limit))
 
 
 class Notes(NamedTuple):
@@ -127,7 +123,7 @@ class Notes(NamedTuple):
     repeated: int = 0
 
 
-class ShardIndex:
+class ShardIndex(GrowingFile):
     """The index of one shard as a sequence of records `(start, size, aspect, repeated)`, one for each usable sample."""
 
     def __init__(
@@ -140,83 +136,56 @@ class ShardIndex:
         rules: Rules,
         expected: Callable[[], Expected] = Expected,
     ) -> None:
-        base = folder / key
-        self.path, self.part, self.lock = base.with_suffix(".index"), base.with_suffix(".part"), base.with_suffix(".lock")
-        self.notes_file = base.with_suffix(".json")
+        super().__init__(folder / f"{key}.index")
+        self.notes_file = self.path.with_suffix(".json")
         self.title, self.opener, self.rules, self.expected = title, opener, rules, expected
         self.records: np.ndarray | None = None  # memory-mapped once it is whole
-        self.file: Any = None
-        self.arrived, self.asked = 0, Asked(base.with_suffix(".asked"))  # in records
-        self.failure: Exception | None = None
-
-    @property
-    def whole(self) -> bool:
-        if self.records is None and self.path.exists():
-            size = self.path.stat().st_size
-            self.records = np.memmap(self.path, RECORD, "r") if size else np.zeros(0, RECORD)
-            self.arrived = len(self.records)
-            self._close_part()
-        return self.records is not None
 
     def wait(self, count: int) -> tuple[int, bool]:
         """Wait for `count` records or the whole index. Return the number of records, and whether the index is complete.
 
         Raises OSError for an unreadable shard, UserError for a failure of the system.
         """
-        self.asked.add(count)
-        while not self.whole and self.arrived < count:
-            self._look()
-            if self.arrived >= count or self.whole:
-                break
-            self.ensure()
-            self.asked.tell()
-            time.sleep(POLL)
-        return self.arrived, self.whole
+        if not self.whole:
+            self._look()  # it may have become whole since
+        self.wait_for(count * RECORD.itemsize)
+        return self.known, self.whole
+
+    @property
+    def known(self) -> int:
+        return self.arrived // RECORD.itemsize
 
     def _look(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            if self.file is None or os.fstat(self.file.fileno()).st_nlink == 0:  # its writer was killed: another one began
-                self._close_part()  # the next one may not be there yet
-                self.file = open(self.part, "rb")  # noqa: SIM115 - closed when the index is whole
-            self.arrived = os.fstat(self.file.fileno()).st_size // RECORD.itemsize
+        super()._look()
+        if self.whole and self.file is not None:
+            self.records = np.memmap(self.file, RECORD, "r") if self.arrived else np.zeros(0, RECORD)
+            self.file.close()
+            self.file = None
 
     def __getitem__(self, number: int) -> Any:
         """Return record `number`. Raises IndexError if the shard has fewer usable samples, and the errors of `wait`."""
-        if number >= self.arrived and number >= self.wait(number + 1)[0]:
+        if number >= self.known and number >= self.wait(number + 1)[0]:
             raise IndexError(number)
         if self.records is not None:
             return self.records[number]
-        content = os.pread(self.file.fileno(), RECORD.itemsize, number * RECORD.itemsize)
-        return np.frombuffer(content, RECORD)[0]
+        return np.frombuffer(self.read(number * RECORD.itemsize, RECORD.itemsize), RECORD)[0]
 
     def notes(self) -> Notes:
         """Wait for the whole index, and return the shard's counts."""
-        self.wait(2**63)
+        self.wait(2**62)
         return Notes(**json.loads(self.notes_file.read_bytes()))
 
-    def ensure(self) -> None:
-        """Start a scan of the shard unless one is running. Raises the error of a failed scan."""
-        with growing.starting:
-            if self.failure is not None:
-                raise self.failure
-            if self.path.exists():
-                return
-            self.lock.parent.mkdir(parents=True, exist_ok=True)
-            if start_writer(self.lock, self._scan):
-                self.asked.is_own = True
+    def write(self) -> None:
+        try:
+            self._scan()
+        except Exception as error:
+            if full := os_error(error, FULL):
+                raise UserError(
+                    f"{self.path.parent} cannot hold the shards' indexes ({full.strerror}): make room, or set data.index"
+                ) from error
+            raise
 
     def _scan(self) -> None:
-        try:
-            if not self.path.exists():
-                self._write()
-        except Exception as error:
-            self.failure = error
-            if full := os_error(error, FULL):
-                self.failure = UserError(
-                    f"{self.part.parent} cannot hold the shards' indexes ({full.strerror}): make room, or set data.index"
-                )
-
-    def _write(self) -> None:
         self.part.unlink(missing_ok=True)
         left_out, seen, repeated, pending, count = Counter[str](), set[str](), 0, [], 0
         lacking: dict[str, dict[str, list[str]]] = {"no_image": {}, "no_caption": {}}
@@ -239,7 +208,7 @@ class ShardIndex:
                     part.write(np.array(pending, RECORD).tobytes())
                     part.flush()
                     pending = []
-                    self.asked.pause(count, AHEAD, PAUSE)  # leave the processor to shards that are waited for
+                    self.asked.pause(count * RECORD.itemsize, AHEAD, PAUSE)  # leave the processor to shards that are waited for
             part.write(np.array(pending, RECORD).tobytes())
             for name in lacking["no_image"].keys() & lacking["no_caption"].keys():  # parts of one sample, far from each other
                 for reason in lacking:
@@ -267,16 +236,30 @@ class ShardIndex:
         with whole_file(self.notes_file) as file:
             file.write(json.dumps({"samples": count, "left_out": left_out, "repeated": repeated}).encode())
         self.part.rename(self.path)
-        self.asked.file.unlink(missing_ok=True)
-
-    def _close_part(self) -> None:
-        if self.file is not None:
-            self.file.close()
-            self.file = None
 
     def close(self) -> None:
-        self._close_part()
-        self.records, self.arrived = None, 0
+        super().close()
+        self.records = None
+
+
+@cache
+def index_folder(index: str | None) -> Path:
+    """Return the given folder if it is writable, else a temporary one that is removed with this process."""
+    if index is not None:
+        try:
+            return try_writing(Path(index))
+        except OSError as error:
+            log.warning(
+                "%s cannot be written (%s), so each start scans the shards again: set data.index to a writable folder",
+                index,
+                error.strerror,
+            )
+    temporary = tempfile.TemporaryDirectory(prefix="lcm-index-")
+    kept.append(temporary)
+    return Path(temporary.name)
+
+
+kept: list[tempfile.TemporaryDirectory] = []
 
 
 class Named:

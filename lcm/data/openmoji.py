@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import webdataset as wds
 from PIL import Image
-from rich.progress import track
+from tqdm import tqdm
 
 from lcm.core.errors import UserError
 from lcm.core.numbers import Count
@@ -285,5 +285,5 @@ def tasks_of(
 def _render(tasks: list[Task], description: str) -> Iterator[dict[str, Any]]:
     with get_context("spawn").Pool(2) as pool:
         drawn = pool.imap(_samples_of, tasks, chunksize=64)
-        for samples in track(drawn, total=len(tasks), description=description):
+        for samples in tqdm(drawn, total=len(tasks), desc=description, unit="drawing"):
             yield from samples

@@ -38,6 +38,11 @@ REASONS = {
 }
 
 
+def described(reason: str) -> str:
+    """Return a reason to leave a sample out, with its meaning if it is damage."""
+    return f"{reason} ({REASONS[reason]})" if reason in REASONS else reason
+
+
 class Skip(Exception):
     """A sample that cannot be used. reason: one of `REASONS`; detail: the same for a reader."""
 

@@ -5,25 +5,25 @@ import copy
 import hashlib
 import logging
 import os
-import tempfile
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
 from omegaconf import DictConfig, OmegaConf
 
 from lcm.core.errors import UserError
-from lcm.data.cache import GrowingFile, ShardCache
+from lcm.data.cache import Download, ShardCache
 from lcm.data.checks import extensions_of, first_samples, flaw_of
 from lcm.data.filters import Filters
-from lcm.data.index import VERSION, Notes, Rules, ShardIndex
+from lcm.data.index import VERSION, Notes, Rules, ShardIndex, index_folder
 from lcm.data.manifest import Manifests
 from lcm.data.memory import MemoryCache
 from lcm.data.sample_fields import Sample, Skip, caption_of, captions_of, metadata, skipping, weights_of
-from lcm.data.tar import Links, LocalFile, Memory, advice, samples, why_empty
+from lcm.data.samples import Links, advice, samples, why_empty
+from lcm.data.tar import LocalFile, Memory
 from lcm.data.urls import IMAGES, expand_urls, is_remote, local
 from lcm.runtime.atomic_io import NO_HANDLES, TRANSIENT, digest, os_error
 from lcm.runtime.redaction import redacted
@@ -62,7 +62,7 @@ class Source:
         self.rules = Rules(needs, None if captions is None else weights_of(captions), judge, aspect)
         self.folder, self.manifests = index_folder(index), Manifests()
         self.indexes: OrderedDict[int, ShardIndex] = OrderedDict()
-        self.files: OrderedDict[int, tuple[LocalFile | GrowingFile, Links]] = OrderedDict()
+        self.files: OrderedDict[int, tuple[LocalFile | Download, Links]] = OrderedDict()
         self.empty: set[int] = set()  # shards that could not be had
         # A quarter of the process' handles: a training and a validation read, and the rest of the program has files, too.
         handles = os.sysconf("SC_OPEN_MAX")
@@ -194,12 +194,12 @@ class Source:
         for key, held, _ in samples(Memory(content), needs, tells, window=len(content)):
             if all(member.offset for member in held.values()):
                 continue  # another sample's, between this one's members
-            sample: Sample = {"__url__": file.path, "__key__": f"{key}@{start}" if record["repeated"] else key}
+            sample: Sample = {"__url__": str(file.path), "__key__": f"{key}@{start}" if record["repeated"] else key}
             for extension, member in held.items():
                 if member.link is None:
                     sample[extension] = content[member.data : member.data + member.size]
-                elif target := links.target(member):
-                    sample[extension] = file.read(target.data, target.size)
+                elif (linked := links.content(member)) is not None:
+                    sample[extension] = linked
             return sample
         raise self._changed(shard, number)
 
@@ -216,7 +216,7 @@ class Source:
         self.indexes.move_to_end(shard)
         return self.indexes[shard]
 
-    def _file(self, shard: int) -> tuple[LocalFile | GrowingFile, Links]:
+    def _file(self, shard: int) -> tuple[LocalFile | Download, Links]:
         if shard not in self.files:
             while len(self.files) >= self.limit:
                 self._close_oldest()
@@ -229,9 +229,9 @@ class Source:
         """Return the local path of a shard after its download. Raises OSError for an unreadable shard."""
         with contextlib.closing(self._open(shard)) as file:
             file.size()
-            return file.path
+            return str(file.path)
 
-    def _open(self, shard: int) -> LocalFile | GrowingFile:
+    def _open(self, shard: int) -> LocalFile | Download:
         """Open a shard, a remote one through the cache. Raises OSError for an unreadable shard."""
         url = self.urls[shard]
         if not is_remote(url):
@@ -350,28 +350,3 @@ def stamp(url: str) -> str:
     except OSError:
         return os.path.abspath(local(url))
     return f"{os.path.abspath(local(url))} {status.st_size} {status.st_mtime_ns}"
-
-
-@cache
-def index_folder(index: str | None) -> Path:
-    """Return the given folder if it is writable, else a temporary one that is removed with this process."""
-    if index is not None:
-        try:
-            folder = Path(index)
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".writable-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-            return folder
-        except OSError as error:
-            log.warning(
-                "%s cannot be written (%s), so each start scans the shards again: set data.index to a writable folder",
-                index,
-                error.strerror,
-            )
-    temporary = tempfile.TemporaryDirectory(prefix="lcm-index-")
-    kept.append(temporary)
-    return Path(temporary.name)
-
-
-kept: list[tempfile.TemporaryDirectory] = []

@@ -9,27 +9,22 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lcm.core.errors import UserError
 from lcm.data.index import take_left_out
-from lcm.data.order import SampleRef, Shape, one_pass
+from lcm.data.order import BucketOrder, Order, SampleRef, Shape, one_pass
 from lcm.data.sample_fields import Sample, Skip
 from lcm.data.source import Source
 
 log = logging.getLogger(__name__)
 PATIENCE = 256  # samples in a row that may fail to decode
 NAMED = 10  # skipped samples a worker names for each reason; all are counted
+ENOUGH = 1000  # samples seen before their share of skipped ones means something
 Decode = Callable[[Sample, random.Random], Sample]
 Collate = Callable[[list[Sample]], Sample]
-
-
-class Batches(Protocol):
-    """An order of a training, see `lcm.data.order`."""
-
-    def batch(self, positions: range, rank: int, world_size: int) -> list[tuple[int, SampleRef]]: ...
 
 
 def rng_of(seed: int | str, position: int) -> random.Random:
@@ -92,7 +87,7 @@ class TrainStream(Stream):
     "left_out": counts by reason of the samples that scans have left out since the last batch.
     """
 
-    def __init__(self, sources: Sequence[Source], order: Batches, *, start: int = 0, **options: Any) -> None:
+    def __init__(self, sources: Sequence[Source], order: Order | BucketOrder, *, start: int = 0, **options: Any) -> None:
         super().__init__(sources, **options)
         self.order, self.start = order, start
 
@@ -173,3 +168,34 @@ class PassStream(Stream):
             if good := self.decoded([(members[0][0], ref._replace(shape=shape))], Counter()):
                 return good
         raise UserError("no sample of this data could be decoded, see the warnings above")
+
+
+class Skips:
+    """Counts of damaged samples by reason. A share above `max_ratio` ends the training."""
+
+    def __init__(self, max_ratio: float) -> None:
+        self.max_ratio, self.seen, self.by_reason, self.left_out = max_ratio, 0, Counter[str](), Counter[str]()
+
+    def add(self, seen: int, skipped: dict[str, int], left_out: dict[str, int]) -> None:
+        """Add counts. left_out: samples that the filters or the index left out. Raises UserError above the limit."""
+        self.seen += seen
+        self.by_reason.update(skipped)
+        self.left_out.update(left_out)
+        if self.seen >= ENOUGH and self.by_reason.total() > self.max_ratio * self.seen:
+            raise UserError(
+                f"{self}, more than data.max_skip_ratio={self.max_ratio}: the warnings above name some of them; repair "
+                "the shards, or raise data.max_skip_ratio"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.by_reason.total()} of {self.seen} samples were damaged and skipped ({dict(self.by_reason)})"
+
+    def metrics(self) -> dict[str, float]:
+        counts = {"skipped": self.by_reason, "left_out": self.left_out}
+        return {f"data/{kind}/{reason}": count for kind, counter in counts.items() for reason, count in counter.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen, "by_reason": dict(self.by_reason)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen, self.by_reason = state["seen"], Counter(state["by_reason"])

@@ -10,7 +10,7 @@ from typing import Any
 from braceexpand import braceexpand
 
 from lcm.core.errors import UserError
-from lcm.data.tar import is_litter
+from lcm.data.samples import is_litter
 from lcm.runtime.atomic_io import lines_of
 
 IMAGES = ("png", "jpg", "jpeg", "webp", "img")

@@ -1,14 +1,10 @@
 """torch-fidelity's InceptionV3, the usual network of FID and KID."""
 
-import pickle
-from pathlib import Path
-
-import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import NoTrainInceptionV3
 
 from lcm.core.errors import UserError
-from lcm.models.loading import check_finite
+from lcm.models.loading import load_weights
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 
@@ -34,13 +30,9 @@ def check(weights: str) -> None:
         import torch_fidelity  # noqa: F401
     except ImportError:
         raise UserError("InceptionV3 needs torch-fidelity: pip install -e '.[fid]'") from None
-    if not Path(weights).is_file():
-        raise UserError(
-            f"there are no InceptionV3 weights at {weights}: get {FILE} from the releases of toshas/torch-fidelity on GitHub "
-            "(v0.2.0), put it there, or set fid_backbone.weights=<file>"
-        )
-    try:
-        content = torch.load(weights, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{weights} is not a file of weights only: get {FILE} again") from error
-    check_finite(weights, content)
+    load_weights(
+        weights,
+        "InceptionV3",
+        f"get {FILE} from the releases of toshas/torch-fidelity on GitHub (v0.2.0), put it there, or set "
+        "fid_backbone.weights=<file>",
+    )

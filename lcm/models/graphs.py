@@ -5,7 +5,6 @@ Folders, files, inputs and outputs have the names of optimum's exporters.
 
 import functools
 import importlib.util
-import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from lcm.models.codec import LatentCodec
 from lcm.models.families import Family, tokens
 from lcm.models.loading import weight_files
 from lcm.models.pipeline import load_codec, load_network
-from lcm.runtime.atomic_io import digest, remove
+from lcm.runtime.atomic_io import digest, whole_folder
 
 BATCH = {0: "batch_size"}
 SEQUENCE = {**BATCH, 1: "length"}
@@ -160,12 +159,10 @@ def write_graphs(pipeline: Path, target: Path, form: str) -> None:
     }
     for tower, encoder, tokenizer in zip(family.towers, codec.text.encoders, codec.text.tokenizers, strict=True):
         parts[tower.encoder] = (tower.encoder, functools.partial(text_encoder, encoder, tokenizer))
-    partial = target.with_name(target.name + ".partial")
-    remove(partial)
-    try:
+    with whole_folder(target) as partial:
         for name, (source, make) in parts.items():
             print(f"{form}:{' ' * (8 - len(form))} {name}", flush=True)
-            (partial / name).mkdir(parents=True)
+            (partial / name).mkdir()
             shutil.copyfile(pipeline / source / "config.json", partial / name / "config.json")
             if form == "onnx":
                 write_onnx(make(), partial / name / FILES[form])
@@ -179,10 +176,6 @@ def write_graphs(pipeline: Path, target: Path, form: str) -> None:
             shutil.copytree(pipeline / name, partial / name)
         for name in ("model_index.json", "lcm.json"):
             shutil.copyfile(pipeline / name, partial / name)
-        remove(target)
-        partial.rename(target)
-    finally:
-        remove(partial)
 
 
 @functools.cache
@@ -212,11 +205,8 @@ class Graph:
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
                 print(f"openvino: converting to {folder}, once", flush=True)
-                with TemporaryDirectory(dir=folder.parent) as partial:
-                    openvino.save_model(to_openvino(part), f"{partial}/{FILES['openvino']}", compress_to_fp16=False)
-                    os.chmod(partial, 0o755)
-                    Path(partial).rename(folder)
-                    Path(partial).mkdir()
+                with whole_folder(folder) as partial:
+                    openvino.save_model(to_openvino(part), partial / FILES["openvino"], compress_to_fp16=False)
         options = {
             "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, PretrainedConfig
 
@@ -105,6 +106,23 @@ def damage(file: Path) -> str | None:
     if start.startswith(b"version https://git-lfs"):
         return "is a pointer of git-lfs, not the file itself (`git lfs pull` fetches it)"
     return "is a web page, not the file itself" if start.lstrip().startswith(b"<") else None
+
+
+def load_weights(file: str, network: str, advice: str) -> dict[str, Tensor]:
+    """Return the tensors of a .safetensors file, or of a torch file that holds nothing else. Raises UserError.
+
+    network: the name of its network. advice: where to get the file, as the end of a message.
+    """
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UserError(f"there are no {network} weights at {file}: {advice}")
+    try:
+        safe = path.suffix == ".safetensors"
+        weights = load_file(path) if safe else torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # a damaged file may raise anything
+        raise UserError(f"{file} is not a file of weights only: {advice}") from error
+    check_finite(file, weights)
+    return weights
 
 
 def non_finite(weights: Mapping[str, Tensor]) -> list[str]:

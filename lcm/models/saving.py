@@ -17,7 +17,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from lcm.models.families import Family
 from lcm.models.loading import CLIP_TYPES, cast_copy, check_finite, check_header, load_part, read_json, weight_files
 from lcm.models.lora import is_adapted, merged, save_adapters
-from lcm.runtime.atomic_io import remove
+from lcm.runtime.atomic_io import remove, whole_folder
 
 PREFIX = "text_model."  # of a text encoder's weights; transformers 5.6 drops it, but older versions and ComfyUI need it
 FLAT = ("embeddings.", "encoder.", "final_layer_norm.")
@@ -102,10 +102,7 @@ def save_pipeline(
     in the pipeline. Adapters are merged into the network of `base`, and also saved in the file that diffusers'
     `load_lora_weights` looks for. The folder is written under another name and renamed, so an incomplete one never exists.
     """
-    target = Path(folder)
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with whole_folder(Path(folder)) as partial:
         for part in ("vae", *(tower.encoder for tower in family.towers), "clip"):
             if (base / part).is_dir():
                 copy_network(base / part, partial / part)
@@ -128,7 +125,3 @@ def save_pipeline(
             index["_class_name"] = family.student_pipeline(family.takes_w(network), name)
         (partial / "model_index.json").write_text(json.dumps(index, indent=2))
         (partial / "lcm.json").write_text(json.dumps(metadata, indent=2))
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -3,11 +3,9 @@
 The names are those of CompVis' and Stability's code. diffusers reads them by its own converter, but writes only its folders.
 """
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
@@ -23,7 +21,7 @@ from torch import Tensor, cat
 from lcm.core.errors import UserError
 from lcm.models.families import families
 from lcm.models.loading import as_user_error, check_header, read_json
-from lcm.runtime.atomic_io import digest
+from lcm.runtime.atomic_io import digest, whole_folder
 
 VAE = "first_stage_model."
 SUFFIX = ".safetensors"
@@ -160,12 +158,9 @@ def as_folder(file: Path, config: str | None) -> Path:
             inferred = fetch_diffusers_config(shapes)["pretrained_model_name_or_path"]
             configs = find_configs(config or inferred, file, given=config is not None)
             pipeline = getattr(diffusers, class_of(configs))
-            with TemporaryDirectory(dir=folder.parent) as partial, as_user_error(file):
+            with whole_folder(folder) as partial, as_user_error(file):
                 loaded = pipeline.from_single_file(str(file), config=str(configs), local_files_only=True, torch_dtype=dtype)
                 loaded.save_pretrained(partial)
-                os.chmod(partial, 0o755)
-                Path(partial).rename(folder)
-                Path(partial).mkdir()
     return folder
 
 

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lcm.core.errors import UserError
 from lcm.core.numbers import Count, Positive, Whole
 from lcm.core.objectives.consistency import Pair
 from lcm.core.process import Process
+from lcm.models.families import Family
 from lcm.modules.optimization import Opponent, OptimizerFactory, ScheduleFactory
 
 
@@ -111,6 +113,13 @@ class LatentAdversary(Adversary):
         if self.real == "data":
             return process.jump(z0, draws.real, t), fake, t
         return process.renoise(pair.target, pair.end, t, draws.real), fake, t
+
+
+def latent_adversary(adversary: Callable[..., LatentAdversary] | None, family: Family, net: Any) -> LatentAdversary | None:
+    """Build an adversary for the features of `net`. Raises UserError for one that judges images."""
+    if isinstance(adversary, Adversary):
+        raise UserError("model/adversary=patch judges images: use model/adversary=latent")
+    return None if adversary is None else adversary([width for _, width in family.feature_blocks(net)])
 
 
 class Heads(nn.Module):

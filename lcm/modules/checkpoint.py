@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from lcm.core.errors import UserError
-from lcm.modules.optimization import say
+from lcm.runtime.launch import say
 
 FIRST_EDITION = {  # method names in checkpoints of the first edition, whose tensors have the same names as today's
     "LatentDiffusion": "Denoising",

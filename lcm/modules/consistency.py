@@ -17,9 +17,10 @@ from lcm.models.families import network_like
 from lcm.models.lora import with_adapters
 from lcm.models.pipeline import load_family, load_prediction_type
 from lcm.models.student import frozen_copy, quantized
-from lcm.modules.adversary import Adversary, LatentAdversary
+from lcm.modules.adversary import LatentAdversary, latent_adversary
 from lcm.modules.latent import LatentModule
 from lcm.modules.optimization import log_train
+from lcm.modules.terms import further_terms, reward_parts
 
 
 class ConsistencyModule(LatentModule):
@@ -32,8 +33,9 @@ class ConsistencyModule(LatentModule):
     student starts equal to its teacher. prediction_type: the student's; None: the teacher's. adapters: `{rank, alpha,
     target_modules}` trains LoRA adapters on the teacher's own weights (2311.05556). Such a student takes no w, and its
     checkpoint holds only the adapters and their averages. adversary: `channels of the features -> LatentAdversary` adds its
-    term in the teacher's features. quantization: stores the frozen linear layers in fewer bits: the teacher's, and with
-    adapters also the student's.
+    term in the teacher's features. reward: `(images in [0, 1], captions) -> [B]`, to be raised for the student's clean latents;
+    it has a `weight` and `facts` for `lcm.json`. quantization: stores the frozen linear layers in fewer bits: the teacher's,
+    and with adapters also the student's.
     """
 
     averages = MappingProxyType({**LatentModule.averages, "target_net": "model.ema_decay"})
@@ -54,6 +56,7 @@ class ConsistencyModule(LatentModule):
         zero_init: bool = True,
         adapters: Mapping[str, Any] | None = None,
         adversary: Callable[..., LatentAdversary] | None = None,
+        reward: nn.Module | None = None,
         quantization: Callable[[nn.Linear], nn.Module] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -63,8 +66,6 @@ class ConsistencyModule(LatentModule):
             raise UserError(
                 "model.adversary needs a teacher's features, and this method has no teacher: use model=lcd or model=cd"
             )
-        if isinstance(adversary, Adversary):
-            raise UserError("model/adversary=patch judges images: use model/adversary=latent")
         if quantization is not None and solver is None and adapters is None:
             raise UserError(
                 "model.quantization has no effect: this method has no teacher and no adapters, so no weights are frozen. Set "
@@ -83,7 +84,7 @@ class ConsistencyModule(LatentModule):
             student = with_adapters(family, quantized(net, quantization), **adapters)
         else:
             student = family.with_w(net, zero_init=zero_init) if w_max is not None else network_like(net)
-        judge = None if adversary is None else adversary([width for _, width in family.feature_blocks(net)])
+        judge = latent_adversary(adversary, family, net)
         super().__init__(
             student,
             process,
@@ -101,6 +102,7 @@ class ConsistencyModule(LatentModule):
             self.zero_init = zero_init
         if solver is not None:
             self.frozen["teacher"] = quantized(net, None if adapters else quantization).eval()
+        self.frozen |= reward_parts(reward, pipeline)
         self.quantization = quantization
         self.train_adapters(adapters)
 
@@ -121,7 +123,7 @@ class ConsistencyModule(LatentModule):
         draws = self.draws(self.objective.draw, batch.z0, batch_idx)
         pair = self.objective.pair(self.denoisers(self.net), batch, draws)
         loss, logs = self.objective.distances(pair)
-        terms, values = self.further_terms(pair, batch, batch_idx)
+        terms, values = further_terms(self, pair, batch, batch_idx)
         log_train(self, loss + terms, {**logs, **values}, len(batch))
         return loss + terms
 

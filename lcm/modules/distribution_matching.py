@@ -18,9 +18,10 @@ from lcm.core.random import generator
 from lcm.models.lora import with_adapters
 from lcm.models.pipeline import find, load_family, load_network, load_prediction_type, read_lcm_json
 from lcm.models.student import quantized
-from lcm.modules.adversary import Adversary, LatentAdversary
+from lcm.modules.adversary import LatentAdversary, latent_adversary
 from lcm.modules.latent import LatentModule
 from lcm.modules.optimization import Opponent, OptimizerFactory, ScheduleFactory, log_train
+from lcm.modules.terms import further_terms, reward_parts
 
 
 class FakeScore(Opponent):
@@ -45,7 +46,7 @@ class MatchingModule(LatentModule):
     of guidance weights of the teacher. Student and fake score take w as an input if the family has one. fake: `network ->
     FakeScore`. adapters: `{rank, alpha, target_modules}` trains the student and the fake score as adapters (LoRA), each on its
     frozen start. Neither takes w. A student that starts from its teacher shares all weights with it and with the fake score.
-    adversary, quantization: as of `ConsistencyModule`.
+    adversary, reward, quantization: as of `ConsistencyModule`.
     """
 
     objective: DistributionMatching
@@ -64,6 +65,7 @@ class MatchingModule(LatentModule):
         w_max: float = 0.0,
         adapters: Mapping[str, Any] | None = None,
         adversary: Callable[..., LatentAdversary] | None = None,
+        reward: nn.Module | None = None,
         quantization: Callable[[nn.Linear], nn.Module] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -81,26 +83,21 @@ class MatchingModule(LatentModule):
             for base in {net, frozen}:
                 quantized(base, quantization)
             student, scorer = (with_adapters(family, base, **adapters) for base in (net, frozen))
-        score = fake(scorer)
-        opponents: list[Opponent] = [score]
-        if isinstance(adversary, Adversary):
-            raise UserError("model/adversary=patch judges images: use model/adversary=latent")
-        if adversary is not None:
-            judge = adversary([width for _, width in family.feature_blocks(frozen)])
-            if judge.real != "data":
-                raise UserError("distribution matching has no target point to take for real: set model.adversary.real=data")
-            opponents.append(judge)
+        score, judge = fake(scorer), latent_adversary(adversary, family, frozen)
+        if judge is not None and judge.real != "data":
+            raise UserError("distribution matching has no target point to take for real: set model.adversary.real=data")
         super().__init__(
             student,
             process,
             pipeline=pipeline,
             objective=lambda p: objective(p, distance=loss, w_min=w_min, w_max=w_max),
-            opponents=opponents,
+            opponents=[score, judge] if judge else [score],
             **kwargs,
         )
         self.fake, self.teacher, self.teacher_prediction_type = score, source, load_prediction_type(source)
-        self.adversary = judge if adversary is not None else None
+        self.adversary = judge
         self.frozen["teacher"] = quantized(frozen, None if adapters else quantization).eval()
+        self.frozen |= reward_parts(reward, pipeline)
         self.quantization = quantization
         self.train_adapters(adapters)
         self.own_turn = True  # the student learns in this step
@@ -130,7 +127,7 @@ class MatchingModule(LatentModule):
             pair = self.objective.matched(nets, batch, draws, sample)
             loss, values = self.objective.distances(pair)
             logs |= values
-        terms, values = self.further_terms(pair, batch, batch_idx)
+        terms, values = further_terms(self, pair, batch, batch_idx)
         log_train(self, loss + terms, {**logs, **values}, len(batch))
         return loss + terms
 

@@ -16,15 +16,13 @@ from lcm.core.denoiser import Condition, Denoiser, Network
 from lcm.core.ema import ema_update_, warmed_up
 from lcm.core.errors import UserError
 from lcm.core.numbers import Positive, Seed, Share, Whole
-from lcm.core.objectives.consistency import Pair
 from lcm.core.process import Process
 from lcm.core.random import RankSlice
 from lcm.models.attention import allow_graphs, check_compiler, fast_attention, recomputed
 from lcm.models.codec import LatentCodec
-from lcm.models.features import block_features
 from lcm.models.loading import read_json
 from lcm.models.lora import drop_frozen, ignore_missing_frozen
-from lcm.models.pipeline import find, load_family, load_prediction_type, load_vae, read_lcm_json
+from lcm.models.pipeline import find, load_family, load_prediction_type, read_lcm_json
 from lcm.models.saving import save_pipeline
 from lcm.models.sharding import gather, is_sharded, shard
 from lcm.models.student import as_network, frozen_copy
@@ -47,8 +45,7 @@ class LatentModule(L.LightningModule):
     eval_ema: decay of an average that is sampled, validated and saved in place of `net`; None: no average.
     guidance_lr_multiplier: learning-rate multiplier of the zero-initialised projection of w; short runs need > 1.
     compile: torch.compile the networks of a training step; validation and sampling stay eager. gradient_checkpointing:
-    recompute activations to save memory. reward: `(images in [0, 1], captions) -> [B]`, to be raised for the student's clean
-    latents; it has a `weight` and `facts` for `lcm.json`. The other arguments are those of `Optimization`.
+    recompute activations to save memory. The other arguments are those of `Optimization`.
     """
 
     averages = MappingProxyType({"ema_net": "model.eval_ema"})  # networks that average `net`, and the options that do so
@@ -76,7 +73,6 @@ class LatentModule(L.LightningModule):
         skip_non_finite: Whole = 0,
         seed: Seed = 0,
         opponents: Sequence[Opponent] = (),
-        reward: nn.Module | None = None,
     ) -> None:
         if compile:
             check_compiler("model.compile")
@@ -97,8 +93,6 @@ class LatentModule(L.LightningModule):
         self.ema_net = frozen_copy(net) if eval_ema is not None else None
         self.adversary = None
         self.frozen: dict[str, nn.Module] = {}  # a plain dict: not in the state dict, DDP or the optimizer
-        if reward is not None:
-            self.frozen |= {"reward": reward, "vae": load_vae(pipeline)}
         self.compiled: dict[nn.Module, Callable[..., Any]] = {}
         self.register_load_state_dict_pre_hook(check_tensors)
         if gradient_checkpointing:
@@ -210,43 +204,6 @@ class LatentModule(L.LightningModule):
         """Return the networks of the objective's loss, with `online` as the trained one."""
         return self.denoiser(online)
 
-    def adversarial_term(
-        self, adversary: LatentAdversary, pair: Pair, batch: LatentBatch, batch_idx: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the student's adversarial term and values to log. The adversary learns from the same latents."""
-        draws = self.draws(adversary.draw, batch.z0, batch_idx, "adversary")
-        real, fake, t = adversary.noised(pair, batch.z0, draws, self.process)
-        with torch.no_grad():
-            judged = self.teacher_features(real, t, batch.cond)
-        features = self.teacher_features(fake, t, batch.cond)
-        term = adversary.generator_loss(features)
-        own = [feature.detach() for feature in features]
-        learned = adversary.learn(lambda: adversary.discriminator_loss(judged, own), self.share)
-        return adversary.weight * term, {"adversarial": term.detach(), "discriminator": learned}
-
-    def teacher_features(self, z_t: Tensor, t: Tensor, cond: Condition) -> list[Tensor]:
-        teacher = self.frozen["teacher"]
-        network = self.network(teacher, compiled=False)
-        return block_features(self.family, teacher, lambda: network(z_t, self.process.network_time(t), cond))
-
-    def reward_term(self, reward: Any, x0: Tensor, captions: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the term that raises the reward of the decoded x0, and values to log."""
-        vae: Any = self.frozen["vae"]
-        shift, scale = self.family.latent_scaling(vae)
-        images = vae.decode((x0 / scale + shift).to(vae.dtype)).sample.float()
-        value = reward(((images + 1) / 2).clamp(0, 1), captions).mean()
-        return -reward.weight * value, {"reward": value.detach()}
-
-    def further_terms(self, pair: Pair, batch: LatentBatch, batch_idx: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the sum of the adversary's and the reward's terms, and values to log."""
-        total, logs = torch.zeros((), device=self.device), dict[str, Tensor]()
-        if self.adversary is not None and self.global_step >= self.adversary.start:
-            total, logs = self.adversarial_term(self.adversary, pair, batch, batch_idx)
-        if (reward := self.frozen.get("reward")) is not None and pair.x0.requires_grad:
-            term, values = self.reward_term(reward, pair.x0, batch.captions)
-            total, logs = total + term, {**logs, **values}
-        return total, logs
-
     @property
     def share(self) -> float:
         """Return the share of a batch in an update of the weights, below 1 under gradient accumulation."""
@@ -318,22 +275,20 @@ class LatentModule(L.LightningModule):
 
     def facts(self) -> dict[str, Any]:
         """Return the content of `lcm.json` in the saved folder."""
-        return {
+        facts: dict[str, Any] = {
             "method": self.method,
             "pipeline": self.pipeline,
             "steps": self.global_step,
             "images": self.length.images,
             "seconds": round(self.length.seconds, 1),
             **self.objective.sampling(),
-            **self.adapter_facts(),
-            **({"rewards": rewards} if (rewards := self.rewards()) else {}),
         }
-
-    def adapter_facts(self) -> dict[str, Any]:
-        if self.adapters is None:
-            return {}
-        rank, alpha = self.adapters["rank"], self.adapters.get("alpha")
-        return {"rank": rank, "alpha": rank if alpha is None else alpha}
+        if self.adapters is not None:
+            rank, alpha = self.adapters["rank"], self.adapters.get("alpha")
+            facts |= {"rank": rank, "alpha": rank if alpha is None else alpha}
+        if rewards := self.rewards():
+            facts["rewards"] = rewards
+        return facts
 
     def rewards(self) -> list[dict[str, Any]]:
         """Return the rewards that this training or an earlier one of its student raised. Tables leave them out."""

@@ -8,11 +8,11 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lcm.core.errors import UserError
+from lcm.runtime.launch import say
 
 OptimizerFactory = Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer]
 ScheduleFactory = Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler]
@@ -289,8 +289,3 @@ def log_train(module: L.LightningModule, loss: Tensor, logs: Mapping[str, Tensor
         loss = trainer.strategy.reduce(loss.detach(), reduce_op="mean")
     module.log("train/loss", loss, prog_bar=True, batch_size=batch_size)
     module.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=batch_size)
-
-
-@rank_zero_only
-def say(line: str) -> None:
-    print(line, flush=True)

@@ -6,13 +6,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchmetrics.functional.image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPModel
 
 from lcm.core.errors import UserError
 from lcm.core.numbers import Positive
-from lcm.models.loading import check_finite, load_part
+from lcm.models.loading import load_part, load_weights
 from lcm.models.pipeline import find
 
 VGG16 = "vgg16-397923af.pth"
@@ -90,7 +89,12 @@ class Lpips(Perceptual):
             else:
                 parts.append(nn.MaxPool2d(2))
         self.vgg = nn.Sequential(*parts)
-        state = {name.removeprefix("features."): value for name, value in read_weights(weights).items() if "features." in name}
+        given = load_weights(
+            weights,
+            "VGG16",
+            f"get {VGG16} from torchvision's model downloads, put it there, or set model.perceptual.weights=<file>",
+        )
+        state = {name.removeprefix("features."): value for name, value in given.items() if "features." in name}
         if state.keys() != self.vgg.state_dict().keys():
             raise UserError(f"{weights} does not hold torchvision's VGG16: get {VGG16} anew")
         self.vgg.load_state_dict(state)
@@ -110,20 +114,3 @@ class Lpips(Perceptual):
 
     def distance(self, layer: int, square: Tensor) -> Tensor:
         return (square * self.get_buffer(f"channel_weights_{layer}")).sum(dim=-1).mean()
-
-
-def read_weights(file: str) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file or of a torch file of tensors only."""
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise UserError(
-            f"there are no VGG16 weights at {file}: get {VGG16} from torchvision's model downloads, put it there, or set "
-            "model.perceptual.weights=<file>"
-        )
-    try:
-        safe = path.suffix == ".safetensors"
-        state = load_file(path) if safe else torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:
-        raise UserError(f"{file} is not a file of weights only: get {VGG16} anew") from error
-    check_finite(file, state)
-    return state

@@ -5,13 +5,11 @@ from typing import Any
 
 import lightning as L
 
-from lcm.core.batch import LatentBatch
-
 
 class TrainingLength(L.Callback):
     """Counts the images of all ranks, and the seconds of training. Validation, image grids and metrics do not count.
 
-    The module saves both in its checkpoints.
+    A latent module saves both in its checkpoints.
     """
 
     def __init__(self) -> None:
@@ -20,10 +18,10 @@ class TrainingLength(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         self.started = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: LatentBatch, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         now = time.perf_counter()
         self.seconds, self.started = self.seconds + now - self.started, now
-        self.images += len(batch) * trainer.world_size
+        self.images += len(batch["x"] if isinstance(batch, dict) else batch) * trainer.world_size
 
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         self.started = time.perf_counter()

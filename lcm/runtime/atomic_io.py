@@ -52,6 +52,20 @@ def whole_file(target: Path, writer: object = "", keep: Path | None = None) -> I
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder beside the target, which then takes the target's place. An incomplete folder never has its name."""
+    partial = target.with_name(f"{target.name}.partial")
+    remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        remove(target)
+        partial.rename(target)
+    finally:
+        remove(partial)
+
+
 def locked(file: Path) -> TextIO:
     """Open a file and lock it against other processes until it is closed, if the file system has locks.
 
@@ -114,9 +128,14 @@ def lines_of(file: str | Path) -> list[str]:
 def writable(folder: Path, option: str) -> Path:
     """Make the folder that an option names, and return it. Raises UserError if it cannot be written to."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink(missing_ok=True)  # another process of the same program may have been first
+        return try_writing(folder)
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}): set {option} to a writable folder") from None
+
+
+def try_writing(folder: Path) -> Path:
+    """Make a folder if needed, and return it. Raises OSError if no file can be written in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".writable").touch()
+    (folder / ".writable").unlink(missing_ok=True)  # another process of the same program may have been first
     return folder

@@ -118,6 +118,7 @@ REFUSED = [
     ("train", ["-m", "model/loss=huber,l2", "model.loss.c=1"], "model.loss.c is no key of model/loss=l2"),
     ("train", ["+width=512"], "nothing reads width: leave it out"),
     ("train", ["+model.width=512"], "ConsistencyModule takes no width"),
+    ("train", ["experiment=teacher_mini", "+model/reward=clip"], "LatentModule takes no reward"),
     ("train", ["+callbacks.x.y=512"], "callbacks.x is not chosen: leave the key out"),
     ("train", ["learning_rate=1e-4"], "there is no config key 'learning_rate', did you mean 'model.optimizer.lr'?"),
     ("train", ["trainer.strategy=ddp"], "trainer.strategy has no value yet: if trainer takes it, add it with a plus, +trainer"),

@@ -204,8 +204,8 @@ def test_download_goes_on_at_its_byte(ranged: Server, tmp_path: Path, small_part
 @pytest.mark.parametrize("arrived", [0.9, 1.0])
 def test_download_of_a_killed_process_goes_on(server: Server, tmp_path: Path, arrived: float) -> None:
     content = (tmp_path / "www/0.tar").read_bytes()
-    first = cache(tmp_path).open(f"{server.url}/1.tar").arrival
-    partial = first.partial.with_name(hashlib.sha256(f"{server.url}/0.tar".encode()).hexdigest()[:32] + first.partial.suffix)
+    first = cache(tmp_path).open(f"{server.url}/1.tar")
+    partial = first.part.with_name(hashlib.sha256(f"{server.url}/0.tar".encode()).hexdigest()[:32] + first.part.suffix)
     partial.write_bytes(content[: int(arrived * len(content))])
     assert fetched(cache(tmp_path), f"{server.url}/0.tar") == content
 
@@ -475,7 +475,7 @@ def test_cache_without_file_handles_for_a_moment_is_tried_again(
             raise OSError(failures.pop(), "not now")
         return open(*args, **options)
 
-    monkeypatch.setattr("lcm.data.cache.open", scarce, raising=False)
+    monkeypatch.setattr("lcm.data.growing.open", scarce, raising=False)
     assert counts(Source([f"{plain.url}/0.tar"], cache=cache(tmp_path))) == [8]
 
 

@@ -126,6 +126,7 @@ def test_check_reads_no_pictures_and_one_shard(tmp_path: Path, monkeypatch: pyte
     [
         ("source.LocalFile", errno.ESTALE),
         ("growing.locked", errno.EMFILE),
+        ("growing.open", errno.EBUSY),
         ("index.open", errno.ENOMEM),
     ],
 )
@@ -133,8 +134,8 @@ def test_trouble_of_a_moment_is_no_damage(
     urls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, where: str
 ) -> None:
     monkeypatch.setattr("lcm.data.source.PAUSES", (0, 0))
-    if where == "index.open":
-        monkeypatch.setattr("lcm.data.index.open", open, raising=False)
+    if where.endswith(".open"):
+        monkeypatch.setattr(f"lcm.data.{where}", open, raising=False)
     module, name = where.split(".")
     sound, failures = getattr(__import__(f"lcm.data.{module}", fromlist=[name]), name), [number] * 2
 
