@@ -1,3 +1,4 @@
+import logging
 import os
 import sys
 
@@ -5,3 +6,4 @@ if sys.platform == "win32":
     sys.exit("error: Windows lacks the signals and file locks that this program needs: run it in WSL 2")
 
 os.environ.setdefault("WDS_SECURE", "1")  # read when webdataset is imported: it then opens no URL and unpickles nothing
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import asks for a package of kernels, in every process

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 
+import lcm  # noqa: F401, it mutes bitsandbytes, which diffusers imports
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 

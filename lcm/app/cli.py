@@ -64,7 +64,6 @@ class Program:
     def read_command_line(self) -> None:
         """Compose the configuration and check its keys. Answer --help and --cfg, and end the program."""
         hide_in_logs()  # Hydra's launchers log a sweep's overrides
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import asks for a package of kernels
         warnings.filterwarnings("ignore", r"\s*'hydra/launcher/.* ConfigStore")  # conf/ fills in a plugin's own schema
         try:
             self.command = prepare(self.config_name, sys.argv[1:], self.hints)

@@ -95,7 +95,10 @@ def read_metrics(file: Path) -> dict[str, dict[int, float]]:
 def plot_curves(curves: Mapping[str, Mapping[int, float]]) -> str:
     """Plot each metric in a panel of its own over the steps, and return the source of an SVG."""
     rows = -(-len(curves) // PANELS)
-    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "svg.fonttype": "none"}):
+    with matplotlib.rc_context({
+        "axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "svg.fonttype": "none",
+        "figure.facecolor": "none", "axes.facecolor": "none",  # the page is light or dark
+    }):  # fmt: skip
         figure = Figure(figsize=(4 * PANELS, 2.4 * rows), layout="constrained")
         panels = figure.subplots(rows, PANELS, squeeze=False).flat
         for axes in list(panels)[len(curves) :]:

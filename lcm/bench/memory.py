@@ -177,15 +177,19 @@ def one_gpu(
     *, networks: dict[str, dict[str, Any]], experiments: Mapping[str, str], gpus: Sequence[str | None], sizes: Sequence[int],
     reserve: float,
 ) -> Table:  # fmt: skip
-    """experiments: the name of the network by the experiment's. gpus: options of this group. sizes, reserve: in GiB."""
+    """experiments: the name of the network by the experiment's, which overrides may follow. gpus: options of this group.
+
+    sizes, reserve: in GiB.
+    """
     rows = []
     for experiment, network in experiments.items():
         config = {key: value for key, value in networks[network].items() if key != "_target_"}
-        adapters = compose("train", [f"experiment={experiment}"]).model.adapters
+        overrides = f"experiment={experiment}".split()
+        adapters = compose("train", overrides).model.adapters
         rank = None if adapters is None else adapters.rank
         plain, recomputed = (activations(config, 1, checkpointing=option, rank=rank) for option in (False, True))
         for gpu in gpus:
-            cfg = compose("train", [f"experiment={experiment}", *([f"gpu={gpu}"] if gpu else [])])
+            cfg = compose("train", [*overrides, *([f"gpu={gpu}"] if gpu else [])])
             # The backward pass recomputes one block at a time.
             image = recomputed.all + plain.block if cfg.model.gradient_checkpointing else plain.all
             states, images = sum(states_of(cfg.model, config).values()), cfg.data.batch_size

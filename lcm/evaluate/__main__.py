@@ -56,7 +56,7 @@ from lcm.data.folder import PictureSource
 from lcm.data.source import Source
 from lcm.evaluate import report
 from lcm.evaluate.clip import ClipBackbone
-from lcm.evaluate.features import Extractor, joined, read_statistics
+from lcm.evaluate.features import Extractor, joined, read_statistics, untrained
 from lcm.evaluate.inception import InceptionBackbone
 from lcm.evaluate.jobs import GRID_IMAGES, Chunk, Job, choose_resolution, load_models, make_jobs
 from lcm.evaluate.metrics import Features, TableMetric, scores
@@ -162,16 +162,8 @@ def warnings(extract: Extractor, samples: int, real: int | None, jobs: Sequence[
     return sentences
 
 
-def untrained(job: Job, metrics: Mapping[str, Any], extract: Extractor) -> dict[str, Any]:
-    """Return the metrics without those that the job's model was trained to raise: they say nothing about it."""
-    trained = [reward["weights"] for reward in job.model.metadata.get("rewards", [])]
-
-    def is_trained(metric: TableMetric) -> bool:
-        if metric.against == "network":
-            return extract.scorer_weights[metric.title] in trained
-        return metric.against == "captions" and extract.weights[0] in trained
-
-    return {name: metric for name, metric in metrics.items() if not is_trained(metric)}
+def rewards_of(job: Job) -> list[dict[str, Any]]:
+    return job.model.metadata.get("rewards", [])
 
 
 def evaluate(cfg: DictConfig) -> None:
@@ -202,7 +194,7 @@ def evaluate(cfg: DictConfig) -> None:
     real = extract.reference(reference, cfg.reference_cache) if isinstance(reference, Source) else reference
     sentences = warnings(extract, cfg.samples, len(real["clip"]) if real and "clip" in real else None, jobs)
     for name in dict.fromkeys(job.name for job in jobs):
-        shown = [untrained(job, metrics, extract) for job in jobs if job.name == name]
+        shown = [untrained(metrics, extract, rewards_of(job)) for job in jobs if job.name == name]
         for title in dict.fromkeys(metric.title for each in shown for key, metric in metrics.items() if key not in each):
             sentences.append(f"{title} of {name} is left out: a training raised this score as its reward.")
             log.warning(sentences[-1])
@@ -217,7 +209,8 @@ def evaluate(cfg: DictConfig) -> None:
         if job is not teacher:
             features, images = load(job, chunks, different)
             columns.append(resized(images[: cfg.grid_rows], cfg.resolution))
-            judges = untrained(job, {name: metric for name, metric in metrics.items() if name not in timed}, extract)
+            judges = {name: metric for name, metric in metrics.items() if name not in timed}
+            judges = untrained(judges, extract, rewards_of(job))
             values = scores(features, references, judges, device)
             values |= {name: metric.measure(job, prompts[0]) for name, metric in timed.items()}
             rows.append({"name": job.name, "steps": job.steps, "w": job.w, **{name: values.get(name) for name in metrics}})

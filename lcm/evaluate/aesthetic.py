@@ -1,5 +1,6 @@
 """LAION's aesthetic score: a small head on the image embeddings of a CLIP."""
 
+from collections import OrderedDict
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +13,13 @@ from lcm.evaluate.clip import ClipBackbone, pretrained_clip, snapshot
 from lcm.models.loading import check_finite, check_header, weight_files
 
 
+def linear_head(features: int) -> nn.Sequential:
+    """Return the head of the aesthetic score and of ImageReward: linear layers, between which trainings have dropouts."""
+    places, sizes = (0, 2, 4, 6, 7), (features, 1024, 128, 64, 16, 1)
+    layers = (nn.Linear(inputs, outputs) for inputs, outputs in pairwise(sizes))
+    return nn.Sequential(OrderedDict(zip(map(str, places), layers, strict=True)))
+
+
 class AestheticScorer(nn.Module):
     """Images -> scores `[B]`, about 1 to 10. The head has five linear layers and no activation functions.
 
@@ -22,9 +30,7 @@ class AestheticScorer(nn.Module):
         super().__init__()
         self.backbone, self.size, self.antialias = backbone, backbone.size, backbone.antialias
         self.name = f"{name} on {backbone.name}"
-        places, sizes = (0, 2, 4, 6, 7), (backbone.num_features, 1024, 128, 64, 16, 1)  # dropouts lie between them
-        layers = (nn.Linear(inputs, outputs) for inputs, outputs in pairwise(sizes))
-        self.layers = nn.ModuleDict({str(place): layer for place, layer in zip(places, layers, strict=True)})
+        self.layers = linear_head(backbone.num_features)
         weights = {key.removeprefix("layers."): value.float() for key, value in head.items()}
         expected = {key: tuple(value.shape) for key, value in self.layers.state_dict().items()}
         if {key: tuple(value.shape) for key, value in weights.items()} != expected:
@@ -38,10 +44,7 @@ class AestheticScorer(nn.Module):
 
     def score(self, pixels: Tensor, captions: list[str]) -> Tensor:
         """Return the scores `[B]` of images in [0, 1] that have the size of the image tower. Captions have no effect."""
-        x = F.normalize(self.backbone.embed(pixels), dim=-1)
-        for layer in self.layers.values():
-            x = layer(x)
-        return x.squeeze(-1)
+        return self.layers(F.normalize(self.backbone.embed(pixels), dim=-1)).squeeze(-1)
 
 
 def pretrained_aesthetic(model: str, head: str, *, antialias: bool = True) -> AestheticScorer:

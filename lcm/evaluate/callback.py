@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lcm.app.images import steps_label
@@ -17,7 +18,7 @@ from lcm.core.errors import NonFiniteError, UserError
 from lcm.core.numbers import Count, Limit, Seed
 from lcm.data.captions import read_captions
 from lcm.evaluate.clip import ClipBackbone
-from lcm.evaluate.features import Extractor, joined
+from lcm.evaluate.features import Extractor, joined, untrained
 from lcm.evaluate.inception import InceptionBackbone
 from lcm.evaluate.metrics import FeatureMetric, Features, Score, scores
 from lcm.models.text_to_image import TextToImage
@@ -31,8 +32,9 @@ class Evaluation(L.Callback):
 
     Logs `val/<metric>_<steps>_steps` for the averaged network, and with `_raw` appended for the trained network if it has an
     average. The real images are those of `shards`, filtered and cached as the training data is. Non-finite images cause a
-    warning and no metric. The cost is `samples` x the sum of `steps` network calls, twice that for a guided teacher and twice
-    that with an average, divided among the ranks. The backbones are not part of the module or its checkpoints.
+    warning and no metric. A score that a training raised as its reward is left out. The cost is `samples` x the sum of `steps`
+    network calls, twice that for a guided teacher and twice that with an average, divided among the ranks. The backbones are
+    not part of the module or its checkpoints.
 
     resolution: pixels per side at which images are drawn and compared; None: the size of the training. keep_best: a logged
     name, such as `val/fid_4_steps`, whose best checkpoint is saved as `folder`/best.ckpt.
@@ -81,9 +83,11 @@ class Evaluation(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         resolution = self.resolution or data.resolution
-        module.text_to_image(data.codec).size(resolution, "callbacks.evaluation.resolution")
+        model = module.text_to_image(data.codec)
+        model.size(resolution, "callbacks.evaluation.resolution")
         networks = [metric for metric in self.metrics.values() if isinstance(metric, Score)]
         self.extract = Extractor(self.backbone, self.fid_backbone, resolution=resolution, scores=networks).to(module.device)
+        self.leave_out_rewards(model.metadata.get("rewards", []))
         source = data.reader(self.shards, "callbacks.evaluation.shards")
         captions = read_captions(source, self.samples)
         if not captions:
@@ -91,6 +95,18 @@ class Evaluation(L.Callback):
         self.captions = [captions[i % len(captions)] for i in range(self.samples)]
         if trainer.is_global_zero:
             self.real = self.extract.reference(source, self.reference_cache, "callbacks.evaluation.reference_cache")
+
+    def leave_out_rewards(self, rewards: list[dict[str, Any]]) -> None:
+        kept = untrained(self.metrics, self.extract, rewards)
+        left_out = {name: metric for name, metric in self.metrics.items() if name not in kept}
+        for name, metric in left_out.items():
+            if self.keep_best in {f"val/{name}_{n}_steps" for n in self.steps}:
+                raise UserError(
+                    f"callbacks.evaluation.keep_best={self.keep_best} is the reward of this training: choose a metric that the "
+                    "training does not raise, such as fid"
+                )
+            rank_zero_only(log.warning)("%s is left out: a training raised this score as its reward.", metric.title)
+        self.metrics = kept
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
         if trainer.global_step % self.every_n_steps == 0:
@@ -101,7 +117,7 @@ class Evaluation(L.Callback):
         self.evaluate(trainer, module)
 
     def evaluate(self, trainer: L.Trainer, module: Any) -> None:
-        if trainer.global_step == self.last_step:
+        if trainer.global_step == self.last_step or not self.metrics:
             return
         self.last_step = trainer.global_step
         model = module.text_to_image(trainer.datamodule.codec)  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from lcm.data.captions import read_images
 from lcm.data.source import Source
 from lcm.evaluate.clip import ClipBackbone
 from lcm.evaluate.inception import InceptionBackbone
-from lcm.evaluate.metrics import Features, Score, finite
+from lcm.evaluate.metrics import Features, Score, TableMetric, finite
 from lcm.models.text_to_image import fingerprint
 from lcm.runtime.atomic_io import digest, whole_file, writable
 
@@ -104,6 +104,21 @@ class Extractor:
                 del features["text"]
             save(file, features, identity)
         return load_file(file)
+
+
+def untrained(metrics: Mapping[str, Any], extract: Extractor, rewards: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the metrics without those that a training of the model raised: they say nothing about it.
+
+    metrics: `TableMetric` by name. rewards: of the model's `lcm.json`.
+    """
+    trained = [reward["weights"] for reward in rewards]
+
+    def is_trained(metric: TableMetric) -> bool:
+        if metric.against == "network":
+            return extract.scorer_weights[metric.title] in trained
+        return metric.against == "captions" and extract.weights[0] in trained
+
+    return {name: metric for name, metric in metrics.items() if not is_trained(metric)}
 
 
 def read_statistics(file: str, dimensions: int) -> Features:

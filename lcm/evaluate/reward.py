@@ -8,16 +8,17 @@ from torch import Tensor, nn
 from lcm.core.numbers import Positive
 from lcm.evaluate.aesthetic import AestheticScorer
 from lcm.evaluate.clip import ClipBackbone
+from lcm.evaluate.image_reward import ImageRewardScorer
 from lcm.models.text_to_image import fingerprint
 
 
 class ScoreReward(nn.Module):
-    """The score of a CLIP, of a model of preferences in its format (PickScore, HPSv2.1) or of an aesthetic head, to be raised.
+    """The score of a CLIP, of a model of preferences (PickScore, HPSv2.1, ImageReward) or of an aesthetic head, to be raised.
 
     weight: of its term, RG-LCD's beta.
     """
 
-    def __init__(self, backbone: ClipBackbone | AestheticScorer, *, weight: Positive = 1.0) -> None:
+    def __init__(self, backbone: ClipBackbone | AestheticScorer | ImageRewardScorer, *, weight: Positive = 1.0) -> None:
         super().__init__()
         self.backbone, self.weight = backbone, weight
         self.facts: dict[str, Any] = {"name": backbone.name, "weights": fingerprint(backbone)}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
+from lcm.core.denoiser import PREDICTION_TYPES
 from lcm.core.errors import UserError
 from lcm.core.numbers import Count, Dtype, NonNegative
 from lcm.core.process import Process, process_of
@@ -112,6 +113,7 @@ def load_network(pipeline: str | Path, dtype: torch.dtype = torch.float32, *, na
     """Load the denoising network of a pipeline. name: its folder, by default the family's."""
     folder = find(pipeline)
     family = family_of(folder)
+    check_prediction_type(folder)
     network = load_part(family.network_class, folder / (name or family.network), torch_dtype=dtype)
     check_fit(network, folder, family)
     if (adapters := adapters_in(folder)) and "rank" not in read_lcm_json(folder):  # our own adapters are merged already
@@ -160,6 +162,16 @@ def load_prediction_type(pipeline: str | Path) -> str:
     config = scheduler_config(find(pipeline))
     flow = str(config.get("_class_name")).startswith("FlowMatch")
     return "flow_prediction" if flow else config.get("prediction_type", "epsilon")
+
+
+def check_prediction_type(folder: Path) -> None:
+    """Raise UserError for an unknown output type, before weights are read."""
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    if (prediction_type := config.get("prediction_type", "epsilon")) not in PREDICTION_TYPES:
+        raise UserError(
+            f"{folder}/scheduler/scheduler_config.json has an unknown prediction_type {prediction_type!r}: use one of "
+            f"{', '.join(PREDICTION_TYPES)}"
+        )
 
 
 def scheduler_config(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import signal
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -108,7 +108,7 @@ def given(parent: Path, name: str, ckpt_path: str | None) -> str:
     if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
         name = f"{name}-{HydraConfig.get().job.num}"
     run_dir = parent / name
-    run_dir.mkdir(exist_ok=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
     resumed = ckpt_path == "last" or (ckpt_path and run_dir.resolve() in Path(ckpt_path).resolve().parents)
     if begun(run_dir) and not resumed and not left_by_earlier_start(run_dir):
         raise UserError(f"{run_dir} holds a run: resume it with ckpt_path=last, or choose another paths.run_id")
@@ -131,7 +131,7 @@ def new_run(parent: Path, job: str | None = None) -> str:
         free = itertools.chain([job], (f"{job}-{number}" for number in itertools.count(1)))
     for name in free:
         try:
-            (parent / name).mkdir()
+            (parent / name).mkdir(parents=True)  # a refused start may have removed the parent since
             return name
         except FileExistsError:
             continue
@@ -200,8 +200,11 @@ def leave_group() -> None:
 
 @rank_zero_only
 def remove_unbegun(run_dir: Path) -> None:
+    """Remove the folder of a run without its first step, and the folder of its name if no other run is there."""
     if not begun(run_dir):
         remove(run_dir)
+        with suppress(OSError):  # it is not empty
+            run_dir.parent.rmdir()
 
 
 @rank_zero_only

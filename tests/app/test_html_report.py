@@ -69,21 +69,30 @@ def test_a_long_training_keeps_the_page_small() -> None:
     assert Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).size == (1600, 1200)
 
 
+def photograph(address: str, folder: Path, *options: str) -> np.ndarray:
+    """The pixels `[H, W, 3]` of a page in a real browser."""
+    assert CHROMIUM is not None
+    options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}", *options)
+    picture = folder / "page.png"
+    command = [CHROMIUM, *options, "--window-size=1000,800", f"--screenshot={picture}", address]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return np.asarray(Image.open(picture).convert("RGB"), dtype=int)
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 @pytest.mark.parametrize(("where", "shown"), [("", 2), ("#samples=1", 1)])
 def test_slider_shows_one_picture_in_a_browser(page: Path, tmp_path: Path, where: str, shown: int) -> None:
-    assert CHROMIUM is not None
-    options = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--window-size=1000,800",
-    ]
-    picture = tmp_path / "page.png"
-    command = [CHROMIUM, *options, f"--screenshot={picture}", f"{page.as_uri()}{where}"]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    pixels = np.asarray(Image.open(picture).convert("RGB"), dtype=int)
+    pixels = photograph(f"{page.as_uri()}{where}", tmp_path)
     pure = [np.array([255 * (i == channel) for i in range(3)]) for channel in range(3)]
     near = [(abs(pixels - wanted).sum(axis=2) < 40).sum() > 1000 for wanted in pure]  # the picture has 2400 pixels
     assert near == [i == shown for i in range(3)]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize(("scheme", "dark"), [(1, False), (0, True)], ids=["light", "dark"])
+def test_page_follows_the_colour_scheme_of_the_browser(page: Path, tmp_path: Path, scheme: int, dark: bool) -> None:
+    """Curves included: nearly all of the page is dark or light, and what is written on it is the opposite."""
+    brightness = photograph(page.as_uri(), tmp_path, f"--blink-settings=preferredColorScheme={scheme}").mean(axis=2)
+    paper, ink = (brightness < 60, brightness > 190) if dark else (brightness > 230, brightness < 90)
+    assert paper.mean() > 0.9
+    assert ink[300:].sum() > 1000  # titles and axes of the curves

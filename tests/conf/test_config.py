@@ -78,8 +78,11 @@ def test_every_option_of_group(group: str) -> None:
 
 
 GPUS = {
-    **dict.fromkeys(("lcd_lora_sd15", "lcd_lora_sdxl", "tcd_lora_sdxl", "lcf_lora_sd15"), ("8gb", "12gb", "16gb", "24gb")),
-    **dict.fromkeys(("lcd_sd15", "tcd_sd15"), ("16gb", "24gb")),
+    **dict.fromkeys(
+        ("lcd_lora_sd15", "lcd_lora_sdxl", "tcd_lora_sdxl", "lcf_lora_sd15", "tdm_lora_sd15"), ("8gb", "12gb", "16gb", "24gb")
+    ),
+    **dict.fromkeys(("lcd_sd15", "tcd_sd15", "tdm_sd15", "dmd2_sd15"), ("16gb", "24gb")),
+    **dict.fromkeys(("teacher_sd15", "guided_distill_sd15"), ("24gb",)),
 }
 
 

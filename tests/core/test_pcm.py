@@ -183,6 +183,19 @@ def test_saved_scheduler_steps_from_edge_to_edge(phases):
     assert scheduler.timesteps.tolist()[1:] == objective.edges.tolist()[:0:-1]
 
 
+@pytest.mark.parametrize("objective", [pcm, lambda flow, phases: tscd(8, phases, process=flow)], ids=["pcm", "tscd"])
+@pytest.mark.parametrize("phases", [2, 4, 8])
+def test_saved_scheduler_of_flow_steps_from_edge_to_edge(objective, phases):
+    flow = Flow(shift=3.0)
+    trained = objective(flow, phases=phases)
+    trained.advance(99, 100)
+    name, options = trained.scheduler("flow_prediction")
+    scheduler = getattr(diffusers, name)(**options)
+    scheduler.set_timesteps(phases)
+    expected = flow.sigma(torch.tensor([999, *trained.edges.tolist()[:0:-1]]))
+    torch.testing.assert_close(scheduler.sigmas[:-1], expected, rtol=0, atol=1e-6)
+
+
 def test_sampler_jumps_from_edge_to_edge():
     """A network that is right within each phase draws the data: one step for each phase is enough."""
     process, objective = VP(), pcm()

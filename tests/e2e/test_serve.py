@@ -42,11 +42,11 @@ def address(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     for line in process.stdout:
         lines.append(line)
         if found := re.search(r"page: +(http://\S+)", line):
+            watchdog.cancel()
             yield found[1]
             break
     else:
         pytest.fail("".join(lines))
-    watchdog.cancel()
     process.terminate()
     assert process.wait(60) in (0, -15)
 
@@ -68,13 +68,26 @@ def test_many_clients_at_once(address: str) -> None:
     assert codes == [(200, b"\x89PNG")] * 8
 
 
+def content(address: str, folder: Path) -> str:
+    """The page in a real browser, after its scripts have run."""
+    assert CHROMIUM is not None
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
+    dump = [CHROMIUM, *options, "--virtual-time-budget=60000", "--dump-dom", address]
+    return subprocess.run(dump, check=True, capture_output=True, text=True, timeout=180).stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_page_shows_its_settings_in_a_browser(address: str, tmp_path: Path) -> None:
+    """Before anything is drawn."""
+    page = content(address, tmp_path)
+    assert '<output id="steps-shown">2</output>' in page
+    assert re.search(r'<output id="w-shown">[\d.]+</output>', page)
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_page_draws_in_a_browser(address: str, tmp_path: Path) -> None:
     """Student and teacher are drawn for the prompt in the address, as for a typed one."""
-    assert CHROMIUM is not None
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    dump = [CHROMIUM, *options, "--virtual-time-budget=60000", "--dump-dom", f"{address}/?prompt=rocket"]
-    page = subprocess.run(dump, check=True, capture_output=True, text=True, timeout=180).stdout
+    page = content(f"{address}/?prompt=rocket", tmp_path)
     shown = dict(re.findall(r'<figure id="(\w+)">.*?src="(blob:[^"]+)" ?.*?</figure>', page, re.DOTALL))
     assert shown.keys() == {"student", "teacher"}, page
     assert "student, 2 steps" in page

@@ -17,6 +17,7 @@ from lcm.evaluate.callback import Evaluation
 from lcm.evaluate.clip import mini_clip
 from lcm.evaluate.features import Extractor, joined
 from lcm.evaluate.metrics import scores
+from lcm.evaluate.reward import ScoreReward
 from tests.data.conftest import png, write_shard
 from tests.evaluate.test_metrics import METRICS
 
@@ -50,6 +51,20 @@ def test_values_match_the_program_for_both_networks(training, data, fit, callbac
     )
     for metric in ("fid", "clip_score"):
         assert float(metrics[f"val/{metric}_2_steps"]) == pytest.approx(expected[metric], rel=1e-4)
+
+
+def test_trained_reward_is_left_out(training, data, fit, callback, tiny_pipeline, caplog):
+    def run(**options):
+        module = training("distillation", reward=ScoreReward(mini_clip(str(tiny_pipeline))))
+        return fit(module, data(), 1, callbacks=[callback(steps=[1], **options)]).callback_metrics
+
+    with caplog.at_level("WARNING"):
+        metrics = run()
+    assert "val/fid_1_steps" in metrics
+    assert "val/clip_score_1_steps" not in metrics
+    assert caplog.text.count("CLIP is left out: a training raised this score as its reward.") == 1
+    with pytest.raises(UserError, match=r"keep_best=val/clip_score_1_steps is the reward of this training: choose a metric"):
+        run(keep_best="val/clip_score_1_steps")
 
 
 def test_shards_use_cache_and_filters_of_the_data(training, data, fit, callback, shards, tmp_path):

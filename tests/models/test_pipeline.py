@@ -144,6 +144,15 @@ def test_vae_with_latent_statistics_is_an_error(tiny_pipeline: Path, tmp_path: P
         load_codec(str(folder))
 
 
+def test_unknown_prediction_type_is_refused_before_weights_are_read(tiny_pipeline: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "pipeline")
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    file = folder / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": "epsilom"}))
+    with pytest.raises(UserError, match=r"scheduler_config\.json has an unknown prediction_type 'epsilom': use one of ep"):
+        load_network(str(folder))
+
+
 @pytest.mark.parametrize("consistency", [False, True])
 def test_round_trip_keeps_weights_and_schedule(tiny_pipeline: Path, tmp_path: Path, consistency: bool) -> None:
     process = VP(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, rescale_betas_zero_snr=True)

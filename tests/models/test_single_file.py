@@ -160,9 +160,9 @@ def test_a_checkpoint_without_a_part_is_refused(checkpoint: Path, tiny_pipeline:
         find(f"{tmp_path / 'half.safetensors'}:{tiny_pipeline}")
 
 
-def network(kind: str, tiny: Path, pixart: Path) -> tuple[Any, Any]:
+def network(kind: str, tiny: Path, pixart: Path, sd3: Path) -> tuple[Any, Any]:
     """Return a module, as far as an export looks at it, and its network."""
-    folder = pixart if kind == "pixart" else tiny
+    folder = {"pixart": pixart, "sd3": sd3}.get(kind, tiny)
     family, net = load_family(folder), load_network(folder)
     if kind == "student":
         net = family.with_w(net)
@@ -190,6 +190,7 @@ def network(kind: str, tiny: Path, pixart: Path) -> tuple[Any, Any]:
         ("teacher", {"evaluation": "x"}, "evaluation=x has no effect without a card"),
         ("teacher", {"evaluation": "x", "card": True}, "evaluation=x has no table.md"),
         ("pixart", {"format": "onnx"}, "format=onnx is for Stable Diffusion 1, 2 and XL, and this is a PixArtAlphaPipeline"),
+        ("sd3", {"format": "openvino"}, "format=openvino is for Stable Diffusion 1, 2 and XL, and this is a StableDiffusion3P"),
         ("several", {"format": "openvino"}, "format=openvino holds one network, and this run trained several"),
         ("student", {"format": "openvino", "w": 3.0}, "w=3 has no effect on format=openvino"),
         ("student", {"format": "original", "w": 3.0}, None),
@@ -199,9 +200,9 @@ def network(kind: str, tiny: Path, pixart: Path) -> tuple[Any, Any]:
     ],
 )
 def test_an_export_without_effect_is_refused(
-    kind: str, options: dict[str, Any], says: str | None, tiny_pipeline: Path, pixart_pipeline: Path
+    kind: str, options: dict[str, Any], says: str | None, tiny_pipeline: Path, pixart_pipeline: Path, sd3_pipeline: Path
 ) -> None:
     cfg = OmegaConf.create({"format": "pipeline", "w": None, "card": False, "evaluation": None, **options})
-    module, net = network(kind, tiny_pipeline, pixart_pipeline)
+    module, net = network(kind, tiny_pipeline, pixart_pipeline, sd3_pipeline)
     with nullcontext() if says is None else pytest.raises(UserError, match=says):
         check_format(cfg, module, net)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lcm.evaluate import report
-from lcm.evaluate.__main__ import untrained
 from lcm.evaluate.clip import mini_clip
+from lcm.evaluate.features import untrained
 from lcm.evaluate.metrics import Score
 from lcm.evaluate.reward import ScoreReward
 from lcm.models.pipeline import load_vae
@@ -60,14 +60,12 @@ def test_student_follows_the_reward(kind: str, reward: ScoreReward, training: An
 def test_trained_score_is_no_result(reward: ScoreReward) -> None:
     scorer_weights = {"Pick": reward.facts["weights"], "Other": "other"}
     extract: Any = SimpleNamespace(weights=[reward.facts["weights"]], scorer_weights=scorer_weights)
-    model = {True: SimpleNamespace(metadata={"rewards": [reward.facts]}), False: SimpleNamespace(metadata={})}
-    jobs: Any = {trained: SimpleNamespace(name=str(trained), model=model[trained]) for trained in (True, False)}
-    assert set(METRICS) - set(untrained(jobs[True], METRICS, extract)) == {"clip_score"}
-    assert untrained(jobs[False], METRICS, extract) == METRICS
+    assert set(METRICS) - set(untrained(METRICS, extract, [reward.facts])) == {"clip_score"}
+    assert untrained(METRICS, extract, []) == METRICS
     networks = {title: Score(title, False, None) for title in scorer_weights}
-    assert set(untrained(jobs[True], networks, extract)) == {"Other"}
+    assert set(untrained(networks, extract, [reward.facts])) == {"Other"}
     other: Any = SimpleNamespace(weights=["other"])
-    assert untrained(jobs[True], METRICS, other) == METRICS
+    assert untrained(METRICS, other, [reward.facts]) == METRICS
 
     metrics = {name: METRICS[name] for name in ("fid", "clip_score")}
     rows = [{"name": name, "steps": 4, "w": 4.0, "fid": 9.0, "clip_score": value} for name, value in (("A", None), ("B", 31.0))]

@@ -27,7 +27,7 @@ class PhasedConsistencyDistillation(LatentConsistencyDistillation):
     edges: torch.Tensor
 
     def __init__(self, *args: Any, phases: Count = 4, classifier_free_guidance: bool = False, **options: Any) -> None:
-        super().__init__(*args, **options)
+        super().__init__(*args, **{"saved_steps": phases, **options})
         if classifier_free_guidance and self.w_max:
             raise UserError(
                 "model.objective.classifier_free_guidance=true distils without w: set model.w_min=null model.w_max=null"
