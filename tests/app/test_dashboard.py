@@ -1,7 +1,6 @@
 """The dashboard's workspace and report are built without a network, and the sweep files hold commands of train.py."""
 
 import re
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ def test_agent_of_a_sweep_starts_trainings(file: Path) -> None:
         [each[key] for key in ("min", "max")] if "min" in each else [each["values"][0], each["values"][-1]]
         for each in sweep["parameters"].values()
     ]
-    for values in product(*options):
+    for values in zip(*options, strict=True):
         args = {name: {"value": value} for name, value in zip(sweep["parameters"], values, strict=True)}
         given = create_sweep_command_args({"args": args})["args_no_hyphens"]
         command = [part for part in create_sweep_command(sweep["command"]) if not part.startswith("${")]

@@ -1,5 +1,6 @@
 """--help is a complete page. --help, --cfg and the errors of wrong keys need no torch."""
 
+import json
 import os
 import re
 import shlex
@@ -53,13 +54,41 @@ def test_keys_of_parts_have_comments() -> None:
             assert [name for name in names if not help_page.comment_of(name, program)] == []
 
 
-def start(program: str, args: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Start a program where an import of torch ends it."""
+COMMANDS = [
+    ["train", "--help"],
+    ["train", "--cfg", "job"],
+    ["train", "model/solver=ddmi"],
+    *([program, "nothing.like=it"] for program in PROGRAMS[1:]),
+    ["export", "dtype=float32"],
+]
+RUN_ALL = """
+import contextlib, io, json, runpy, sys
+answers = []
+for program, *args in json.loads(sys.argv[1]):
+    sys.argv, out, err = [program, *args], io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            module = program if program in ("train", "sample") else f"lcm.{program}"
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+    text = f"{code}\\n" if isinstance(code, str) else ""
+    answers.append((code if isinstance(code, int) else int(code is not None), out.getvalue(), err.getvalue() + text))
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str]]:
+    """Return code, output and errors of each command, run in one interpreter where an import of torch ends a program."""
+    folder = tmp_path_factory.mktemp("without-torch")
     (folder / "torch.py").write_text("raise SystemExit('torch was imported')")
-    module = program if program in ("train", "sample") else f"lcm.{program}"
-    script = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     env = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}"}
-    return subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, cwd=ROOT, env=env)
+    run = [sys.executable, "-c", RUN_ALL, json.dumps(COMMANDS)]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env=env)
+    assert done.returncode == 0, done.stderr
+    return {" ".join(command): tuple(answer) for command, answer in zip(COMMANDS, json.loads(done.stdout), strict=True)}
 
 
 @pytest.mark.parametrize(
@@ -71,18 +100,13 @@ def start(program: str, args: list[str], folder: Path) -> subprocess.CompletedPr
     ],
     ids=str,
 )
-def test_train_answers_without_torch(args: list[str], code: int, says: str, tmp_path: Path) -> None:
-    done = start("train", args, tmp_path)
-    assert (done.returncode, says in done.stdout + done.stderr) == (code, True), done.stdout + done.stderr
+def test_train_answers_without_torch(args: list[str], code: int, says: str, answers: dict[str, tuple[int, str, str]]) -> None:
+    returned, out, err = answers[" ".join(["train", *args])]
+    assert (returned, says in out + err) == (code, True), out + err
 
 
-@pytest.mark.parametrize("program", PROGRAMS[1:])
-def test_program_answers_without_torch(program: str, tmp_path: Path) -> None:
-    done = start(program, ["nothing.like=it"], tmp_path)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.splitlines() == ["error: there is no config key 'nothing.like'"]
-
-
-def test_missing_value_is_answered_without_torch(tmp_path: Path) -> None:
-    done = start("export", ["dtype=float32"], tmp_path)
-    assert (done.returncode, done.stderr) == (1, "error: run has no default: give it on the command line, run=...\n")
+def test_programs_answer_without_torch(answers: dict[str, tuple[int, str, str]]) -> None:
+    given = {program: answers[f"{program} nothing.like=it"] for program in PROGRAMS[1:]}
+    assert given == dict.fromkeys(PROGRAMS[1:], (1, "", "error: there is no config key 'nothing.like'\n"))
+    missing = "error: run has no default: give it on the command line, run=...\n"
+    assert answers["export dtype=float32"] == (1, "", missing)

@@ -73,7 +73,7 @@ TAGS = ",".join(f"tag_{i}" for i in range(400))
 
 @pytest.mark.parametrize(
     ("label", "side"),
-    [("", 16), (WORDS, 16), (TAGS, 256), ("一只橙色的猫 🐱" * 40, 16), (WORDS.replace(" ", "\n"), 256), ("x" * 10**6, 256)],
+    [(TAGS, 256), ("一只橙色的猫 🐱" * 40, 16), (WORDS.replace(" ", "\n"), 256), ("x" * 10**6, 256)],
 )
 def test_labels_keep_to_their_rows(label, side):
     rows, white = [torch.full((2, 3, side, side), 255).byte()] * 3, (255, 255, 255)
@@ -88,7 +88,7 @@ def test_labels_keep_to_their_rows(label, side):
             assert picture.crop(box).getcolors() == [((box[2] - box[0]) * (box[3] - box[1]), white)]
 
 
-@pytest.mark.parametrize("text", [WORDS, TAGS, "red apple"])
+@pytest.mark.parametrize("text", [WORDS, TAGS])
 def test_labels_are_wrapped_and_cut(text):
     font = label_font(14)
     whole, cut = wrap(text, font, 200), wrap(text, font, 200, 3)

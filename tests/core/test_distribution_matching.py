@@ -22,11 +22,11 @@ from lcm.core.timesteps import consistency_steps, trailing_steps
 from tests.core.gaussian import exact
 from tests.core.test_objectives import SHAPE, B, Recorder, Scale, a_batch, rng
 
-every_process = pytest.mark.parametrize("process", [VP(), Flow(), Flow(shift=3.0)], ids=["vp", "flow", "flow_3"])
+every_process = pytest.mark.parametrize("process", [VP(), Flow(shift=3.0)], ids=["vp", "flow_3"])
 KINDS = {"tdm": (TrajectoryDistributionMatching, losses.huber), "dmd2": (ImprovedDistributionMatching, losses.l2)}
 every_kind = pytest.mark.parametrize("kind", KINDS)
-pairs = [("tdm", VP()), ("dmd2", VP()), ("tdm", Flow()), ("dmd2", Flow(shift=3.0))]
-kind_and_process = pytest.mark.parametrize(("kind", "process"), pairs, ids=["tdm_vp", "dmd2_vp", "tdm_flow", "dmd2_flow_3"])
+pairs = [("dmd2", VP()), ("tdm", Flow(shift=3.0))]
+kind_and_process = pytest.mark.parametrize(("kind", "process"), pairs, ids=["dmd2_vp", "tdm_flow_3"])
 
 
 def matching(kind, process=None, **options):
@@ -91,7 +91,7 @@ class Steps:
         return 0.4 * z
 
 
-@pytest.mark.parametrize(("process", "steps"), [(VP(), 1), (VP(), 4), (Flow(), 2), (Flow(shift=3.0), 4)], ids=str)
+@pytest.mark.parametrize(("process", "steps"), [(VP(), 4), (Flow(shift=3.0), 2)], ids=str)
 def test_inputs_are_those_of_the_sampler(process, steps):
     """In every step, whose times are those of the few-step sampler."""
     times = trailing_steps(steps) if isinstance(process, Flow) else consistency_steps(steps)
@@ -197,7 +197,7 @@ def test_all_networks_take_w_and_the_teacher_is_guided(kind):
     torch.testing.assert_close(pair.target, torch.full(SHAPE, 0.3 + move))
 
 
-@pytest.mark.parametrize(("kind", "steps"), [("tdm", 1), ("tdm", 4), ("dmd2", 2), ("dmd2", 4)])
+@pytest.mark.parametrize(("kind", "steps"), [("tdm", 4), ("dmd2", 2)])
 def test_saved_scheduler_takes_the_steps_of_the_training(kind, steps):
     objective = matching(kind, steps=steps)
     name, options = objective.scheduler("epsilon")

@@ -41,12 +41,11 @@ def test_stages_follow_the_training():
     assert stages == [stage for stage in range(8) for _ in range(10)]
 
 
-@every_process
-def test_first_stage_is_denoising(process):
+def test_first_stage_is_denoising():
     """Below level 1 the target is the image for any target network."""
-    online, seen = Recorder(0.1), []
-    objective = ect(process, distance=lambda x, y: seen.append(y) or losses.l2(x, y))
-    objective.loss(denoisers(online, Recorder(50.0), process=process), a_batch(), draws_at(0.05, 0.2, 0.5, 0.9))
+    seen = []
+    objective = ect(distance=lambda x, y: seen.append(y) or losses.l2(x, y))
+    objective.loss(denoisers(Recorder(0.1), Recorder(50.0)), a_batch(), draws_at(0.05, 0.2, 0.5, 0.9))
     assert torch.equal(seen[0], a_batch().z0)
 
 
@@ -84,11 +83,10 @@ def test_weight_is_the_inverse_distance_of_the_levels():
         assert loss.item() == pytest.approx((1 / (levels - objective.near_level(levels))).mean().item(), rel=1e-5)
 
 
-@every_process
-def test_exact_networks_have_no_loss_on_point_mass(process):
-    student = exact(process, "v_prediction", mu=0.7, s=0.0)
+def test_exact_networks_have_no_loss_on_point_mass():
+    student = exact(VP(), "v_prediction", mu=0.7, s=0.0)
     batch = a_batch(torch.full(SHAPE, 0.7))
-    objective = ect(process)
+    objective = ect()
     for objective.stage in (0, 4):
         assert objective.loss(Networks(student, student), batch, draws_at(0.05, 0.5, 2.0, 10.0))[0] < 1e-3
 

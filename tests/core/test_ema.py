@@ -12,14 +12,13 @@ def tensors(seed):
     return [torch.randn(3, 4, generator=rng), torch.randn(5, generator=rng)]
 
 
-@pytest.mark.parametrize("decay", [0.5, 0.999943])
-def test_closed_form_after_n_updates(decay):
+def test_closed_form_after_n_updates():
     """With a constant online: online + decay^n (start - online)."""
     average, start, online = tensors(0), tensors(0), tensors(1)
     for _ in range(10):
-        ema_update_(average, online, decay)
+        ema_update_(average, online, 0.5)
     for a, s, o in zip(average, start, online, strict=True):
-        torch.testing.assert_close(a, o + decay**10 * (s - o))
+        torch.testing.assert_close(a, o + 0.5**10 * (s - o))
 
 
 @pytest.mark.parametrize(("decay", "seed"), [(0.0, 1), (1.0, 0)])

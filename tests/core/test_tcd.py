@@ -15,9 +15,6 @@ from lcm.core.timesteps import consistency_steps, full, grid, trailing_steps
 from tests.core.gaussian import exact
 from tests.core.test_objectives import SHAPE, B, Recorder, Scale, a_batch, denoisers, returns_caption, rng, some_draws
 
-every_process = pytest.mark.parametrize("process", [VP(), Flow(shift=3.0)], ids=["vp", "flow_3"])
-every_type = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-
 
 def tcd(process=None, **changes):
     gamma = {"gamma": 0.0} if isinstance(process, Flow) else {}  # other values are an error in a flow
@@ -66,10 +63,9 @@ def test_golden_tcd_in_flow():
     assert loss.item() == pytest.approx(0.065025, abs=1e-6)
 
 
-@every_type
-def test_clean_end_alone_is_lcm_in_flow(prediction_type):
+def test_clean_end_alone_is_lcm_in_flow():
     flow, draws = Flow(shift=3.0), shares(0.0)
-    nets = denoisers(Scale(0.5), Scale(0.4), Scale(0.3), process=flow, prediction_type=prediction_type)
+    nets = denoisers(Scale(0.5), Scale(0.4), Scale(0.3), process=flow, prediction_type="flow_prediction")
     lcd = LatentConsistencyDistillation(flow, timesteps=grid(), solver=solvers.ddim, distance=losses.l2)
     expected = lcd.loss(nets, a_batch(), ConsistencyDraws(draws.eps, draws.index, draws.w))[0]
     torch.testing.assert_close(tcd(flow).loss(nets, a_batch(), draws)[0], expected)
@@ -85,10 +81,7 @@ def test_clean_end_alone_is_jump_to_0_in_vp():
     torch.testing.assert_close(seen[0], process.alphas[0] * x0 - 1.1 * process.sigmas[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("process", "prediction_type"),
-    [(VP(), "epsilon"), (Flow(), "v_prediction"), (Flow(shift=3.0), "flow_prediction"), (VP(), "sample")],
-)
+@pytest.mark.parametrize(("process", "prediction_type"), [(VP(), "epsilon"), (Flow(shift=3.0), "flow_prediction")])
 def test_nearest_end_is_teachers_step(process, prediction_type):
     """With m = s the target is z_s for any target network."""
     target, seen = Scale(50.0), []
@@ -102,7 +95,7 @@ def test_nearest_end_is_teachers_step(process, prediction_type):
     torch.testing.assert_close(seen[0], solvers.ddim(teacher, z_t, t, s, process=process), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("process", "of_teacher"), [(VP(), VP()), (VP(), Flow(shift=3.0)), (Flow(shift=3.0), VP())])
+@pytest.mark.parametrize(("process", "of_teacher"), [(VP(), Flow(shift=3.0)), (Flow(shift=3.0), VP())])
 def test_exact_networks_have_no_loss_on_point_mass(process, of_teacher):
     """For every end time and prediction type."""
     for prediction_type, share in zip(PREDICTION_TYPES, (0.0, 0.3, 0.6, 0.99), strict=True):
@@ -112,11 +105,10 @@ def test_exact_networks_have_no_loss_on_point_mass(process, of_teacher):
         assert tcd(process).loss(Networks(student, student, teacher), a_batch(), draws)[0] < 1e-8
 
 
-@every_process
-def test_diffusion_model_has_loss_at_far_ends(process):
+def test_diffusion_model_has_loss_at_far_ends():
     """A perfect denoiser's long jumps leave the trajectory, its short ones do not."""
-    nets = Networks(*[exact(process, "v_prediction")] * 3)
-    far, near = (tcd(process).loss(nets, a_batch(), shares(share, 12, 24, 30, 38))[0] for share in (0.0, 0.99))
+    nets = Networks(*[exact(VP(), "v_prediction")] * 3)
+    far, near = (tcd().loss(nets, a_batch(), shares(share, 12, 24, 30, 38))[0] for share in (0.0, 0.99))
     assert near < 1e-6 < 1e-5 < far
 
 
@@ -141,9 +133,7 @@ def test_end_times_are_uniform_up_to_s(process):
         assert (counts - 100_000 / len(ends)).abs().max() <= 2
 
 
-@pytest.mark.parametrize(
-    ("process", "timesteps"), [(VP(), grid()), (Flow(), grid(points=1000)), (VP(), full()), (Flow(), full())]
-)
+@pytest.mark.parametrize(("process", "timesteps"), [(Flow(), grid(points=1000)), (VP(), full())])
 def test_end_times_are_not_above_s(process, timesteps):
     s = torch.arange(process.t_min, 980)
     for share in (0.0, 0.5, 1 - 2**-24):
@@ -199,7 +189,7 @@ def test_stochastic_sampler_of_flow_is_refused():
         tcd(Flow(), gamma=0.3)
 
 
-@pytest.mark.parametrize(("shift", "steps"), [(1.0, 4), (3.0, 1), (6.0, 8)])
+@pytest.mark.parametrize(("shift", "steps"), [(3.0, 1), (6.0, 8)])
 def test_saved_scheduler_of_flow_uses_our_grid(shift, steps):
     """The default grid of diffusers' scheduler is `trailing_steps(steps)` of the process."""
     flow = Flow(shift=shift)

@@ -25,7 +25,7 @@ def test_shapes_are_those_of_sdxl() -> None:
     assert of_sdxl | {(width, height) for height, width in of_sdxl} <= shapes
 
 
-@pytest.mark.parametrize(("resolution", "ratio"), [(256, 1), (512, 1.5), (1024, 4)])
+@pytest.mark.parametrize(("resolution", "ratio"), [(256, 1), (1024, 4)])
 def test_shapes_keep_to_pixels_ratio_and_grid(resolution: int, ratio: float) -> None:
     shapes = shapes_of(ratio, resolution)
     assert len(set(shapes)) == len(shapes)
@@ -41,7 +41,7 @@ def test_a_list_of_shapes_is_taken_as_it_is() -> None:
     assert shapes_of([[512, 512], [384, 640]], 512) == [(512, 512), (384, 640)]
 
 
-@pytest.mark.parametrize("buckets", [True, 17, [], [512, 512], [[512, 0]], [[8, 8]] * 257])
+@pytest.mark.parametrize("buckets", [True, 17, [512, 512], [[512, 0]], [[8, 8]] * 257])
 def test_buckets_without_sense_are_refused(buckets: Any) -> None:
     with pytest.raises(UserError, match=r"data\.buckets=.*expected a ratio from 1 to 16"):
         shapes_of(buckets, 512)

@@ -313,16 +313,18 @@ def test_first_batch_needs_the_beginnings_of_the_first_shards(
         assert server.sent < 3 * size / 2
 
 
-def test_resume_fetches_no_shard_that_it_passes(server: Server, large: list[str], tmp_path: Path) -> None:
+def test_resume_fetches_no_shard_that_it_passes(ranged: Server, tmp_path: Path) -> None:
+    large = write_large(tmp_path, ranged, 12)
     index = str(tmp_path / "index")
     straight = take(stream(Source(large, cache=cache(tmp_path), index=index), lanes=3, batch_size=6), 74)
-    server.asked.clear()
+    ranged.asked.clear()
     source = Source(large, cache=ShardCache(str(tmp_path / "other")), index=index)
     assert take(stream(source, lanes=3, batch_size=6, start=72 * 6), 1) == straight[72:73]
-    assert len(paths_asked(server)) <= 6  # the present shards of the lanes and their next ones
+    assert len(paths_asked(ranged)) <= 6  # the present shards of the lanes and their next ones
 
 
-def test_remote_stream_is_the_local_one(server: Server, large: list[str], tmp_path: Path) -> None:
+def test_remote_stream_is_the_local_one(ranged: Server, tmp_path: Path) -> None:
+    large = write_large(tmp_path, ranged, 12)
     local = [str(tmp_path / f"www/large-{number}.tar") for number in range(12)]
     remote = Source(large, cache=cache(tmp_path))
     assert take(stream(remote, lanes=3, batch_size=16), 40, workers=2) == take(stream(local, lanes=3, batch_size=16), 40)

@@ -115,7 +115,6 @@ def test_table_of_odd_texts(tmp_path: Path) -> None:
     ("name", "content", "says"),
     [
         ("metadata.jsonl", '{"text": "a"}', r"metadata\.jsonl has a row without file_name"),
-        ("metadata.csv", "name,text\na.png,a", "has a row without file_name"),
         ("metadata.jsonl", '{"file_name": ', r"metadata\.jsonl cannot be read \(.*\): write one JSON object per line"),
         ("metadata.jsonl", "[1]", r"cannot be read \(a line is not a JSON object\)"),
         ("sub/metadata.csv", "file_name,text\na.png,caf\udce9", r"sub/metadata\.csv cannot be read \(byte 0xe9"),
@@ -131,10 +130,9 @@ def test_wrong_table_is_one_sentence(tmp_path: Path, name: str, content: str, sa
         FolderSource(str(tmp_path))
 
 
-@pytest.mark.parametrize(("encoding", "end"), [("utf-8", "\r\n"), ("utf-8-sig", "\n")])
-def test_table_of_other_programs(tmp_path: Path, encoding: str, end: str) -> None:
+def test_table_of_other_programs(tmp_path: Path) -> None:
     pictures(tmp_path, ["a.png"], text=None)
-    (tmp_path / "metadata.csv").write_bytes(f"File_Name, TEXT {end}a.png,é{end}".encode(encoding))
+    (tmp_path / "metadata.csv").write_bytes("File_Name, TEXT \r\na.png,é\r\n".encode("utf-8-sig"))
     assert captions(FolderSource(str(tmp_path))) == {"a": "é"}
 
 

@@ -161,7 +161,7 @@ class TestBuild:
         small(folder)
         assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
 
-    @pytest.mark.parametrize("settings", [{"resolution": 24}, {"held_out": 0.2}, {"style": "line"}, {"pairs": 0.5}])
+    @pytest.mark.parametrize("settings", [{"held_out": 0.2}, {"style": "line"}])
     def test_other_settings_build_again(self, tmp_path: Path, settings: dict[str, Any]) -> None:
         folder = small(tmp_path / "set")
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -226,12 +226,12 @@ def test_the_dark_style_has_light_outlines(drawings: list[dict[str, np.ndarray]]
         assert drawn["dark"][outline, :3].mean() > 200
 
 
-@pytest.mark.parametrize("experiment", ["autoencoder_mini", "clip_mini", "lcd_mini", "teacher_mini"])
+@pytest.mark.parametrize("experiment", ["clip_mini", "lcd_mini"])
 def test_own_shards_need_no_openmoji(experiment, shards, tiny_pipeline, tmp_path, capsys):
     """Beside a folder of OpenMoji that has been drawn, for data.shards alone and for data=shards."""
     own = [str(path) for path in sorted(shards.glob("train-*.tar"))]
     base = [f"experiment={experiment}", f"paths.data={tmp_path}", "data.resolution=32"]
-    base += [] if experiment in ("autoencoder_mini", "clip_mini") else [f"model.pipeline={tiny_pipeline}"]
+    base += [] if experiment == "clip_mini" else [f"model.pipeline={tiny_pipeline}"]
     for group in ([], ["data=shards"]):
         for urls in (own[0], f"[{','.join(own)}]"):
             data = instantiate(compose("train", [*base, *group, f"data.shards={urls}"]).data)
@@ -246,7 +246,7 @@ def test_own_shards_need_no_openmoji(experiment, shards, tiny_pipeline, tmp_path
         assert "validation" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("data", ["openmoji", "openmoji_line", "openmoji_styles"])
+@pytest.mark.parametrize("data", ["openmoji_line", "openmoji_styles"])
 def test_default_data_are_drawn_and_validated_on(data):
     cfg = compose("train", [f"data={data}", "paths.data=mine"]).data
     style = "line-" if data == "openmoji_line" else ""
@@ -256,8 +256,7 @@ def test_default_data_are_drawn_and_validated_on(data):
     assert is_wanted(others.data.build.root, others.data.build.wanted)
 
 
-@pytest.mark.parametrize("folder", ["/proc/nowhere", "file"])
-def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path, folder: str) -> None:
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^cannot write to .* \(.*\): set paths\.data to a writable folder$"):
-        build(str(tmp_path / folder / "openmoji-16"), resolution=16)
+        build(str(tmp_path / "file/openmoji-16"), resolution=16)

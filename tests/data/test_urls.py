@@ -31,10 +31,9 @@ def test_file_urls_are_local(urls: list[str]) -> None:
     assert expand_urls(f"file://{urls[0]}") == [urls[0]]
 
 
-@pytest.mark.parametrize("pattern", ["nowhere.tar", "{000..004}.tar"])
-def test_missing_shards_name_the_option(urls: list[str], pattern: str) -> None:
+def test_missing_shards_name_the_option(urls: list[str]) -> None:
     with pytest.raises(UserError, match=r"no shards match .*data\.val_shards"):
-        expand_urls(str(Path(urls[0]).with_name(pattern)), "data.val_shards")
+        expand_urls(str(Path(urls[0]).with_name("{000..004}.tar")), "data.val_shards")
 
 
 @pytest.mark.parametrize(("url", "allow_pipe"), [("ftp://a/{}.tar", False), ("memory://{}", True)])
@@ -79,10 +78,9 @@ def test_braces_around_one_number_are_that_number(urls: list[str]) -> None:
     assert expand_urls("s3://bucket/{00000}.tar") == ["s3://bucket/00000.tar"]
 
 
-@pytest.mark.parametrize("braces", ["{000-003}", "{000..}"])
-def test_other_ranges_are_told_the_right_spelling(urls: list[str], braces: str) -> None:
+def test_other_ranges_are_told_the_right_spelling(urls: list[str]) -> None:
     with pytest.raises(UserError, match=r"no shards match .*; ranges in braces are written \{000\.\.123\}"):
-        expand_urls(str(Path(urls[0]).with_name(f"{braces}.tar")))
+        expand_urls(str(Path(urls[0]).with_name("{000-003}.tar")))
 
 
 def test_names_may_hold_glob_characters(tmp_path: Path, urls: list[str]) -> None:

@@ -21,9 +21,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_sharded_run_is_exported(run, tiny, tmp_path):
-    done = run("train.py", *tiny, *FSDP, "trainer.strategy.sharded_checkpoints=true")
-    assert done.returncode == 0, done.stderr
+def test_sharded_run_is_exported(run, run_ranks, tiny, tmp_path):
+    for rank in run_ranks(2, "train.py", *tiny, *FSDP, "trainer.strategy.sharded_checkpoints=true"):
+        assert rank.returncode == 0, rank.stderr
     run_dir = tmp_path / "runs/sharded/0"
     last = run_dir / "checkpoints/last.ckpt"
     assert len(list(last.glob("shard-*.safetensors"))) == 2

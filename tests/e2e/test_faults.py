@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lcm.runtime.resume import newest_whole
+from tests.e2e import warm
 from tests.e2e.conftest import command, environment
 from tests.e2e.test_errors import complaint
 from tests.e2e.test_resume import losses
@@ -25,16 +26,23 @@ SAVE = "callbacks.checkpoint.every_n_train_steps={}".format
 
 @pytest.fixture
 def start(tmp_path):
-    """`start(*overrides)`: train.py in a new session, with its output in tmp_path/log. The test's end kills it."""
+    """`start(*overrides)`: train.py in a new session, with its output in tmp_path/log. The test's end kills it.
+
+    cold: in a new interpreter, of which the end is tested, too.
+    """
     started = []
 
-    def start(*args: str, **env: str) -> subprocess.Popen:
+    def start(*args: str, cold: bool = False) -> subprocess.Popen | warm.Started:
         default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job inherits an ignored SIGINT
+        elsewhere = environment(TMPDIR="/dev/shm")  # another filesystem, from which a move is a copy
+        if not cold:
+            started.append(warm.start(command("train.py", *args), tmp_path, elsewhere, tmp_path / "log"))
+            return started[-1]
         with (tmp_path / "log").open("w") as log:
             process = subprocess.Popen(
                 command("train.py", *args),
                 cwd=tmp_path,
-                env=environment(TMPDIR="/dev/shm", **env),  # another filesystem, from which a move is a copy
+                env=elsewhere,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -53,7 +61,7 @@ def start(tmp_path):
 def wait(tmp_path):
     """`wait(process, condition)`: until it holds, while the process lives."""
 
-    def wait(process: subprocess.Popen, condition: Callable[[], object], pause: float = 0.01) -> None:
+    def wait(process: subprocess.Popen | warm.Started, condition: Callable[[], object], pause: float = 0.01) -> None:
         deadline = time.monotonic() + 240
         while not condition():
             assert process.poll() is None, (tmp_path / "log").read_text()
@@ -105,7 +113,7 @@ def test_killed_run_equals_uninterrupted(run, tiny, start, wait, tmp_path):
         else:
             time.sleep(random.uniform(0, 0.5))
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.wait(timeout=120)
         inside += partial_file.exists()
         reached = loaded(newest_whole(folder))["global_step"]
         assert reached >= before_kill
@@ -146,7 +154,7 @@ def test_full_disk_leaves_the_checkpoint(run, tiny, small_disk):
 def test_stuck_worker_ends_the_training(start, wait, tiny, tmp_path):
     """The interpreter's exit does not wait for it either. tests/data/test_datamodule.py kills a worker."""
     options = ["trainer.max_steps=100000", "trainer.val_check_interval=100000"]
-    process = start(*tiny, *options, SAVE(1), "data.num_workers=1", "+data.timeout=10")
+    process = start(*tiny, *options, SAVE(1), "data.num_workers=1", "+data.timeout=10", cold=True)
     wait(process, (tmp_path / "runs/lcd_mini/0/checkpoints/previous.ckpt").exists)
     children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     assert children

@@ -3,14 +3,13 @@
 import csv
 import os
 import signal
-import subprocess
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.e2e import warm
 from tests.e2e.conftest import command, environment
 
 pytestmark = pytest.mark.slow
@@ -32,19 +31,15 @@ def losses(run_dir: Path) -> dict[int, str]:
 
 def interrupt(args: list[str], cwd: Path, when: Path) -> int:
     """Start training, wait for the first checkpoint and a little more, press Ctrl-C; the exit code."""
-    with (cwd / "log").open("w") as log:
-        default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job inherits an ignored SIGINT
-        process = subprocess.Popen(
-            args, cwd=cwd, env=environment(), stdout=log, stderr=log, start_new_session=True, preexec_fn=default
-        )
-        deadline = time.monotonic() + 240
-        while not when.is_file():
-            assert process.poll() is None, (cwd / "log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        time.sleep(0.3)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers, too
-        return process.wait(timeout=120)
+    process = warm.start(args, cwd, environment(), cwd / "log")
+    deadline = time.monotonic() + 240
+    while not when.is_file():
+        assert process.poll() is None, (cwd / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers, too
+    return process.wait(timeout=120)
 
 
 def test_interrupted_run_equals_uninterrupted(run, tiny, tmp_path):

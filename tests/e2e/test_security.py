@@ -1,11 +1,14 @@
 """The real programs write no secret anywhere, and hostile files have no effect."""
 
 import re
+import shutil
 import tarfile
 
 import pytest
 
 from lcm.runtime.checkpoint_io import AtomicCheckpointIO
+from tests.e2e import warm
+from tests.e2e.conftest import command, environment
 from tests.security.test_hostile_files import Trap, hostile_tar
 
 pytestmark = pytest.mark.slow
@@ -28,7 +31,10 @@ def planted(done, folder) -> dict[str, list[str]]:
     return {name: words for name, content in places.items() if (words := re.findall(rb"planted[\w-]*", content))}
 
 
-def test_no_secret_is_in_what_a_run_leaves(run, tiny, tmp_path):
+@pytest.fixture(scope="module")
+def left(tiny, tmp_path_factory):
+    """A training among secrets: its working directory and the finished process."""
+    folder = tmp_path_factory.mktemp("secrets")
     options = [
         "logger=[csv,tensorboard,wandb]",
         "logger.wandb.offline=true",
@@ -39,13 +45,18 @@ def test_no_secret_is_in_what_a_run_leaves(run, tiny, tmp_path):
     dead = "https://user:planted-user@127.0.0.1:9/a.tar?token=planted-query"
     cache = ["+data.cache={_target_:lcm.data.cache.ShardCache,folder:cache,attempts:2,pause:0.01}"]
     options += [f"data.shards=['{shards.partition('=')[2]}','{dead}']", *cache]
-    done = run("train.py", *tiny, *options, *OVERRIDES, **ENVIRONMENT)
+    args = command("train.py", *tiny, *options, *OVERRIDES)
+    return folder, warm.run(args, folder, environment(**ENVIRONMENT), timeout=900)
+
+
+def test_no_secret_is_in_what_a_run_leaves(left):
+    folder, done = left
     assert done.returncode == 0, done.stderr
     assert "leaving out shard https://127.0.0.1:9/a.tar" in done.stdout
-    run_dir = tmp_path / "runs/lcd_mini/0"
+    run_dir = folder / "runs/lcd_mini/0"
     for file in ("config.yaml", "checkpoints/last.ckpt", "wandb/*/*.wandb", "tensorboard/*tfevents*", "model/lcm.json"):
         assert list(run_dir.glob(file)), file
-    assert planted(done, tmp_path) == {}
+    assert planted(done, folder) == {}
     config = (run_dir / "config.yaml").read_text()
     assert config.count("${oc.env:AWS_SECRET_ACCESS_KEY}") == 1
     assert "password: open" in config
@@ -67,13 +78,12 @@ def test_a_checkpoint_that_would_run_code_is_refused(run, tiny, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_run_s_config_that_names_a_command_is_refused_by_export(run, tiny, tmp_path):
-    done = run("train.py", *tiny[:-1], "callbacks=default", "trainer.max_steps=2")
-    assert done.returncode == 0, done.stderr
+def test_a_run_s_config_that_names_a_command_is_refused_by_export(run, left, tmp_path):
+    shutil.copytree(left[0] / "runs", tmp_path / "runs")
     config = tmp_path / "runs/lcd_mini/0/config.yaml"
     trap = "{_target_: lcm.data.fetch.subprocess.run, args: [touch, ran]}"
     config.write_text(re.sub(r"^  solver:\n(    .*\n)*", f"  solver: {trap}\n", config.read_text(), flags=re.MULTILINE))
-    done = run("lcm.export", "run=runs/lcd_mini/0")
+    done = run("lcm.export", "run=runs/lcd_mini/0", **ENVIRONMENT)
     assert done.returncode == 1
     assert done.stderr.startswith("error: solver._target_=lcm.data.fetch.subprocess.run is not allowed"), done.stderr
     assert not (tmp_path / "ran").exists()

@@ -6,12 +6,14 @@ import shutil
 import socket
 import subprocess
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.e2e import warm
 from tests.e2e.conftest import command, environment
 from tests.e2e.test_errors import complaint
 from tests.models.conftest import save_student
@@ -27,28 +29,18 @@ def address(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     folder = tmp_path_factory.mktemp("serve")
     student = save_student(folder / "student", tiny_pipeline)
     options = [f"pipeline={student}", f"teacher={tiny_pipeline}", "port=0", "device=cpu", "steps=2", "teacher_steps=4"]
-    process = subprocess.Popen(
-        command("lcm.serve", *options),
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.stdout is not None
-    watchdog = threading.Timer(300, process.kill)
-    watchdog.start()
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if found := re.search(r"page: +(http://\S+)", line):
-            watchdog.cancel()
-            yield found[1]
-            break
-    else:
-        pytest.fail("".join(lines))
-    process.terminate()
-    assert process.wait(60) in (0, -15)
+    process = warm.start(command("lcm.serve", *options), folder, environment(), log := folder / "log")
+    deadline = time.monotonic() + 300
+    try:
+        while not (found := re.search(r"page: +(http://\S+)\s", log.read_text())):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield found[1]
+        process.terminate()
+        assert process.wait(60) in (0, -15)
+    finally:
+        process.kill()
 
 
 def test_many_clients_at_once(address: str) -> None:

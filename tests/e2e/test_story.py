@@ -2,8 +2,8 @@
 
 import csv
 import json
+import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
 from omegaconf import OmegaConf
 from PIL import Image
 
+from tests.e2e import warm
 from tests.e2e.conftest import command, environment, tiny_data
 from tests.e2e.test_security import ENVIRONMENT, planted
 
@@ -83,25 +84,25 @@ def test_teacher_trains_and_is_distilled(run, tiny, shards, tiny_pipeline, tmp_p
 
 
 def test_sweep_writes_table_and_plot_without_secrets(run, tiny, tmp_path):
-    """Two of its four jobs fail, which stops no other job."""
-    url = "https://user:planted-password@host/a.tar?token=planted-query"
-    sweep = [f"optimized_metric='{url}','planted-hf'", "model.w_max=4,1", "model.w_min=2"]
-    done = run("train.py", "-m", *tiny, "trainer.max_steps=3", *sweep, **ENVIRONMENT)
+    """Its first job fails, which does not stop the other. tests/app/test_sweep_table.py has a table of two keys."""
+    url = "https://user:planted-password@host/planted-hf?token=planted-query"
+    given, rest = tiny[0], tiny[1:]
+    done = run("train.py", "-m", *rest, "trainer.max_steps=3", given.replace("=", f"='{url}',"), **ENVIRONMENT)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    says = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert [("model.w_max=1" in line, "model.w_min" in line) for line in says] == [(True, True)] * 2
+    [says] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "pipeline folder" in says
     [folder] = (tmp_path / "runs/sweeps").iterdir()
     head, _, *lines = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in (folder / "table.md").open()]
-    assert head == ["optimized_metric", "model.w_max", "val/loss", "run"]
-    assert [(w, loss == "failed") for _, w, loss, _ in lines] == [("4", False), ("1", True)] * 2
-    for _, w, loss, run_dir in lines:
-        if w == "4":
-            logged = [row["val/loss"] for row in rows(tmp_path / run_dir) if row["val/loss"]]
-            assert float(loss) == pytest.approx(float(logged[-1]), rel=1e-3)
-            assert (tmp_path / run_dir / "model/unet").is_dir()
+    assert head == ["model.pipeline", "val/loss", "run"]
+    assert [loss == "failed" for _, loss, _ in lines] == [True, False]
+    pipeline, loss, run_dir = lines[1]
+    assert f"model.pipeline={pipeline}" == given
+    logged = [row["val/loss"] for row in rows(tmp_path / run_dir) if row["val/loss"]]
+    assert float(loss) == pytest.approx(float(logged[-1]), rel=1e-3)
+    assert (tmp_path / run_dir / "model/unet").is_dir()
     assert Image.open(folder / "plot.png").width > 300
-    assert {path.name for path in folder.iterdir()} >= {"multirun.yaml", *(f"run-{number:04d}.json" for number in range(4))}
+    assert {path.name for path in folder.iterdir()} >= {"multirun.yaml", "run-0000.json", "run-0001.json"}
     assert planted(done, tmp_path) == {}
 
 
@@ -122,25 +123,24 @@ def test_ddp_sweep_keeps_folders_apart(run, tiny, tmp_path):
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_signal_to_a_sweep_saves_its_job(signum, code, tiny, tmp_path):
     endless = ["trainer.max_steps=100000", "callbacks.samples.steps=[1]", "model/solver=heun,ddim"]
-    sweep = subprocess.Popen(
-        command("train.py", "-m", *tiny, *endless),
-        cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    metrics, said = tmp_path / "runs/lcd_mini/0/metrics.csv", ""
+    log, metrics = tmp_path / "log", tmp_path / "runs/lcd_mini/0/metrics.csv"
+    sweep = warm.start(command("train.py", "-m", *tiny, *endless), tmp_path, environment(), log)
     while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 3):
-        assert sweep.poll() is None, sweep.communicate()
+        assert sweep.poll() is None, log.read_text()
         time.sleep(0.1)
-    sweep.send_signal(signum)
-    said, _ = sweep.communicate(timeout=300)  # until the job, too, has closed it
-    assert sweep.returncode == code, said
-    assert "stopped at step" in said
+    os.kill(sweep.pid, signum)
+    assert sweep.wait(300) == code, log.read_text()
+    deadline = time.monotonic() + 300
+    while "stopped at step" not in log.read_text():  # the job may outlive the sweep
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
     assert (tmp_path / "runs/lcd_mini/0/checkpoints/last.ckpt").is_file()
     assert "lcm.core.solvers.heun" in (tmp_path / "runs/lcd_mini/0/config.yaml").read_text()
     assert [path.name for path in (tmp_path / "runs/lcd_mini").iterdir()] == ["0"]
 
 
-@pytest.mark.parametrize(("experiment", "steps", "w"), [("guided_distill_mini", 8, 1.5), ("cd_mini", 2, 0)])
-def test_baseline_trains_and_samples(experiment, steps, w, run, tiny_pipeline, shards, tmp_path):
+def test_baseline_trains_and_samples(run, tiny_pipeline, shards, tmp_path):
+    experiment, steps, w = "guided_distill_mini", 8, 1.5
     done = run(
         "train.py", f"experiment={experiment}", f"model.pipeline={tiny_pipeline}", *tiny_data(shards),
         "trainer.max_steps=8", "callbacks=default",

@@ -7,13 +7,19 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 import traceback
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from unittest import mock
+
+from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed import TCPStore
 
 LIBRARIES = [
     "lcm.evaluate.jobs",
@@ -23,39 +29,109 @@ LIBRARIES = [
     "lcm.data.datamodule",
     "lcm.data.workers",
     "lcm.modules.consistency",
+    "lcm.modules.trainer",
+    "lcm.models.text_to_image",
+    "lcm.app.html_report",
     "lcm.callbacks.progress",
     "lcm.callbacks.samples",
+    "lcm.callbacks.wandb_logger",
     "diffusers.models.autoencoders.autoencoder_kl",
     "diffusers.models.unets.unet_2d_condition",
     "transformers.models.clip.modeling_clip",
     "transformers.models.clip.tokenization_clip",
+    "torch._dynamo",
 ]
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(LIBRARIES)
 
 
+class Started:
+    """A started program, with the part of `subprocess.Popen` that the tests need."""
+
+    def __init__(self, command: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path) -> None:
+        with mock.patch.dict(os.environ, env):  # what libraries read when they are imported
+            forkserver.ensure_running()
+        self.args, self.out, self.err = command, out, err
+        for file in (out, err):
+            file.write_bytes(b"")  # not what an earlier program wrote there
+        self.process = context.Process(target=perform, args=(command[1:], cwd, env, out, err))
+        self.process.start()
+        assert self.process.pid is not None
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def terminate(self) -> None:
+        self.process.terminate()
+
+    def wait(self, timeout: float) -> int:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.process.exitcode
+
+
 def run(command: list[str], cwd: Path, env: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
     """`subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)` of `python [-m] program ...`."""
-    with mock.patch.dict(os.environ, env):  # what libraries read when they are imported
-        forkserver.ensure_running()
+    return finish([start(command, cwd, env)], timeout)[0]
+
+
+def start(command: list[str], cwd: Path, env: dict[str, str], log: Path | None = None) -> Started:
+    """Start a program in a session of its own. log: a file for its output and its errors."""
     out, err = (cwd.parent / f"{cwd.name}.{name}" for name in ("stdout", "stderr"))
-    process = context.Process(target=perform, args=(command[1:], cwd, env, out, err))
-    process.start()
-    process.join(timeout)
-    if process.is_alive():
-        process.kill()
-        raise subprocess.TimeoutExpired(command, timeout, out.read_text(), err.read_text())
-    assert process.exitcode is not None
-    return subprocess.CompletedProcess(command, process.exitcode, out.read_text(), err.read_text())
+    return Started(command, cwd, env, log or out, log or err)
+
+
+def ranks(
+    count: int, command: list[str], cwd: Path, env: dict[str, str], timeout: float
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run a program as `torchrun --standalone --nproc-per-node=<count>` does. This process serves the rendezvous store."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    shared |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"}
+    shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0"}
+    started = []
+    for rank in range(count):
+        own = {**env, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        started.append(start(command, cwd, own, cwd.parent / f"{cwd.name}.rank-{rank}"))
+    done = finish(started, timeout)
+    del store
+    return done
+
+
+def finish(started: list[Started], timeout: float) -> list[subprocess.CompletedProcess[str]]:
+    """Wait for all processes. One that fails takes the others with it, as under torchrun."""
+    processes = {each.process.sentinel: each for each in started}
+    deadline = time.monotonic() + timeout
+    while processes and time.monotonic() < deadline:
+        for sentinel in connection.wait(list(processes), deadline - time.monotonic()):
+            if processes.pop(sentinel).wait(60) != 0:
+                deadline = min(deadline, time.monotonic() + 60)
+    done = []
+    for each in started:
+        each.kill()
+        code, out, err = each.wait(60), each.out.read_text(), each.err.read_text()
+        if each in processes.values():
+            raise subprocess.TimeoutExpired(each.args, timeout, out, err)
+        done.append(subprocess.CompletedProcess(each.args, code, out, err))
+    return done
 
 
 def perform(args: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path) -> None:
+    os.setsid()
     for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(1 if number == 2 and err == out else os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     multiprocessing.set_start_method(None, force=True)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    tempfile.tempdir = None  # TMPDIR of this environment
+    rank_zero_only.rank = int(env.get("RANK", 0))  # which Lightning reads when it is imported
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits an ignored SIGINT
     sys.path[:0] = env.get("PYTHONPATH", "").split(os.pathsep)
     code = 0
     try:

@@ -76,7 +76,7 @@ def test_wrong_prompts_are_refused(coco: Path, options: dict[str, Any], says: st
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "{", '{"annotations": [{"id": 1}]}', '{"annotations": [{"id": 1, "image_id": 2, "caption": 3}]}']
+    "content", ["{", '{"annotations": [{"id": 1}]}', '{"annotations": [{"id": 1, "image_id": 2, "caption": 3}]}']
 )
 def test_other_json_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.json").write_text(content)

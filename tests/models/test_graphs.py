@@ -27,6 +27,12 @@ def student(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that keeps conversions for all tests."""
+    return tmp_path_factory.mktemp("home")
+
+
 def outputs(folder: Path, form: str, inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """Run a graph as optimum does, and return its outputs by name."""
     arrays = {name: value.numpy() for name, value in inputs.items()}
@@ -38,8 +44,7 @@ def outputs(folder: Path, form: str, inputs: dict[str, torch.Tensor]) -> dict[st
     return {output.get_any_name(): value for output, value in results.to_dict().items()}
 
 
-@pytest.mark.parametrize("form", ["onnx", "openvino"])
-@pytest.mark.parametrize("kind", ["student", "xl"])
+@pytest.mark.parametrize(("kind", "form"), [("student", "openvino"), ("xl", "onnx")])
 def test_graphs_compute_what_torch_computes(kind: str, form: str, student: Path, xl_pipeline: Path, tmp_path: Path) -> None:
     source = student if kind == "student" else xl_pipeline
     graphs.write_graphs(source, tmp_path / "graphs", form)
@@ -75,8 +80,8 @@ def test_graphs_compute_what_torch_computes(kind: str, form: str, student: Path,
         find(str(tmp_path / "graphs"))
 
 
-def test_openvino_draws_the_same_images(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "HF_HOME", str(tmp_path))
+def test_openvino_draws_the_same_images(student: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "HF_HOME", str(home))
     model, graph = TextToImage.load(str(student)), TextToImage.load(str(student), engine="openvino")
     with monkeypatch.context() as context:
         context.setattr(graphs, "to_openvino", None)  # the conversion is stored
@@ -89,11 +94,11 @@ def test_openvino_draws_the_same_images(student: Path, tmp_path: Path, monkeypat
         assert (ours.int() - theirs.int()).abs().max() <= 1
 
 
-def test_another_model_is_converted_anew(student: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(graphs, "HF_HOME", str(tmp_path))
+def test_another_model_is_converted_anew(student: Path, tiny_pipeline: Path, home: Path, monkeypatch) -> None:
+    monkeypatch.setattr(graphs, "HF_HOME", str(home))
     for pipeline in (student, tiny_pipeline):
         TextToImage.load(str(pipeline), engine="openvino")
-    assert len([path for path in (tmp_path / "openvino").iterdir() if path.is_dir()]) == 3  # the VAE is the same
+    assert len([path for path in (home / "openvino").iterdir() if path.is_dir()]) == 3  # the VAE is the same
 
 
 def test_signals_arrive_after_models_are_deleted(student: Path) -> None:

@@ -63,7 +63,7 @@ def test_variant_is_ignored_beside_other_file(part: Any) -> None:
     assert same(load(), expected)
 
 
-@parts("part", "unet", "vae", "text_encoder", "clip")
+@parts("part", "unet", "text_encoder", "clip")
 def test_missing_weights_are_an_error(part: Any) -> None:
     """diffusers and transformers only warn, and draw them or leave them on the meta device."""
     file, load = part
@@ -109,7 +109,6 @@ def test_damaged_file_is_an_error(part: Any, content: Callable[[bytes], bytes], 
 @parts(
     "part,value",
     ("unet", float("nan")),
-    ("vae", float("inf")),
     ("text_encoder_2", float("-inf")),
 )
 def test_loading_non_finite_weights_is_an_error(part: Any, value: float) -> None:
@@ -186,7 +185,7 @@ def test_unknown_keys_of_configs_are_ignored(tiny_pipeline: Path, tmp_path: Path
     TextToImage.load(str(tmp_path / "student"))
 
 
-@pytest.mark.parametrize(("length", "files"), [(..., "tokenizer.json"), (10**30, "tokenizer.json"), (512, "vocab.json")])
+@pytest.mark.parametrize(("length", "files"), [(10**30, "tokenizer.json"), (..., "vocab.json")])
 def test_captions_are_cut_to_encoder_length(length: Any, files: str, tiny_pipeline: Path, tmp_path: Path) -> None:
     """For any length in the tokenizer's config."""
     folder = edited(shutil.copytree(tiny_pipeline, tmp_path / "f"), "tokenizer/tokenizer_config.json", model_max_length=length)
@@ -254,7 +253,6 @@ def test_wrong_tokenizer_is_an_error(kind: str, ending: str, xl_pipeline: Path, 
 @pytest.mark.parametrize(
     ("part", "changes", "says"),
     [
-        ("text_encoder", {"model_type": "bert", "architectures": ["BertModel"]}, "text_encoder holds a BertModel: only CLIP's"),
         ("text_encoder_2", {"model_type": "t5", "architectures": ["T5EncoderModel"]}, "_2 holds a T5EncoderModel: only CLIP's"),
     ],
 )

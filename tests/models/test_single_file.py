@@ -88,8 +88,8 @@ def test_attention_of_the_vae_is_convolutions() -> None:
     equal(convert_ldm_vae_checkpoint(named, vae.config), vae.state_dict())
 
 
-@pytest.mark.parametrize("w", [0.0, 7.5])
-def test_w_is_fixed_exactly(w: float, tiny_pipeline: Path) -> None:
+def test_w_is_fixed_exactly(tiny_pipeline: Path) -> None:
+    w = 7.5
     family = load_family(tiny_pipeline)
     torch.manual_seed(0)
     student = family.with_w(load_network(tiny_pipeline), zero_init=False).double()
@@ -194,9 +194,7 @@ def network(kind: str, tiny: Path, pixart: Path, sd3: Path) -> tuple[Any, Any]:
         ("several", {"format": "openvino"}, "format=openvino holds one network, and this run trained several"),
         ("student", {"format": "openvino", "w": 3.0}, "w=3 has no effect on format=openvino"),
         ("student", {"format": "original", "w": 3.0}, None),
-        ("teacher", {"format": "original"}, None),
         ("adapters", {"format": "kohya"}, None),
-        ("adapters", {"format": "original"}, None),
     ],
 )
 def test_an_export_without_effect_is_refused(

@@ -104,7 +104,7 @@ def test_teacher_matches_diffusers(name: str, steps: int, pipelines: dict[str, P
     ("name", "kind"),
     [
         ("xl", "guided"),
-        *(("pixart", kind) for kind in ("diffusion", "ct", "lora")),
+        *(("pixart", kind) for kind in ("ct", "lora")),
         *(("sd3", kind) for kind in ("diffusion", "cd")),
     ],
 )

@@ -45,7 +45,7 @@ def stored(network: nn.Module) -> set[torch.dtype]:
 
 
 @pytest.mark.parametrize("quantization", BITS)
-@pytest.mark.parametrize("kind", ["distillation", "tcd", "guided", "tdm"])
+@pytest.mark.parametrize("kind", ["distillation", "guided", "tdm"])
 def test_teacher_is_short_and_student_whole(kind: str, quantization: Any, training: Make, data: Make, fit: Make) -> None:
     share = {"match_share": 1 / 4} if kind == "guided" else {}
     module = training(kind, quantization=quantization, **share)
@@ -116,7 +116,6 @@ def test_moments_have_8_bits_and_other_settings_take_effect(
     assert "AdamW starts without moments" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["finetuning", "ct"])
-def test_refused_without_frozen_weights(kind: str, training: Make) -> None:
+def test_refused_without_frozen_weights(training: Make) -> None:
     with pytest.raises(UserError, match="has no teacher and no adapters"):
-        training(kind, quantization=nf4)
+        training("finetuning", quantization=nf4)

@@ -1,5 +1,6 @@
 """A resumed training follows its configuration: a changed setting takes effect, or is refused in one sentence."""
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,12 +34,23 @@ class Groups(L.Callback):
             self.steps.append(groups)
 
 
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder for the checkpoints of trainings without options, by kind."""
+    return tmp_path_factory.mktemp("unchanged")
+
+
 @pytest.fixture
-def resume(training: Make, data: Make, fit: Make, tmp_path: Path) -> Make:
+def resume(training: Make, data: Make, fit: Make, tmp_path: Path, unchanged: Path) -> Make:
     """`resume(kind, before, after)`: the module and trainer of two steps that follow a checkpoint of three."""
 
     def run(kind: str, before: dict[str, Any], after: dict[str, Any], **trainer: Any) -> tuple[LatentModule, L.Trainer]:
-        fit(training(kind, **before), data(), 3).save_checkpoint(tmp_path / "3.ckpt")
+        own = tmp_path / "3.ckpt"
+        written = own if before else unchanged / f"{kind}.ckpt"
+        if before or not written.exists():
+            fit(training(kind, **before), data(), 3).save_checkpoint(written)
+        if not before:
+            shutil.copy(written, own)
         module = training(kind, **after)
         return module, fit(module, data(), 5, ckpt_path=tmp_path / "3.ckpt", **trainer)
 

@@ -43,7 +43,7 @@ def test_gradient_raises_the_score_of_decoded_latents(reward: ScoreReward, tiny_
     assert all(later > earlier for earlier, later in pairwise(values))
 
 
-@pytest.mark.parametrize("kind", ["distillation", "pcm", "finetuning", "dmd2"])
+@pytest.mark.parametrize("kind", ["distillation", "finetuning", "dmd2"])
 def test_student_follows_the_reward(kind: str, reward: ScoreReward, training: Any, data: Any, fit: Any) -> None:
     modules = [training(kind, reward=each) for each in (None, reward)]
     before = {name: value.clone() for name, value in reward.state_dict().items()}

@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import torch
 
 from lcm.bench import memory
 from lcm.models.pipeline import load_network
+from tests.e2e import warm
+from tests.e2e.conftest import environment
 from tests.modules.conftest import new_module
 from tests.modules.ranks import ADVERSARY, RANKS, SCENARIOS, SHAPES, train
 from tests.modules.test_autoencoder import train as train_autoencoder
@@ -43,12 +44,9 @@ def folder(pipelines: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 
 
 def train_all(pipelines: dict[str, Path], folder: Path) -> None:
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", "-m", "tests.modules.ranks"]
-    done = subprocess.run(
-        [sys.executable, *launch, *(str(pipelines[name]) for name in SHAPES), str(folder)],
-        cwd=Path(__file__).parents[2], timeout=1800, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-5000:]
+    train = [sys.executable, "-m", "tests.modules.ranks", *(str(pipelines[name]) for name in SHAPES), str(folder)]
+    for done in warm.ranks(RANKS, train, folder, environment(), timeout=1800):
+        assert done.returncode == 0, done.stdout[-5000:]
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Stopping, without a cluster. tests/slurm has the same on a cluster."""
 
 import os
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ from lcm.runtime import signals
 from lcm.runtime.checkpoint_io import AtomicCheckpointIO
 from lcm.runtime.resume import resume_path
 from lcm.runtime.stop import StopOnSignal, requeue, started_by_lightning
+from tests.e2e import warm
 from tests.runtime.test_checkpoint_io import content
 
 
@@ -41,8 +41,7 @@ def rank(number: int, folder: Path, asked: int) -> None:
 
 def test_signal_to_one_rank_stops_all(tmp_path, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    spawn = get_context("spawn")
-    ranks = [spawn.Process(target=rank, args=(number, tmp_path, signals.SIGTERM)) for number in range(2)]
+    ranks = [warm.context.Process(target=rank, args=(number, tmp_path, signals.SIGTERM)) for number in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
