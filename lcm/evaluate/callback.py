@@ -97,6 +97,7 @@ class Evaluation(L.Callback):
             self.real = self.extract.reference(source, self.reference_cache, "callbacks.evaluation.reference_cache")
 
     def leave_out_rewards(self, rewards: list[dict[str, Any]]) -> None:
+        """Leave out the scores that a training raises. Raises UserError if `keep_best` is one of them."""
         kept = untrained(self.metrics, self.extract, rewards)
         left_out = {name: metric for name, metric in self.metrics.items() if name not in kept}
         for name, metric in left_out.items():

@@ -72,20 +72,28 @@ def pretrained_clip(model: str, *, antialias: bool = True) -> ClipBackbone:
     folder = Path(model).expanduser()
     if model == "mini" or (folder / "model_index.json").is_file():
         raise UserError(f"{model} is a pipeline: choose its CLIP by backbone=mini backbone.pipeline={model}")
-    if not folder.is_dir() and (len(model.split("/")) != 2 or model.startswith((".", "/"))):
-        raise UserError(
-            f"there is no CLIP folder {model!r}: put config.json, model.safetensors and the tokenizer's files of, for example, "
-            "openai/clip-vit-large-patch14 there, or give a hub id (owner/name)"
-        )
-    if not folder.is_dir():
-        folder = snapshot(model)
+    folder = local_folder(
+        model,
+        f"there is no CLIP folder {model!r}: put config.json, model.safetensors and the tokenizer's files of, for example, "
+        "openai/clip-vit-large-patch14 there, or give a hub id (owner/name)",
+    )
     clip = load_part(CLIPModel, folder, dtype=torch.float32)
     tokenizer = load_tokenizer(CLIPTokenizer, folder, clip.config.text_config)
     return ClipBackbone(clip, tokenizer, name=model.rstrip("/"), antialias=antialias, **normalisation(folder))
 
 
+def local_folder(model: str, missing: str) -> Path:
+    """Return a folder, or the download of a hub id. Raises UserError with the sentence `missing` for another name."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if len(model.split("/")) != 2 or model.startswith((".", "/")):
+        raise UserError(missing)
+    return snapshot(model)
+
+
 def snapshot(hub_id: str) -> Path:
-    """Download a CLIP or a head from the hub, without pickled weights."""
+    """Download a network or a head from the hub, without pickled weights."""
     try:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", "model*.safetensors"]))
     except Exception as error:  # the hub client raises many types

@@ -1,7 +1,6 @@
 """ImageReward (2304.05977): a BLIP reads the caption and looks at the image, and a head scores both."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 
 from lcm.core.errors import UserError
 from lcm.evaluate.aesthetic import linear_head
-from lcm.evaluate.clip import MEAN, STD, snapshot
+from lcm.evaluate.clip import MEAN, STD, local_folder
 from lcm.models.loading import check_finite, check_header, load_tokenizer, weight_files
 
 SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072  # of the published model's raw scores
@@ -112,11 +111,11 @@ def layers(weights: dict[str, Tensor], prefix: str) -> int:
 
 
 def load(network: nn.Module, weights: dict[str, Tensor], name: str) -> None:
-    """Copy the weights, of which there may be more. Raises UserError for missing ones and for other shapes."""
+    """Copy weights into a network, and ignore further ones. Raises UserError for a missing weight or another shape."""
     check_finite(name, weights)
-    for key, own in network.state_dict().items():
-        if key not in weights or weights[key].shape != own.shape:
-            raise UserError(f"{name} is no ImageReward: it lacks {key} of shape {tuple(own.shape)}: {CONVERT}")
+    for key, parameter in network.state_dict().items():
+        if key not in weights or weights[key].shape != parameter.shape:
+            raise UserError(f"{name} is no ImageReward: it lacks {key} of shape {tuple(parameter.shape)}: {CONVERT}")
     network.load_state_dict(weights, strict=False)
 
 
@@ -125,10 +124,7 @@ def pretrained_image_reward(model: str, *, antialias: bool = True) -> ImageRewar
 
     The folder holds `model.safetensors` with the names of `ImageReward.pt`, and the tokenizer of bert-base-uncased.
     """
-    folder = Path(model).expanduser()
-    if not folder.is_dir() and (len(model.split("/")) != 2 or model.startswith((".", "/"))):
-        raise UserError(f"there is no ImageReward folder {model!r}: {CONVERT}")
-    folder = folder if folder.is_dir() else snapshot(model)
+    folder = local_folder(model, f"there is no ImageReward folder {model!r}: {CONVERT}")
     weights: dict[str, Tensor] = {}
     for file in weight_files(folder)[1]:
         check_header(file)

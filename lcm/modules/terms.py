@@ -1,6 +1,6 @@
 """Terms of a student's loss beside its objective: the judgement of an adversary, and a reward."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,7 @@ from lcm.core.objectives.consistency import Pair
 from lcm.models.features import block_features
 from lcm.models.pipeline import load_vae
 from lcm.modules.adversary import LatentAdversary
-
-if TYPE_CHECKING:
-    from lcm.modules.latent import LatentModule
+from lcm.modules.latent import LatentModule
 
 
 def reward_parts(reward: nn.Module | None, pipeline: str) -> dict[str, nn.Module]:
@@ -21,7 +19,7 @@ def reward_parts(reward: nn.Module | None, pipeline: str) -> dict[str, nn.Module
     return {} if reward is None else {"reward": reward, "vae": load_vae(pipeline)}
 
 
-def further_terms(module: "LatentModule", pair: Pair, batch: LatentBatch, batch_idx: int) -> tuple[Tensor, dict[str, Tensor]]:
+def further_terms(module: LatentModule, pair: Pair, batch: LatentBatch, batch_idx: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the sum of the adversary's and the reward's terms, and values to log."""
     total, logs = torch.zeros((), device=module.device), dict[str, Tensor]()
     if module.adversary is not None and module.global_step >= module.adversary.start:
@@ -33,7 +31,7 @@ def further_terms(module: "LatentModule", pair: Pair, batch: LatentBatch, batch_
 
 
 def adversarial_term(
-    module: "LatentModule", adversary: LatentAdversary, pair: Pair, batch: LatentBatch, batch_idx: int
+    module: LatentModule, adversary: LatentAdversary, pair: Pair, batch: LatentBatch, batch_idx: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the student's adversarial term and values to log. The adversary learns from the same latents."""
     draws = module.draws(adversary.draw, batch.z0, batch_idx, "adversary")
@@ -47,13 +45,13 @@ def adversarial_term(
     return adversary.weight * term, {"adversarial": term.detach(), "discriminator": learned}
 
 
-def teacher_features(module: "LatentModule", z_t: Tensor, t: Tensor, cond: Condition) -> list[Tensor]:
+def teacher_features(module: LatentModule, z_t: Tensor, t: Tensor, cond: Condition) -> list[Tensor]:
     teacher = module.frozen["teacher"]
     network = module.network(teacher, compiled=False)
     return block_features(module.family, teacher, lambda: network(z_t, module.process.network_time(t), cond))
 
 
-def reward_term(module: "LatentModule", reward: Any, x0: Tensor, captions: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+def reward_term(module: LatentModule, reward: Any, x0: Tensor, captions: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the term that raises the reward of the decoded x0, and values to log."""
     vae: Any = module.frozen["vae"]
     shift, scale = module.family.latent_scaling(vae)

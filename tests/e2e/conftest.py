@@ -30,12 +30,6 @@ def run(tmp_path: Path) -> Callable[..., Result]:
 
 
 @pytest.fixture
-def run_ranks(tmp_path: Path) -> Callable[..., list[Result]]:
-    """`run_ranks(2, program, ...)`: the same program as two processes, as torchrun starts them."""
-    return lambda count, program, *args: warm.ranks(count, command(program, *args), tmp_path, environment(), timeout=900)
-
-
-@pytest.fixture
 def run_cold(tmp_path: Path) -> Callable[..., Result]:
     """The same, imports and all."""
     return lambda program, *args, **env: subprocess.run(

@@ -10,13 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertTokenizer
 
-from lcm.app.cli import build
-from lcm.app.composition import compose
 from lcm.core.errors import UserError
 from lcm.evaluate.image_reward import pretrained_image_reward
-from lcm.evaluate.reward import ScoreReward
 from tests.evaluate.test_clip import images
-from tests.evaluate.test_scores import Original
+from tests.evaluate.test_scores import Original, metric_and_reward
 
 CAPTIONS = ["red apple", "rocket", "a dog on a red rocket " * 9]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "on", "red", "apple", "dog", "rocket"]
@@ -129,16 +126,7 @@ def test_score_matches_the_authors_formulas(blip: Path) -> None:
 
 def test_metric_and_reward_take_the_same_folder(blip: Path) -> None:
     """From the configurations. The gradient of the reward raises the metric, also for images of another size."""
-    metric = compose("evaluate", ["metrics=[image_reward]", f"metrics.image_reward.network.model={blip}"])
-    training = compose("train", ["model/reward=image_reward", f"model.reward.backbone.model={blip}"])
-    [score], reward = build(metric.metrics).values(), build(training.model.reward)
-    assert isinstance(reward, ScoreReward)
-    x = images(3).float().div(255).requires_grad_()
-    values = reward(x, CAPTIONS)
-    torch.testing.assert_close(values, score.network.score(x, CAPTIONS))
-    [gradient] = torch.autograd.grad(values.sum(), x)
-    assert reward(x + 1e-2 * gradient / gradient.abs().max(), CAPTIONS).sum() > values.sum()
-    assert not any(parameter.requires_grad for parameter in reward.parameters())
+    reward = metric_and_reward("image_reward", {"model": str(blip)}, CAPTIONS)
     assert reward(torch.rand(3, 3, 48, 48), CAPTIONS).shape == (3,)
 
 

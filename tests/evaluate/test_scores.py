@@ -76,16 +76,22 @@ def test_scores_see_images_at_their_drawn_size(folder: Path, tiny_pipeline: Path
 def test_metric_and_reward_take_the_same_weights(name: str, folder: Path, head_file: Path) -> None:
     """From the configurations, by folder. The gradient of the reward raises the metric."""
     options = {"model": str(folder)} | ({"head": str(head_file)} if name == "aesthetic" else {})
+    metric_and_reward(name, options, CAPTIONS)
+
+
+def metric_and_reward(name: str, options: dict[str, str], captions: list[str]) -> ScoreReward:
+    """Check that a metric and a reward of the same options compute the same score. Return the reward."""
     metric = compose("evaluate", [f"metrics=[{name}]", *(f"metrics.{name}.network.{k}={v}" for k, v in options.items())])
     training = compose("train", [f"model/reward={name}", *(f"model.reward.backbone.{k}={v}" for k, v in options.items())])
     [score], reward = build(metric.metrics).values(), build(training.model.reward)
     assert isinstance(reward, ScoreReward)
     x = images(3).float().div(255).requires_grad_()
-    values = reward(x, CAPTIONS)
-    torch.testing.assert_close(values, score.network.score(x, CAPTIONS))
+    values = reward(x, captions)
+    torch.testing.assert_close(values, score.network.score(x, captions))
     [gradient] = torch.autograd.grad(values.sum(), x)
-    assert reward(x + 1e-2 * gradient / gradient.abs().max(), CAPTIONS).sum() > values.sum()
+    assert reward(x + 1e-2 * gradient / gradient.abs().max(), captions).sum() > values.sum()
     assert not any(parameter.requires_grad for parameter in reward.parameters())
+    return reward
 
 
 def test_pickled_weights_are_refused(folder: Path, head: Original, tmp_path: Path) -> None:

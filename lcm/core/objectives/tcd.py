@@ -37,7 +37,9 @@ class TrajectoryConsistencyDistillation(LatentConsistencyDistillation):
     edges: Tensor
 
     def __init__(self, *args: Any, gamma: Share = 0.3, phases: Sequence[Count] = (1,), **options: Any) -> None:
-        super().__init__(*args, **{**({"saved_steps": phases[-1]} if phases and phases[-1] > 1 else {}), **options})
+        if phases and phases[-1] > 1:
+            options = {"saved_steps": phases[-1], **options}
+        super().__init__(*args, **options)
         if not phases:
             raise UserError("model.objective.phases=[] has no stage: use [1] for TCD, [8,4,2,1] for TSCD")
         if not 0 <= gamma <= 1:
