@@ -18,6 +18,7 @@ import torch
 from lcm.core.errors import UserError
 from lcm.data.datamodule import ShardDataModule
 from lcm.data.filters import Filters
+from lcm.data.source import Source
 from lcm.data.workers import init_worker, kill, workers_watched
 from lcm.models.codec import LatentCodec
 from lcm.models.pipeline import load_codec
@@ -145,6 +146,8 @@ def test_sources_are_mixed_by_weight(shards: Path) -> None:
 
 def test_left_out_samples_reach_the_metrics(shards: Path) -> None:
     data, logged = datamodule(shards, filters=Filters(max_caption=35), num_workers=1, val_shards=None), []
+    # The scan of another source in this process is not the workers' to report.
+    assert Source([str(shards / "train-00000.tar")], filters=Filters(max_caption=1)).left_out()
     data.trainer = SimpleNamespace(training=True, global_rank=0, world_size=1, loggers=[], global_step=3)
     data.trainer.loggers = [SimpleNamespace(log_metrics=lambda metrics, step: logged.append(metrics))]
     for number, batch in enumerate(data.train_dataloader()):
