@@ -86,7 +86,7 @@ def login() -> str:
         entity = wandb.Api(timeout=10).default_entity
     except (Error, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"wandb does not let this program in ({reason}): run `wandb login`, or set WANDB_API_KEY") from None
+        raise UserError(f"wandb refuses the login ({reason}): run `wandb login`, or set WANDB_API_KEY") from None
     if entity is None:
         raise UserError("the account of wandb has no default entity: set entity=<team or user>")
     return entity

@@ -63,7 +63,7 @@ def trained(run: Path, checkpoint: str) -> LatentModule:
     """
     config_file = run / "config.yaml"
     if not config_file.is_file():
-        raise UserError(f"{run} is not the folder of a run: it has no config.yaml")
+        raise UserError(f"{run} is not the folder of a run, it has no config.yaml: give a folder such as runs/lcd_sd15/0")
     path = checkpoint_path(run, checkpoint)
     if path is None:
         raise UserError(f"{run} has no checkpoint: give one with checkpoint=<path>")

@@ -114,7 +114,7 @@ class Pictures:
     def save(self, folder: Path, i: int, image: Tensor) -> None:
         file = file_of(folder, i)
         if file.exists():
-            raise UserError(f"another program has written {file} meanwhile: run this again with another output=")
+            raise UserError(f"another program has written {file} meanwhile: run this command again with another output=")
         save_png(to_pil(image), file, prompt=self.prompt(i), seed=self.seed_of(i), **self.settings_of(i))
 
     def save_grid(self, folder: Path, rows: int) -> None:

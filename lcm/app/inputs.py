@@ -29,7 +29,7 @@ def read_prompts(prompts: Any, captions: Callable[[], list[str]], weights: Any =
     if prompts == "val":
         return captions()
     if weights:
-        raise UserError("captions chooses among the captions of val_shards: set prompts=val, or leave captions out")
+        raise UserError("captions has no effect without prompts=val: set prompts=val, or leave captions out")
     if isinstance(prompts, str) and prompts.lower().endswith(".txt"):
         try:
             lines = lines_of(Path(prompts).expanduser())
@@ -115,7 +115,7 @@ def read_adapters(lora: Any) -> dict[str, float]:
         if value == 0 or not math.isfinite(value):
             raise UserError(f"lora={entry} has no effect: give a weight such as {file}:1")
         if file in weights:
-            raise UserError(f"lora={file} is given twice: add up the weights")
+            raise UserError(f"lora={file} is given twice: give it once, with the sum of the weights")
         weights[os.path.expanduser(file)] = value
     return weights
 
@@ -140,7 +140,7 @@ def read_start(image: str | None, mask: str | None, strength: float | None, size
     pixels = torch.from_numpy(np.array(fitted(picture, size))).permute(2, 0, 1)
     where = None if painted is None else torch.from_numpy(np.array(fitted(painted.convert("L"), size)))[None].float() / 255
     if where is not None and not where.any():
-        raise UserError(f"mask={mask} has no white in it: paint white what is to be drawn")
+        raise UserError(f"mask={mask} has no white pixels: paint the area to redraw white")
     return Start(pixels, (0.6 if where is None else 1.0) if strength is None else strength, where)
 
 

@@ -50,4 +50,4 @@ class Progress(ProgressBar):
     def on_fit_end(self, trainer: Any, module: Any) -> None:
         if self.bar is None and trainer.is_global_zero and 0 < trainer.max_steps <= trainer.global_step:
             step = f"the checkpoint is at step {trainer.global_step} of trainer.max_steps={trainer.max_steps}"
-            print(f"done:    {step}: set a larger number to train on", flush=True)
+            print(f"done:    {step}: set a larger number to continue", flush=True)

@@ -32,7 +32,7 @@ def ignore_errors() -> Iterator[None]:
         yield
     except Exception as error:
         if not signals.asked():
-            log.warning("wandb has stopped, so it logs nothing more (%s)", error)
+            log.warning("wandb has stopped and logs nothing more (%s)", error)
 
 
 class WandbLogger(LightningWandbLogger):

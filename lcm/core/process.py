@@ -151,7 +151,7 @@ class Flow(Process):
     def __init__(self, *, shift: float = 1.0, num_train_timesteps: int = 1000) -> None:
         super().__init__()
         if shift <= 0:
-            raise UserError(f"a flow's shift={shift} must be above 0")
+            raise UserError(f"a flow's shift={shift} is not above 0: set 1, for example")
         self.config = {"shift": shift, "num_train_timesteps": num_train_timesteps}
         self.num_timesteps, self.shift = num_train_timesteps, shift
 

@@ -29,7 +29,9 @@ def shapes_of(buckets: float | Sequence[Sequence[int]], resolution: int, factor:
         raise UserError(hint)
     for height, width in shapes:
         if height % factor or width % factor:
-            raise UserError(f"data.buckets: {height} x {width} has a side that is not a multiple of the VAE's factor {factor}")
+            raise UserError(
+                f"data.buckets: {height} x {width} has a side that is not a multiple of the VAE's factor {factor}: change it"
+            )
     return shapes
 
 

@@ -142,4 +142,4 @@ class ShardCache:
 
 def check_size(size: int, limit: float) -> None:
     if size > limit:
-        raise TooLarge(f"it is larger than {limit / 1e9:g} GB, all that the cache may hold (its max_gb)")
+        raise TooLarge(f"it is larger than the {limit / 1e9:g} GB that the cache may hold (max_gb)")

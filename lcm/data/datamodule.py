@@ -108,7 +108,9 @@ class ShardDataModule(L.LightningDataModule):
         if resolution is None:
             raise UserError("data.codec.pipeline does not say the size of its images: set data.resolution=<pixels>")
         if codec is not None and resolution % codec.factor:
-            raise UserError(f"data.resolution={resolution} is not a multiple of the VAE's factor {codec.factor}")
+            raise UserError(
+                f"data.resolution={resolution} is not a multiple of the VAE's factor {codec.factor}: set a multiple"
+            )
         if codec is not None and codec.cache is not None and (random_crop or flip):
             raise UserError("data.codec.cache=true keeps one encoding per image: set data.random_crop=false data.flip=false")
         self.resolution, self.latents, self.captions = resolution, latents, captions
@@ -118,7 +120,8 @@ class ShardDataModule(L.LightningDataModule):
         if latents:
             if codec is None or random_crop or flip or self.buckets:
                 raise UserError(
-                    "data.latents=true needs a codec; lcm.encode has fixed crops, flips and shape: leave these keys out"
+                    "data.latents=true needs data.codec, and lcm.encode has already cropped and flipped the pictures: leave "
+                    "data.random_crop, data.flip and data.buckets out"
                 )
             self.decode = DecodeLatents(caption_dropout=caption_dropout, captions=captions)
             self.val_decode = DecodeLatents(captions=captions)
@@ -151,7 +154,7 @@ class ShardDataModule(L.LightningDataModule):
             self.warn_of_blindness()
             for source in self.train_sources:
                 if gone := source.gone():
-                    log.warning("%d shards are in their manifest but do not exist, such as %s", len(gone), gone[0])
+                    log.warning("%d shards are listed in manifest.json but do not exist, such as %s", len(gone), gone[0])
 
     def check_usable(self, sources: Sequence[Source]) -> None:
         """Raise UserError if no sample of a source decodes. A pass over it would be empty."""

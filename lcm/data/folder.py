@@ -41,7 +41,7 @@ class FolderSource(Source):
         paths = sorted(os.path.relpath(name, self.root) for name in names)
         self.pictures = [path for path in paths if extension_of(path) in IMAGES and not is_litter(path)]
         if not self.pictures:
-            raise UserError(f"{option}={folder} holds no pictures ({', '.join(IMAGES)})")
+            raise UserError(f"{option}={folder} holds no pictures ({', '.join(IMAGES)}): give another folder")
         self.stems = Counter(path.rpartition(".")[0] for path in self.pictures)
         self.rows: dict[str, dict[str, Any]] = {}
         for path in paths:

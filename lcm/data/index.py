@@ -274,7 +274,7 @@ class Named:
             hint = advice({reason: 1}) if self.count[reason] == 1 else ""
             log.warning("leaving out sample %s of %s: %s%s", key, title, reason, hint)
         elif self.count[reason] == NAMED + 1:
-            log.warning("leaving out more samples for the same reason, which are counted and not named: %s", reason)
+            log.warning("leaving out more samples for the same reason, which are counted but not named: %s", reason)
 
 
 named = Named()

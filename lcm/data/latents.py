@@ -120,8 +120,8 @@ def check_stamp(urls: Sequence[str], codec: LatentCodec, resolution: int, captio
         drawn, text = stored.get("content") == CONTENT[DRAWN], "text_encoder" in stored
         if text and captions is not None:
             raise UserError(
-                f"data.captions chooses among captions, but the latents in {redacted(folder)} hold the text embeddings of one "
-                "of them: leave it out, or encode the images again with text=false"
+                f"data.captions has no effect: the latents in {redacted(folder)} hold the text embeddings of one caption per "
+                "image: leave data.captions out, or encode the images again with text=false"
             )
         for name, value in stamp(codec, resolution, drawn=drawn, text=text).items():
             if stored.get(name) != value:

@@ -230,7 +230,7 @@ def build(
     if built():
         return
     if not manifest.is_file() and target.is_dir() and any(target.iterdir()):
-        raise UserError(f"{target} holds something else, which OpenMoji would replace: set data.build.root=<a new folder>")
+        raise UserError(f"{target} holds something else, which OpenMoji would overwrite: set data.build.root=<a new folder>")
     writable(target.parent, "paths.data")
     partial = target.with_name(f"{target.name}.{socket.gethostname()}-{os.getpid()}.partial")  # nodes may share the folder
     shutil.rmtree(partial, ignore_errors=True)

@@ -72,7 +72,7 @@ class Evaluation(L.Callback):
         self.last_step = 0
         if others := [name for name, metric in metrics.items() if metric.against in ("teacher", "prompt", "time")]:
             raise UserError(
-                f"callbacks.evaluation.metrics={others} need a teacher, several images of a prompt or a stopwatch: use "
+                f"callbacks.evaluation.metrics={others} cannot be measured during training: leave them out, and use "
                 "python -m lcm.evaluate for them"
             )
         directions = {f"val/{name}_{n}_steps": metric.lower_is_better for name, metric in metrics.items() for n in steps}

@@ -61,7 +61,7 @@ def mini_clip(pipeline: str, *, antialias: bool = True) -> ClipBackbone:
     """Load the CLIP in the `clip` folder of a mini pipeline, trained on the pipeline's data."""
     folder: Path = find(pipeline)
     if not (folder / "clip").is_dir():
-        raise UserError(f"{pipeline} has no folder clip, as the mini pipeline has: set backbone=clip")
+        raise UserError(f"{pipeline} has no folder clip, unlike the mini pipeline: set backbone=clip")
     clip = load_part(CLIPModel, folder / "clip", dtype=torch.float32)
     tokenizer = load_tokenizer(CLIPTokenizer, folder / "tokenizer", clip.config.text_config)
     return ClipBackbone(clip, tokenizer, name=str(pipeline), mean=HALF, std=HALF, antialias=antialias)
@@ -99,7 +99,7 @@ def snapshot(hub_id: str) -> Path:
     except Exception as error:  # the hub client raises many types
         raise UserError(
             f"cannot load {hub_id!r} ({type(error).__name__}): offline, copy its config.json, model.safetensors (a pickled "
-            ".bin is not read) and, of a CLIP, its tokenizer files to a folder and give that"
+            ".bin is not read) and, of a CLIP, its tokenizer files to a folder, and give this folder"
         ) from error
 
 

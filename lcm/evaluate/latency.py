@@ -1,4 +1,4 @@
-"""Seconds an image on this device."""
+"""Seconds per image on this device."""
 
 import statistics
 import time

@@ -157,8 +157,8 @@ class TextToImage:
         """Raise UserError if a negative prompt has no effect."""
         if negative and not self.guided:
             raise UserError(
-                f"negative={negative!r} has no effect: this model is not guided when it is sampled. Use a teacher, or distil a "
-                "student by experiment=pcm_cfg_mini"
+                f"negative={negative!r} has no effect: this model is not guided when it is sampled: use a teacher, or distil a "
+                "student with experiment=pcm_cfg_mini"
             )
         if negative and w == 0:
             raise UserError(f"negative={negative!r} has no effect without guidance: set w above 0")
@@ -237,7 +237,9 @@ class TextToImage:
     def distilled_steps(self, steps: int, num_timesteps: int = 1000) -> list[int]:
         """Return the timesteps of a student of guided distillation. Raises UserError for another number of steps."""
         if steps not in self.students:
-            raise UserError(f"steps={steps}: this model was distilled for {', '.join(map(str, self.students))} steps")
+            raise UserError(
+                f"steps={steps}: this model was distilled for {', '.join(map(str, self.students))} steps: set one of these"
+            )
         return trailing_steps(steps, num_timesteps)
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ def check_method(checkpoint: Mapping[str, Any], method: str) -> None:
     saved = checkpoint.get("method", method)
     if FIRST_EDITION.get(saved, saved) != method:
         raise UserError(
-            f"the checkpoint is of {saved}, this training is a {method}: give it a name= of its own, or another ckpt_path"
+            f"the checkpoint is of {saved}, this training is a {method}: give another ckpt_path, or a new name= to start anew"
         )
 
 
@@ -59,8 +59,8 @@ def check_tensors(module: nn.Module, state: dict[str, Any], prefix: str, metadat
         match_averages(state, expected, averages)
     if strict and (names := mismatches(expected, state)):
         raise UserError(
-            f"the checkpoint does not fit this training's network, {len(names)} of its tensors differ: {names[0]}; give "
-            "the model of the first start (model.pipeline, model.adapters.rank, ...), or a name= of its own"
+            f"the checkpoint does not fit this training's network, {len(names)} of its tensors differ: {names[0]}: give "
+            "the model of the first start (model.pipeline, model.adapters.rank, ...), or a new name= to start anew"
         )
 
 

@@ -61,7 +61,7 @@ class ConsistencyModule(LatentModule):
         **kwargs: Any,
     ) -> None:
         if not 0 <= ema_decay < 1:
-            raise UserError(f"model.ema_decay={ema_decay} is not in [0, 1)")
+            raise UserError(f"model.ema_decay={ema_decay} is not in [0, 1): set 0.95, or 0 for no average")
         if adversary is not None and solver is None:
             raise UserError(
                 "model.adversary needs a teacher's features, and this method has no teacher: use model=lcd or model=cd"

@@ -55,7 +55,7 @@ class GuidedDistillation(LatentModule):
         if not steps or any(more != 2 * fewer for more, fewer in pairwise(steps)):
             raise UserError(f"model.steps={steps}: each number must be half of the one before it, as in [8, 4, 2, 1]")
         if not 0 < match_share < 1:
-            raise UserError(f"model.match_share={match_share} is not between 0 and 1")
+            raise UserError(f"model.match_share={match_share} is not between 0 and 1: set 0.5, for example")
         student = load_family(pipeline).with_w(net, zero_init=zero_init)
         super().__init__(
             student,
@@ -148,5 +148,5 @@ class GuidedDistillation(LatentModule):
     def more_networks(self) -> dict[str, Path]:
         folders = {f"unet_{steps}": self.folder_of(steps) for steps in self.students[:-1]}
         if missing := [folder for folder in folders.values() if not folder.is_dir()]:
-            raise UserError(f"the finished student {missing[0]} is not there: copy it from the run that wrote the checkpoint")
+            raise UserError(f"the finished student {missing[0]} is missing: copy it from the run that wrote the checkpoint")
         return folders

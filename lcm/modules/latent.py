@@ -170,7 +170,7 @@ class LatentModule(L.LightningModule):
                         f"{self.family.pipelines[0]} is trained at its own size only: set data.resolution={own * factor}"
                     )
                 rank_zero_only(log.warning)(
-                    "training at %d px a model of %d px images: it is sampled and saved as a model of %d px images "
+                    "training at %d px a model of %d px images: the trained model is sampled and saved at %d px "
                     "(data.resolution=%d keeps its own size)", side * factor, own * factor, side * factor, own * factor,
                 )  # fmt: skip
             self.note_sample_size(side)

@@ -125,7 +125,8 @@ class Optimization(L.Callback):
         assert isinstance(steps, Tensor)
         if steps.min() != steps.max():
             raise UserError(
-                f"the ranks start at different steps, {sorted(set(steps.tolist()))}: all must see the same folder paths.runs"
+                f"the ranks start at different steps, {sorted(set(steps.tolist()))}: set paths.runs to a folder that all ranks "
+                "see"
             )
         schedules: list[Any] = [module.lr_schedulers(), *(opponent.schedule for opponent in self.opponents)]
         with warnings.catch_warnings():

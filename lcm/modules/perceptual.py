@@ -55,7 +55,7 @@ class ClipPerceptual(Perceptual):
         super().__init__(weight)
         folder = find(pipeline) / "clip"
         if not folder.is_dir():
-            raise UserError(f"{pipeline} has no folder clip, as the mini pipeline has: set model.perceptual.pipeline=mini")
+            raise UserError(f"{pipeline} has no folder clip, unlike the mini pipeline: set model.perceptual.pipeline=mini")
         self.tower, self.layers = load_part(CLIPModel, folder, dtype=torch.float32).vision_model, list(layers)
         if not set(self.layers) <= set(range(len(self.tower.encoder.layers) + 1)):
             raise UserError(f"model.perceptual.layers={self.layers}: give some of 0 to {len(self.tower.encoder.layers)}")

@@ -36,8 +36,8 @@ class Trainer(L.Trainer):
         gpus = {"gpu": (CUDAAccelerator, MPSAccelerator), "cuda": (CUDAAccelerator,), "mps": (MPSAccelerator,)}
         if accelerator in gpus and not any(gpu.is_available() for gpu in gpus[accelerator]):
             raise UserError(
-                f"trainer.accelerator={accelerator}: torch finds no such device here: train where it finds one, or on the CPU "
-                "with trainer=default trainer.accelerator=cpu"
+                f"trainer.accelerator={accelerator}: torch finds no such device: train on another machine, or on the CPU with "
+                "trainer=default trainer.accelerator=cpu"
             )
         try:
             super().__init__(

@@ -31,7 +31,7 @@ class FullySharded(ModelParallelStrategy):
     def setup_environment(self) -> None:
         world = self.num_nodes * self.num_processes
         if self.replicas < 1 or world % self.replicas:
-            raise UserError(f"trainer.strategy.replicas={self.replicas} does not divide the {world} processes")
+            raise UserError(f"trainer.strategy.replicas={self.replicas} does not divide the {world} processes: set a divisor")
         assert self.lightning_module is not None
         if not is_overridden("configure_model", self.lightning_module):
             raise UserError(f"{type(self.lightning_module).__name__} cannot be sharded: train it with trainer=ddp")

@@ -11,7 +11,7 @@ from lcm.core.errors import UserError
 from lcm.runtime.integrity import LAST, PREVIOUS, contents, damage, verified
 from lcm.runtime.launch import agreed, is_child, say, warn
 
-FOLDER = "checkpoints"  # in a run directory
+FOLDER = "checkpoints"  # in a run folder
 
 
 def checkpoint_path(run_dir: Path, ckpt_path: str) -> str | None:
@@ -27,7 +27,7 @@ def checkpoint_path(run_dir: Path, ckpt_path: str) -> str | None:
     if not path.exists():
         raise UserError(f"ckpt_path={path} is not a file; ckpt_path=last resumes the newest run of this name")
     if (path / FOLDER).is_dir():
-        raise UserError(f"ckpt_path={path} is a run directory: give {path / FOLDER / LAST}")
+        raise UserError(f"ckpt_path={path} is a run folder: give {path / FOLDER / LAST}")
     if reason := damage(path):
         others = [other for other in saved(path.parent) if other.resolve() != path.resolve() and not damage(other)]
         instead = f"give ckpt_path={others[0]}, which is undamaged" if others else "no other checkpoint beside it is undamaged"

@@ -1,4 +1,4 @@
-"""The run directory: its name, lock, configuration and notes."""
+"""The run folder: its name, lock, configuration and notes."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ locks: list[TextIO] = []  # of the run that this process trains
 
 
 def start_run(cfg: DictConfig) -> Path:
-    """Make the run directory `<runs>/<name>/<id>`, the same for all ranks and restarts, and lock it.
+    """Make the run folder `<runs>/<name>/<id>`, the same for all ranks and restarts, and lock it.
 
     The id is paths.run_id, or the SLURM job's, or the next free number. `ckpt_path=last` resumes in the newest run that has a
     checkpoint.
@@ -52,7 +52,7 @@ def start_run(cfg: DictConfig) -> Path:
 
 def runs_folder(cfg: DictConfig) -> Path:
     if not cfg.name:
-        raise UserError("name= is empty: a run directory needs a name")
+        raise UserError("name= is empty: give the run a name")
     if ".." in Path(cfg.name).parts or Path(cfg.name).is_absolute():
         raise UserError(f"name={cfg.name} is a path outside paths.runs: give a name, and the folder by paths.runs=<folder>")
     return Path(cfg.paths.runs) / str(cfg.name)
@@ -64,12 +64,12 @@ def writable(cfg: DictConfig) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write the run directory under {runs_folder(cfg)} ({error.strerror}): set paths.runs to a writable folder"
+            f"cannot write the run folder under {runs_folder(cfg)} ({error.strerror}): set paths.runs to a writable folder"
         ) from None
 
 
 def run_name(cfg: DictConfig) -> str:
-    """Return the name of the run directory, which then exists. Rank 0 chooses it."""
+    """Return the name of the run folder, which then exists. Rank 0 chooses it."""
     if is_child():
         return os.environ["LCM_RUN_ID"]
 
@@ -171,7 +171,7 @@ def begun(run_dir: Path) -> bool:
 
 @contextmanager
 def training(run_dir: Path) -> Iterator[None]:
-    """Restore the environment and the process group afterwards; remove the run directory if start-up fails.
+    """Restore the environment and the process group afterwards; remove the run folder if start-up fails.
 
     Lightning's launcher leaves LOCAL_RANK, WORLD_SIZE and MASTER_PORT in the environment.
     """

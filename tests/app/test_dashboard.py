@@ -64,7 +64,5 @@ def test_agent_of_a_sweep_starts_trainings(file: Path) -> None:
 def test_without_a_login_one_sentence_tells_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    with pytest.raises(
-        UserError, match=r"^wandb does not let this program in \(.*\): run `wandb login`, or set WANDB_API_KEY$"
-    ):
+    with pytest.raises(UserError, match=r"^wandb refuses the login \(.*\): run `wandb login`, or set WANDB_API_KEY$"):
         login()

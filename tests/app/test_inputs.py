@@ -160,7 +160,7 @@ def test_wrong_picture_to_start_from(here: Path, photo: Image.Image) -> None:
         (("none.png", None, None), "^image=none.png: there is no such file"),
         (("text.png", None, None), "^image=text.png cannot be read as a picture"),
         (("photo.png", "small.png", None), "has 40 x 40 pixels and image=photo.png 80 x 40: paint the mask on a copy"),
-        (("photo.png", "black.png", None), "^mask=black.png has no white in it"),
+        (("photo.png", "black.png", None), "^mask=black.png has no white pixels"),
     ):
         with pytest.raises(UserError, match=says):
             read_start(*arguments, (16, 16))

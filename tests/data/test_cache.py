@@ -404,7 +404,7 @@ def test_shard_larger_than_the_cache_is_asked_for_once_and_leaves_nothing(
     plain: Server, tmp_path: Path, trouble: Answer
 ) -> None:
     plain.answers["0.tar"] = [trouble]
-    with pytest.raises(OSError, match=r"0\.tar: TooLarge: it is larger than 8e-06 GB, all that the cache may hold"):
+    with pytest.raises(OSError, match=r"0\.tar: TooLarge: it is larger than the 8e-06 GB that the cache may hold"):
         fetched(cache(tmp_path, max_gb=8e-6), f"{plain.url}/0.tar")
     assert plain.asked == [("/0.tar", 0)]
     assert not leftovers(tmp_path)
@@ -548,7 +548,7 @@ def test_silent_command_is_ended_with_all_that_it_started(tmp_path: Path) -> Non
 
 
 def test_command_without_end_cannot_fill_the_disk(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"TooLarge: it is larger than 8e-06 GB, all that the cache may hold"):
+    with pytest.raises(OSError, match=r"TooLarge: it is larger than the 8e-06 GB that the cache may hold"):
         fetched(cache(tmp_path, max_gb=8e-6), "pipe:cat /dev/zero")
     assert not leftovers(tmp_path)
 

@@ -152,9 +152,7 @@ def test_text_embeddings_are_of_the_chosen_caption(codec: LatentCodec, encode: E
 
 def test_captions_are_refused_where_embeddings_are_stored(codec: LatentCodec, encode: Encode) -> None:
     batch(codec, encode(), latents=True, captions={"blip": 1})
-    with pytest.raises(
-        UserError, match=r"data\.captions chooses among captions, but the latents in .* hold the text embeddings"
-    ):
+    with pytest.raises(UserError, match=r"data\.captions has no effect: the latents in .* hold the text embeddings"):
         batch(codec, encode("text", text=True), latents=True, captions={"blip": 1})
 
 

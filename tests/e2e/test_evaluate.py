@@ -327,7 +327,7 @@ def test_teacher_metrics_need_no_real_images(run, tiny_pipeline, tmp_path):
         "8 images per cell of 2 captions",
         "No real images",
         "KID x 1000 to teacher",
-        "Seconds an image: from prompt to",
+        "Seconds per image: from prompt to",
     ):
         assert part in table, part
     assert (tmp_path / "a/prompts.txt").read_text() == "red apple\nrocket\n"

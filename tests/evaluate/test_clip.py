@@ -82,5 +82,5 @@ def test_missing_clip_error_names_the_files(model):
 
 
 def test_pipeline_without_clip_is_an_error(pixart_pipeline):
-    with pytest.raises(UserError, match="has no folder clip, as the mini pipeline has: set backbone=clip"):
+    with pytest.raises(UserError, match="has no folder clip, unlike the mini pipeline: set backbone=clip"):
         mini_clip(str(pixart_pipeline))

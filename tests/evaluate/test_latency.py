@@ -1,4 +1,4 @@
-"""Seconds an image: the warm-up is left out, and the whole way from prompt to pixels counts."""
+"""Seconds per image: the warm-up is left out, and the whole way from prompt to pixels counts."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -144,7 +144,7 @@ def test_resume_in_another_run_copies_students(training: Make, data: Make, fit: 
     second.save_model(str(new / "model"))
     assert list(TextToImage.load(str(new / "model")).students) == [4, 2, 1]
     shutil.rmtree(old / "students")
-    with pytest.raises(UserError, match=r"unet_4 is not there: copy it"):
+    with pytest.raises(UserError, match=r"unet_4 is missing: copy it"):
         fit(training("guided", match_share=0.4), data(), 10, ckpt_path=str(path), default_root_dir=tmp_path / "2")
 
 

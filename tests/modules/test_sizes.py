@@ -79,7 +79,7 @@ def test_export_has_the_training_size(data: Make, fit: Make, tiny_pipeline: Path
     trainer.save_checkpoint(tmp_path / "checkpoints/last.ckpt")
     trained(tmp_path, "last").save_model(str(tmp_path / "model"))
     assert side(tmp_path / "model") == 16
-    with pytest.raises(UserError, match="nowhere is not the folder of a run: it has no"):
+    with pytest.raises(UserError, match="nowhere is not the folder of a run, it has no"):
         trained(tmp_path / "nowhere", "last")
 
 

@@ -213,7 +213,7 @@ def test_checkpoint_of_another_method_is_refused(training: Make) -> None:
             check_method({"method": method}, module.method)
             continue
         with pytest.raises(
-            UserError, match=f"the checkpoint is of {method}, this training is a .*: give it a name= of its own"
+            UserError, match=f"the checkpoint is of {method}, this training is a .*: give another ckpt_path, or a new name="
         ):
             module.on_load_checkpoint({"method": method})
 

@@ -1,4 +1,4 @@
-"""Every training has a run directory of its own; a wrong number of processes is refused before it is made."""
+"""Every training has a run folder of its own; a wrong number of processes is refused before it is made."""
 
 import os
 import subprocess
@@ -141,7 +141,7 @@ def test_unwritable_folder_is_named(obstacle, tmp_path):
     paths = {"runs": str(at), "run_id": None}
     for run_id in (None, 5):
         with pytest.raises(
-            UserError, match=r"cannot write the run directory under .*runs/a \(.*\): set paths\.runs to a writable"
+            UserError, match=r"cannot write the run folder under .*runs/a \(.*\): set paths\.runs to a writable"
         ):
             start_run(OmegaConf.create({"name": "a", "ckpt_path": None, "paths": {**paths, "run_id": run_id}}))
     if obstacle != "name is a file":
