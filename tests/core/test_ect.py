@@ -41,6 +41,11 @@ def test_stages_follow_the_training():
     assert stages == [stage for stage in range(8) for _ in range(10)]
 
 
+def test_stages_need_a_number_of_steps():
+    with pytest.raises(UserError, match=r"8 stages of this method share trainer\.max_steps=-1"):
+        ect().advance(0, -1)
+
+
 def test_first_stage_is_denoising():
     """Below level 1 the target is the image for any target network."""
     seen = []

@@ -27,6 +27,15 @@ def shares(share, *index):
     return TrajectoryDraws(draws.eps, draws.index, draws.w, torch.full((B,), share))
 
 
+@pytest.mark.parametrize("max_steps", [-1, 0])
+def test_needs_no_number_of_steps(max_steps):
+    """One stage of one phase: a training may end by time or on a signal."""
+    objective = tcd()
+    for step in range(3):
+        objective.advance(step, max_steps)
+    assert objective.edges.tolist() == [0]
+
+
 def test_golden_tcd():
     """499 -> 479, then on to 259, or ending at 479; student eps -1.1, target eps -0.9, teacher -1.0 and -0.8 (null), w = 7."""
     for m, student, target, loss in (

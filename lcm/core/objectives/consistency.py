@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lcm.core.batch import LatentBatch
 from lcm.core.consistency import ConsistencyFn, consistency_fn
 from lcm.core.denoiser import Condition, Denoised, Denoiser
+from lcm.core.errors import UserError
 from lcm.core.guidance import draw_w
 from lcm.core.numbers import Count
 from lcm.core.process import Flow, Process
@@ -157,3 +158,15 @@ class ConsistencyObjective(nn.Module):
             "prediction_type": prediction_type,
             "original_inference_steps": points,
         }
+
+
+def stage_at(step: int, max_steps: int, stages: int) -> int:
+    """Return the stage of an update, 0 to `stages - 1`. All stages are equally long.
+
+    Raises UserError for several stages of a training without a number of steps.
+    """
+    if stages == 1:
+        return 0
+    if max_steps < 1:
+        raise UserError(f"the {stages} stages of this method share trainer.max_steps={max_steps}: set a number of steps")
+    return min(step * stages // max_steps, stages - 1)

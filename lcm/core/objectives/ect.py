@@ -10,7 +10,7 @@ from lcm.core.batch import LatentBatch
 from lcm.core.errors import UserError
 from lcm.core.guidance import draw_w
 from lcm.core.numbers import Count, Positive
-from lcm.core.objectives.consistency import ConsistencyObjective, Networks, Pair
+from lcm.core.objectives.consistency import ConsistencyObjective, Networks, Pair, stage_at
 from lcm.core.process import Process, per_sample
 
 
@@ -39,7 +39,7 @@ class EasyConsistencyTuning(ConsistencyObjective):
         self.q, self.stages, self.mean, self.std, self.stage = q, stages, mean, std, 0
 
     def advance(self, step: int, max_steps: int) -> None:
-        self.stage = min(step * self.stages // max_steps, self.stages - 1)
+        self.stage = stage_at(step, max_steps, self.stages)
 
     def draw(self, z0: Tensor, rng: torch.Generator) -> EasyDraws:
         eps = torch.randn(z0.shape, generator=rng, device=z0.device)

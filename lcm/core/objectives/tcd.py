@@ -10,7 +10,7 @@ from torch import Tensor
 from lcm.core.batch import LatentBatch
 from lcm.core.errors import UserError
 from lcm.core.numbers import Count, Share
-from lcm.core.objectives.consistency import ConsistencyDraws, Networks, Pair
+from lcm.core.objectives.consistency import ConsistencyDraws, Networks, Pair, stage_at
 from lcm.core.objectives.distillation import LatentConsistencyDistillation
 from lcm.core.process import Flow
 from lcm.core.timesteps import phase_edges, phase_end, phase_start, points_of
@@ -77,7 +77,7 @@ class TrajectoryConsistencyDistillation(LatentConsistencyDistillation):
 
     def advance(self, step: int, max_steps: int) -> None:
         """Choose the number of phases of this stage of the training."""
-        phases = self.phases[min(step * len(self.phases) // max_steps, len(self.phases) - 1)]
+        phases = self.phases[stage_at(step, max_steps, len(self.phases))]
         if phases != len(self.edges):
             self.edges = self.edges_of(phases).to(self.timesteps.device)
 
