@@ -53,7 +53,6 @@ def cm_consistency_fn(denoise: Denoise, z_t: Tensor, t: Tensor, *, process: Proc
     if process.t_min < 0:
         return denoise(z_t, t).x0
     alpha, sigma_t = process.at(t, z_t.ndim)
-    alpha = alpha.clamp_min(FLOOR)  # alpha is 0 in a flow's pure noise
     x, sigma = z_t / alpha, sigma_t / alpha
     clean = t[:1] * 0 + process.t_min
     sigma_min = per_sample(process.sigma(clean) / process.alpha(clean), z_t.ndim)

@@ -100,10 +100,10 @@ def coefficients(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Te
 
 
 def convert_process(denoise: Denoise, inner: Process, outer: Process) -> Denoise:
-    """Return a denoiser that takes points of the process `outer`, given a denoiser of the process `inner`.
+    """Return a denoiser for points of the process `outer`. denoise: a denoiser of the process `inner`.
 
-    (x0, eps) of a point do not depend on the process: points with equal `alpha / sigma` differ only by a scale. Noise levels
-    that `inner` lacks are mapped to its nearest one.
+    (x0, eps) of a point do not depend on the process: points with equal `alpha / sigma` differ only by a scale. A noise level
+    that `inner` lacks is mapped to its nearest level.
     """
     if inner is outer or inner.config == outer.config:
         return denoise

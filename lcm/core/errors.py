@@ -5,7 +5,7 @@ class UserError(Exception):
     """Wrong input. The message says what is wrong and what to do. Programs print it and exit with code 1."""
 
     def __init__(self, message: str) -> None:
-        # A DataLoader re-raises a worker's error with the traceback in its message. Keep the sentence only.
+        # A DataLoader re-raises a worker's error with the traceback in its message. Only the sentence is wanted.
         kind = type(self).__name__
         if message.startswith(f"Caught {kind} in DataLoader worker"):
             message = message.rpartition(f"\nlcm.core.errors.{kind}: ")[2]

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 
 class Limit(NamedTuple):
-    """The range `low` to `high`. above: whether `low` itself is excluded."""
+    """The range `low` to `high`. above: exclude `low` itself."""
 
     low: float = -math.inf
     high: float = math.inf

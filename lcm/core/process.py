@@ -174,8 +174,8 @@ class Flow(Process):
 def process_of(config: dict[str, Any]) -> Process:
     """Build the process from the content of a `scheduler_config.json`. Keys that do not affect the noise are ignored.
 
-    Raises UserError for processes other than VP and flow. It also does for missing betas, whose defaults differ among
-    diffusers' classes.
+    Raises UserError for processes other than VP and flow. Missing betas raise it, too: their defaults differ among diffusers'
+    classes.
     """
     name = str(config.get("_class_name"))
     if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
@@ -212,7 +212,7 @@ def interpolate(table: Tensor, t: Tensor) -> Tensor:
 
 
 def betas(kind: str, start: float, end: float, steps: int) -> Tensor:
-    """Return the noise increments beta_t, `[steps]` float64. Raises UserError for an unknown schedule."""
+    """Return the noise increments beta_t, `[steps]` float64. kind: a beta_schedule. Raises UserError for an unknown one."""
     if kind == "scaled_linear":
         return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
     if kind == "linear":
@@ -225,6 +225,6 @@ def betas(kind: str, start: float, end: float, steps: int) -> Tensor:
 
 
 def zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
-    """Shift and scale sqrt(alpha_bar) to end at 0 with its start unchanged (2305.08891, Algorithm 1)."""
+    """Return alpha_bar `[T]` that ends at 0: its root is shifted and scaled, its start unchanged (2305.08891, Algorithm 1)."""
     root = alpha_bar.sqrt()
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2

@@ -26,9 +26,9 @@ class RankSlice:
         self.device, self.keys, self.rank, self.world_size = device, keys, rank, world_size
 
     def blocks(self, count: int) -> Iterator[tuple[int, torch.Generator, slice]]:
-        """Yield (size, generator, rows) of each block that overlaps this rank's slice of `count` samples.
+        """Yield (size, generator, rows) of each block that overlaps this rank's slice. count: the samples of one rank.
 
-        rows: the part of the block that belongs to this rank.
+        rows: the slice of the block that belongs to this rank.
         """
         start, stop, total = self.rank * count, (self.rank + 1) * count, self.world_size * count
         for block in range(start // BLOCK, -(-stop // BLOCK)):
@@ -38,7 +38,7 @@ class RankSlice:
 
 
 def normal(shape: torch.Size, rng: RankSlice | torch.Generator | None, device: torch.device) -> torch.Tensor:
-    """Draw standard normals of the given shape, float32."""
+    """Draw standard normals of this shape, float32. rng: a `RankSlice` gives this rank's rows of a global batch."""
     if not isinstance(rng, RankSlice):
         return torch.randn(shape, generator=rng, device=device)
     blocks = rng.blocks(shape[0])

@@ -110,7 +110,7 @@ def _multistep(
     timesteps: list[int],
     process: Process,
 ) -> Tensor:
-    """Linear multistep: extrapolate the prediction (x0 or eps) from the last two steps.
+    """Sample by a linear multistep method, which extrapolates the prediction (x0 or eps) from the last two steps.
 
     The first step is first order. The last step is first order if there are fewer than 15 steps, or if it ends without noise
     (diffusers' `lower_order_final`).
@@ -127,20 +127,20 @@ def _multistep(
     return z
 
 
-def keeping(denoise: Denoise, known: Tensor, mask: Tensor, process: Process) -> Denoise:
-    """Return a denoiser that knows the latent where the mask is 0, so that any sampler keeps it there: inpainting.
+def keep_known(denoise: Denoise, known: Tensor, mask: Tensor, process: Process) -> Denoise:
+    """Return a denoiser for inpainting: with any sampler, the latent stays `known` where the mask is 0.
 
-    There it returns the known latent, and the noise that z_t has on top of it. A sampler moves z_t along these to the next
-    time. The network therefore always sees the known part with the noise of its time. known: `[B, C, H, W]`. mask: the share
-    in [0, 1] that is drawn, `[B, 1, H, W]`.
+    Where the mask is 0, x0 is the known latent and eps is the noise of z_t on top of it. The sampler moves z_t along (x0, eps)
+    to the next time, so the network sees the known part with the noise of each time.
+    known: `[B, C, H, W]`. mask: `[B, 1, H, W]`, 0 (known) to 1 (drawn).
     """
 
-    def denoise_rest(z: Tensor, t: Tensor) -> Denoised:
+    def denoise_masked(z: Tensor, t: Tensor) -> Denoised:
         x0, eps = denoise(z, t)
         alpha, sigma = process.at(t, z.ndim)
         return Denoised(known.lerp(x0, mask), ((z - alpha * known) / sigma.clamp_min(FLOOR)).lerp(eps, mask))
 
-    return denoise_rest
+    return denoise_masked
 
 
 def _steps(timesteps: list[int], z: Tensor, process: Process) -> Iterator[tuple[Tensor, Tensor]]:

@@ -44,8 +44,8 @@ def dpm_solver_pp_2(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, proc
 def heun(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Process) -> Tensor:
     """Heun's method on `d(z/alpha) = eps d(sigma/alpha)` (2206.00364, Algorithm 1), with the mean slope of both ends.
 
-    The step is first order if it ends without noise (a flow, s = t_min), as in that algorithm. It is first order from pure
-    noise, too (a flow or zero-terminal-SNR, t = T - 1), where sigma / alpha is infinite.
+    A step to the clean end of a flow (s = t_min) is first order, as in Algorithm 1. A step from pure noise is first order, too,
+    because sigma / alpha is infinite there (t = T - 1 of a flow or of zero terminal SNR).
     """
     x0_t, eps_t = denoise(z_t, t)
     eps_s = eps_at(denoise, eps_step(z_t, x0_t, eps_t, t, s, process), s, process, eps_t)
@@ -62,24 +62,24 @@ def midpoint(t: Tensor, s: Tensor, process: Process) -> tuple[Tensor, Tensor]:
     m = (lambdas[None] - (lambda_t + lambda_s)[:, None] / 2).abs().argmin(dim=1)
     m = torch.maximum(torch.minimum(m, t - 1), s)
     r = (process.half_log_snr(m) - lambda_t) / (lambda_s - lambda_t)
-    return m, torch.where(t > s, r, 1.0)  # 0 / 0 for a step of length 0
+    return m, torch.where(t > s, r, 1.0)  # r is 0 / 0 in a step of length 0
 
 
-def eps_at(denoise: Denoise, z: Tensor, t: Tensor, process: Process, otherwise: Tensor) -> Tensor:
-    """Return the predicted noise in z, or `otherwise` at timesteps without noise (a flow, t = t_min)."""
+def eps_at(denoise: Denoise, z: Tensor, t: Tensor, process: Process, fallback: Tensor) -> Tensor:
+    """Return the predicted noise in z, or `fallback` at timesteps without noise (a flow, t = t_min)."""
     sigma = per_sample(process.sigma(t), z.ndim)
-    return torch.where(sigma > 0, denoise(z, t).eps, otherwise)
+    return torch.where(sigma > 0, denoise(z, t).eps, fallback)
 
 
 def eps_step(z_t: Tensor, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, process: Process) -> Tensor:
-    """Solve the ODE exactly for a constant eps. x0: the prediction at z_t, used in pure noise, where alpha_t is 0."""
+    """Return z_s, the exact solution of the ODE for a constant eps. x0: the prediction at z_t, for pure noise (alpha_t = 0)."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = process.at(t, z_t.ndim), process.at(s, z_t.ndim)
     ratio = alpha_s / alpha_t.clamp_min(FLOOR)
     return torch.where(alpha_t > FLOOR, ratio * z_t + (sigma_s - ratio * sigma_t) * eps, alpha_s * x0 + sigma_s * eps)
 
 
 def x0_step(z_t: Tensor, x0: Tensor, t: Tensor, s: Tensor, process: Process) -> Tensor:
-    """Solve the ODE exactly for a constant x0."""
+    """Return z_s, the exact solution of the ODE for a constant x0."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = process.at(t, z_t.ndim), process.at(s, z_t.ndim)
     ratio = sigma_s / sigma_t.clamp_min(FLOOR)
     return ratio * z_t + (alpha_s - ratio * alpha_t) * x0

@@ -21,7 +21,7 @@ def grid(num_timesteps: int = 1000, *, points: Count = POINTS) -> Tensor:
             f"{points} grid points do not divide {num_timesteps} timesteps: use a divisor, so that the grid ends at "
             f"t = {num_timesteps - 1}"
         )
-    # On the CPU also while networks are built on the meta device.
+    # device="cpu", because networks may be built on the meta device at the same time.
     return torch.arange(1, points + 1, device="cpu") * (num_timesteps // points) - 1
 
 
@@ -82,10 +82,10 @@ def trailing_steps(steps: int, num_timesteps: int = 1000) -> list[int]:
 
 
 def phase_edges(process: Process, phases: Count, points: int | None) -> Tensor:
-    """Return the times at which `phases` phases end, `[phases]` int64 ascending from the clean end.
+    """Return the times at which the phases end, `[phases]` int64, ascending from the clean end.
 
-    Sampling in as many steps starts a step at T - 1 and at each of them but the first. points: of the trained `grid`; None:
-    the timesteps are no grid.
+    Sampling makes one step in each phase: from T - 1 or from an end, to the next lower end. points: the number of points of the
+    trained `grid`; None: the trained timesteps are no grid, which is a UserError.
     """
     if phases == 1:
         return torch.tensor([process.t_min])
@@ -111,9 +111,9 @@ def phase_start(t: Tensor, edges: Tensor, last: int) -> Tensor:
 def few_step_flow(shift: float, steps: int, num_timesteps: int = 1000) -> dict[str, float]:
     """Return the config for which diffusers' flow schedulers use `trailing_steps(steps)` of `Flow(shift)`.
 
-    It holds for this number of steps only. diffusers' grid is linear from 1 to sigma_min, shifted (a second time at
-    sigma_min) and stretched to `shift_terminal`. Shifts and stretches are Moebius maps with fixed point 1, so one shift and
-    one terminal value reproduce our grid exactly.
+    The config is exact for this number of steps only. diffusers' grid is linear from 1 to sigma_min, shifted (a second time at
+    sigma_min) and stretched to `shift_terminal`. Shifts and stretches are Moebius maps with fixed point 1. One shift and one
+    terminal value therefore reproduce `trailing_steps` exactly.
     """
     if steps == 1:
         return {"shift": shift}

@@ -280,7 +280,7 @@ class TextToImage:
             if start.mask is not None:
                 # A latent is drawn if any of its pixels is.
                 mask = F.max_pool2d(start.mask[None].to(z.device), self.codec.factor)
-                denoise = sampling.keeping(denoise, known, mask, self.process)
+                denoise = sampling.keep_known(denoise, known, mask, self.process)
         with evaluation_mode(net):
             drawn = self.sampler(sampler)[0](denoise, z, timesteps, process=self.process, noise=noise)
         return drawn if mask is None or known is None else known.lerp(drawn, mask)

@@ -100,7 +100,7 @@ class MatchingModule(LatentModule):
         self.frozen |= reward_parts(reward, pipeline)
         self.quantization = quantization
         self.train_adapters(adapters)
-        self.own_turn = True  # the student learns in this step
+        self.student_turn = True  # the student learns in this step
 
     def networks(self) -> list[Any]:
         return [*super().networks(), self.fake.network]
@@ -115,16 +115,16 @@ class MatchingModule(LatentModule):
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
         """Update the fake score and, every `ratio` steps, the student. `global_step` says whose turn it is."""
-        self.own_turn = (self.global_step + 1) % self.fake.ratio == 0
-        nets, draws = self.denoisers(self.net), self.chosen_draws(batch, batch_idx, "train")
-        with torch.set_grad_enabled(self.own_turn):
+        self.student_turn = (self.global_step + 1) % self.fake.ratio == 0
+        nets, draws = self.denoisers(self.net), self.draws_of_step(batch, batch_idx, "train")
+        with torch.set_grad_enabled(self.student_turn):
             sample = self.objective.sample(nets.online, batch, draws)
         assert nets.fake is not None
         score, seen = nets.fake, sample.detach()
         logs = {"fake_score": self.fake.learn(lambda: self.objective.score_loss(score, batch, draws, seen), self.share)}
-        loss, pair = torch.zeros((), device=self.device), self.objective.unmatched(sample)
-        if self.own_turn:
-            pair = self.objective.matched(nets, batch, draws, sample)
+        loss, pair = torch.zeros((), device=self.device), self.objective.pair_without_target(sample)
+        if self.student_turn:
+            pair = self.objective.pair_with_target(nets, batch, draws, sample)
             loss, values = self.objective.distances(pair)
             logs |= values
         terms, values = further_terms(self, pair, batch, batch_idx)
@@ -132,13 +132,13 @@ class MatchingModule(LatentModule):
         return loss + terms
 
     def validation_step(self, batch: LatentBatch, batch_idx: int) -> None:
-        draws = self.chosen_draws(batch, batch_idx, "val")
+        draws = self.draws_of_step(batch, batch_idx, "val")
         loss, _ = self.objective.loss(self.denoisers(self.best_net), batch, draws)
         self.log("val/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
 
-    def chosen_draws(self, batch: LatentBatch, batch_idx: int, stage: str) -> Any:
+    def draws_of_step(self, batch: LatentBatch, batch_idx: int, stage: str) -> Any:
         """Return this rank's draws. The draws that all ranks share come first."""
-        self.objective.choose(generator("cpu", self.seed, stage, batch_idx, "shared"))
+        self.objective.draw_shared_step(generator("cpu", self.seed, stage, batch_idx, "shared"))
         return self.draws(self.objective.draw, batch.z0, batch_idx, stage)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -146,7 +146,7 @@ class MatchingModule(LatentModule):
             super().backward(loss, *args, **kwargs)
 
     def after_optimizer_step(self) -> None:
-        if self.own_turn:
+        if self.student_turn:
             super().after_optimizer_step()
 
     def facts(self) -> dict[str, Any]:

@@ -132,10 +132,10 @@ def test_gradient_passes_through_the_last_step_only():
 def test_one_number_chooses_the_step_of_all_ranks():
     objective, chosen = matching("dmd2"), []
     for batch in range(200):
-        objective.choose(generator("cpu", 0, "train", batch, "shared"))
+        objective.draw_shared_step(generator("cpu", 0, "train", batch, "shared"))
         chosen.append(objective.step)
     assert set(chosen) == {0, 1, 2, 3}
-    objective.choose(generator("cpu", 0, "train", 7, "shared"))
+    objective.draw_shared_step(generator("cpu", 0, "train", 7, "shared"))
     assert objective.step == chosen[7]
 
 

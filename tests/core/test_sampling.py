@@ -305,7 +305,7 @@ def test_known_part_keeps_the_noise_of_its_time(name, process):
     noise = draws(0, known)
     timesteps = trailing_steps(6)[2:]
     z = process.jump(known, noise(), torch.full((2,), timesteps[0]))
-    end = SAMPLERS[name](sampling.keeping(denoise, known, mask, process), z, timesteps, process=process, noise=noise)
+    end = SAMPLERS[name](sampling.keep_known(denoise, known, mask, process), z, timesteps, process=process, noise=noise)
     assert len(seen) >= 4
     assert all(0.95 < std < 1.05 for std in seen), seen
     assert (end[..., 16:] - 0.3).abs().mean() < 0.05

@@ -24,10 +24,10 @@ Loss = tuple[Tensor, dict[str, Tensor]]  # scalar loss, values to log
 
 
 class Pair(NamedTuple):
-    """The student's and its target's point, `[B, C, H, W]`, both at the time `end` `[B]`.
+    """The two points that a loss compares, of the student (`online`) and of its target, `[B, C, H, W]`.
 
-    x0: the student's clean latent, `[B, C, H, W]`. start: the time at which the phase of both begins, `[B]`. weight: of each
-    sample, `[B]`.
+    end: the time of both points, `[B]`. start: the noisy end of their phase, `[B]`. x0: the student's clean latent,
+    `[B, C, H, W]`. weight: the weight of each sample, `[B]`; None: equal weights.
     """
 
     online: Tensor
@@ -39,7 +39,10 @@ class Pair(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """The paper's theta, theta-, for distillation the teacher, and for distribution matching the fake score."""
+    """The networks of a loss: the student (the paper's theta), its target (theta-), the teacher and the fake score.
+
+    teacher: None unless the method distils. fake: None unless the method matches distributions.
+    """
 
     online: Denoiser
     target: Denoiser
@@ -59,9 +62,9 @@ class ConsistencyDraws:
 class ConsistencyObjective(nn.Module):
     """Subclasses define `pair`, the two points that the loss compares.
 
-    process: the student's. timesteps: the trained t, `[N]` int64 ascending. distance: the paper's d. w is uniform in
-    [w_min, w_max]. f: the consistency function. saved_steps: the number of sampling steps for which the saved scheduler of a
-    flow student is exact.
+    process: the student's process. timesteps: the trained t, `[N]` int64 ascending. distance: the paper's d. w_min, w_max: the
+    range of the guidance weight w, which is drawn uniformly. f: the consistency function. saved_steps: the number of sampling
+    steps for which the saved scheduler of a flow student is exact.
     """
 
     sampler: ClassVar[str] = "consistency"  # a function of `lcm.core.sampling`
@@ -85,7 +88,7 @@ class ConsistencyObjective(nn.Module):
         self.register_buffer("timesteps", timesteps, persistent=False)
 
     def draw(self, z0: Tensor, rng: torch.Generator) -> Any:
-        """Draw eps ~ N(0, 1), n uniform and w ~ U[w_min, w_max]."""
+        """Draw eps ~ N(0, 1), the index n uniformly, and w ~ U[w_min, w_max]."""
         eps = torch.randn(z0.shape, generator=rng, device=z0.device)
         index = torch.randint(len(self.timesteps), (len(z0),), generator=rng, device=z0.device)
         return ConsistencyDraws(eps, index, draw_w(len(z0), self.w_min, self.w_max, rng))
@@ -108,14 +111,14 @@ class ConsistencyObjective(nn.Module):
     def compare(
         self, nets: Networks, cond: Condition, w: Tensor | None, far: tuple[Tensor, Tensor], near: tuple[Tensor, Tensor]
     ) -> Pair:
-        """Return `f_theta(z_t, w, c, t)` and `f_theta-(z_s, w, c, s)` for far = (z_t, t), near = (z_s, s)."""
-        return self.both(
+        """Return the pair `f_theta(z_t, w, c, t)` and `f_theta-(z_s, w, c, s)`. far: (z_t, t). near: (z_s, s)."""
+        return self.make_pair(
             lambda: self.f(nets.online.bound(cond, w), *far, process=self.process),
             lambda: self.f(nets.target.bound(cond, w), *near, process=self.process),
             torch.full((len(far[0]),), self.process.t_min, device=far[0].device),
         )
 
-    def both(
+    def make_pair(
         self,
         online: Callable[[], Tensor | Denoised],
         target: Callable[[], Tensor | Denoised],
@@ -123,14 +126,14 @@ class ConsistencyObjective(nn.Module):
         start: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Pair:
-        """Call both networks. The random state is restored between them, so their dropout masks are equal.
+        """Call the student and its target. The random state is restored between the calls, so their dropout masks are equal.
 
-        online, target: return the point at `end`, or a `Denoised` that jumps there. start: None: the noisy end.
+        online, target: return the point at `end`, or a `Denoised` that jumps there. start: None: the noisy end of the schedule.
         """
         with torch.no_grad(), torch.random.fork_rng([end.device] if end.device.type == "cuda" else []):
             near = target()
         far = online()
-        points = [self.process.jump(*each, end) if isinstance(each, Denoised) else each for each in (far, near)]
+        points = [self.process.jump(*point, end) if isinstance(point, Denoised) else point for point in (far, near)]
         x0 = far.x0 if isinstance(far, Denoised) else far
         start = torch.full_like(end, self.process.num_timesteps - 1) if start is None else start
         return Pair(points[0], points[1], x0, end, start, weight)
@@ -144,7 +147,7 @@ class ConsistencyObjective(nn.Module):
 
     def sampling(self) -> dict[str, Any]:
         """Return the sampler's settings for `lcm.json`, as plain data."""
-        # The scheduler of a saved flow student has another shift, see `few_step_flow`.
+        # lcm.json holds the shift of the training: `few_step_flow` saves another one in the scheduler's config.
         shift = {"shift": self.process.shift} if isinstance(self.process, Flow) else {}
         return {"sampler": self.sampler, "points": points_of(self.timesteps, self.process.num_timesteps), **shift}
 

@@ -23,8 +23,8 @@ class DenoisingDraws:
 class Denoising(nn.Module):
     """`E || target - net(z_t, t, c) ||^2`, with the target of the network's prediction type.
 
-    min_snr_gamma: weights samples by `min_snr_weight`; None: no weights. offset_noise: the standard deviation of one more
-    normal per channel, added to eps in training, so that the network learns the mean colour.
+    min_snr_gamma: the gamma of `min_snr_weight`; None: equal weights. offset_noise: the standard deviation of a normal number
+    per channel. In training it is added to eps, so that the network learns the mean colour.
     """
 
     def __init__(self, process: Process, *, min_snr_gamma: Positive | None = None, offset_noise: NonNegative = 0.0) -> None:
@@ -32,7 +32,7 @@ class Denoising(nn.Module):
         self.process, self.min_snr_gamma, self.offset_noise = process, min_snr_gamma, offset_noise
 
     def draw(self, z0: Tensor, rng: torch.Generator) -> DenoisingDraws:
-        """Draw eps ~ N(0, 1), in training with the offset, and t uniform."""
+        """Draw eps ~ N(0, 1), in training with the offset, and t uniformly."""
         eps = torch.randn(z0.shape, generator=rng, device=z0.device)
         if self.offset_noise and self.training:
             eps = eps + self.offset_noise * torch.randn(*z0.shape[:2], 1, 1, generator=rng, device=z0.device)

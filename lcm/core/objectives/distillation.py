@@ -32,7 +32,7 @@ class LatentConsistencyDistillation(ConsistencyObjective):
     def teacher_step(
         self, nets: Networks, batch: LatentBatch, draws: ConsistencyDraws, t: Tensor, s: Tensor, *, guided: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Return z_t, and z_s after one solver step of the teacher. guided: by the drawn w."""
+        """Return z_t, and z_s after one solver step of the teacher. guided: guide the teacher by the drawn w."""
         z_t = self.process.jump(batch.z0, draws.eps, t)
         assert nets.teacher is not None
         with torch.no_grad():
@@ -50,8 +50,8 @@ class LatentConsistencyDistillation(ConsistencyObjective):
         end: Tensor,
         start: Tensor,
     ) -> Pair:
-        """Return the student's jump from far = (z_t, t) and its target's from near = (z_s, s) to `end`.
+        """Return the pair of two jumps to `end` `[B]`: the student's from far, its target's from near.
 
-        start: the time at which their phase begins.
+        far: (z_t, t). near: (z_s, s). start: the noisy end of the phase of t, `[B]`.
         """
-        return self.both(lambda: nets.online(*far, cond, w), lambda: nets.target(*near, cond, w), end, start)
+        return self.make_pair(lambda: nets.online(*far, cond, w), lambda: nets.target(*near, cond, w), end, start)

@@ -16,7 +16,7 @@ from lcm.core.process import Process, per_sample
 
 @dataclass
 class EasyDraws:
-    """eps `[B, C, H, W]`, noise level sigma / alpha `[B]`, w `[B]`."""
+    """The random draws of a step: eps `[B, C, H, W]`, the noise level sigma / alpha `[B]`, w `[B]`."""
 
     eps: Tensor
     level: Tensor
@@ -26,8 +26,9 @@ class EasyDraws:
 class EasyConsistencyTuning(ConsistencyObjective):
     """The student at noise level t matches its target at level r < t of the same image and noise, weighted by 1 / (t - r).
 
-    A level is sigma / alpha. log t ~ N(mean, std^2), within the levels of the process. In stage i of `stages` equal ones,
-    `r = max(0, t (1 - q^-(i + 1) (1 + 8 sigmoid(-t))))`. At r = 0 the target is the image: the training starts as denoising.
+    A level is sigma / alpha. log t ~ N(mean, std^2), limited to the levels of the process. The training has `stages` stages of
+    equal length. In stage i, `r = max(0, t (1 - q^-(i + 1) (1 + 8 sigmoid(-t))))`. At r = 0 the target is the image: the
+    training starts as denoising.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class EasyConsistencyTuning(ConsistencyObjective):
         t, s = (self.process.timestep_at(-value.clamp_min(1e-6).log()) for value in (level, near))
         z_t, z_s = (self.process.jump(batch.z0, draws.eps, time) for time in (t, s))
         online, target = nets.online.bound(batch.cond, draws.w), nets.target.bound(batch.cond, draws.w)
-        return self.both(
+        return self.make_pair(
             lambda: self.f(online, z_t, t, process=self.process),
             lambda: torch.where(per_sample(clean, z_s.ndim), batch.z0, self.f(target, z_s, s, process=self.process)),
             torch.full((len(z_t),), self.process.t_min, device=z_t.device),

@@ -27,7 +27,7 @@ class GuidedDistillationObjective(nn.Module):
         self.paths: dict[tuple[int, torch.device], Tensor] = {}
 
     def draw(self, z0: Tensor, rng: torch.Generator) -> ConsistencyDraws:
-        """Draw eps ~ N(0, 1), w ~ U[w_min, w_max] and index uniform over all timesteps (stage one) or the student's steps."""
+        """Draw eps ~ N(0, 1), w ~ U[w_min, w_max] and a uniform index, of a timestep (stage one) or of a student's step."""
         eps = torch.randn(z0.shape, generator=rng, device=z0.device)
         index = torch.randint(self.steps or self.process.num_timesteps, (len(z0),), generator=rng, device=z0.device)
         return ConsistencyDraws(eps, index, draw_w(len(z0), self.w_min, self.w_max, rng))
@@ -40,7 +40,7 @@ class GuidedDistillationObjective(nn.Module):
         return halve_steps(nets.online, nets.target, batch, draws, timesteps=self.path(2 * self.steps, batch.z0.device))
 
     def path(self, steps: int, device: torch.device) -> Tensor:
-        """Return the timesteps of `steps` DDIM steps and t_min. The tensor is cached: a copy would wait for the device."""
+        """Return the timesteps of `steps` DDIM steps, then t_min. The tensor is cached: a copy would wait for the device."""
         if (steps, device) not in self.paths:
             times = [*trailing_steps(steps, self.process.num_timesteps), self.process.t_min]
             self.paths[steps, device] = torch.tensor(times, device=device)

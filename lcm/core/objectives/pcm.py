@@ -15,8 +15,8 @@ from lcm.core.timesteps import phase_edges, phase_end, phase_start, points_of
 class PhasedConsistencyDistillation(LatentConsistencyDistillation):
     """The time is cut into phases. The student's jump from t to the end of its phase matches its target's jump from s (eq. 9).
 
-    phases: their number, which is also the number of sampling steps. classifier_free_guidance: the teacher's step has no
-    guidance, and the student is guided when it is sampled, also by negative prompts. It then takes no w.
+    phases: the number of phases, which is also the number of sampling steps. classifier_free_guidance: the teacher's step has
+    no guidance. The student then takes no w, and is guided when it is sampled, also by negative prompts.
 
     The phases end at the timesteps of diffusers' few-step grid: 759, 499, 259 and 0 for 4 phases of 50 points. The authors'
     code counts points from the clean end: 739, 499, 239 and 0. No scheduler of diffusers samples these by default.

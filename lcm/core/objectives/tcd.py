@@ -28,7 +28,7 @@ class TrajectoryConsistencyDistillation(LatentConsistencyDistillation):
 
     m is uniform over the clean end and the grid's points up to s. In a flow, m = t_min alone would be LCM's Algorithm 1.
     gamma: the default stochasticity of the saved student's sampler, see `lcm.core.sampling.tcd`.
-    phases: the number of phases in each stage of the training; the stages are equally long, and m stays in the phase of t.
+    phases: the number of phases in each stage of the training. The stages are equally long, and m stays in the phase of t.
     [1] is TCD. [8, 4, 2, 1] is the curriculum of TSCD (Hyper-SD, 2404.13686).
     """
 
@@ -65,15 +65,15 @@ class TrajectoryConsistencyDistillation(LatentConsistencyDistillation):
         return self.compare_jumps(nets, batch.cond, draws.w, (z_t, t), (z_s, s), end, start)
 
     def end_time(self, s: Tensor, share: Tensor, edge: Tensor | None = None) -> Tensor:
-        """Return m `[B]`: the end of the phase, by default the clean end, or a grid point above it and up to s.
+        """Return m `[B]`: the end of the phase, or a grid point above the end and up to s.
 
-        share `[B]` in [0, 1) selects among them.
+        share `[B]` in [0, 1) selects m. edge: the end of the phase, `[B]`; None: the clean end.
         """
         edge = torch.full_like(s, self.process.t_min) if edge is None else edge
         below = torch.searchsorted(self.timesteps, edge, right=True)
         count = torch.searchsorted(self.timesteps, s, right=True) - below + 1
-        chosen = (share * count).long().clamp(max=count - 1)
-        return torch.where(chosen == 0, edge, self.timesteps[below + chosen - 1])
+        number = (share * count).long().clamp(max=count - 1)
+        return torch.where(number == 0, edge, self.timesteps[below + number - 1])
 
     def advance(self, step: int, max_steps: int) -> None:
         """Choose the number of phases of this stage of the training."""
