@@ -46,7 +46,7 @@ from lcm.core.process import VP
 from lcm.models import graphs
 from lcm.models.codec import vae_factor
 from lcm.models.loading import check_saved, load_part, read_json
-from lcm.models.lora import is_adapted, kohya_metadata, kohya_weights, merged
+from lcm.models.lora import is_adapted, kohya_metadata, kohya_weights, merge_adapters
 from lcm.models.pipeline import find, load_network
 from lcm.models.saving import FLAT, PREFIX
 from lcm.models.single_file import clip_weights, unet_weights, vae_weights
@@ -85,7 +85,7 @@ def trained(run: Path, checkpoint: str) -> LatentModule:
     module.load_state_dict(content["state_dict"])
     if (resolution := config.data.get("resolution")) is not None:
         vae = read_json(find(module.pipeline) / "vae" / "config.json")
-        module.note_sample_size(resolution // vae_factor(vae))
+        module.set_sample_size(resolution // vae_factor(vae))
     return module
 
 
@@ -108,7 +108,7 @@ def check_format(cfg: DictConfig, module: LatentModule, net: Any) -> None:
         raise UserError(f"evaluation={cfg.evaluation} has no table.md: give the output folder of lcm.evaluate")
     if cfg.format in GRAPHS:
         graphs.check(module.family, cfg.format, f"format={cfg.format}")
-        if module.more_networks():
+        if module.extra_networks():
             raise UserError(f"format={cfg.format} holds one network, and this run trained several: use format=pipeline")
     if cfg.format in ("kohya", "original") and module.family.original(net) is None:
         raise UserError(
@@ -140,7 +140,7 @@ def single_file_weights(module: LatentModule, net: Any, w: float | None) -> dict
     """Return the network, at this w, with its VAE and text encoders in the original layout."""
     base, original = find(module.pipeline), module.family.original(net)
     assert original is not None
-    net = merged(net, load_network(module.pipeline)) if is_adapted(net) else net
+    net = merge_adapters(net, load_network(module.pipeline)) if is_adapted(net) else net
     weights = unet_weights(net if w is None else module.family.at_w(net, w))
     weights |= vae_weights(load_part(AutoencoderKL, base / "vae", torch_dtype=torch.float32))
     for tower, prefix in zip(module.family.towers, original.text, strict=True):
@@ -177,7 +177,7 @@ def main(cfg: DictConfig) -> None:
                 module.save_model(f"{folder}/model", net, dtype=dtype)
                 graphs.write_graphs(Path(folder, "model"), output, cfg.format)
         case "unet":
-            net = merged(net, load_network(module.pipeline)) if is_adapted(net) else net
+            net = merge_adapters(net, load_network(module.pipeline)) if is_adapted(net) else net
             write(output, net.state_dict(), dtype, {})
         case "kohya":
             assert original is not None

@@ -27,7 +27,7 @@ def write_card(folder: Path, run: Path, evaluation: Path | None) -> None:
     evaluation: the output folder of `lcm.evaluate` for this model.
     """
     config: Any = OmegaConf.load(run / "config.yaml")
-    facts, index = read_lcm_json(folder), read_json(folder / "model_index.json")
+    metadata, index = read_lcm_json(folder), read_json(folder / "model_index.json")
     base = str(config.model.pipeline)
     is_hub_id = not Path(base).expanduser().exists() and base.count("/") == 1
     license = base_license(base)
@@ -36,16 +36,16 @@ def write_card(folder: Path, run: Path, evaluation: Path | None) -> None:
         base_model=base if is_hub_id else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["latent-consistency", *(["lora"] if "rank" in facts else [])],
+        tags=["latent-consistency", *(["lora"] if "rank" in metadata else [])],
     )
     picture = picture_of(run, folder)
-    name, method = base if is_hub_id else Path(base).name, facts.get("method", "this program")
+    name, method = base if is_hub_id else Path(base).name, metadata.get("method", "this program")
     parts = [
         f"# {config.name}",
-        f"A {index['_class_name']} of {name}, trained by {method} for {facts.get('steps', 'unknown')} steps.",
+        f"A {index['_class_name']} of {name}, trained by {method} for {metadata.get('steps', 'unknown')} steps.",
         f"![Samples at the end of the training]({picture})" if picture else "",
         "## Use",
-        usage(index["_class_name"], facts),
+        usage(index["_class_name"], metadata),
         "## Training",
         table(("setting", "value"), [*settings(config), ("data", data_of(config)), ("commit", commit())]),
         "## Metrics",
@@ -80,10 +80,10 @@ def picture_of(run: Path, folder: Path) -> str | None:
     return "samples.png"
 
 
-def usage(class_name: str, facts: dict[str, Any]) -> str:
+def usage(class_name: str, metadata: dict[str, Any]) -> str:
     """Return a usage example in diffusers for this pipeline class."""
-    steps = facts.get("phases") or facts.get("students", [4])[-1]
-    if facts["sampler"] == "ddim" and "students" not in facts:
+    steps = metadata.get("phases") or metadata.get("students", [4])[-1]
+    if metadata["sampler"] == "ddim" and "students" not in metadata:
         arguments = "num_inference_steps=50, guidance_scale=7.5"
     elif class_name == "LatentConsistencyModelPipeline":
         arguments = f"num_inference_steps={steps}, guidance_scale=8.5"

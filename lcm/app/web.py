@@ -77,7 +77,7 @@ class Served:
         fixed, per_step = self.seconds
         return max(1, math.floor((seconds - fixed) / per_step))
 
-    def facts(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         names = {"takes_w": self.model.takes_w, "guided": self.model.guided, "w": self.model.default_w}
         return {"name": self.name, "size": self.model.size(), "steps": self.default_steps, **names}
 
@@ -133,9 +133,9 @@ def make_app(models: Mapping[str, Served], *, queue: int, max_steps: int, max_si
         return HTMLResponse(PAGE.read_text(), headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline' blob:"})
 
     @app.get("/api/models")
-    def facts() -> dict[str, Any]:
+    def describe_models() -> dict[str, Any]:
         limits = {"max_steps": max_steps, "max_side": max_side, "queue": queue}
-        return {**{role: served.facts() for role, served in models.items()}, "limits": limits}
+        return {**{role: served.description() for role, served in models.items()}, "limits": limits}
 
     @app.post("/api/draw")
     async def draw(wanted: Draw, request: Request) -> Response:

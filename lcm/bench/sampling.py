@@ -27,8 +27,10 @@ def save_student(pipeline: str, folder: Path) -> str:
     family, process = load_family(pipeline), load_process(pipeline)
     student = family.with_w(load_network(pipeline), zero_init=False)
     scheduler = "LCMScheduler", {**process.config, "prediction_type": load_prediction_type(pipeline)}
-    facts = {"sampler": "consistency"}
-    save_pipeline(folder, student, family=family, base=find(pipeline), scheduler=scheduler, metadata=facts, dtype=torch.float32)
+    metadata = {"sampler": "consistency"}
+    save_pipeline(
+        folder, student, family=family, base=find(pipeline), scheduler=scheduler, metadata=metadata, dtype=torch.float32
+    )
     return str(folder)
 
 

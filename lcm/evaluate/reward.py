@@ -21,7 +21,7 @@ class ScoreReward(nn.Module):
     def __init__(self, backbone: ClipBackbone | AestheticScorer | ImageRewardScorer, *, weight: Positive = 1.0) -> None:
         super().__init__()
         self.backbone, self.weight = backbone, weight
-        self.facts: dict[str, Any] = {"name": backbone.name, "weights": fingerprint(backbone)}
+        self.description: dict[str, Any] = {"name": backbone.name, "weights": fingerprint(backbone)}
 
     def forward(self, pixels: Tensor, captions: list[str]) -> Tensor:
         """Return the score `[B]` of images `[B, 3, H, W]` in [0, 1], with gradients to the pixels."""

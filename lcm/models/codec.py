@@ -20,11 +20,11 @@ from lcm.models.text import TextEncoder
 class LatentCodec:
     """Encodes batches and decodes latents with a pipeline's frozen `vae` and text encoders.
 
-    dtype: the VAE's; None keeps it. bfloat16 halves its cost.
-    chunk: images per VAE call, which bounds its memory.
+    dtype: the dtype of the VAE; None keeps its own. bfloat16 halves the cost of the VAE.
+    chunk: images per VAE call, which bounds the VAE's memory.
     cache: cache each sample's posterior in host memory (float16): 4 kB per 64 px image, 64 kB per 512 px image. The dataset
         must fit, and transforms must not crop or flip at random.
-    compile: compile the VAE's encoder. It pays off in long trainings on a GPU.
+    compile: compile the VAE's encoder, which pays off in long trainings on a GPU.
     """
 
     resolution: int | None = None  # pixels per side of the training images of the pipeline's network; None: unknown
@@ -49,7 +49,7 @@ class LatentCodec:
 
     @property
     def factor(self) -> int:
-        """The VAE's downsampling factor."""
+        """Return the VAE's downsampling factor."""
         return vae_factor(self.vae.config)
 
     @property
@@ -63,9 +63,9 @@ class LatentCodec:
         return self
 
     def place(self, device: torch.device, batch: Mapping[str, Any]) -> None:
-        """Move to the device what encodes this batch. Latents need no VAE, and stored text embeddings no text encoders.
+        """Move the networks that encode this batch to the device, and the other networks to host memory.
 
-        They rest in host memory, except while images are drawn.
+        A batch of latents needs no VAE. A batch with text embeddings needs no text encoders.
         """
         vae_device = torch.device("cpu") if "moments" in batch else device
         if self.vae.device != vae_device:
@@ -76,17 +76,18 @@ class LatentCodec:
             self.text.to(text_device)
 
     def has_text(self, batch: Mapping[str, Any]) -> bool:
+        """Return whether the batch holds the text embeddings of its captions."""
         return all(name in batch for name in self.text.family.text)
 
     def set_memory_format(self) -> None:
-        """Use channels_last where it is faster: on a CPU, and compiled on a GPU. CUDA's eager group norm undoes it."""
+        """Use channels_last on a CPU, and for a compiled encoder. CUDA's eager group norm does not keep this format."""
         on_cpu = self.device.type == "cpu"
         for module, faster in ((self.vae.encoder, on_cpu or self.compile), (self.vae.decoder, on_cpu)):
             module.to(memory_format=torch.channels_last if faster else torch.contiguous_format)
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any], rng: RankSlice | torch.Generator | None = None) -> LatentBatch:
-        """Encode a batch. rng: for sampling the posterior.
+        """Encode a batch. rng: the generator of the posterior's noise.
 
         batch: "captions" and "keys", lists of B, and "x" `[B, 3, H, W]` (uint8, or float in [-1, 1]) or "moments"
         `[B, 2C, h, w]`. Optional: text embeddings by the family's names, and "original_sizes", "crops" `[B, 2]`.
@@ -100,15 +101,15 @@ class LatentCodec:
     def conditions(
         self, captions: list[str], z: Tensor, batch: Mapping[str, Any] = MappingProxyType({})
     ) -> tuple[Condition, Condition]:
-        """Return the condition of latents z `[B, C, h, w]` with these captions, and that of the empty caption, one row.
+        """Return the condition of these B captions, and the condition of the empty caption, one row.
 
-        batch: may hold the text embeddings of the captions, see `encode`.
+        z: the latents `[B, C, h, w]`. batch: may hold the text embeddings of the captions, see `encode`.
         """
         family = self.text.family
         if self.has_text(batch):
             uncond = self.text([""], z.device)
             captioned = on_device(torch.tensor([caption != "" for caption in captions]), z.device)
-            # The embeddings are those of the full caption. A dropped caption is empty.
+            # A batch holds the embeddings of the full captions, but caption dropout makes some captions empty.
             stored = {name: batch[name].float() for name in family.text}
             cond = {name: torch.where(per_sample(captioned, rows.ndim), rows, uncond[name]) for name, rows in stored.items()}
         else:
@@ -120,12 +121,12 @@ class LatentCodec:
         return cond, uncond
 
     def sizes(self, z: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """Return original size, crop and target size, `[B, 6]` int64. By default images are neither resized nor cropped."""
+        """Return original size, crop and target size, `[B, 6]` int64. By default an image is neither resized nor cropped."""
         target = torch.stack([torch.full((len(z),), side * self.factor, device=z.device) for side in z.shape[2:]], dim=1)
         return torch.cat([batch.get("original_sizes", target), batch.get("crops", torch.zeros_like(target)), target], dim=1)
 
     def posterior(self, x: Tensor, keys: list[str] | None = None) -> Tensor:
-        """Return mean and standard deviation of q(z|x), unscaled, `[B, 2C, H/f, W/f]` float32. keys: for the cache."""
+        """Return mean and standard deviation of q(z|x), unscaled, `[B, 2C, H/f, W/f]` float32. keys: names in the cache."""
         cache_keys = [(key, *x.shape[2:]) for key in keys or ()]
         if self.cache is not None and cache_keys and all(key in self.cache for key in cache_keys):
             return torch.stack([self.cache[key] for key in cache_keys]).to(self.device).float()

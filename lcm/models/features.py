@@ -15,15 +15,18 @@ def block_features(family: Family, net: Any, call: Callable[[], Tensor]) -> list
 
     Gradients flow through them to the network's input.
     """
-    found: list[Tensor] = []
-    blocks = [block for block, _ in family.feature_blocks(net)]
-    hooks = [block.register_forward_hook(lambda *given: found.append(family.feature(given[-1]).float())) for block in blocks]
+    features: list[Tensor] = []
+
+    def record(block: Any, inputs: Any, output: Any) -> None:
+        features.append(family.feature(output).float())
+
+    hooks = [block.register_forward_hook(record) for block, _ in family.feature_blocks(net)]
     try:
         call()
     finally:
         for hook in hooks:
             hook.remove()
     if is_sharded(net) and torch.is_grad_enabled():
-        # The root's own weights are gathered again before a backward pass of its output. The features are not its output.
+        # FSDP gathers the root's weights before a backward pass of the root's output. The features are not this output.
         net.unshard()
-    return found
+    return features

@@ -17,8 +17,8 @@ from lcm.models.student import as_network
 def call_flop(family: Family, net: Any, z_shape: torch.Size, cond: Condition, trained: bool) -> int:
     """Return the FLOP of matmuls, convolutions and attention of one call, counted on the meta device.
 
-    A multiply-add is 2 FLOP. trained: add the backward pass. It costs one forward for the gradients of inputs (including the
-    first layer's) and one for those of weights. With adapters, frozen weights need no gradients.
+    A multiply-add is 2 FLOP. trained: add the backward pass. The gradients of inputs (including the first layer's) cost as much
+    as the forward pass, and so do the gradients of weights. Frozen weights under adapters need no gradients.
     """
     forward = forward_flop(family, net, z_shape, cond)
     if not trained:
@@ -37,7 +37,7 @@ def forward_flop(family: Family, net: Any, z_shape: torch.Size, cond: Condition,
 
 
 def matmul_tflops(device: Any, dtype: torch.dtype, size: int, repeats: int = 5) -> float:
-    """Return the best TFLOP/s of `repeats` square matmuls of normal numbers, after a warm-up. Constants would be faster."""
+    """Return the best TFLOP/s of `repeats` square matmuls after a warm-up. Constants would be faster than normal numbers."""
     a = torch.randn(size, size, device=device, dtype=dtype, generator=generator(device, "matmul"))
     times = []
     for _ in range(1 + repeats):

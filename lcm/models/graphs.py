@@ -34,7 +34,10 @@ FILES = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}
 
 
 class Part(NamedTuple):
-    """A network to trace. inputs: examples by name, of two samples. axes, outputs: the dynamic axes by name."""
+    """A network to trace.
+
+    inputs: examples of two samples, by name. axes: the dynamic axes of the inputs, by name. outputs: those of the outputs.
+    """
 
     network: nn.Module
     inputs: dict[str, Tensor]
@@ -62,7 +65,7 @@ def check(family: Family, form: str, option: str) -> None:
 
 
 def unet(net: Any, codec: LatentCodec) -> Part:
-    """Return the UNet with its inputs: with the projection of w and the embeddings of Stable Diffusion XL if it has them."""
+    """Return the UNet as a part. The input for w and the inputs of Stable Diffusion XL are included if the UNet has them."""
     side, channels, w_dim = net.config["sample_size"] or 64, net.config["in_channels"], net.config["time_cond_proj_dim"]
     z = torch.randn(2, channels, *((side, side) if isinstance(side, int) else side))
     cond, _ = codec.conditions(["", "a"], z)
@@ -127,7 +130,7 @@ def to_openvino(part: Part) -> Any:
 
 
 def write_onnx(part: Part, file: Path) -> None:
-    """Write a network as ONNX with its weights in a second file, because a file of protobuf holds at most 2 GB."""
+    """Write a network as ONNX, with the weights in a second file: a protobuf file holds at most 2 GB."""
     import onnx
 
     with TemporaryDirectory(dir=file.parent) as folder, torch.no_grad(), warnings.catch_warnings(action="ignore"):
@@ -139,16 +142,17 @@ def write_onnx(part: Part, file: Path) -> None:
             output_names=list(part.outputs),
             dynamic_axes=part.axes | {name: {i: f"{name}_{i}" for i in axes} for name, axes in part.outputs.items()},
             opset_version=17,
-            dynamo=False,  # its successor takes minutes and fixes the number of tokens
+            dynamo=False,  # the newer exporter takes minutes and fixes the number of tokens
         )
         model = onnx.load(f"{folder}/model.onnx")
     onnx.save_model(model, file, save_as_external_data=True, location=f"{file.name}_data")
 
 
 def write_graphs(pipeline: Path, target: Path, form: str) -> None:
-    """Write the folder in ONNX or OpenVINO of a pipeline folder. Weights stored in float16 stay so in OpenVINO.
+    """Write the networks of a pipeline folder as graphs, into the folder `target`.
 
-    form: "onnx" or "openvino". ONNX has float32. The folder is written under another name and renamed.
+    form: "onnx" (float32) or "openvino", which keeps weights that are stored in float16. The folder is written under another
+    name and renamed.
     """
     codec, net = load_codec(pipeline), load_network(pipeline)
     family, vae = codec.text.family, codec.vae.to(memory_format=torch.contiguous_format)
@@ -182,8 +186,8 @@ def write_graphs(pipeline: Path, target: Path, form: str) -> None:
 def openvino_core() -> Any:
     """Return the `openvino.Core` of this process, which is never deleted.
 
-    A core gives the main thread an alternate signal stack, and frees it when it is deleted. After several cores the thread can
-    have a freed stack. The next signal, such as that of a loader worker that ends, then crashes the process.
+    A core gives the main thread an alternate signal stack, and frees the stack when the core is deleted. After several cores
+    the thread can have a freed stack. The next signal, such as the SIGCHLD of a loader worker, then crashes the process.
     """
     import openvino
 
@@ -191,10 +195,10 @@ def openvino_core() -> Any:
 
 
 class Graph:
-    """A network's output, computed by OpenVINO on the CPU. It takes the place of `forward` or of a VAE's `decode`.
+    """A network that OpenVINO runs on the CPU, to take the place of a `forward` or of a VAE's `decode`.
 
-    key: identifies the weights and their use. The conversion is stored under it, in the hub's cache. dtype: of the computation,
-    float32 or bfloat16.
+    key: plain data that identifies the weights and their use; names the folder of the conversion in the hub's cache. dtype: the
+    dtype of the computation, float32 or bfloat16.
     """
 
     def __init__(self, part: Part, key: Any, dtype: torch.dtype) -> None:
@@ -215,10 +219,10 @@ class Graph:
         self.compiled = openvino_core().compile_model(folder / FILES["openvino"], "CPU", options)
 
     def __call__(self, *inputs: Tensor, return_dict: bool = True, added_cond_kwargs: Any = None, **named: Any) -> Any:
-        """Return the output as diffusers does. inputs: as diffusers' network takes them, with one timestep for all samples."""
-        given = {**dict(zip(self.names, inputs, strict=False)), **named, **(added_cond_kwargs or {})}
-        if "timestep" in given:
-            given["timestep"] = given["timestep"].flatten()[0]
-        arrays = [given[name].to("cpu", dtype=torch.float32).contiguous().numpy() for name in self.names]
+        """Return the output as diffusers' network does. It takes the same inputs, with one timestep for all samples."""
+        tensors = {**dict(zip(self.names, inputs, strict=False)), **named, **(added_cond_kwargs or {})}
+        if "timestep" in tensors:
+            tensors["timestep"] = tensors["timestep"].flatten()[0]
+        arrays = [tensors[name].to("cpu", dtype=torch.float32).contiguous().numpy() for name in self.names]
         output = torch.from_numpy(self.compiled(arrays)[0])
         return SimpleNamespace(sample=output) if return_dict else (output,)

@@ -46,7 +46,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def load_part(kind: Any, folder: Path, **options: Any) -> Any:
     """Load a network with all of its weights. kind: a class of diffusers or transformers. Raises UserError.
 
-    For missing weights both libraries only warn: one leaves them empty, the other draws them.
+    Both libraries only warn of missing weights: one leaves the tensors empty, the other draws random numbers.
     """
     variant, files = weight_files(folder)
     if kind.__name__.startswith("CLIP"):
@@ -98,7 +98,7 @@ def check_header(file: Path) -> None:
 
 
 def damage(file: Path) -> str | None:
-    """Return the reason if a file is empty, a git-lfs pointer or a web page, as a predicate; else None."""
+    """Return "is ..." if a file is empty, a git-lfs pointer or a web page, else None."""
     with file.open("rb") as content:
         start = content.read(64)
     if not start:
@@ -109,9 +109,9 @@ def damage(file: Path) -> str | None:
 
 
 def load_weights(file: str, network: str, advice: str) -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors file, or of a torch file that holds nothing else. Raises UserError.
+    """Return the tensors of a .safetensors file, or of a torch file that holds tensors only. Raises UserError.
 
-    network: the name of its network. advice: where to get the file, as the end of a message.
+    network: the name of the weights' network. advice: where to get the file, as the end of a message.
     """
     path = Path(file).expanduser()
     if not path.is_file():
@@ -146,7 +146,7 @@ def check_finite(name: object, weights: Mapping[str, Tensor]) -> None:
 
 
 def cast_copy(network: N, dtype: torch.dtype) -> N:
-    """Return a copy of the network in this dtype, to be saved. Raises UserError for weights that are not finite in it."""
+    """Return a copy of the network in this dtype, to be saved. Raises UserError if a weight is not finite in this dtype."""
     copied = nn.Module.to(copy.deepcopy(network), dtype)
     check_saved(copied.state_dict(), network.state_dict())
     return copied
@@ -178,11 +178,11 @@ def check_is_clip(folder: Path) -> None:
 
 
 def load_tokenizer(tokenizer_class: Any, folder: Path, text_config: PretrainedConfig) -> Any:
-    """Load the tokenizer of a text encoder. tokenizer_class: a class of transformers. text_config: the encoder's.
+    """Load the tokenizer of a text encoder. tokenizer_class: a class of transformers. text_config: the encoder's config.
 
     CLIP's tokenizer truncates captions to the encoder's length. Raises UserError for a tokenizer of another class, and for a
-    vocabulary other than the encoder's. transformers would return an empty tokenizer for a folder without files, and one that
-    splits words into letters if the merges are missing.
+    vocabulary of another size. For a folder without files, transformers would return an empty tokenizer. Without merges, its
+    tokenizer would split words into letters.
     """
     if tokenizer_class is CLIPTokenizer:
         check_clip_tokenizer(folder)

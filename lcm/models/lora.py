@@ -51,15 +51,15 @@ def is_adapter_parameter(name: str) -> bool:
 
 
 def is_in_checkpoint(name: str) -> bool:
-    """Return whether a checkpoint of adapters holds the tensor of this name: an adapter's or an adversary's."""
+    """Return whether a checkpoint of adapters holds the tensor of this name: a tensor of an adapter or of an adversary."""
     return is_adapter_parameter(name) or name.startswith("adversary.")
 
 
-def merged(network: Any, base: Any) -> Any:
+def merge_adapters(network: Any, base: Any) -> Any:
     """Add `alpha / rank * B A` of `network` to the weights of `base`, in place, and return `base`.
 
-    base: the same network in float32, since the frozen weights of `network` may be bfloat16. It gets the `sample_size` of
-    `network`.
+    base: the same network in float32, because the frozen weights of `network` may be bfloat16. The `sample_size` of `network`
+    is copied to its config.
     """
     base.add_adapter(network.peft_config[NAME], NAME)
     set_peft_model_state_dict(base, get_peft_model_state_dict(network), NAME)
@@ -72,8 +72,8 @@ def merged(network: Any, base: Any) -> Any:
 def save_adapters(folder: Path, network: Any, family: Family, dtype: torch.dtype) -> None:
     """Write `folder/pytorch_lora_weights.safetensors` for diffusers' `load_lora_weights`.
 
-    B is multiplied by `alpha / rank`, so that readers need no alpha. The names are peft's: diffusers' conversion renames only
-    attention layers, and its loader would then ignore them.
+    B is multiplied by `alpha / rank`, so that readers need no alpha. The layers have peft's names. diffusers' own names exist
+    for attention layers only, and its loader would ignore a file with both.
     """
     config = network.peft_config[NAME]
     scales = {"lora_A": 1.0, "lora_B": config.lora_alpha / config.r}
@@ -116,8 +116,8 @@ def kohya_metadata(network: Any, original: Original) -> dict[str, str]:
 def fuse_adapters(family: Family, net: Any, codec: LatentCodec, file: Path, weight: float) -> None:
     """Add `weight` times the adapters of a file (of diffusers, peft or kohya) to the network and the text encoders.
 
-    file: .safetensors, or a folder with diffusers' `pytorch_lora_weights.safetensors`. Raises UserError for a file that is not
-    one of adapters, or fits neither.
+    file: .safetensors, or a folder with diffusers' `pytorch_lora_weights.safetensors`. Raises UserError for a file without
+    adapters, and for adapters that do not fit the pipeline.
     """
     if family.lora_mixin is None:
         raise UserError(f"lora: diffusers has no adapters for {family.pipelines[0]}: leave lora out")
@@ -126,22 +126,20 @@ def fuse_adapters(family: Family, net: Any, codec: LatentCodec, file: Path, weig
         reason = "is not a .safetensors file" if file.is_file() else "does not exist"
         raise UserError(f"lora: {file} {reason}: give a .safetensors file of adapters (LoRA)")
     check_header(file)
-    pipeline = getattr(diffusers, family.pipelines[0])
-    parameters = inspect.signature(pipeline.__init__).parameters
-    parts: dict[str, Any] = {
-        name: None for name, given in parameters.items() if given.default is given.empty and name != "self"
-    }
+    pipeline_class = getattr(diffusers, family.pipelines[0])
+    parameters = inspect.signature(pipeline_class.__init__).parameters
+    parts: dict[str, Any] = {name: None for name, p in parameters.items() if p.default is p.empty and name != "self"}
     encoders = dict(zip((tower.encoder for tower in family.towers), codec.text.encoders, strict=False))
     tokenizers = dict(zip((tower.tokenizer for tower in family.towers), codec.text.tokenizers, strict=False))
     parts |= {family.network: net, "vae": codec.vae, **encoders, **tokenizers}
-    whole = pipeline(**parts, **({"requires_safety_checker": False} if "safety_checker" in parts else {}))
+    pipeline = pipeline_class(**parts, **({"requires_safety_checker": False} if "safety_checker" in parts else {}))
     try:
-        whole.load_lora_weights(file, use_safetensors=True, adapter_name=NAME)
-        adapted = [name for name in whole._lora_loadable_modules if is_adapted(getattr(whole, name, None))]
+        pipeline.load_lora_weights(file, use_safetensors=True, adapter_name=NAME)
+        adapted = [name for name in pipeline._lora_loadable_modules if is_adapted(getattr(pipeline, name, None))]
         if not adapted:
             raise ValueError("no weight in it fits")
-        whole.fuse_lora(components=adapted, lora_scale=weight)
-        whole.unload_lora_weights()
+        pipeline.fuse_lora(components=adapted, lora_scale=weight)
+        pipeline.unload_lora_weights()
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UserError(f"lora: {file} does not fit this {family.pipelines[0]}: {reason[:300]}") from error

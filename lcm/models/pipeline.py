@@ -122,7 +122,7 @@ def load_network(pipeline: str | Path, dtype: torch.dtype = torch.float32, *, na
 
 
 def load_vae(pipeline: str | Path) -> Any:
-    """Load the VAE of a pipeline, or of the folder that a training of one has saved."""
+    """Load the VAE of a pipeline, or of the folder that an autoencoder's training has saved, in training mode."""
     folder = Path(pipeline).expanduser()
     folder = folder if (folder / "vae" / "config.json").is_file() else find(pipeline)
     return load_part(AutoencoderKL, folder / "vae", torch_dtype=torch.float32).train()
@@ -193,8 +193,8 @@ def load_codec(
 ) -> LatentCodec:
     """Load the frozen VAE and text encoders of a pipeline.
 
-    dtype: of both, or its name ("bfloat16"). text_cache: the `memory` of `TextEncoder`. chunk, cache, compile: see
-    `LatentCodec`.
+    dtype: the dtype of all these networks, or its name ("bfloat16"). text_cache: the `memory` of `TextEncoder`. chunk, cache,
+    compile: see `LatentCodec`.
     """
     if compile:
         check_compiler("data.codec.compile")
@@ -218,7 +218,7 @@ def load_codec(
 
 
 def read_lcm_json(folder: str | Path) -> dict[str, Any]:
-    """Return the settings of a training that `save_pipeline` wrote to `lcm.json`. The default sampler is the scheduler's."""
+    """Return the content of a pipeline folder's `lcm.json`. Without the file it holds the sampler of the scheduler only."""
     folder = Path(folder)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name")
     return {"sampler": SAMPLERS.get(str(scheduler), "ddim"), **read_json(folder / "lcm.json")}

@@ -16,10 +16,10 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from lcm.models.families import Family
 from lcm.models.loading import CLIP_TYPES, cast_copy, check_finite, check_header, load_part, read_json, weight_files
-from lcm.models.lora import is_adapted, merged, save_adapters
+from lcm.models.lora import is_adapted, merge_adapters, save_adapters
 from lcm.runtime.atomic_io import remove, whole_folder
 
-PREFIX = "text_model."  # of a text encoder's weights; transformers 5.6 drops it, but older versions and ComfyUI need it
+PREFIX = "text_model."  # of a text encoder's weights; transformers 5.6 saves without it, older versions and ComfyUI need it
 FLAT = ("embeddings.", "encoder.", "final_layer_norm.")
 
 
@@ -31,7 +31,7 @@ def save_network(folder: str | Path, network: Any, dtype: torch.dtype = torch.fl
 
 
 def without_origin(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a network's config without the folder that it was loaded from, which belongs to one machine."""
+    """Return a network's config without the folder of its weights, which belongs to one machine."""
     return {key: value for key, value in config.items() if key != "_name_or_path"}
 
 
@@ -116,7 +116,7 @@ def save_pipeline(
             shutil.copytree(source, partial / name)
         if is_adapted(network):
             save_adapters(partial, network, family, dtype)
-            network = merged(network, load_part(family.network_class, base / family.network, torch_dtype=torch.float32))
+            network = merge_adapters(network, load_part(family.network_class, base / family.network, torch_dtype=torch.float32))
         save_network(partial / family.network, network, dtype)
         name, config = scheduler
         getattr(diffusers, name)(**config).save_pretrained(partial / "scheduler")

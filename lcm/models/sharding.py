@@ -32,7 +32,10 @@ def is_sharded(network: nn.Module) -> bool:
 
 
 def gather(network: Any) -> Any:
-    """Gather a sharded network on rank 0's CPU (collective; None elsewhere). Unsharded networks are returned unchanged."""
+    """Return a sharded network, gathered on the CPU of rank 0, and None on other ranks (collective).
+
+    A network that is not sharded is returned unchanged.
+    """
     if not is_sharded(network):
         return network
     state = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -45,5 +48,5 @@ def gather(network: Any) -> Any:
 
 
 def original_class(network: Any) -> Any:
-    """Return the class that a network had before `fully_shard` replaced it by a subclass."""
+    """Return the class of a network as it was before `fully_shard`, which replaces a class by a subclass."""
     return next(kind for kind in type(network).__mro__ if not issubclass(kind, FSDPModule))

@@ -67,7 +67,7 @@ def unet_weights(unet: Any) -> dict[str, Tensor]:
 
 
 def vae_weights(vae: Any) -> dict[str, Tensor]:
-    """Return the weights of a VAE by their original names. Its attention has 1x1 convolutions there."""
+    """Return the weights of a VAE by their original names. The original layout has 1x1 convolutions in the attention."""
     last = len(vae.config["block_out_channels"]) - 1
     weights = {}
     for name, value in vae.state_dict().items():
@@ -113,10 +113,10 @@ def clip_weights(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor
         if joined and joined[2] != "q":
             continue
         original = f"{joined[1]}.in_proj_{joined[3]}" if joined else name
-        for ours, theirs in list(parts.items())[:6]:  # the others are in `fixed`
-            original = original.replace(ours, theirs)
-        whole = cat([weights[f"{joined[1]}.{part}_proj.{joined[3]}"] for part in "qkv"]) if joined else value
-        renamed[f"{prefix}transformer.{original}"] = whole
+        for diffusers_part, original_part in list(parts.items())[:6]:  # `fixed` has the rest
+            original = original.replace(diffusers_part, original_part)
+        qkv = cat([weights[f"{joined[1]}.{part}_proj.{joined[3]}"] for part in "qkv"]) if joined else value
+        renamed[f"{prefix}transformer.{original}"] = qkv
     return renamed
 
 
@@ -131,8 +131,8 @@ def split(pipeline: str) -> tuple[Path, str | None] | None:
 def as_folder(file: Path, config: str | None) -> Path:
     """Return the pipeline folder of a single file. diffusers converts it once, into the hub's cache.
 
-    config: a pipeline folder or hub id with the file's configs and tokenizer; its weights are not read. None: diffusers infers
-    the hub id from the weights. Raises UserError.
+    config: a pipeline folder or hub id, of which only configs and tokenizers are read. None: diffusers infers the hub id from
+    the file's weights. Raises UserError.
     """
     if not file.is_file():
         raise UserError(f"there is no file {file}: give a single-file checkpoint, a pipeline folder or a hub id (owner/name)")
@@ -153,7 +153,7 @@ def as_folder(file: Path, config: str | None) -> Path:
         shapes = {name: Shape(content.get_slice(name)) for name in names}
         dtype = content.get_tensor(next(name for name in names if name.startswith(UNET))).dtype
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # every rank and worker may ask
+    with FileLock(f"{folder}.lock"):  # several processes may convert the same file
         if not folder.is_dir():
             inferred = fetch_diffusers_config(shapes)["pretrained_model_name_or_path"]
             configs = find_configs(config or inferred, file, given=config is not None)
@@ -172,7 +172,10 @@ class Shape:
 
 
 def find_configs(config: str, file: Path, *, given: bool) -> Path:
-    """Return a folder with the configs of a pipeline: `config` itself, or the hub's copy without weights."""
+    """Return a folder with the configs of a pipeline: `config` itself, or a download without weights. Raises UserError.
+
+    given: whether the user gave `config`, else it was inferred from the file.
+    """
     if (folder := Path(config).expanduser()).is_dir():
         return folder
     try:

@@ -12,7 +12,7 @@ from lcm.models.families import Family
 
 
 def as_network(family: Family, net: Any, compiled: Callable[..., Any] | None = None) -> Network:
-    """Return `network(z_t, time, cond, w)` for a network of the family. compiled: its compiled form, to be called instead."""
+    """Return `network(z_t, time, cond, w)` for a network of the family. compiled: the compiled form, to be called instead."""
     forward = net if compiled is None else compiled
     names = {*family.text, "sizes"} if family.takes_sizes else {*family.text}
     width = net.config[family.width]
@@ -30,14 +30,14 @@ def as_network(family: Family, net: Any, compiled: Callable[..., Any] | None = N
 
 
 def frozen_copy(net: Any) -> Any:
-    """Return a copy in evaluation mode without gradients, for averaging. Frozen weights are shared, not copied."""
+    """Return a copy for an average, in evaluation mode and without gradients. Frozen weights are shared, not copied."""
     return copy_sharing(net, (p for p in net.parameters() if not p.requires_grad)).eval().requires_grad_(False)
 
 
 def copy_sharing(net: Any, shared: Iterable[nn.Parameter]) -> Any:
-    """Return a copy of `net` that shares the given parameters, and the layers that hold no others.
+    """Return a copy of `net` with the same parameter objects for `shared`, also after `.to(device)`.
 
-    They are the same objects, also after `.to(device)`. A quantised layer has state besides its parameters.
+    A layer with shared parameters only is the same object, too: a quantised layer has state besides its parameters.
     """
     memo: dict[int, Any] = {id(p): p for p in shared}
     for layer in net.modules():
@@ -47,11 +47,11 @@ def copy_sharing(net: Any, shared: Iterable[nn.Parameter]) -> Any:
     return copy.deepcopy(net, memo)
 
 
-def quantized(net: Any, quantization: Callable[[nn.Linear], nn.Module] | None) -> Any:
-    """Replace every linear layer of a network by `quantization(layer)`, in place, and return the network. None: keep them."""
+def quantize_linears(net: Any, quantization: Callable[[nn.Linear], nn.Module] | None) -> Any:
+    """Replace every linear layer of a network by `quantization(layer)`, in place, and return the network. None: no change."""
     if quantization is not None:
         for name, layer in list(net.named_modules()):
             if isinstance(layer, nn.Linear):
-                parent, _, own = name.rpartition(".")
-                setattr(net.get_submodule(parent), own, quantization(layer))
+                parent, _, child = name.rpartition(".")
+                setattr(net.get_submodule(parent), child, quantization(layer))
     return net

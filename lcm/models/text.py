@@ -16,8 +16,9 @@ from lcm.models.families import Family
 class TextEncoder:
     """Encodes captions as the pipeline's family defines.
 
-    dtype: of the encoders; None keeps it. memory: size in megabytes of the least-recently-used cache of embeddings on the
-    device. A caption takes 6 kB in the mini model, 118 kB in SD 1.5 (bfloat16) and 318 kB in SDXL.
+    dtype: the dtype of the encoders; None keeps their own. memory: the megabytes of text embeddings that are cached on the
+    device. The least recently used captions are dropped. A caption takes 6 kB in the mini model, 118 kB in SD 1.5 (bfloat16)
+    and 318 kB in SDXL.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class TextEncoder:
     def __call__(self, captions: list[str], device: torch.device | None = None) -> dict[str, Tensor]:
         """Return float32 text embeddings `[B, ...]` by the family's names. Each uncached caption is encoded once.
 
-        device: of the embeddings, and of the cache; None: the encoders'.
+        device: the device of the embeddings and of the cache; None: the device of the encoders.
         """
         device = device or self.device
         if self.cache and next(iter(self.cache.values()))[0].device != device:
@@ -75,8 +76,8 @@ BOS, EOS, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
 def train_tokenizer(captions: Iterable[str], *, merges: int = 1500, max_length: int = 24) -> CLIPTokenizer:
     """Train a CLIP tokenizer (byte-level BPE with end-of-word marks) on captions.
 
-    The vocabulary has every byte, within a word and at its end, so it can encode any prompt. Texts are truncated to
-    `max_length` tokens, including EOS.
+    The vocabulary has every byte, within a word and at the end of a word, so the tokenizer can encode any prompt. It truncates
+    texts to `max_length` tokens, including EOS.
     """
     empty = CLIPTokenizer(vocab={BOS: 0, EOS: 1}, merges=[]).backend_tokenizer
     bpe = Tokenizer(models.BPE(end_of_word_suffix=END_OF_WORD))

@@ -42,7 +42,7 @@ class Start:
     """A picture that sampling starts from, instead of pure noise.
 
     image: uint8 `[3, H, W]`. strength: the share of the schedule that is sampled, above 0 and at most 1. mask: float
-    `[1, H, W]`; 1 is drawn anew, 0 is kept. None draws everything anew.
+    `[1, H, W]`, 1 where the picture is drawn anew, 0 where it is kept. None: all of it is drawn anew.
     """
 
     image: Tensor
@@ -54,8 +54,8 @@ class Start:
 class TextToImage:
     """A network with its family, process, prediction type and codec.
 
-    metadata: the content of `lcm.json`, see `pipeline.read_lcm_json`. students: the networks of guided distillation by their
-    number of steps.
+    metadata: the content of `lcm.json`, see `pipeline.read_lcm_json`. students: the networks of guided distillation, by number
+    of sampling steps.
     """
 
     family: Family
@@ -80,9 +80,9 @@ class TextToImage:
     ) -> "TextToImage":
         """Load a pipeline, see `pipeline.find`.
 
-        dtype: of the network. Solvers, VAE and text encoders use float32. compile: compile the networks and the VAE's decoder
-        at their first call. lora: weights by files of adapters, which are merged into network and text encoders. engine:
-        "torch", or "openvino" for the networks and the VAE's decoder on a CPU, see `graphs.Graph`.
+        dtype: the dtype of the network. Solvers, VAE and text encoders use float32. compile: compile the networks and the VAE's
+        decoder at the first call. lora: the weight of each file of adapters, which are merged into network and text encoders.
+        engine: "torch", or "openvino" for the networks and the VAE's decoder on a CPU, see `graphs.Graph`.
         """
         if compile:
             check_compiler("compile")
@@ -111,25 +111,25 @@ class TextToImage:
             fuse_adapters(codec.text.family, net, codec, Path(file), weight)
         if engine == "openvino":
             for network in {net, *students.values()}:
-                network.forward = graphs.Graph(graphs.unet(network, codec), identified(network), dtype)
+                network.forward = graphs.Graph(graphs.unet(network, codec), network_identity(network), dtype)
             vae = codec.vae.to(memory_format=torch.contiguous_format)
-            vae.decode = graphs.Graph(graphs.vae_decoder(vae), identified(vae), torch.float32)
+            vae.decode = graphs.Graph(graphs.vae_decoder(vae), network_identity(vae), torch.float32)
         process, prediction_type = pipelines.load_process(folder).to(device), pipelines.load_prediction_type(folder)
         return cls(codec.text.family, net, process, prediction_type, codec, metadata, students, engine)
 
     @property
     def consistency(self) -> bool:
-        """Whether the network is a student with a few-step sampler."""
+        """Return whether the network is a student with a few-step sampler."""
         return self.metadata.get("sampler", "ddim") != "ddim"
 
     @property
     def takes_w(self) -> bool:
-        """Whether w has an effect, through an input of the network or through classifier-free guidance."""
+        """Return whether w has an effect, through an input of the network or through classifier-free guidance."""
         return self.guided or self.family.takes_w(self.net)
 
     @property
     def guided(self) -> bool:
-        """Whether w is classifier-free guidance, as in a teacher, or in a student that was distilled without guidance."""
+        """Return whether w is classifier-free guidance: of a teacher, or of a student that was distilled without guidance."""
         unguided = self.metadata.get("classifier_free_guidance", False)
         return (not self.consistency or unguided) and not self.family.takes_w(self.net)
 
@@ -164,7 +164,7 @@ class TextToImage:
             raise UserError(f"negative={negative!r} has no effect without guidance: set w above 0")
 
     def size(self, size: int | Sequence[int] | None = None, option: str = "size") -> tuple[int, int]:
-        """Return the given (height, width) in pixels, by default the training's. Raises UserError for an invalid size."""
+        """Return (height, width) in pixels of `size`; None: the size of the training images. Raises UserError if invalid."""
         factor = self.codec.factor
         if size is not None:
             return checked_size(size, factor, option)
@@ -174,7 +174,7 @@ class TextToImage:
         return height * factor, width * factor
 
     def identity(self) -> dict[str, Any]:
-        """Return what images depend on besides prompt, seed, size, steps, w, sampler, dtype and the program's version."""
+        """Return everything that images depend on, except prompt, seed, size, steps, w, sampler, dtype and program version."""
         networks = (self.net, *self.students.values(), self.codec.vae, *self.codec.text.encoders)
         return {
             "weights": fingerprint(*networks),
@@ -187,47 +187,49 @@ class TextToImage:
         }
 
     def sampler(self, sampler: Sampler | None) -> tuple[Sampler, Callable[..., list[int]]]:
-        """Return the given sampler, by default the model's, and the function `(steps, num_timesteps) -> timesteps`."""
+        """Return the sampler, and the function `(steps, num_timesteps) -> timesteps`. None: the model's own sampler."""
         name = self.metadata.get("sampler", "ddim")
         if name not in SAMPLERS:
             raise UserError(f"lcm.json names the sampler {name!r}: use one of {', '.join(SAMPLERS)}")
-        chosen = sampler or SAMPLERS[name]
-        if getattr(chosen, "func", chosen) not in FEW_STEP:
-            return chosen, self.distilled_steps if self.students else trailing_steps
+        model_sampler = sampler or SAMPLERS[name]
+        if getattr(model_sampler, "func", model_sampler) not in FEW_STEP:
+            return model_sampler, self.distilled_steps if self.students else trailing_steps
         if sampler is None and "gamma" in self.metadata:
-            chosen = partial(chosen, gamma=self.metadata["gamma"])
+            model_sampler = partial(model_sampler, gamma=self.metadata["gamma"])
         if "sigma_data" in self.metadata:
-            chosen = partial(chosen, f=partial(cm_consistency_fn, sigma_data=self.metadata["sigma_data"]))
+            model_sampler = partial(model_sampler, f=partial(cm_consistency_fn, sigma_data=self.metadata["sigma_data"]))
         if isinstance(self.process, Flow):
-            return chosen, self.in_phases(trailing_steps)
+            return model_sampler, self.in_all_phases(trailing_steps)
         points = self.metadata.get("points") or POINTS  # null if the timesteps are not a grid, missing in older folders
-        return chosen, self.in_phases(partial(consistency_steps, points=points, trained=self.metadata.get("timesteps")))
+        return model_sampler, self.in_all_phases(
+            partial(consistency_steps, points=points, trained=self.metadata.get("timesteps"))
+        )
 
-    def in_phases(self, place: Callable[..., list[int]]) -> Callable[..., list[int]]:
-        """Return `place`, which raises UserError unless a student of several phases makes one step in each."""
+    def in_all_phases(self, choose_timesteps: Callable[..., list[int]]) -> Callable[..., list[int]]:
+        """Return `choose_timesteps` with a check: a student of several phases makes one step in each, else a UserError."""
         phases = self.metadata.get("phases")
 
         def checked(steps: int, num_timesteps: int = 1000) -> list[int]:
             if phases is not None and steps != phases:
                 raise UserError(f"steps={steps}: this model was distilled in {phases} phases: set steps={phases}")
-            return place(steps, num_timesteps)
+            return choose_timesteps(steps, num_timesteps)
 
         return checked
 
     def timesteps(self, steps: int, sampler: Sampler | None = None, strength: float = 1.0) -> list[int]:
         """Return the descending timesteps of sampling. Raises UserError if the model cannot be sampled in this number of steps.
 
-        strength: the share of the schedule, counted from the clean end. All `steps` lie in it, except in a student that was
-        distilled for a number of steps: it keeps those of its steps that lie in it.
+        strength: the sampled share of the schedule, counted from the clean end. All `steps` lie in this share. A student that
+        was distilled for a number of steps makes fewer instead: its usual timesteps within the share.
         """
-        place, total = self.sampler(sampler)[1], self.process.num_timesteps
-        timesteps = place(steps, total)
+        choose_timesteps, total = self.sampler(sampler)[1], self.process.num_timesteps
+        timesteps = choose_timesteps(steps, total)
         if strength == 1:
             return timesteps
         if self.students or self.metadata.get("phases"):
             return timesteps[-max(1, round(strength * steps)) :]
         try:
-            return place(round(steps / strength), total)[-steps:]
+            return choose_timesteps(round(steps / strength), total)[-steps:]
         except UserError:
             raise UserError(
                 f"strength={strength:g}: this share of the model's timesteps has fewer than steps={steps}: raise strength, or "
@@ -257,10 +259,9 @@ class TextToImage:
     ) -> Tensor:
         """Return latents `[N, C, h, w]` of N prompts. Latent i depends on prompt i and seed i, not on the batch.
 
-        sampler: None uses the model's. negative: the prompt that guidance moves away from, see `check_negative`. start: a
-        picture of this size; None starts from noise.
-        size: (height, width) in pixels, or one number for both; None uses the training's.
-        The network runs in evaluation mode.
+        sampler: None uses the model's own sampler. negative: the prompt that guidance moves away from, see `check_negative`.
+        start: a picture of this size; None starts from noise. size: (height, width) in pixels, or one number for both; None
+        uses the size of the training images. The network runs in evaluation mode.
         """
         timesteps = self.timesteps(steps, sampler, 1.0 if start is None else start.strength)
         sides = [side // self.codec.factor for side in self.size(size)]
@@ -318,10 +319,10 @@ def checked_size(size: Any, factor: int, option: str = "size") -> tuple[int, int
         raise UserError(
             f"{option}={size}: expected pixels, from {factor} on: {option}=512, or [height,width] as {option}=[768,512]"
         )
-    if odd := [side for side in sides if side % factor]:
-        lower = odd[0] - odd[0] % factor
+    if uneven := [side for side in sides if side % factor]:
+        lower = uneven[0] - uneven[0] % factor
         raise UserError(
-            f"{option}={size}: {odd[0]} is not a multiple of the VAE's factor {factor}: use {lower} or {lower + factor}"
+            f"{option}={size}: {uneven[0]} is not a multiple of the VAE's factor {factor}: use {lower} or {lower + factor}"
         )
     return sides[0], sides[1]
 
@@ -336,8 +337,8 @@ def check_engine(device: str, dtype: torch.dtype, compile: bool) -> None:
         raise UserError("dtype=float16: engine=openvino computes in float32 or bfloat16: set one of them")
 
 
-def identified(network: Any) -> list[Any]:
-    """Return what identifies a network's function: its class, its config and its weights."""
+def network_identity(network: Any) -> list[Any]:
+    """Return the identity of a network: its class, its config and the digest of its weights."""
     config = {key: value for key, value in network.config.items() if not key.startswith("_")}
     return [type(network).__name__, config, fingerprint(network)]
 

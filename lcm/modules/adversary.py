@@ -18,10 +18,11 @@ from lcm.modules.optimization import Opponent, OptimizerFactory, ScheduleFactory
 
 
 class Adversary(Opponent):
-    """Trains `network` to tell real from rebuilt by the hinge loss, and a generator to deceive it.
+    """A discriminator `network` and the hinge losses of its game with a generator.
 
-    network: `[B, ...] -> ` logits, one per sample or patch, high for real; or a list of logits, which weigh equally. weight: of
-    the generator's term. start: the training step from which both learn. The other arguments are those of `Optimization`.
+    network: `[B, ...] -> ` logits, one per sample or patch, high for real; or a list of logits of equal weight. weight: the
+    weight of the generator's loss. start: the training step from which discriminator and generator learn from each other. The
+    other arguments are those of `Optimization`.
     """
 
     def __init__(
@@ -37,25 +38,29 @@ class Adversary(Opponent):
         self.weight, self.start = weight, start
 
     def generator_loss(self, fake: Any) -> Tensor:
-        return self.mean(lambda logits: -logits, fake)
+        """Return the loss by which the generator deceives the network. fake: the network's input, with gradients."""
+        return self.mean_loss(lambda logits: -logits, fake)
 
     def discriminator_loss(self, real: Any, fake: Any) -> Tensor:
-        return (self.mean(lambda logits: F.relu(1 - logits), real) + self.mean(lambda logits: F.relu(1 + logits), fake)) / 2
+        """Return the loss by which the network tells real inputs from fake ones."""
+        return (
+            self.mean_loss(lambda logits: F.relu(1 - logits), real) + self.mean_loss(lambda logits: F.relu(1 + logits), fake)
+        ) / 2
 
-    def mean(self, loss: Callable[[Tensor], Tensor], x: Any) -> Tensor:
+    def mean_loss(self, loss: Callable[[Tensor], Tensor], x: Any) -> Tensor:
         logits = self.network(x)
         return torch.stack([loss(part.float()).mean() for part in (logits if isinstance(logits, list) else [logits])]).mean()
 
-    def balanced(self, loss: Tensor, other: Tensor, last: Tensor, trainer: L.Trainer) -> Tensor:
-        """Return the weight of the generator's `loss` that makes its gradient at `last` `weight` times that of `other`.
+    def balanced_weight(self, loss: Tensor, other: Tensor, last: Tensor, trainer: L.Trainer) -> Tensor:
+        """Return VQGAN's adaptive weight of the generator's `loss` (2012.09841).
 
-        This is VQGAN's adaptive weight (2012.09841).
+        The gradient of the weighted loss at `last`, the last layer, is `self.weight` times as large as that of `other`.
         """
-        gradients = torch.stack([torch.autograd.grad(each, last, retain_graph=True)[0].float() for each in (other, loss)])
+        gradients = torch.stack([torch.autograd.grad(value, last, retain_graph=True)[0].float() for value in (other, loss)])
         if trainer.world_size > 1:  # the same weight on all ranks
             gradients = trainer.strategy.reduce(gradients, reduce_op="mean")
-        size, own = gradients.flatten(1).norm(dim=1)
-        return self.weight * (size / (own + 1e-4)).clamp(max=1e4)
+        other_norm, norm = gradients.flatten(1).norm(dim=1)
+        return self.weight * (other_norm / (norm + 1e-4)).clamp(max=1e4)
 
 
 class PatchDiscriminator(nn.Sequential):
@@ -73,7 +78,7 @@ class PatchDiscriminator(nn.Sequential):
 
 @dataclass
 class RenoisingDraws:
-    """The noise of real and of fake latents, `[B, C, H, W]` each, and share `[B]` in [0, 1), which selects their time."""
+    """The noise of real and of fake latents, `[B, C, H, W]` each, and share `[B]` in [0, 1), which selects the time t."""
 
     real: Tensor
     fake: Tensor
@@ -81,11 +86,11 @@ class RenoisingDraws:
 
 
 class LatentAdversary(Adversary):
-    """Judges latents, with noise added, in the features of the frozen teacher (PCM, 2405.18407; LADD, 2403.12015).
+    """Judges noised latents in the features of the frozen teacher (PCM, 2405.18407; LADD, 2403.12015).
 
-    The student's point at the end of its phase is fake. It gets noise up to a random time of the phase.
-    blocks: the channels of the features. real: "target": the target's point with as much noise (PCM); "data": the data (LADD).
-    channels: of the heads. weight: of the generator's term, a factor. The other arguments are those of `Adversary`.
+    The fake latent is the student's point at the end of its phase, noised up to a random time of the phase.
+    blocks: the channels of the features of each block. real: the real latent, noised up to the same time: "target" for the
+    target's point (PCM), or "data" (LADD). channels: the channels of the heads. The other arguments are those of `Adversary`.
     """
 
     def __init__(
@@ -103,11 +108,12 @@ class LatentAdversary(Adversary):
         self.real = real
 
     def draw(self, z0: Tensor, rng: torch.Generator) -> RenoisingDraws:
+        """Draw the noise of real and fake latents, and the share. z0: gives the shape `[B, C, H, W]`."""
         real, fake = (torch.randn(z0.shape, generator=rng, device=z0.device) for _ in range(2))
         return RenoisingDraws(real, fake, torch.rand(len(z0), generator=rng, device=z0.device))
 
-    def noised(self, pair: Pair, z0: Tensor, draws: RenoisingDraws, process: Process) -> tuple[Tensor, Tensor, Tensor]:
-        """Return real and fake latents, and their time t `[B]`, uniform from the end of the phase to its start."""
+    def renoised(self, pair: Pair, z0: Tensor, draws: RenoisingDraws, process: Process) -> tuple[Tensor, Tensor, Tensor]:
+        """Return real and fake latents at the time t `[B]`, and t, which is uniform from the end of the phase to its start."""
         t = pair.end + (draws.share * (pair.start - pair.end + 1)).long()
         fake = process.renoise(pair.online, pair.end, t, draws.fake)
         if self.real == "data":
@@ -116,14 +122,17 @@ class LatentAdversary(Adversary):
 
 
 def latent_adversary(adversary: Callable[..., LatentAdversary] | None, family: Family, net: Any) -> LatentAdversary | None:
-    """Build an adversary for the features of `net`. Raises UserError for one that judges images."""
+    """Build an adversary for the features of `net`; None: none. Raises UserError for an adversary that judges images."""
     if isinstance(adversary, Adversary):
         raise UserError("model/adversary=patch judges images: use model/adversary=latent")
     return None if adversary is None else adversary([width for _, width in family.feature_blocks(net)])
 
 
 class Heads(nn.Module):
-    """Features `[B, C, N]` of several blocks -> a list of logits `[B, 1, N]`, one for each block. blocks: their channels."""
+    """Features `[B, C, N]` of several blocks -> a list of logits `[B, 1, N]`, one for each block.
+
+    blocks: the channels of each block's features. channels: the channels of the hidden layer.
+    """
 
     def __init__(self, blocks: Sequence[int], channels: Count = 64) -> None:
         super().__init__()

@@ -20,10 +20,10 @@ from lcm.modules.perceptual import Perceptual
 
 
 class Autoencoder(L.LightningModule):
-    """Trains `vae` to rebuild pixels: L1 + squared error + kl_weight * KL(q(z|x) || N(0, I)), and the paper's other two terms.
+    """Trains `vae` to rebuild pixels: L1 + squared error + kl_weight * KL(q(z|x) || N(0, I)) + the two terms below.
 
-    perceptual: a distance of images in the features of a frozen network. adversary: a discriminator, trained alongside.
-    freeze_encoder: train the decoder only, so that the latents stay as they are. The other arguments are those of
+    perceptual: a distance of images in the features of a frozen network. adversary: a discriminator of images, trained in the
+    same steps. freeze_encoder: train the decoder only, so that the latents do not change. The other arguments are those of
     `Optimization`.
     """
 
@@ -85,7 +85,7 @@ class Autoencoder(L.LightningModule):
         adversary = self.adversary
         if adversary is not None and self.global_step >= adversary.start:
             logs["adversarial"] = adversary.generator_loss(rebuilt)
-            weight = adversary.balanced(logs["adversarial"], loss, self.vae.decoder.conv_out.weight, self.trainer)
+            weight = adversary.balanced_weight(logs["adversarial"], loss, self.vae.decoder.conv_out.weight, self.trainer)
             loss = loss + weight * logs["adversarial"]
             judged = partial(adversary.discriminator_loss, x, rebuilt.detach())
             logs["discriminator"] = adversary.learn(judged, 1 / self.trainer.accumulate_grad_batches)
@@ -108,15 +108,12 @@ class Autoencoder(L.LightningModule):
 
     @rank_zero_only
     def save_model(self, folder: str) -> None:
-        """Write `folder/vae`. Its scaling factor makes the latents unit-variance, as Stable Diffusion's does.
-
-        A frozen encoder's scaling factor stays.
-        """
+        """Write `folder/vae`. A new scaling factor gives the latents unit variance, unless the encoder is frozen."""
         if not self.freeze_encoder:
             self.vae.register_to_config(scaling_factor=round(1 / float(self.latent_std), 5))
         save_network(f"{folder}/vae", self.vae)
 
 
 def psnr(error: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, averaged over images; error `[B, C, H, W]` of values in [-1, 1] (peak 2)."""
+    """Return the peak signal-to-noise ratio in dB, the mean over images. error: `[B, C, H, W]`, of pixels in [-1, 1]."""
     return (10 * torch.log10(4 / error.square().flatten(1).mean(1).clamp_min(1e-10))).mean()

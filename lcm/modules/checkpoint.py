@@ -35,24 +35,25 @@ def check_fixed_settings(checkpoint: Mapping[str, Any], settings: Mapping[str, A
 
 
 def match_averages(state: dict[str, Any], expected: Mapping[str, Any], averages: Mapping[str, str]) -> None:
-    """Start an average that the checkpoint lacks from `net`, and drop one that this run does not keep; changes `state`.
+    """Fit the averages of a checkpoint to this run, in place: start a missing one from `net`, drop an unused one.
 
-    expected: the module's own state dict. averages: the option that switches an average on, by the network's name.
+    state: the checkpoint's state dict. expected: the module's state dict. averages: the option of each average, by the name of
+    its network.
     """
     for network, option in averages.items():
-        here, there = ([name for name in names if name.startswith(f"{network}.")] for names in (expected, state))
-        if here and not there:
+        module_names, saved_names = ([name for name in names if name.startswith(f"{network}.")] for names in (expected, state))
+        if module_names and not saved_names:
             say(f"resume:  the average of {option} starts from the trained network, because the checkpoint lacks it")
-            online = {name: f"net{name.removeprefix(network)}" for name in here}
+            online = {name: f"net{name.removeprefix(network)}" for name in module_names}
             state |= {name: state[source] for name, source in online.items() if source in state}
-        elif there and not here:
+        elif saved_names and not module_names:
             say(f"resume:  the checkpoint's average of {option} is dropped: this run keeps none")
-            for name in there:
+            for name in saved_names:
                 del state[name]
 
 
 def check_tensors(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, *_: Any) -> None:
-    """A pre-hook of `load_state_dict`. Raises UserError if names or shapes differ from the module's."""
+    """Raise UserError if names or shapes of the tensors differ from the module's (a pre-hook of `load_state_dict`)."""
     averages = getattr(module, "averages", None)
     expected = module.state_dict()
     if averages:
@@ -66,9 +67,9 @@ def check_tensors(module: nn.Module, state: dict[str, Any], prefix: str, metadat
 
 def mismatches(expected: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
     """Describe each tensor of a checkpoint whose name or shape differs from the module's."""
-    both = [(name, list(state[name].shape), list(expected[name].shape)) for name in expected if name in state]
+    shapes = [(name, list(state[name].shape), list(expected[name].shape)) for name in expected if name in state]
     return [
-        *(f"{name} was {then} and is {now}" for name, then, now in both if then != now),
+        *(f"{name} was {old} and is {new}" for name, old, new in shapes if old != new),
         *(f"{name} is not in the checkpoint" for name in expected if name not in state),
         *(f"{name} is in the checkpoint alone" for name in state if name not in expected),
     ]

@@ -18,14 +18,14 @@ CANDIDATES = 256  # captions and images of the validation set
 
 
 def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """Symmetric cross-entropy over the batch's similarities; image, text: `[B, D]` unit vectors, scale: scalar."""
+    """Return the symmetric cross-entropy over the batch's similarities. image, text: unit vectors `[B, D]`. scale: a scalar."""
     logits = scale * image @ text.T
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
 class Clip(L.LightningModule):
-    """Trains a CLIP on (image, caption) pairs; validates by top-1 retrieval among `CANDIDATES`.
+    """Trains a CLIP on (image, caption) pairs, and validates it by top-1 retrieval among `CANDIDATES` images.
 
     text, vision: sizes of the two towers, as in transformers' configs. seed: unused, but every model in conf/model sets it. The
     other arguments are those of `Optimization`.

@@ -16,7 +16,7 @@ from lcm.core.process import Process
 from lcm.models.families import network_like
 from lcm.models.lora import with_adapters
 from lcm.models.pipeline import load_family, load_prediction_type
-from lcm.models.student import frozen_copy, quantized
+from lcm.models.student import frozen_copy, quantize_linears
 from lcm.modules.adversary import LatentAdversary, latent_adversary
 from lcm.modules.latent import LatentModule
 from lcm.modules.optimization import log_train
@@ -26,16 +26,19 @@ from lcm.modules.terms import further_terms, reward_parts
 class ConsistencyModule(LatentModule):
     """Trains a student, a copy of `net`, by a consistency objective (LCD, TCD, LCF, CD, CT).
 
-    net: the pipeline's network: the teacher of a distillation, and the start of the student. loss: the paper's d.
-    ema_decay: the paper's mu of the target network; 0: the student is its own target. w_min, w_max: the range of guidance
-    weights. The student takes w as an input if the objective is guided and the family has the input. timesteps:
-    `num_timesteps -> [N] int64`, the trained t. solver: the paper's Psi. zero_init: the projection of w starts at zero, so the
-    student starts equal to its teacher. prediction_type: the student's; None: the teacher's. adapters: `{rank, alpha,
-    target_modules}` trains LoRA adapters on the teacher's own weights (2311.05556). Such a student takes no w, and its
-    checkpoint holds only the adapters and their averages. adversary: `channels of the features -> LatentAdversary` adds its
-    term in the teacher's features. reward: `(images in [0, 1], captions) -> [B]`, to be raised for the student's clean latents;
-    it has a `weight` and `facts` for `lcm.json`. quantization: stores the frozen linear layers in fewer bits: the teacher's,
-    and with adapters also the student's.
+    net: the pipeline's network: the teacher of a distillation, and the start of the student.
+    objective: `(process, distance=..., timesteps=..., solver=..., w_min=..., w_max=...) -> ConsistencyObjective`.
+    loss: the paper's d. timesteps: `num_timesteps -> [N] int64`, the trained t. solver: the paper's Psi.
+    ema_decay: the paper's mu of the target network; 0: the student is its own target.
+    w_min, w_max: the range of guidance weights. The student takes w as an input if they are set and its family supports it.
+    zero_init: the projection of w starts at zero, so the student starts equal to its teacher.
+    prediction_type: the output of the student; None: the output of the teacher.
+    adapters: `{rank, alpha, target_modules}` trains LoRA adapters on the teacher's weights (2311.05556). Such a student takes
+        no w, and a checkpoint holds only the adapters and their averages.
+    adversary: `channels of the features -> LatentAdversary`, whose loss in the teacher's features is added.
+    reward: `(images in [0, 1], captions) -> [B]`, raised for the student's clean latents. It has a `weight`, and a
+        `description` for `lcm.json`.
+    quantization: `nn.Linear -> nn.Module` for the frozen linear layers of the teacher, and with adapters of the student.
     """
 
     averages = MappingProxyType({**LatentModule.averages, "target_net": "model.ema_decay"})
@@ -81,7 +84,7 @@ class ConsistencyModule(LatentModule):
             parts |= {"w_min": w_min, "w_max": w_max}
         family = load_family(pipeline)
         if adapters is not None:
-            student = with_adapters(family, quantized(net, quantization), **adapters)
+            student = with_adapters(family, quantize_linears(net, quantization), **adapters)
         else:
             student = family.with_w(net, zero_init=zero_init) if w_max is not None else network_like(net)
         judge = latent_adversary(adversary, family, net)
@@ -101,7 +104,7 @@ class ConsistencyModule(LatentModule):
         if w_max is not None and adapters is None:
             self.zero_init = zero_init
         if solver is not None:
-            self.frozen["teacher"] = quantized(net, None if adapters else quantization).eval()
+            self.frozen["teacher"] = quantize_linears(net, None if adapters else quantization).eval()
         self.frozen |= reward_parts(reward, pipeline)
         self.quantization = quantization
         self.train_adapters(adapters)
@@ -140,5 +143,5 @@ class ConsistencyModule(LatentModule):
             decay = self.objective.target_decay(self.ema_decay)
             ema_update_(self.target_net.parameters(), self.net.parameters(), decay, self.optimization.skipped_on_device)
 
-    def facts(self) -> dict[str, Any]:
-        return {**super().facts(), **self.w_facts()}
+    def lcm_json(self) -> dict[str, Any]:
+        return {**super().lcm_json(), **self.w_metadata()}

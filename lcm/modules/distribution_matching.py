@@ -17,7 +17,7 @@ from lcm.core.process import Process
 from lcm.core.random import generator
 from lcm.models.lora import with_adapters
 from lcm.models.pipeline import find, load_family, load_network, load_prediction_type, read_lcm_json
-from lcm.models.student import quantized
+from lcm.models.student import quantize_linears
 from lcm.modules.adversary import LatentAdversary, latent_adversary
 from lcm.modules.latent import LatentModule
 from lcm.modules.optimization import Opponent, OptimizerFactory, ScheduleFactory, log_train
@@ -25,10 +25,9 @@ from lcm.modules.terms import further_terms, reward_parts
 
 
 class FakeScore(Opponent):
-    """The score of the student's images. It learns in every step.
+    """The score of the student's images, which learns in every step.
 
-    ratio: steps, hence updates of the fake score, for each update of the student. The other arguments are those of
-    `Optimization`.
+    ratio: the updates of the fake score for each update of the student. The other arguments are those of `Optimization`.
     """
 
     def __init__(
@@ -41,12 +40,15 @@ class FakeScore(Opponent):
 class MatchingModule(LatentModule):
     """Trains a student, a copy of `net`, by distribution matching. Batches give captions only, except to an adversary.
 
-    net: the pipeline's network: a few-step student, or the teacher itself. teacher: its pipeline; None: the one that the
-    student was distilled from, or `pipeline`. objective: a `DistributionMatching`. loss: its distance. w_min, w_max: the range
-    of guidance weights of the teacher. Student and fake score take w as an input if the family has one. fake: `network ->
-    FakeScore`. adapters: `{rank, alpha, target_modules}` trains the student and the fake score as adapters (LoRA), each on its
-    frozen start. Neither takes w. A student that starts from its teacher shares all weights with it and with the fake score.
-    adversary, reward, quantization: as of `ConsistencyModule`.
+    net: the pipeline's network: a few-step student, or a teacher.
+    teacher: the pipeline of the teacher; None: the teacher that the student was distilled from, or `pipeline`.
+    objective: `(process, distance=..., w_min=..., w_max=...) -> DistributionMatching`. loss: the distance of the objective.
+    w_min, w_max: the range of guidance weights of the teacher. Student and fake score take w as an input if the family
+        supports it.
+    fake: `network -> FakeScore`.
+    adapters: `{rank, alpha, target_modules}` trains the student and the fake score as adapters (LoRA) on frozen weights. They
+        take no w. If `net` is the teacher, then student, fake score and teacher share the frozen weights.
+    adversary, reward, quantization: see `ConsistencyModule`.
     """
 
     objective: DistributionMatching
@@ -81,7 +83,7 @@ class MatchingModule(LatentModule):
             )
         else:
             for base in {net, frozen}:
-                quantized(base, quantization)
+                quantize_linears(base, quantization)
             student, scorer = (with_adapters(family, base, **adapters) for base in (net, frozen))
         score, judge = fake(scorer), latent_adversary(adversary, family, frozen)
         if judge is not None and judge.real != "data":
@@ -96,7 +98,7 @@ class MatchingModule(LatentModule):
         )
         self.fake, self.teacher, self.teacher_prediction_type = score, source, load_prediction_type(source)
         self.adversary = judge
-        self.frozen["teacher"] = quantized(frozen, None if adapters else quantization).eval()
+        self.frozen["teacher"] = quantize_linears(frozen, None if adapters else quantization).eval()
         self.frozen |= reward_parts(reward, pipeline)
         self.quantization = quantization
         self.train_adapters(adapters)
@@ -114,7 +116,7 @@ class MatchingModule(LatentModule):
         return Networks(student, student, teacher, fake)
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
-        """Update the fake score and, every `ratio` steps, the student. `global_step` says whose turn it is."""
+        """Update the fake score in every step, and the student in every step whose number is a multiple of `ratio`."""
         self.student_turn = (self.global_step + 1) % self.fake.ratio == 0
         nets, draws = self.denoisers(self.net), self.draws_of_step(batch, batch_idx, "train")
         with torch.set_grad_enabled(self.student_turn):
@@ -137,28 +139,28 @@ class MatchingModule(LatentModule):
         self.log("val/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
 
     def draws_of_step(self, batch: LatentBatch, batch_idx: int, stage: str) -> Any:
-        """Return this rank's draws. The draws that all ranks share come first."""
+        """Draw the step that all ranks share, and return this rank's draws."""
         self.objective.draw_shared_step(generator("cpu", self.seed, stage, batch_idx, "shared"))
         return self.draws(self.objective.draw, batch.z0, batch_idx, stage)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        if loss.requires_grad:  # the student's turn; otherwise its optimizer finds no gradient and changes nothing
+        if loss.requires_grad:  # not in a step without an update of the student: its optimizer then finds no gradient
             super().backward(loss, *args, **kwargs)
 
     def after_optimizer_step(self) -> None:
         if self.student_turn:
             super().after_optimizer_step()
 
-    def facts(self) -> dict[str, Any]:
-        return {**super().facts(), **self.w_facts(), "teacher": self.teacher}
+    def lcm_json(self) -> dict[str, Any]:
+        return {**super().lcm_json(), **self.w_metadata(), "teacher": self.teacher}
 
 
 def teacher_of(pipeline: str) -> str:
     """Return the pipeline that a student was distilled from, or `pipeline` itself if it is a teacher."""
-    facts = read_lcm_json(find(pipeline))
-    if facts["sampler"] == "ddim":
+    metadata = read_lcm_json(find(pipeline))
+    if metadata["sampler"] == "ddim":
         return pipeline
-    source = facts.get("teacher") or facts.get("pipeline")
+    source = metadata.get("teacher") or metadata.get("pipeline")
     if source is None:
         raise UserError(f"{pipeline} is a few-step model that names no teacher: set model.teacher=<folder or hub id>")
     try:

@@ -20,7 +20,7 @@ from lcm.core.process import Process
 from lcm.models.pipeline import load_family
 from lcm.models.saving import save_network
 from lcm.models.sharding import gather
-from lcm.models.student import frozen_copy, quantized
+from lcm.models.student import frozen_copy, quantize_linears
 from lcm.modules.latent import LatentModule
 
 
@@ -30,9 +30,9 @@ class GuidedDistillation(LatentModule):
     Stage one: the student matches the guided teacher for any w in [w_min, w_max]. Then one stage for each number in `steps`:
     a student of N DDIM steps starts from the previous student and learns two of its steps in one.
 
-    net: the pipeline's network, the teacher. match_share: stage one's share of `trainer.max_steps`; the other stages share
-    the rest equally. All students are saved in one folder, which is sampled with any number in `steps`.
-    quantization: stores the teacher's linear layers in fewer bits.
+    net: the pipeline's network, the teacher. match_share: stage one's share of `trainer.max_steps`. The later stages divide the
+    rest equally. All students are saved in one folder, which is sampled with any number in `steps`.
+    quantization: `nn.Linear -> nn.Module` for the teacher's linear layers.
     """
 
     objective: GuidedDistillationObjective
@@ -70,11 +70,11 @@ class GuidedDistillation(LatentModule):
         self.previous = frozen_copy(self.net)  # the finished student of the previous stage
         self.steps, self.match_share = list(steps), match_share
         self.stage = 0
-        self.frozen["teacher"], self.quantization = quantized(net, quantization).eval(), quantization
+        self.frozen["teacher"], self.quantization = quantize_linears(net, quantization).eval(), quantization
 
     @property
     def students(self) -> list[int]:
-        """The step counts of the students so far: those of finished stages and the current one."""
+        """Return the step counts of the students of the finished stages and of the current stage."""
         return self.steps[: self.stage]
 
     def stage_at(self, step: int) -> int:
@@ -92,15 +92,15 @@ class GuidedDistillation(LatentModule):
             )
 
     def on_train_start(self) -> None:
-        """Copy the finished students from another run's folder when its checkpoint is resumed: checkpoints do not hold them."""
+        """Copy the finished students from the checkpoint's run, if it is another run: checkpoints do not hold them."""
         if not self.students[1:]:
             return
-        theirs, ours = Path(str(self.trainer.ckpt_path)).parent.parent / "students", self.folder_of(self.steps[0]).parent
-        if self.trainer.is_global_zero and theirs.is_dir() and theirs.resolve() != ours.resolve():
+        other_run, this_run = Path(str(self.trainer.ckpt_path)).parent.parent / "students", self.folder_of(self.steps[0]).parent
+        if self.trainer.is_global_zero and other_run.is_dir() and other_run.resolve() != this_run.resolve():
             with suppress(OSError):  # every rank names a missing student below
-                shutil.copytree(theirs, ours, dirs_exist_ok=True)
+                shutil.copytree(other_run, this_run, dirs_exist_ok=True)
         self.trainer.strategy.barrier()
-        self.more_networks()
+        self.extra_networks()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         while self.stage < self.stage_at(self.global_step):
@@ -108,18 +108,19 @@ class GuidedDistillation(LatentModule):
 
     def finish_stage(self) -> None:
         """Save the student of a finished stage, and start the next one from it."""
-        done = self.best_net
-        if self.stage and (student := gather(done)) is not None and self.trainer.is_global_zero:
+        finished = self.best_net
+        if self.stage and (student := gather(finished)) is not None and self.trainer.is_global_zero:
             save_network(self.folder_of(self.steps[self.stage - 1]), student)
         for network in (self.previous, self.net):
-            ema_update_(network.parameters(), done.parameters(), 0.0)
-        self.enter(self.stage + 1)
+            ema_update_(network.parameters(), finished.parameters(), 0.0)
+        self.enter_stage(self.stage + 1)
 
-    def enter(self, stage: int) -> None:
+    def enter_stage(self, stage: int) -> None:
         self.stage = stage
         self.objective.steps = self.steps[stage - 1] if stage else 0
 
     def folder_of(self, steps: int) -> Path:
+        """Return the folder of the finished student of this number of steps."""
         return Path(self.trainer.default_root_dir, "students", f"unet_{steps}")
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
@@ -136,16 +137,16 @@ class GuidedDistillation(LatentModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.stage = checkpoint.get("stage", 0)
         super().on_load_checkpoint(checkpoint)
-        self.enter(checkpoint["stage"])
+        self.enter_stage(checkpoint["stage"])
 
     def fixed_settings(self) -> dict[str, Any]:
         return {**super().fixed_settings(), **({"model.steps": self.steps} if self.stage else {})}
 
-    def facts(self) -> dict[str, Any]:
+    def lcm_json(self) -> dict[str, Any]:
         w_range = {"w_min": self.objective.w_min, "w_max": self.objective.w_max}
-        return {**super().facts(), **w_range, "students": self.students}
+        return {**super().lcm_json(), **w_range, "students": self.students}
 
-    def more_networks(self) -> dict[str, Path]:
+    def extra_networks(self) -> dict[str, Path]:
         folders = {f"unet_{steps}": self.folder_of(steps) for steps in self.students[:-1]}
         if missing := [folder for folder in folders.values() if not folder.is_dir()]:
             raise UserError(f"the finished student {missing[0]} is missing: copy it from the run that wrote the checkpoint")

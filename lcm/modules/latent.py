@@ -18,7 +18,7 @@ from lcm.core.errors import UserError
 from lcm.core.numbers import Positive, Seed, Share, Whole
 from lcm.core.process import Process
 from lcm.core.random import RankSlice
-from lcm.models.attention import allow_graphs, check_compiler, fast_attention, recomputed
+from lcm.models.attention import allow_graphs, check_compiler, fast_attention, recompute_in_backward
 from lcm.models.codec import LatentCodec
 from lcm.models.loading import read_json
 from lcm.models.lora import drop_frozen, ignore_missing_frozen
@@ -38,21 +38,23 @@ log = logging.getLogger(__name__)
 
 
 class LatentModule(L.LightningModule):
-    """Trains `net` on latents by an objective: a teacher by denoising, and the base of the distillations.
+    """Trains `net` on latents by an objective. It trains teachers by denoising, and is the base of the distillations.
 
-    process: the process of `net`. prediction_type: the output of `net`; None: the pipeline's. objective: `process ->
-    Objective`. pipeline: the folder or hub id that `net` starts from; `save_model` copies its VAE and text encoders.
-    eval_ema: decay of an average that is sampled, validated and saved in place of `net`; None: no average.
+    process: the process of `net`. prediction_type: the output of `net`; None: as in the pipeline.
+    objective: `process -> ` an objective of `lcm.core.objectives`.
+    pipeline: the folder or hub id that `net` starts from. `save_model` copies its VAE and text encoders.
+    eval_ema: the decay of an average of `net` that is sampled, validated and saved in place of `net`; None: no average.
     guidance_lr_multiplier: learning-rate multiplier of the zero-initialised projection of w; short runs need > 1.
-    compile: torch.compile the networks of a training step; validation and sampling stay eager. gradient_checkpointing:
-    recompute activations to save memory. The other arguments are those of `Optimization`.
+    compile: torch.compile the networks of a training step; validation and sampling stay eager.
+    gradient_checkpointing: recompute activations to save memory.
+    The other arguments are those of `Optimization`.
     """
 
-    averages = MappingProxyType({"ema_net": "model.eval_ema"})  # networks that average `net`, and the options that do so
-    zero_init: bool | None = None  # the projection of w started at zero; None: the module made no projection
+    averages = MappingProxyType({"ema_net": "model.eval_ema"})  # options by the name of the average that they switch on
+    zero_init: bool | None = None  # whether the projection of w started at zero; None: the module made no projection
     adversary: LatentAdversary | None
     quantization: Callable[[nn.Linear], nn.Module] | None = None  # of the frozen layers
-    adapters: Mapping[str, Any] | None = None  # their options, if they alone are trained
+    adapters: Mapping[str, Any] | None = None  # the options of trained adapters; None: all weights are trained
     calls: list[tuple[nn.Module, torch.Size, Condition, bool]] | None = None  # recorded network calls for FLOP counting
 
     def __init__(
@@ -82,11 +84,11 @@ class LatentModule(L.LightningModule):
         self.net, self.process, self.pipeline, self.family = net.train(), process, pipeline, load_family(pipeline)
         self.prediction_type = prediction_type or load_prediction_type(pipeline)
         Denoiser(net, process, self.prediction_type)  # refuses an unknown prediction type
-        own, latent = net.config["in_channels"], read_json(find(pipeline) / "vae" / "config.json")["latent_channels"]
-        if own != latent:
+        channels, latent = net.config["in_channels"], read_json(find(pipeline) / "vae" / "config.json")["latent_channels"]
+        if channels != latent:
             raise UserError(
-                f"model.net takes latents of {own} channels, and the VAE of {pipeline} makes {latent}: use model/net=pipeline, "
-                f"or set model.net.in_channels={latent} model.net.out_channels={latent}"
+                f"model.net takes latents of {channels} channels, and the VAE of {pipeline} makes {latent}: use "
+                f"model/net=pipeline, or set model.net.in_channels={latent} model.net.out_channels={latent}"
             )
         self.objective = objective(process)
         self.eval_ema, self.guidance_lr_multiplier, self.compile_networks = eval_ema, guidance_lr_multiplier, compile
@@ -96,18 +98,19 @@ class LatentModule(L.LightningModule):
         self.compiled: dict[nn.Module, Callable[..., Any]] = {}
         self.register_load_state_dict_pre_hook(check_tensors)
         if gradient_checkpointing:
-            for trained in (net, *(each.network for each in opponents if isinstance(each.network, self.family.network_class))):
-                trained.enable_gradient_checkpointing(None if compile else recomputed)
+            fakes = [other.network for other in opponents if isinstance(other.network, self.family.network_class)]
+            for trained in (net, *fakes):
+                trained.enable_gradient_checkpointing(None if compile else recompute_in_backward)
 
     def train_adapters(self, adapters: Mapping[str, Any] | None) -> None:
-        """Leave the frozen weights of networks with adapters out of checkpoints. adapters: `{rank, alpha}`; None: no change."""
+        """Keep the frozen weights of networks with adapters out of checkpoints. adapters: `{rank, alpha}`; None: no change."""
         self.adapters = adapters
         if adapters is not None:
             self.register_state_dict_post_hook(drop_frozen)
             self.register_load_state_dict_post_hook(ignore_missing_frozen)
 
     def networks(self) -> list[Any]:
-        """Return the trained network, its averages and the teacher."""
+        """Return the trained network, its averages and the teacher, without discriminators and rewards."""
         return [net for net in (*self.children(), *self.frozen.values()) if isinstance(net, self.family.network_class)]
 
     @property
@@ -150,7 +153,7 @@ class LatentModule(L.LightningModule):
             self.compiled[network] = torch.compile(network, dynamic=False)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the optimizer's groups: all trained parameters, with the projection of w in a group of its own."""
+        """Return the optimizer's groups of trained parameters. The projection of w is a separate group."""
         trained = [p for p in self.parameters() if p.requires_grad]
         projection = self.family.w_projection(self.net)
         if projection is None:
@@ -163,17 +166,18 @@ class LatentModule(L.LightningModule):
             network.to(self.device).requires_grad_(False).eval()
         data: Any = getattr(self.trainer, "datamodule", None)
         if (side := getattr(data, "sample_size", None)) is not None:
-            own, factor = self.net.config["sample_size"], data.resolution // side
-            if isinstance(own, int) and own != side:
+            net_side, factor = self.net.config["sample_size"], data.resolution // side
+            if isinstance(net_side, int) and net_side != side:
+                pixels, net_pixels = side * factor, net_side * factor
                 if not self.family.resizable:
                     raise UserError(
-                        f"{self.family.pipelines[0]} is trained at its own size only: set data.resolution={own * factor}"
+                        f"{self.family.pipelines[0]} is trained at its own size only: set data.resolution={net_pixels}"
                     )
                 rank_zero_only(log.warning)(
                     "training at %d px a model of %d px images: the trained model is sampled and saved at %d px "
-                    "(data.resolution=%d keeps its own size)", side * factor, own * factor, side * factor, own * factor,
+                    "(data.resolution=%d keeps its own size)", pixels, net_pixels, pixels, net_pixels,
                 )  # fmt: skip
-            self.note_sample_size(side)
+            self.set_sample_size(side)
         if self.trainer.precision.startswith("bf16"):
             for network in self.frozen.values():
                 network.to(torch.bfloat16)
@@ -185,9 +189,9 @@ class LatentModule(L.LightningModule):
         rows = RankSlice(self.device, self.seed, stage, batch_idx, rank=self.global_rank, world_size=self.world_size)
         parts = []
         for size, rng, rank_slice in rows.blocks(len(z0)):
-            drawn = draw(z0[:1].expand(size, *z0.shape[1:]), rng, **options)
-            parts.append({name: values[rank_slice] for name, values in vars(drawn).items()})
-        return type(drawn)(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+            draws = draw(z0[:1].expand(size, *z0.shape[1:]), rng, **options)
+            parts.append({name: values[rank_slice] for name, values in vars(draws).items()})
+        return type(draws)(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
         draws = self.draws(self.objective.draw, batch.z0, batch_idx)
@@ -215,7 +219,7 @@ class LatentModule(L.LightningModule):
             self.after_optimizer_step()
 
     def after_optimizer_step(self) -> None:
-        """Move the averages: once per optimizer step, also under gradient accumulation."""
+        """Update the averages, once per optimizer step, also under gradient accumulation."""
         if self.ema_net is not None and self.eval_ema is not None:
             decay = warmed_up(self.eval_ema, self.global_step)
             ema_update_(self.ema_net.parameters(), self.net.parameters(), decay, self.optimization.skipped_on_device)
@@ -224,9 +228,9 @@ class LatentModule(L.LightningModule):
         return Denoiser(self.network(net), self.process, self.prediction_type)
 
     def network(self, net: nn.Module, *, compiled: bool = True) -> Network:
-        """Return a network as the core calls it. `calls` records shapes (on the meta device) and whether gradients are kept.
+        """Return a network as the core calls it. compiled: use its compiled form, if any, in a training step.
 
-        compiled: in a training step, its compiled form if there is one.
+        Unless `self.calls` is None, each call appends (network, shape of z, condition on the meta device, gradients or not).
         """
         network = as_network(self.family, net, self.compiled.get(net) if self.training and compiled else None)
 
@@ -239,8 +243,8 @@ class LatentModule(L.LightningModule):
 
         return recorded
 
-    def note_sample_size(self, side: int) -> None:
-        """Set the size at which the networks are sampled and saved; side: in latent pixels."""
+    def set_sample_size(self, side: int) -> None:
+        """Set the size at which the networks are sampled and saved. side: latent pixels per side."""
         for network in self.children():
             if isinstance(network, self.family.network_class):
                 network.register_to_config(sample_size=side)
@@ -249,7 +253,7 @@ class LatentModule(L.LightningModule):
 
     @property
     def method(self) -> str:
-        """Return the objective's name, by which checkpoints are told apart: the tensors of two methods may fit each other."""
+        """Return the objective's name. Checkpoints store it, because the tensors of two methods may fit each other."""
         return type(self.objective).__name__.removesuffix("Objective") + (" of adapters" if self.adapters is not None else "")
 
     def fixed_settings(self) -> dict[str, Any]:
@@ -267,15 +271,17 @@ class LatentModule(L.LightningModule):
 
     @property
     def best_net(self) -> Any:
-        """The network to sample, validate and save: the evaluation average, or `net` without one."""
+        """Return the network to sample, validate and save: the average of `eval_ema`, or `net` without an average."""
         return self.net if self.ema_net is None else self.ema_net
 
     def text_to_image(self, codec: LatentCodec) -> TextToImage:
-        return TextToImage(self.family, self.best_net, self.process, self.prediction_type, codec.to(self.device), self.facts())
+        """Return a sampler of images with `best_net`."""
+        codec = codec.to(self.device)
+        return TextToImage(self.family, self.best_net, self.process, self.prediction_type, codec, self.lcm_json())
 
-    def facts(self) -> dict[str, Any]:
+    def lcm_json(self) -> dict[str, Any]:
         """Return the content of `lcm.json` in the saved folder."""
-        facts: dict[str, Any] = {
+        metadata: dict[str, Any] = {
             "method": self.method,
             "pipeline": self.pipeline,
             "steps": self.global_step,
@@ -285,27 +291,26 @@ class LatentModule(L.LightningModule):
         }
         if self.adapters is not None:
             rank, alpha = self.adapters["rank"], self.adapters.get("alpha")
-            facts |= {"rank": rank, "alpha": rank if alpha is None else alpha}
+            metadata |= {"rank": rank, "alpha": rank if alpha is None else alpha}
         if rewards := self.rewards():
-            facts["rewards"] = rewards
-        return facts
+            metadata["rewards"] = rewards
+        return metadata
 
     def rewards(self) -> list[dict[str, Any]]:
-        """Return the rewards that this training or an earlier one of its student raised. Tables leave them out."""
+        """Return the rewards that this training or earlier trainings of the student raised. Tables leave their scores out."""
         reward: Any = self.frozen.get("reward")
-        own = [] if reward is None else [reward.facts]
         earlier = read_lcm_json(find(self.pipeline)).get("rewards", [])
-        return earlier + [each for each in own if each not in earlier]
+        return earlier if reward is None or reward.description in earlier else [*earlier, reward.description]
 
-    def w_facts(self) -> dict[str, Any]:
-        """Return the range of w for `lcm.json`: of the network's input, or of the teacher's guidance."""
+    def w_metadata(self) -> dict[str, Any]:
+        """Return the range of w for `lcm.json`: the range of the network's input, or of the teacher's guidance."""
         w_range = (self.objective.w_min, self.objective.w_max)
         if self.family.takes_w(self.net):
             return dict(zip(("w_min", "w_max"), w_range, strict=True))
         return {"teacher_w": list(w_range)} if any(w_range) else {}
 
     def save_model(self, folder: str, net: Any = None, *, dtype: torch.dtype = torch.float16) -> None:
-        """Write a pipeline folder with `net` (default: `best_net`). Call it on every rank; rank 0 writes."""
+        """Write a pipeline folder with `net`; None: `best_net`. Call it on every rank. Rank 0 writes."""
         net = gather(net or self.best_net)
         if net is not None and self.global_rank == 0:
             save_pipeline(
@@ -314,11 +319,11 @@ class LatentModule(L.LightningModule):
                 family=self.family,
                 base=find(self.pipeline),
                 scheduler=self.objective.scheduler(self.prediction_type),
-                metadata=self.facts(),
+                metadata=self.lcm_json(),
                 dtype=dtype,
-                extra_networks=self.more_networks(),
+                extra_networks=self.extra_networks(),
             )
 
-    def more_networks(self) -> dict[str, Path]:
+    def extra_networks(self) -> dict[str, Path]:
         """Return the folders of further networks of the saved pipeline, by name."""
         return {}

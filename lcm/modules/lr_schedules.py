@@ -10,13 +10,15 @@ from lcm.core.numbers import Share, Whole
 
 
 def constant(optimizer: Optimizer, max_steps: int, *, warmup: Whole = 0) -> LambdaLR:
-    """Linear from 0 over `warmup` steps, then constant. The first step is above 0."""
+    """Return a schedule that is linear from 0 over `warmup` steps, then constant. The first step is above 0."""
     return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
 
 
 def cosine(optimizer: Optimizer, max_steps: int, *, warmup: Whole = 0, final: Share = 0.0) -> LambdaLR:
-    """Linear from 0 over `warmup` steps, then half a cosine down to `final` times the peak at `max_steps`."""
+    """Return a schedule that is linear from 0 over `warmup` steps, then half a cosine down to `final` times the peak.
 
+    The cosine ends at `max_steps`. Raises UserError if max_steps is below 1.
+    """
     if max_steps < 1:
         raise UserError(f"model/lr_schedule=cosine ends at trainer.max_steps, which is {max_steps}: give 1 or more")
 

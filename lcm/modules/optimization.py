@@ -21,11 +21,12 @@ CHECK_EVERY = 10  # optimizer steps between two checks of a GPU's gradient norm;
 
 
 class Opponent(nn.Module):
-    """A network trained against a LightningModule, in the same steps, by an optimizer of its own.
+    """A network that is trained in the steps of a LightningModule by a second optimizer: a discriminator or a fake score.
 
-    The LightningModule holds it as a child and gives it to its `Optimization`. Lightning sees one optimizer, so a step stays a
-    step. It trains the parameters that require gradients when it is constructed. They require gradients within `learn` only, so
-    DDP, the other optimizer and its clipping skip them. The other network's gradient still passes through them.
+    The LightningModule holds the opponent as a child and gives it to its `Optimization`. Lightning sees the module's optimizer
+    only, so it counts each step once. The trained parameters are those that require gradients when the opponent is constructed.
+    They require gradients within `learn` only, so DDP, the module's optimizer and its clipping skip them. The module's gradient
+    still passes through the opponent.
     """
 
     optimizer: torch.optim.Optimizer
@@ -40,12 +41,13 @@ class Opponent(nn.Module):
         self.make_optimizer, self.make_lr_schedule = optimizer, lr_schedule
 
     def configure(self, max_steps: int) -> None:
+        """Make the optimizer and its schedule."""
         self.trained = [p for name, p in self.named_parameters() if name in self.names]  # by name: sharding replaces parameters
         groups = [{"params": self.trained}]
         self.optimizer, self.schedule = new_optimizer(self.make_optimizer, self.make_lr_schedule, groups, max_steps)
 
     def learn(self, loss: Callable[[], Tensor], share: float = 1.0) -> Tensor:
-        """Add the gradient of `share * loss()`, and return the loss. The update follows with the other optimizer's."""
+        """Add the gradient of `share * loss()`, and return the loss. `step` makes the update, with the module's update."""
         for p in self.trained:
             p.requires_grad_(True)
         value = loss()
@@ -71,16 +73,16 @@ class Opponent(nn.Module):
 
 
 class Optimization(L.Callback):
-    """The optimizer of a LightningModule, which returns this from `configure_callbacks`.
+    """The optimizer of a LightningModule, which returns this callback from `configure_callbacks`.
 
     optimizer: `params -> Optimizer`. lr_schedule: `(optimizer, max_steps) -> LRScheduler`, stepped every optimizer step.
     clip_norm: limit of the total gradient norm; None: no clipping. Lightning refuses to clip for a fused optimizer.
     skip_non_finite: number of consecutive updates that may be skipped for a non-finite loss or gradient. One more stops the
-    training. The step number, the data and the learning rate advance as if the update had been made.
-    opponents: are clipped, updated, skipped, saved and resumed with the module. A non-finite gradient of one skips all. A
-    checkpoint holds their states after the module's, in "optimizer_states".
+    training. In a skipped step the step number, the data and the learning rate advance as usual.
+    opponents: are clipped, updated, saved and resumed with the module. A non-finite gradient of the module or of an opponent
+    skips all updates. A checkpoint holds the states of the opponents' optimizers after the module's, in "optimizer_states".
 
-    A resumed training takes tensors and its step from the checkpoint, and every setting from the configuration.
+    A resumed training takes tensors and step number from the checkpoint, and every setting from the configuration.
     """
 
     def __init__(
@@ -95,11 +97,11 @@ class Optimization(L.Callback):
         self.clip_norm = float("inf") if clip_norm is None else clip_norm
         self.skip_non_finite, self.opponents = skip_non_finite, list(opponents)
         self.opponent_states: list[dict[str, Any]] = []  # of the checkpoint, until the optimizers are made
-        self.skipped_update = False  # the host knows that the last update was skipped
+        self.skipped_update = False  # whether the host skipped the last update
         self.skipped_on_device: Tensor | None = None  # 1.0 if the device skipped the last update, else 0.0; None on the host
 
     def configure(self, groups: list[dict[str, Any]], max_steps: int) -> dict[str, Any]:
-        """Return what `configure_optimizers` returns. A group's "lr_scale" multiplies the optimizer's learning rate."""
+        """Return the result of `configure_optimizers`. A group's "lr_scale" multiplies the optimizer's learning rate."""
         optimizer, schedule = new_optimizer(self.make_optimizer, self.make_lr_schedule, groups, max_steps)
         for opponent in self.opponents:
             opponent.configure(max_steps)
@@ -118,7 +120,7 @@ class Optimization(L.Callback):
         states = checkpoint.get("callbacks", {})
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EarlyStopping) and callback.state_key in states:
-                states[callback.state_key]["patience"] = callback.patience  # Lightning would take the checkpoint's
+                states[callback.state_key]["patience"] = callback.patience  # Lightning would restore the old patience
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         steps = module.all_gather(torch.tensor(trainer.global_step, device=module.device))
@@ -153,35 +155,38 @@ class Optimization(L.Callback):
         self.skipped = self.skipped_in_a_row = torch.zeros((), device=module.device)  # since this start; consecutive
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
-        """Clip, and skip a non-finite update: on the device for a fused optimizer, which the host checks now and then.
+        """Clip the gradients, and skip a non-finite update.
 
-        Gradients are averaged over the ranks, so all ranks decide alike. After too many consecutive skips, the device skips
-        every update until the host checks.
+        Fused optimizers skip on the device, and the host checks the number of skips every `CHECK_EVERY` steps. After too many
+        consecutive skips, the device skips every update until this check. Gradients are averaged over the ranks, so all ranks
+        decide alike.
         """
         trained = [p for p in module.parameters() if p.requires_grad]
         norm = total_norm(trained, self.clip_norm).to(module.device)
         module.log("train/grad_norm", norm)
-        bad, optimizers = ~norm.isfinite(), [getattr(optimizer, "optimizer", optimizer)]
+        not_finite, optimizers = ~norm.isfinite(), [getattr(optimizer, "optimizer", optimizer)]
         for opponent in self.opponents:
-            bad = bad | ~opponent.clip(trainer, self.clip_norm).isfinite()
+            not_finite = not_finite | ~opponent.clip(trainer, self.clip_norm).isfinite()
             optimizers.append(opponent.optimizer)
-        self.skipped_in_a_row = (self.skipped_in_a_row + bad) * (bad | (self.skipped_in_a_row > self.skip_non_finite))
-        self.skipped = self.skipped + bad
+        self.skipped_in_a_row = (self.skipped_in_a_row + not_finite) * (
+            not_finite | (self.skipped_in_a_row > self.skip_non_finite)
+        )
+        self.skipped = self.skipped + not_finite
         if self.skip_non_finite:
             module.log("train/skipped_steps", self.skipped)
 
         step = trainer.global_step + 1
-        on_device = all(self.skips_on_device(each, module.device) for each in optimizers)
+        on_device = all(self.skips_on_device(optimizer, module.device) for optimizer in optimizers)
         if not on_device or step % CHECK_EVERY == 0 or step == trainer.max_steps:
             self.check_skipped(trainer)
-        self.skipped_update = not on_device and bool(bad)
+        self.skipped_update = not on_device and bool(not_finite)
         if on_device:
             self.skipped_on_device = (self.skipped_in_a_row > 0).float()
-        for each in optimizers:
+        for optimizer in optimizers:
             if on_device:
-                each.found_inf = self.skipped_on_device
+                optimizer.found_inf = self.skipped_on_device
             elif self.skipped_update:
-                each.zero_grad(set_to_none=True)  # optimizers pass over parameters without a gradient
+                optimizer.zero_grad(set_to_none=True)  # optimizers pass over parameters without a gradient
         for opponent in self.opponents:
             opponent.step()
 
@@ -200,7 +205,7 @@ class Optimization(L.Callback):
 
 
 def total_norm(parameters: Iterable[nn.Parameter], clip_norm: float) -> Tensor:
-    """Clip the gradients by their total norm, over all shards, and return the norm before."""
+    """Clip the gradients by their total norm over all shards, and return the norm before clipping."""
     norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -221,13 +226,14 @@ def new_optimizer(
         match_parameter_layout(optimizer)
 
     optimizer.load_state_dict = load_with_settings  # type: ignore[method-assign, assignment]
-    return optimizer, scheduled(make_lr_schedule, optimizer, max_steps)
+    return optimizer, new_schedule(make_lr_schedule, optimizer, max_steps)
 
 
 def keep_settings(make_optimizer: OptimizerFactory, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """Return a checkpoint's optimizer state with the settings of this run in its groups.
 
-    A group may also hold numbers that an optimizer computes (Prodigy's `d`). They are no constructor arguments and stay.
+    A group may also hold numbers that an optimizer computes (Prodigy's `d`). The checkpoint's values of these numbers are used:
+    they are no constructor arguments.
     """
     saved_groups, moments = state["param_groups"], state["state"]
     saved, needed = names_in(moments.values()), moments_of(make_optimizer, optimizer)
@@ -237,20 +243,20 @@ def keep_settings(make_optimizer: OptimizerFactory, optimizer: torch.optim.Optim
     settings = {name for cls in type(optimizer).__mro__ for name in inspect.signature(cls).parameters}
     settings = (settings | {"initial_lr"}) - {"params"}
     groups = [
-        {**then, **{name: value for name, value in group.items() if name in settings or name not in then}}
-        for then, group in zip(saved_groups, optimizer.param_groups, strict=True)
+        {**saved_group, **{name: value for name, value in group.items() if name in settings or name not in saved_group}}
+        for saved_group, group in zip(saved_groups, optimizer.param_groups, strict=True)
     ]
     return {"state": moments, "param_groups": groups}
 
 
 def names_in(moments: Iterable[dict[str, Any]]) -> set[str]:
-    """Return the names of saved moments. bitsandbytes nests those of 8 bits."""
+    """Return the names of saved moments. bitsandbytes nests its 8-bit moments."""
     nested = [value for moment in moments for value in moment.values() if isinstance(value, dict)]
     return {name for moment in (*moments, *nested) for name in moment}
 
 
 def moments_of(make_optimizer: OptimizerFactory, optimizer: torch.optim.Optimizer) -> set[str]:
-    """Return the names of the state that the configured optimizer keeps for a parameter."""
+    """Return the names of the moments that the configured optimizer keeps for each parameter."""
     parameter = nn.Parameter(torch.zeros(1, device=optimizer.param_groups[0]["params"][0].device))
     parameter.grad = torch.zeros_like(parameter)
     probe = make_optimizer([{"params": [parameter]}])
@@ -259,14 +265,14 @@ def moments_of(make_optimizer: OptimizerFactory, optimizer: torch.optim.Optimize
 
 
 def set_mode(trainer: L.Trainer, mode: str) -> None:
-    """Tell an optimizer with modes (schedulefree's) whether the weights are trained or used."""
+    """Call `optimizer.train()` or `optimizer.eval()` if the optimizer has these modes (schedulefree). mode: its name."""
     for optimizer in trainer.optimizers:
         if switch := getattr(optimizer, mode, None):
             switch()
 
 
-def scheduled(make: Callable[..., Any], optimizer: torch.optim.Optimizer, max_steps: int) -> Any:
-    """Return `make(optimizer)`, with max_steps for its one other required parameter, whose name differs between libraries."""
+def new_schedule(make: Callable[..., Any], optimizer: torch.optim.Optimizer, max_steps: int) -> Any:
+    """Return `make(optimizer)`. A second required parameter gets max_steps: its name differs between libraries."""
     [_, *rest] = inspect.signature(make).parameters.values()
     needed = [p.name for p in rest if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if len(needed) > 1:
@@ -278,13 +284,13 @@ def match_parameter_layout(optimizer: torch.optim.Optimizer) -> None:
     """Give loaded moments the memory format of their parameters, which fused updates need."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
-            is_moment = isinstance(value, Tensor) and value.is_floating_point()  # those of 8 bits are stored by blocks
+            is_moment = isinstance(value, Tensor) and value.is_floating_point()  # 8-bit moments are stored by blocks
             if is_moment and value.shape == parameter.shape and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def log_train(module: L.LightningModule, loss: Tensor, logs: Mapping[str, Tensor], batch_size: int) -> None:
-    """Log `train/loss` and `train/<name>`. The loss is averaged over the ranks, in logged steps only: it waits for all."""
+    """Log `train/loss` and `train/<name>`. In logged steps the loss is averaged over the ranks, which waits for all ranks."""
     trainer: Any = module._trainer  # None for a step outside of a training
     if trainer is not None and trainer.world_size > 1 and (module.global_step + 1) % trainer.log_every_n_steps == 0:
         loss = trainer.strategy.reduce(loss.detach(), reduce_op="mean")

@@ -20,35 +20,37 @@ LAYERS = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 51
 
 
 class Perceptual(nn.Module):
-    """Mean squared distance of unit feature vectors, for images `[B, 3, H, W]` in [-1, 1]. weight: of the loss term."""
+    """Mean squared distance of unit feature vectors, for images `[B, 3, H, W]` in [-1, 1]. weight: the factor in the loss."""
 
     def __init__(self, weight: float) -> None:
         super().__init__()
         self.weight = weight
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """Return features with their channels in the last dimension."""
+        """Return the features of each layer, with the channels in the last dimension."""
         raise NotImplementedError
 
     def distance(self, layer: int, square: Tensor) -> Tensor:
+        """Return the distance in a layer. square: squared differences of unit vectors, `[..., C]`."""
         return square.sum(dim=-1).mean()
 
     def forward(self, x: Tensor, rebuilt: Tensor, step: int) -> Tensor:
-        """step: moves the network's grid over the images."""
+        """Return the distance of the images, a scalar. step: the number of the step, which selects a shift of the images."""
         with torch.no_grad():
-            targets = self.features(self.moved(x, step))
-        pairs = zip(targets, self.features(self.moved(rebuilt, step)), strict=True)
+            targets = self.features(self.shifted(x, step))
+        pairs = zip(targets, self.features(self.shifted(rebuilt, step)), strict=True)
         squares = [(F.normalize(a.float(), dim=-1) - F.normalize(b.float(), dim=-1)).square() for a, b in pairs]
         return torch.stack([self.distance(i, square) for i, square in enumerate(squares)]).sum()
 
-    def moved(self, x: Tensor, step: int) -> Tensor:
+    def shifted(self, x: Tensor, step: int) -> Tensor:
         return x
 
 
 class ClipPerceptual(Perceptual):
-    """Features of the CLIP in the `clip` folder of a mini pipeline. layers: its hidden states; 0: the patches' embedding.
+    """Features of the CLIP in the `clip` folder of a mini pipeline. layers: numbers of hidden states; 0: the patch embedding.
 
-    The images move around by less than a patch from step to step. Otherwise the patches' edges show in rebuilt images.
+    The images are shifted by less than a patch, by another distance in each step. Otherwise the edges of the patches show in
+    rebuilt images.
     """
 
     def __init__(self, pipeline: str, *, weight: Positive = 1.0, layers: Sequence[int] = (0, 1, 2)) -> None:
@@ -68,7 +70,7 @@ class ClipPerceptual(Perceptual):
         states = self.tower(x, output_hidden_states=True).hidden_states
         return [states[layer] for layer in self.layers]
 
-    def moved(self, x: Tensor, step: int) -> Tensor:
+    def shifted(self, x: Tensor, step: int) -> Tensor:
         return x.roll((step % self.patch, step // self.patch % self.patch), dims=(2, 3))
 
 
@@ -89,12 +91,12 @@ class Lpips(Perceptual):
             else:
                 parts.append(nn.MaxPool2d(2))
         self.vgg = nn.Sequential(*parts)
-        given = load_weights(
+        weights_by_name = load_weights(
             weights,
             "VGG16",
             f"get {VGG16} from torchvision's model downloads, put it there, or set model.perceptual.weights=<file>",
         )
-        state = {name.removeprefix("features."): value for name, value in given.items() if "features." in name}
+        state = {name.removeprefix("features."): value for name, value in weights_by_name.items() if "features." in name}
         if state.keys() != self.vgg.state_dict().keys():
             raise UserError(f"{weights} does not hold torchvision's VGG16: get {VGG16} anew")
         self.vgg.load_state_dict(state)
@@ -105,12 +107,12 @@ class Lpips(Perceptual):
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
 
     def features(self, x: Tensor) -> list[Tensor]:
-        h, found = (x - self.mean) / self.std, []
+        h, features = (x - self.mean) / self.std, []
         for layer in self.vgg:
             if isinstance(layer, nn.MaxPool2d):
-                found.append(h)
+                features.append(h)
             h = layer(h)
-        return [feature.movedim(1, -1) for feature in (*found, h)]
+        return [feature.movedim(1, -1) for feature in (*features, h)]
 
     def distance(self, layer: int, square: Tensor) -> Tensor:
         return (square * self.get_buffer(f"channel_weights_{layer}")).sum(dim=-1).mean()

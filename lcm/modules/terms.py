@@ -1,4 +1,4 @@
-"""Terms of a student's loss beside its objective: the judgement of an adversary, and a reward."""
+"""Terms of a student's loss besides its objective: the loss of an adversary, and a reward."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from lcm.modules.latent import LatentModule
 
 
 def reward_parts(reward: nn.Module | None, pipeline: str) -> dict[str, nn.Module]:
-    """Return the frozen networks of a reward: itself and the VAE of the pipeline, which decodes the student's latents."""
+    """Return the frozen networks of a reward: the reward and the VAE of the pipeline, which decodes the student's latents."""
     return {} if reward is None else {"reward": reward, "vae": load_vae(pipeline)}
 
 
@@ -35,17 +35,18 @@ def adversarial_term(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the student's adversarial term and values to log. The adversary learns from the same latents."""
     draws = module.draws(adversary.draw, batch.z0, batch_idx, "adversary")
-    real, fake, t = adversary.noised(pair, batch.z0, draws, module.process)
+    real, fake, t = adversary.renoised(pair, batch.z0, draws, module.process)
     with torch.no_grad():
-        judged = teacher_features(module, real, t, batch.cond)
-    features = teacher_features(module, fake, t, batch.cond)
-    term = adversary.generator_loss(features)
-    own = [feature.detach() for feature in features]
-    learned = adversary.learn(lambda: adversary.discriminator_loss(judged, own), module.share)
-    return adversary.weight * term, {"adversarial": term.detach(), "discriminator": learned}
+        real_features = teacher_features(module, real, t, batch.cond)
+    fake_features = teacher_features(module, fake, t, batch.cond)
+    term = adversary.generator_loss(fake_features)
+    detached = [feature.detach() for feature in fake_features]
+    loss = adversary.learn(lambda: adversary.discriminator_loss(real_features, detached), module.share)
+    return adversary.weight * term, {"adversarial": term.detach(), "discriminator": loss}
 
 
 def teacher_features(module: LatentModule, z_t: Tensor, t: Tensor, cond: Condition) -> list[Tensor]:
+    """Return the features `[B, C, N]` of the teacher's blocks at z_t and t."""
     teacher = module.frozen["teacher"]
     network = module.network(teacher, compiled=False)
     return block_features(module.family, teacher, lambda: network(z_t, module.process.network_time(t), cond))

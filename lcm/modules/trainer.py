@@ -12,8 +12,10 @@ PRECISIONS = ("32-true", "bf16-mixed", "32", "bf16")
 
 
 class Trainer(L.Trainer):
-    """precision: one of `PRECISIONS`. "16-mixed" would scale losses, which clipping and the non-finite guard do not handle.
-    "bf16-true" would round averages, which stop moving with mu near 1.
+    """A Trainer that raises UserError for settings that the modules do not support, and for Lightning's own refusals.
+
+    precision: one of `PRECISIONS`. "16-mixed" would scale losses, which clipping and the non-finite guard do not handle.
+    "bf16-true" would round averages, which then stop changing with mu near 1.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ import lightning as L
 class TrainingLength(L.Callback):
     """Counts the images of all ranks, and the seconds of training. Validation, image grids and metrics do not count.
 
-    A latent module saves both in its checkpoints.
+    A latent module saves both counts in its checkpoints.
     """
 
     def __init__(self) -> None:

@@ -81,9 +81,9 @@ def locked(file: Path) -> TextIO:
     return opened
 
 
-def digest(facts: Any) -> str:
+def digest(content: Any) -> str:
     """Return 16 hex digits that identify plain containers, for the names of files that depend on them."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def sync_names(folder: Path) -> None:

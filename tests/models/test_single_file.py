@@ -169,7 +169,7 @@ def network(kind: str, tiny: Path, pixart: Path, sd3: Path) -> tuple[Any, Any]:
     elif kind == "adapters":
         net = with_adapters(family, net, rank=2)
     process = Flow() if kind == "flow" else VP(rescale_betas_zero_snr=True)
-    return SimpleNamespace(family=family, process=process, more_networks=lambda: kind == "several"), net
+    return SimpleNamespace(family=family, process=process, extra_networks=lambda: kind == "several"), net
 
 
 @pytest.mark.parametrize(

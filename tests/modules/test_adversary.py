@@ -42,14 +42,14 @@ def test_noise_is_added_within_the_phase(process: Process) -> None:
     at_end = process.jump(z0, torch.randn(z0.shape), end)
     pair = Pair(at_end, 2 * at_end, at_end, end, start)
     draws = RenoisingDraws(torch.randn(z0.shape), torch.randn(z0.shape), torch.linspace(0, 1 - 1e-6, count))
-    real, fake, t = ADVERSARY([4]).noised(pair, z0, draws, process)
+    real, fake, t = ADVERSARY([4]).renoised(pair, z0, draws, process)
     assert (t.min(), t.max()) == (259, 499)
     assert torch.equal(fake[t == 259], at_end[t == 259])
     assert torch.equal(real[t == 259], 2 * at_end[t == 259])
     alpha, sigma = process.at(t, 4)
     normal = (fake - alpha * 0.7) / sigma
     assert (normal.mean().abs(), (normal.std() - 1).abs()) < (0.03, 0.03)
-    data, _, _ = ADVERSARY([4], real="data").noised(pair, z0, draws, process)
+    data, _, _ = ADVERSARY([4], real="data").renoised(pair, z0, draws, process)
     torch.testing.assert_close(data, process.jump(z0, draws.real, t))
 
 

@@ -126,7 +126,9 @@ def test_adaptive_weight_balances_gradients(autoencoder: Make) -> None:
     last = torch.tensor([1.0, 1.0], requires_grad=True)
     loss, other = (last * torch.tensor([0.0, 0.2])).sum(), (last * torch.tensor([3.0, 4.0])).sum()
     one = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    assert float(autoencoder(start=0).adversary.balanced(loss, other, last, one)) == pytest.approx(0.5 * 5 / 0.2, rel=1e-3)
+    assert float(autoencoder(start=0).adversary.balanced_weight(loss, other, last, one)) == pytest.approx(
+        0.5 * 5 / 0.2, rel=1e-3
+    )
 
 
 def test_accumulated_steps_are_one_update(autoencoder: Make, pixels: Make, fit: Make) -> None:

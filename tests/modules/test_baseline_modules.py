@@ -152,7 +152,7 @@ def test_resume_in_another_run_copies_students(training: Make, data: Make, fit: 
 def test_export_midway_has_the_finished_students(step: int, students: list[int], stopped: Make, tmp_path: Path) -> None:
     module = stopped("guided_distill_mini", step)
     exported = trained(tmp_path, "last")
-    assert exported.facts() == module.facts()
+    assert exported.lcm_json() == module.lcm_json()
     exported.save_model(folder := str(tmp_path / "model"))
     model = TextToImage.load(folder)
     assert list(model.students) == students
@@ -215,7 +215,7 @@ def test_cd_grid_is_karras(training: Make) -> None:
     module = training("cd", **{"objective.points": 12})
     timesteps = module.objective.timesteps.tolist()
     assert timesteps == karras(module.process, points=12)[1:].tolist()
-    assert module.facts()["timesteps"] == timesteps
+    assert module.lcm_json()["timesteps"] == timesteps
 
 
 def test_ct_grid_matches_golden_values() -> None:
@@ -249,20 +249,20 @@ def test_ct_resume_restores_the_grid(training: Make, data: Make, fit: Make, tmp_
     fit(first, data(), 4, callbacks=[StopAt(2)]).save_checkpoint(path := tmp_path / "cut.ckpt")
     assert len(first.objective.timesteps) < len(second.objective.timesteps)
     fit(second, data(), 4, ckpt_path=str(path), callbacks=[(start := AtStart())])
-    assert start.facts["timesteps"] == first.facts()["timesteps"]
+    assert start.facts["timesteps"] == first.lcm_json()["timesteps"]
     assert start.decay == first.objective.target_decay(first.ema_decay)
 
 
 def test_ct_export_has_the_grid_of_its_step(stopped: Make, tmp_path: Path) -> None:
     module = stopped("ct_mini", 2)
-    assert trained(tmp_path, "last").facts() == module.facts()
+    assert trained(tmp_path, "last").lcm_json() == module.lcm_json()
 
 
 class AtStart(L.Callback):
     """Return a module in its state before the first batch."""
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        self.facts, self.decay = module.facts(), module.objective.target_decay(module.ema_decay)
+        self.facts, self.decay = module.lcm_json(), module.objective.target_decay(module.ema_decay)
 
 
 def test_ct_needs_max_steps(training: Make, data: Make, fit: Make) -> None:

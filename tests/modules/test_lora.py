@@ -13,7 +13,7 @@ from torch import Tensor
 from lcm.core.batch import LatentBatch
 from lcm.core.errors import UserError
 from lcm.core.random import ImageNoise
-from lcm.models.lora import is_adapter_parameter, kohya_weights, merged, save_adapters, with_adapters
+from lcm.models.lora import is_adapter_parameter, kohya_weights, merge_adapters, save_adapters, with_adapters
 from lcm.models.pipeline import load_family, load_network, read_lcm_json
 from lcm.models.student import as_network
 from lcm.models.text_to_image import TextToImage
@@ -209,7 +209,7 @@ def test_adapters_are_added_with_their_weight(form: str, tiny_pipeline: Path, tm
         save_adapters(tmp_path, adapted, family, torch.float32)
     file = tmp_path / "lora.safetensors" if form == "kohya" else tmp_path
     found = TextToImage.load(str(tiny_pipeline), lora={str(file): 0.5}).net.state_dict()
-    whole = merged(adapted, load_network(tiny_pipeline)).state_dict()
+    whole = merge_adapters(adapted, load_network(tiny_pipeline)).state_dict()
     assert found.keys() == base.keys()
     for name, value in found.items():
         torch.testing.assert_close(value, base[name] + 0.5 * (whole[name] - base[name]), rtol=1e-4, atol=1e-4)

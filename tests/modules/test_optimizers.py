@@ -11,7 +11,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from lcm.core.errors import UserError
 from lcm.modules.lr_schedules import constant
-from lcm.modules.optimization import Optimization, scheduled
+from lcm.modules.optimization import Optimization, new_schedule
 
 
 class WithModes(torch.optim.SGD):
@@ -51,7 +51,7 @@ def test_optimizer_modes_follow_the_training(monkeypatch: Any) -> None:
 )
 def test_schedules_of_other_libraries_get_max_steps(make: Any) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = scheduled(make, optimizer, 10)
+    schedule = new_schedule(make, optimizer, 10)
     for _ in range(10):
         optimizer.step()
         schedule.step()
@@ -61,4 +61,4 @@ def test_schedules_of_other_libraries_get_max_steps(make: Any) -> None:
 def test_schedule_with_more_arguments_is_refused() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(UserError, match="num_warmup_steps and num_training_steps"):
-        scheduled(get_cosine_schedule_with_warmup, optimizer, 10)
+        new_schedule(get_cosine_schedule_with_warmup, optimizer, 10)

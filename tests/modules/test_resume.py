@@ -95,7 +95,7 @@ def test_computed_group_numbers_are_resumed(resume: Make) -> None:
 
 def test_length_counts_over_resumes(resume: Make) -> None:
     module, _ = resume("diffusion", {}, {})
-    assert module.facts()["images"] == 5 * 4
+    assert module.lcm_json()["images"] == 5 * 4
     assert module.length.seconds > 0
 
 

@@ -53,19 +53,19 @@ def test_student_follows_the_reward(kind: str, reward: ScoreReward, training: An
     assert not torch.equal(plain, rewarded)
     assert all(torch.equal(value, before[name]) for name, value in reward.state_dict().items())
     assert modules[1].state_dict().keys() == modules[0].state_dict().keys()
-    assert modules[1].facts()["rewards"] == [reward.facts]
-    assert "rewards" not in modules[0].facts()
+    assert modules[1].lcm_json()["rewards"] == [reward.description]
+    assert "rewards" not in modules[0].lcm_json()
 
 
 def test_trained_score_is_no_result(reward: ScoreReward) -> None:
-    scorer_weights = {"Pick": reward.facts["weights"], "Other": "other"}
-    extract: Any = SimpleNamespace(weights=[reward.facts["weights"]], scorer_weights=scorer_weights)
-    assert set(METRICS) - set(untrained(METRICS, extract, [reward.facts])) == {"clip_score"}
+    scorer_weights = {"Pick": reward.description["weights"], "Other": "other"}
+    extract: Any = SimpleNamespace(weights=[reward.description["weights"]], scorer_weights=scorer_weights)
+    assert set(METRICS) - set(untrained(METRICS, extract, [reward.description])) == {"clip_score"}
     assert untrained(METRICS, extract, []) == METRICS
     networks = {title: Score(title, False, None) for title in scorer_weights}
-    assert set(untrained(networks, extract, [reward.facts])) == {"Other"}
+    assert set(untrained(networks, extract, [reward.description])) == {"Other"}
     other: Any = SimpleNamespace(weights=["other"])
-    assert untrained(METRICS, other, [reward.facts]) == METRICS
+    assert untrained(METRICS, other, [reward.description]) == METRICS
 
     metrics = {name: METRICS[name] for name in ("fid", "clip_score")}
     rows = [{"name": name, "steps": 4, "w": 4.0, "fid": 9.0, "clip_score": value} for name, value in (("A", None), ("B", 31.0))]

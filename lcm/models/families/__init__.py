@@ -42,7 +42,7 @@ class Original(NamedTuple):
 
 
 class Family:
-    """The differences between pipelines. Each subclass is one file in this package.
+    """The kind of a pipeline: its networks and how they are called. Each subclass is one file in this package.
 
     pipelines: the values of `_class_name` in `model_index.json`.
     network, network_class: the folder and the class of the denoising network.
@@ -74,7 +74,10 @@ class Family:
     def call(
         self, net: nn.Module, forward: Callable[..., Any], z: Tensor, time: Tensor, cond: Condition, w: Tensor | None
     ) -> Tensor:
-        """Return the network's output `[B, C, h, w]`. forward: the network or its compiled form. Inputs get its dtype."""
+        """Return the network's output `[B, C, h, w]`. forward: the network or its compiled form.
+
+        z, time and cond are cast to the network's dtype.
+        """
         raise NotImplementedError
 
     def encode(self, tokenizers: Sequence[Any], encoders: Sequence[Any], captions: list[str]) -> dict[str, Tensor]:
@@ -82,7 +85,7 @@ class Family:
         raise NotImplementedError
 
     def embedding_width(self, configs: Sequence[dict[str, Any]]) -> int | None:
-        """Return the width of the text embeddings by the text encoders' configs; None: unknown."""
+        """Return the width of the text embeddings; None: unknown. configs: the configs of the text encoders."""
         return None
 
     def takes_w(self, net: nn.Module) -> bool:
@@ -97,25 +100,28 @@ class Family:
         return network_like(net)
 
     def w_projection(self, net: nn.Module) -> nn.Parameter | None:
-        """Return the weight of the projection of w, whose learning rate `model.guidance_lr_multiplier` multiplies."""
+        """Return the weight of the projection of w, or None. `model.guidance_lr_multiplier` multiplies its learning rate."""
         return None
 
     def at_w(self, net: Any, w: float) -> Any:
-        """Return a copy of a network that takes w, without this input: it computes what `net` does at this w."""
+        """Return a copy of the network without the input for w. It computes the output of `net` at this w."""
         raise NotImplementedError
 
     def original(self, net: Any) -> Original | None:
-        """Return the names that other programs have for the network and its text encoders; None: they have none."""
+        """Return the names of the network and its text encoders in other programs; None: there are no such names."""
         return None
 
     def feature_blocks(self, net: Any) -> list[tuple[nn.Module, int]]:
-        """Return the blocks whose outputs an adversary judges, and their channels. By default four blocks of a transformer."""
+        """Return the blocks whose outputs an adversary judges, each with its number of channels.
+
+        The default is four blocks of a transformer.
+        """
         width = net.config["num_attention_heads"] * net.config["attention_head_dim"]
         blocks, count = list(net.transformer_blocks), min(4, len(net.transformer_blocks))
         return [(blocks[len(blocks) * (i + 1) // count - 1], width) for i in range(count)]
 
     def feature(self, output: Any) -> Tensor:
-        """Return the features `[B, C, N]` in the output of one of `feature_blocks`. By default tokens are `[B, N, C]`."""
+        """Return the features `[B, C, N]` in the output of one of `feature_blocks`. By default the output is `[B, N, C]`."""
         return output.transpose(1, 2)
 
     def student_pipeline(self, takes_w: bool, scheduler: str) -> str:

@@ -15,7 +15,7 @@ LENGTH = 120  # tokens per caption
 
 
 class PixArt(Family):
-    """Students take no w, as diffusers' pipeline could not pass it. The learned variance is not trained."""
+    """Students take no w, because diffusers' pipeline does not pass one. The learned variance is not trained."""
 
     pipelines = ("PixArtAlphaPipeline",)
     network, network_class = "transformer", PixArtTransformer2DModel

@@ -64,7 +64,7 @@ class StableDiffusion(Family):
 
     @torch.no_grad()
     def at_w(self, net: Any, w: float) -> Any:
-        """The first layer of the time embedding is linear, and w is added to its input: the sum goes to its bias."""
+        """Return a copy without the input for w. The first layer is linear, so the term of w is added to its bias."""
         fixed, embedding = copy.deepcopy(net), embed_w(torch.tensor([w]), net.config["time_cond_proj_dim"]).to(net.device)
         layer, projection = fixed.time_embedding.linear_1, fixed.time_embedding.cond_proj
         layer.bias += (projection(embedding.to(layer.weight.dtype)) @ layer.weight.T)[0]
@@ -83,7 +83,7 @@ class StableDiffusion(Family):
         return list(zip((*net.down_blocks, net.mid_block), (*widths, widths[-1]), strict=True))
 
     def feature(self, output: Any) -> Tensor:
-        hidden = output[0] if isinstance(output, tuple) else output  # of the encoder's blocks, with the skip connections
+        hidden = output[0] if isinstance(output, tuple) else output  # a block of the encoder also returns skip connections
         return hidden.flatten(2)
 
     def student_pipeline(self, takes_w: bool, scheduler: str) -> str:

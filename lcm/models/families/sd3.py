@@ -49,7 +49,10 @@ class StableDiffusion3(Family):
         return output[1].transpose(1, 2)  # after the text's tokens
 
     def encode(self, tokenizers: Sequence[Any], encoders: Sequence[Any], captions: list[str]) -> dict[str, Tensor]:
-        """Return CLIP's embeddings, concatenated, padded to T5's width and followed by T5's tokens; and pooled embeddings."""
+        """Return "states": CLIP's embeddings, padded to T5's width, then T5's; and "pooled": CLIP's pooled embeddings.
+
+        Without T5 its embeddings are zeros.
+        """
         outputs = [
             encoder(tokens(tokenizer, captions, encoder.device)["input_ids"], output_hidden_states=True)
             for tokenizer, encoder in zip(tokenizers[:2], encoders[:2], strict=True)

@@ -14,7 +14,7 @@ from lcm.models.families.sd import StableDiffusion
 
 
 class StableDiffusionXL(StableDiffusion):
-    """2307.01952, section 2.2. The empty caption's embeddings are zeros if `force_zeros_for_empty_prompt` is set."""
+    """SDXL (2307.01952, section 2.2). The embeddings of the empty caption are zeros by `force_zeros_for_empty_prompt`."""
 
     pipelines = ("StableDiffusionXLPipeline",)
     towers = (
