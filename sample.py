@@ -29,7 +29,7 @@ def main(cfg: DictConfig) -> None:
     """Sample every prompt `images_per_prompt` times. Write each PNG as it is drawn, then a grid."""
     if cfg.output is not None:
         output_folder(cfg.output)
-    source = Source.of_option(cfg, "val_shards", build(cfg.cache)) if cfg.prompts == "val" else None
+    source = Source.from_option(cfg, "val_shards", build(cfg.cache)) if cfg.prompts == "val" else None
     prompts, own = read_requests(cfg.prompts, lambda: read_captions(source), cfg.captions)
     name, lora = find_pipeline(cfg.pipeline, cfg.paths.runs), read_adapters(cfg.lora)
     print(f"model:   {name}")

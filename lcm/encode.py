@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lcm.app.inputs import output_folder, pick_device
 from lcm.core.errors import UserError
 from lcm.data.datamodule import ShardDataModule
-from lcm.data.encoding import Encoder, Variants, gathered
+from lcm.data.encoding import Encoder, Variants, collate_variants
 from lcm.data.latents import STAMP, stamp
 from lcm.data.source import Source
 from lcm.data.stream import PassStream
@@ -91,7 +91,7 @@ def main(cfg: DictConfig) -> None:
     made_with = stamp(codec, data.resolution, drawn=cfg.sample, text=cfg.text)
     captions = data.captions if cfg.text else None  # without states the training chooses
     claim(folder, {**made_with, "crops": cfg.crops, "flip": cfg.flip, "captions": captions}, cfg.rank)
-    data.warn_of_blindness()
+    data.warn_of_unused_rules()
     shards = [(folder / source.name(shard), source, shard) for source in sources for shard in range(len(source.urls))]
     if twice := [target.name for target, count in Counter(target for target, _, _ in shards).items() if count > 1]:
         raise UserError(f"several shards are called {twice[0]}: encode them into different folders")
@@ -103,7 +103,7 @@ def main(cfg: DictConfig) -> None:
         numbers = [(target, shard) for target, _, shard in group]
         part = source.subset([shard for _, shard in numbers])
         options: dict[str, Any] = {"batch_size": data.val_batch_size, "seed": data.seed, "by_shard": True}
-        stream = PassStream(part, decode=decode, collate=gathered, **options)
+        stream = PassStream(part, decode=decode, collate=collate_variants, **options)
         encode_shards(part, [target for target, _ in numbers], stream, encoder, data)
     print(f"latents: {folder}   ({len(shards)} shards, {len(left)} of them new)")
     print(f"next:    python train.py data=latents data.resolution={data.resolution} data.shards='{folder}/<shards>.tar'")

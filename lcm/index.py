@@ -161,7 +161,7 @@ def verify(shards: Sequence[Shard]) -> list[str]:
         if expected.sha256 is None:
             return f"not in {MANIFEST}"
         try:
-            return expected.flaw(source.whole(number))
+            return expected.flaw(source.local_path(number))
         except OSError as error:
             return str(error)
         finally:

@@ -74,7 +74,7 @@ def print_sources(data: ShardDataModule) -> int:
         print(f"shards:   {len(shards)} with {used + left_out.total()} samples, {used} of them are used")
         for reason, count in left_out.most_common():
             print(f"          {count} ({count / (used + left_out.total()):.1%}) left out: {described(reason)}")
-        for name in source.blind_filters():
+        for name in source.unused_filters():
             print(f"filter:   {name} leaves out nothing, because no sample has the field that it reads")
         for name in source.absent_captions():
             print(f"captions: {name} is in no sample, neither as a member nor as a field of the .json")

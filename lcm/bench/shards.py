@@ -10,7 +10,7 @@ from PIL import Image
 
 from lcm.core.random import generator
 from lcm.data.datamodule import ShardDataModule
-from lcm.data.encoding import Encoder, Variants, gathered
+from lcm.data.encoding import Encoder, Variants, collate_variants
 from lcm.data.latents import stamp
 from lcm.data.source import Source
 from lcm.data.stream import PassStream
@@ -63,6 +63,6 @@ def write_latents(shard: str, folder: Path, *, codec: LatentCodec, resolution: i
     with torch.inference_mode():
         encoder, decode = Encoder(codec, data.seed, drawn=False, text=False), Variants(Decode(resolution), 1, False)
         source = Source([shard])
-        stream = PassStream(source, decode=decode, collate=gathered, batch_size=data.val_batch_size, by_shard=True)
+        stream = PassStream(source, decode=decode, collate=collate_variants, batch_size=data.val_batch_size, by_shard=True)
         encode_shards(source, [target], stream, encoder, data)
     return str(target)

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: the shapes of batches, and the nearest shape of a picture."""
+"""Aspect-ratio buckets: the shapes of batches, and the shape nearest to a picture."""
 
 import math
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from lcm.core.errors import UserError
 from lcm.data.transforms import stored_size
 
 Shape = tuple[int, int]  # (height, width) in pixels
-SQUARE, STEPS = 128, 32  # the byte of the aspect ratio 1:1, and its increase per doubling of the width: +-1 %, up to 16:1
+SQUARE, STEPS = 128, 32  # the code of a square, and the codes per doubling of width / height: precise to 1 %, up to 16:1
 
 
 def shapes_of(buckets: float | Sequence[Sequence[int]], resolution: int, factor: int = 1) -> list[Shape]:
-    """Return the shapes of `data.buckets`: a list of [height, width], or a number, the ratio of `shapes_up_to`.
+    """Return the shapes of `data.buckets`. buckets: a list of [height, width], or the ratio of `shapes_up_to`.
 
-    factor: a divisor of every side. Raises UserError.
+    factor: must divide every side. Raises UserError.
     """
     hint = f"data.buckets={buckets}: expected a ratio from 1 to 16, or at most 256 shapes such as [[512, 512], [640, 384]]"
     if isinstance(buckets, int | float):
@@ -36,10 +36,10 @@ def shapes_of(buckets: float | Sequence[Sequence[int]], resolution: int, factor:
 
 
 def shapes_up_to(ratio: float, resolution: int) -> list[Shape]:
-    """Return SDXL's shapes (arXiv:2307.01952, appendix I) with at most `resolution` squared pixels and this ratio of sides.
+    """Return SDXL's shapes (2307.01952, appendix I): at most `resolution` squared pixels, and at most this ratio of sides.
 
-    There is the square, and for each longer side the longest possible shorter side. Sides are multiples of 64, or of an
-    eighth of a resolution below 512.
+    The first shape is the square. Each longer side has one shape, with the longest possible shorter side. Sides are multiples
+    of 64 px, or of an eighth of a resolution below 512 px.
     """
     step = max(1, min(64, resolution // 8))
     longer = range(resolution - resolution % step + step, int(ratio * resolution) + 1, step)
@@ -49,7 +49,7 @@ def shapes_up_to(ratio: float, resolution: int) -> list[Shape]:
 
 
 def aspect(start: bytes) -> int:
-    """Return a picture's width / height, coded as a byte, from its first bytes. A broken picture counts as square."""
+    """Return the code of a picture's width / height, 0 to 255. start: its first bytes. A broken picture counts as square."""
     size = stored_size(start)
     if size is None or min(size) < 1:
         return SQUARE
@@ -58,6 +58,6 @@ def aspect(start: bytes) -> int:
 
 @lru_cache(4096)
 def nearest(code: int, shapes: tuple[Shape, ...]) -> int:
-    """Return the number of the shape with the nearest aspect ratio (by quotient). code: the value of `aspect`."""
+    """Return the index of the shape with the nearest aspect ratio (by quotient). code: the value of `aspect`."""
     ratio = (code - SQUARE) / STEPS
     return min(range(len(shapes)), key=lambda number: abs(math.log2(shapes[number][1] / shapes[number][0]) - ratio))

@@ -17,8 +17,8 @@ from lcm.runtime.atomic_io import FULL, NO_HANDLES, TRANSIENT, os_error
 from lcm.runtime.redaction import redacted
 
 log = logging.getLogger(__name__)
-AHEAD = 2**21  # bytes of a file that arrive before they are asked for; then a part arrives each `PAUSE` seconds
-PAUSE = 1.0
+AHEAD = 2**21  # bytes that a download fetches ahead of its readers; beyond them it pauses after each part
+PAUSE = 1.0  # seconds
 
 
 class TooLarge(OSError):
@@ -30,7 +30,10 @@ class Differs(OSError):
 
 
 class Download(GrowingFile):
-    """One remote shard, which one thread of one process of the node downloads."""
+    """The file of a remote shard. One thread of one process of the node downloads it.
+
+    flaw: see `ShardCache.open`.
+    """
 
     def __init__(self, cache: "ShardCache", url: str, flaw: Callable[[str], str | None]) -> None:
         super().__init__(cache.path_of(url))
@@ -39,7 +42,7 @@ class Download(GrowingFile):
 
     def _start(self) -> None:
         with suppress(FileNotFoundError, NotADirectoryError):
-            if self.failed.stat().st_mtime >= self.cache.started:  # by another process of this training
+            if self.failed.stat().st_mtime >= self.cache.started:  # another process of this training has failed
                 raise OSError(self.failed.read_text())
         try:
             super()._start()
@@ -69,10 +72,10 @@ class Download(GrowingFile):
                         check_size(file.tell() + len(part), self.cache.max_gb * 1e9)
                         file.write(part)
                         file.flush()
-                        self.asked.pause(file.tell(), AHEAD, PAUSE)
-                if wrong := self.flaw(str(self.part)):
+                        self.requested.pause(file.tell(), AHEAD, PAUSE)
+                if flaw := self.flaw(str(self.part)):
                     self.part.unlink()
-                    raise Differs(wrong)
+                    raise Differs(flaw)
                 break
             except Exception as error:  # a file system's client raises errors of many kinds
                 if failure := os_error(error, NO_HANDLES):
@@ -84,7 +87,7 @@ class Download(GrowingFile):
                     ) from None
                 with suppress(FileNotFoundError):
                     if (size := self.part.stat().st_size) > reached:
-                        attempt, reached = 1, size  # more of it came than before: attempts are counted in a row
+                        attempt, reached = 1, size  # only attempts without new bytes are counted
                 message = f"{redacted(self.url)}: {type(error).__name__}: {str(error).replace(self.url, redacted(self.url))}"
                 if attempt == self.cache.attempts or isinstance(error, ImportError | TooLarge):
                     self.part.unlink(missing_ok=True)
@@ -113,19 +116,19 @@ class ShardCache:
     def open(self, url: str, flaw: Callable[[str], str | None] = lambda file: None) -> Download:
         """Start the download of `url` and return its file. Raises OSError if it failed before, UserError for a bad folder.
 
-        flaw: `file -> ` its difference from the manifest, or None. A file that differs is fetched again.
+        flaw: `file -> ` the difference of the file from the manifest, or None. A file that differs is fetched again.
         """
         download = Download(self, url, flaw)
         download.ensure()
         with suppress(OSError):
-            os.utime(download.path)  # used now: it makes room last
+            os.utime(download.path)  # `make_room` removes the least recently used files
         return download
 
     def path_of(self, url: str) -> Path:
         return self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.tar"
 
     def release(self, url: str) -> None:
-        """Note that the shard is not needed soon. This cache keeps it until it needs the space."""
+        """Do nothing: a shard that is not needed soon stays until `make_room` removes it."""
 
     def make_room(self, size: int) -> None:
         """Remove the least recently used shards until `size` more bytes fit."""

@@ -11,13 +11,16 @@ from lcm.data.tar import Bytes
 from lcm.data.urls import IMAGES, LATENTS
 
 LOOKED_AT = 100  # samples
-SHOWN = 8  # kinds of members that a complaint lists
+SHOWN = 8  # extensions that a message lists
 
 
 def first_samples(file: Bytes, rules: Rules) -> list[Sample]:
-    """Return the first samples of a shard, usable or not. Links to files outside are empty."""
+    """Return the first samples of a shard, usable or not. Only texts are read: pictures and latents are empty.
+
+    A link to a file outside of the shard becomes the member "__link__".
+    """
     links, contents = Links(file), []
-    for sample in islice(samples(file, rules.needs, rules.tells), LOOKED_AT):
+    for sample in islice(samples(file, rules.needs, rules.text_extensions), LOOKED_AT):
         content: Sample = {"__key__": sample.key}
         for extension, member in sample.members.items():
             is_text = extension not in (*rules.needs, *LATENTS, *IMAGES)
@@ -31,12 +34,16 @@ def first_samples(file: Bytes, rules: Rules) -> list[Sample]:
 
 
 def extensions_of(first: Sequence[Sample]) -> set[str]:
+    """Return the extensions of all members of the samples."""
     return {extension for sample in first for extension in sample if not extension.startswith("__")}
 
 
 def flaw_of(title: str, first: Sequence[Sample], rules: Rules, option: str) -> str | None:
-    """Return the reason if a shard's captions cannot be read, else None. Raises UserError for shards of another kind."""
-    extensions = extensions_of(first)
+    """Return the reason if a shard's captions cannot be read, else None. Raises UserError for shards of another kind.
+
+    title: the shard's name for messages. first: its first samples. option: the configuration key of the shards.
+    """
+    extensions, texts = extensions_of(first), rules.text_extensions
     held = f"its samples hold {', '.join(sorted(extensions)[:SHOWN])}" + ", ..." * (len(extensions) > SHOWN)
     hint = advice({"link": 1}) if any("__link__" in sample for sample in first) else ""
     captions: list[dict[str, list[str]] | Skip] = []
@@ -47,7 +54,7 @@ def flaw_of(title: str, first: Sequence[Sample], rules: Rules, option: str) -> s
         except Skip as skip:
             captions.append(skip)
     readable = any(not isinstance(caption, Skip) for caption in captions)
-    if extensions & set(rules.tells) and extensions & set(rules.needs) and not readable:
+    if extensions & set(texts) and extensions & set(rules.needs) and not readable:
         return f"{title} has no captions that can be read ({captions[0]})"
     if not extensions & set(rules.needs):
         if extensions & set(LATENTS):
@@ -55,8 +62,8 @@ def flaw_of(title: str, first: Sequence[Sample], rules: Rules, option: str) -> s
         if rules.needs != IMAGES and extensions & set(IMAGES):
             raise UserError(f"{title} holds pictures, not latents: encode it with python -m lcm.encode, or choose data=shards")
         raise UserError(f"{title} has no images: {held}, expected one of {', '.join(rules.needs)}{hint}")
-    if not extensions & set(rules.tells):
+    if not extensions & set(texts):
         raise UserError(
-            f"{title} has no captions: {held}, expected one of {', '.join(rules.tells)}, or others by data.captions{hint}"
+            f"{title} has no captions: {held}, expected one of {', '.join(texts)}, or others by data.captions{hint}"
         )
     return None

@@ -39,16 +39,16 @@ class ShardDataModule(L.LightningDataModule):
     With a codec, batches are `LatentBatch`. Without one they are `{"x": [-1, 1], "captions", ...}`.
 
     shards: paths or URLs of .tar files, globs, braces, @list files. folder: pictures with captions, see `FolderSource`.
-    source: a class of your own, see docs/extending.md. sources: several of these by weight, `[{"urls", "folder" or "source",
-    "weight"}, ...]`. Give exactly one of the four.
-    allow_pipe: also `pipe:<command that prints a shard>`.
+    source: a custom class, see docs/extending.md. sources: several sources by weight, `[{"urls", "folder" or "source",
+    "weight"}, ...]`. Give exactly one of these four arguments.
+    allow_pipe: also allow `pipe:<command that prints a shard>`.
     val_shards: read in one ordered, complete pass; None disables validation. filters: apply to training and validation.
-    build: called once per node before anything else, e.g. to draw a dataset.
+    build: called once per node before the data is read, e.g. to draw a dataset.
     latents: the shards hold the output of `python -m lcm.encode` for this codec and resolution.
-    resolution: pixels per side; None: the size of the codec's pipeline, or 512 without a codec.
+    resolution: pixels per side; None: as in the codec's pipeline, or 512 without a codec.
     buckets: batches of one shape, see `lcm.data.buckets.shapes_of`; None trains on squares of `resolution`.
     batch_size: per device. shuffle, lanes: see `lcm.data.order`. index: the folder of the shards' indexes.
-    cache: of remote shards; None keeps them in memory, see `lcm.data.memory`.
+    cache: the cache of remote shards; None keeps the shards in memory, see `lcm.data.memory`.
     captions: weights of the members or .json fields with captions, see `CaptionChoice`.
     timeout: seconds without data after which the training ends with an error.
     max_skip_ratio: a larger share of damaged samples stops the training.
@@ -88,16 +88,16 @@ class ShardDataModule(L.LightningDataModule):
         timeout: Positive = 600.0,
     ) -> None:
         super().__init__()
-        if sum(given is not None for given in (shards, folder, source, sources)) != 1:
+        if sum(argument is not None for argument in (shards, folder, source, sources)) != 1:
             raise UserError(
                 "give the training data in one way: data.shards=<.tar files>, data=folder data.folder=<pictures>, or "
                 "data.sources=[{urls: ..., weight: ...}, ...]"
             )
         self.option = "data.sources" if sources is not None else "data.folder" if folder is not None else "data.shards"
         if sources is None:
-            given = {"urls": shards, "folder": folder, "source": source}
-            sources = [{"weight": 1.0, **{name: value for name, value in given.items() if value is not None}}]
-        self.weighted = list(sources)
+            kinds = {"urls": shards, "folder": folder, "source": source}
+            sources = [{"weight": 1.0, **{name: value for name, value in kinds.items() if value is not None}}]
+        self.sources = list(sources)
         self.val_shards, self.build, self.codec, self.filters, self.cache = val_shards, build, codec, filters, cache
         self.index, self.batch_size, self.val_batch_size = index, batch_size, val_batch_size
         self.num_workers, self.timeout, self.allow_pipe = num_workers, timeout, allow_pipe
@@ -140,24 +140,24 @@ class ShardDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Check the first samples of each source. Nothing is counted."""
         nodes = self.trainer.num_nodes if self.trainer else 1
-        self.train_sources = [self._checked(self._source(source), -(-self.lanes // nodes)) for source in self.weighted]
+        self.train_sources = [self._checked(self._train_source(source), -(-self.lanes // nodes)) for source in self.sources]
         self.val_sources = []
         if self.val_shards is not None:
-            self.val_sources = [self._checked(self.reader(self.val_shards, "data.val_shards", **self.way))]
-        weights = [source.get("weight", 1.0) for source in self.weighted]
+            self.val_sources = [self._checked(self.make_source(self.val_shards, "data.val_shards", **self.source_options))]
+        weights = [source.get("weight", 1.0) for source in self.sources]
         order = Order(self.train_sources, weights, seed=self.seed, shuffle=self.shuffle, lanes=self.lanes)
         options = {"batch_size": self.batch_size * self.world[1], "seed": self.seed}
         self.order = BucketOrder(order, self.buckets, **options) if self.buckets else order
         self.quotas = order.quotas
         if stage == "fit":
             self.check_usable(self.val_sources)
-            self.warn_of_blindness()
+            self.warn_of_unused_rules()
             for source in self.train_sources:
                 if gone := source.gone():
                     log.warning("%d shards are listed in manifest.json but do not exist, such as %s", len(gone), gone[0])
 
     def check_usable(self, sources: Sequence[Source]) -> None:
-        """Raise UserError if no sample of a source decodes. A pass over it would be empty."""
+        """Raise UserError if no sample of a source decodes, because a pass over this source would be empty."""
         for source in sources:
             if not self.decodes(source):
                 null = ", or set data.val_shards=null" if source.option == "data.val_shards" else ""
@@ -177,26 +177,26 @@ class ShardDataModule(L.LightningDataModule):
             raise source.nothing_usable()
         return False
 
-    def warn_of_blindness(self) -> None:
+    def warn_of_unused_rules(self) -> None:
         """Warn of each filter and caption name whose field no sample has."""
         for source in self.train_sources:
-            for name in source.blind_filters():
+            for name in source.unused_filters():
                 if source.filters is None or name not in source.filters.chosen:
-                    continue  # a default, which need not leave out anything
+                    continue  # filters with default settings need not have an effect
                 log.warning("data.filters.%s leaves out nothing, because no sample has the field that it reads", name)
             for name in source.absent_captions():
                 log.warning("data.captions.%s is in no sample, neither as a member nor as a field of the .json", name)
 
     @property
-    def way(self) -> dict[str, Any]:
-        """Return the options of a source that training and validation share."""
+    def source_options(self) -> dict[str, Any]:
+        """Return the options that the sources of training and validation share."""
         return {"needs": self.decode.needs, "aspect": aspect if self.buckets else None}
 
-    def _source(self, source: dict[str, Any]) -> Source:
+    def _train_source(self, source: dict[str, Any]) -> Source:
         if "urls" in source:
-            return self.reader(source["urls"], self.option, **self.way)
+            return self.make_source(source["urls"], self.option, **self.source_options)
         kind = source["source"] if "source" in source else partial(FolderSource, source["folder"])
-        return kind(captions=self.captions, filters=self.filters, option=self.option, **self.way)
+        return kind(captions=self.captions, filters=self.filters, option=self.option, **self.source_options)
 
     def _checked(self, source: Source, lanes: int = 1) -> Source:
         source.check_room(lanes)
@@ -205,15 +205,15 @@ class ShardDataModule(L.LightningDataModule):
             check_stamp(source.urls, self.codec, self.resolution, self.captions)
         return source
 
-    def reader(self, urls: str | list[str], option: str, **way: Any) -> Source:
-        """Return a source with the settings of this data. option: the configuration's key, for errors."""
+    def make_source(self, urls: str | list[str], option: str, **options: Any) -> Source:
+        """Return a source of shards with the settings of this data. option: the configuration key of `urls`, for messages."""
         expanded = expand_urls(urls, option, allow_pipe=self.allow_pipe)
-        options = {"captions": self.captions, "filters": self.filters, "cache": self.cache, "index": self.index, **way}
+        options = {"captions": self.captions, "filters": self.filters, "cache": self.cache, "index": self.index, **options}
         return Source(expanded, option=option, **options)
 
     @property
     def sample_size(self) -> int | None:
-        """Return the latent size per side, which becomes `sample_size` in the trained network's config."""
+        """Return the latent pixels per side, which become `sample_size` in the trained network's config; None: no codec."""
         return None if self.codec is None else self.resolution // self.codec.factor
 
     @property
@@ -229,7 +229,7 @@ class ShardDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         start = self.position
-        if self.buckets:  # with another global batch than before it continues at the next one
+        if self.buckets:  # a global batch begins at a multiple of its size, which may differ from the checkpoint's
             size = self.batch_size * self.world[1]
             start = -(-start // size) * size
         options = {"decode": self.decode, "batch_size": self.batch_size, "start": start}
@@ -242,7 +242,7 @@ class ShardDataModule(L.LightningDataModule):
         return self._loader(PassStream, self.val_sources[0], **options)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any] | LatentBatch:
-        """Lightning calls this for each batch just before the step that consumes it."""
+        """Encode a batch. Lightning calls this just before the step that consumes the batch, so its position is noted here."""
         if isinstance(batch, LatentBatch):
             return batch
         training = self.trainer is not None and self.trainer.training
@@ -269,10 +269,9 @@ class ShardDataModule(L.LightningDataModule):
     def identity(self) -> str:
         """Return a digest of everything that determines the order, except the samples in each shard."""
         names = [[name.rpartition("/")[2] for name in source.urls] for source in self.train_sources]
-        weights = [source.get("weight", 1.0) for source in self.weighted]
-        return digest(
-            [names, weights, self.lanes, self.shuffle, self.seed, self.buckets, self.train_sources[0].how, self.quotas]
-        )
+        weights = [source.get("weight", 1.0) for source in self.sources]
+        rules = self.train_sources[0].rules_identity
+        return digest([names, weights, self.lanes, self.shuffle, self.seed, self.buckets, rules, self.quotas])
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position, "data": self.identity(), "skips": self.skips.state_dict()}

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-# Group of an emoji in Unicode: (its kind, its category) as people write them. None: the name without gender or skin tone.
+# (kind, category) by the group of an emoji in Unicode, as people write them. None: the name without gender or skin tone.
 GROUPS: dict[str, tuple[str | None, str]] = {
     "award-medal": ("medal", "object"),
     "event": ("party decoration", "object"),
@@ -114,7 +114,7 @@ UNGENDERED = {"man": "person", "woman": "person", "men": "people", "women": "peo
 
 
 class Emoji(NamedTuple):
-    """name: the exact name. kind, category: vague names. path: the SVG."""
+    """An emoji. name: the exact name. kind, category: vague names. path: the SVG."""
 
     name: str
     kind: str

@@ -1,4 +1,4 @@
-"""From decoded images to the samples of latent shards."""
+"""Encoding of decoded images to the samples of latent shards."""
 
 import io
 import random
@@ -35,31 +35,32 @@ class Variants:
 
     def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
         decoded = [self.decode(sample, rng) for _ in range(self.crops)]
-        x = torch.stack([one["x"] for one in decoded])
+        x = torch.stack([variant["x"] for variant in decoded])
         captions = self.decode.choose.weights or ()
         texts = {name: content for name, content in sample.items() if name in captions or is_text(name, content)}
         members = {"__key__": sample["__key__"], **texts}
-        sizes = torch.tensor([(*one["original_size"], *one["crop"]) for one in decoded])
+        sizes = torch.tensor([(*variant["original_size"], *variant["crop"]) for variant in decoded])
         if self.flip:
             x, sizes = torch.cat([x, x.flip(-1)]), torch.cat([sizes, mirrored(sizes, x.shape[-1])])
         return {"x": x, "sizes": sizes, "caption": decoded[0]["caption"], "members": members}
 
 
 def is_text(name: str, content: Any) -> bool:
-    """Return whether a member is text, by its name or content. Latent shards keep text members."""
+    """Return whether a member is text, by its name or its content. Text members are copied to latent shards."""
     with suppress(UnicodeError):
         return name in TEXT_MEMBERS or (not name.startswith("__") and name not in IMAGES and bool(text_of(content)))
     return False
 
 
 def mirrored(sizes: torch.Tensor, side: int) -> torch.Tensor:
-    """Return `sizes` for mirrored pictures, whose shorter side was resized to the crop's `side`."""
+    """Return `sizes` `[V, 4]` for mirrored pictures. side: the pixels to which the shorter side was resized."""
     height, width, top, left = sizes.unbind(1)
     resized = (side * width / torch.minimum(height, width)).round().long()
     return torch.stack([height, width, top, (resized - side - left).clamp(min=0)], dim=1)
 
 
-def gathered(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def collate_variants(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return a batch of the results of `Variants`: "x" `[B, V, 3, S, S]`, "sizes" `[B, V, 4]`, "captions" and "members"."""
     return {
         "x": torch.stack([sample["x"] for sample in samples]),
         "sizes": torch.stack([sample["sizes"] for sample in samples]),
@@ -70,11 +71,11 @@ def gathered(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 @dataclass
 class Encoder:
-    """A batch of `Variants` of a shard -> samples of a latent shard, as `DecodeLatents` reads them.
+    """A batch of `collate_variants` -> the samples of a latent shard, as `DecodeLatents` reads them.
 
     drawn: store a sample of each posterior, a function of (seed, shard, key), instead of mean and standard deviation.
-    text: also store the text embeddings, and the caption as .txt member.
-    Sizes are stored for a UNet that takes them.
+    text: also store the text embeddings, and the caption as the member .txt.
+    Sizes are stored for a family whose network takes sizes.
     """
 
     codec: LatentCodec
@@ -87,7 +88,7 @@ class Encoder:
         latents, name = self.codec.posterior(x.flatten(0, 1).to(self.codec.device)).cpu().unflatten(0, x.shape[:2]), POSTERIOR
         if self.drawn:
             mean, std = latents.chunk(2, dim=2)
-            rngs = [generator("cpu", self.seed, shard, one["__key__"]) for one in members]
+            rngs = [generator("cpu", self.seed, shard, texts["__key__"]) for texts in members]
             noise = torch.stack([torch.randn(mean.shape[1:], generator=rng) for rng in rngs])
             latents, name = mean + std * noise, DRAWN
         arrays = {name: latents.half().numpy()}
@@ -102,6 +103,7 @@ class Encoder:
 
 
 def npy(array: np.ndarray) -> bytes:
+    """Return the content of a .npy file."""
     file = io.BytesIO()
     np.save(file, array, allow_pickle=False)
     return file.getvalue()

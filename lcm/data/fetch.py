@@ -17,7 +17,7 @@ import fsspec
 
 from lcm.data.urls import scheme_of
 
-# A child process would close the clients that its parent left, and wait a second for each.
+# Without gc.freeze, a forked process would close its parent's HTTP clients and wait a second for each of them.
 os.register_at_fork(after_in_child=gc.freeze)
 FIRST_PART, LARGEST_PART = 2**18, 2**22  # bytes of a request: the first samples arrive soon, later ones at full rate
 
@@ -30,7 +30,7 @@ def parts(url: str, start: int, timeout: float) -> Iterator[bytes]:
     files, name = connect(url, timeout)
     length = FIRST_PART
     if url.startswith("http"):
-        # One byte twice, since a server refuses a range behind the end. One that ignores ranges sends the whole.
+        # The byte before `start` is requested, too: a server refuses a range behind the end. It may also ignore the range.
         headers = {"Range": f"bytes={max(start - 1, 0)}-{start + length - 1}", "Accept-Encoding": "identity"}
         with contextlib.closing(files.open(name, block_size=0, size=1, headers=headers)) as stream:
             ranged = stream.r.status == 206
@@ -59,7 +59,7 @@ def parts(url: str, start: int, timeout: float) -> Iterator[bytes]:
 
 
 def size_of(url: str, timeout: float) -> int | None:
-    """Return the size of a URL's content in bytes. None: unknown before it is read."""
+    """Return the size of a URL's content in bytes. None: the size is unknown until the content is read."""
     if scheme_of(url) == "pipe":
         return None
     try:
@@ -84,16 +84,16 @@ def connect(url: str, timeout: float) -> tuple[Any, str]:
         return fsspec.url_to_fs(url)
     import aiohttp
 
-    # The whole transfer may take longer than the timeout. Without a cache of clients, since it would keep the first timeout.
+    # total=None: a whole transfer may take longer. skip_instance_cache: a cached client would keep the first timeout.
     limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
     return fsspec.url_to_fs(url, client_kwargs={"timeout": limits}, skip_instance_cache=True)
 
 
 def output_of(command: str, timeout: float) -> Iterator[bytes]:
-    """Yield the output of a command. There is no shell: `sh -c '...'` is one.
+    """Yield the output of a command, which runs without a shell (use `sh -c '...'`).
 
-    Raises OSError if it fails or prints nothing for `timeout` seconds. The message has the last line of stderr, without the
-    command's arguments.
+    Raises OSError if the command fails or prints nothing for `timeout` seconds. The message has the last line of stderr,
+    without the command's arguments.
     """
     words = shlex.split(command)
     with tempfile.TemporaryFile() as errors:

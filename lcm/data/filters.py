@@ -32,7 +32,7 @@ def number(fields: Fields, *names: str) -> float | None:
 
 
 def sides(fields: Fields) -> tuple[float, float] | None:
-    """Return the (shorter, longer) side in pixels of the published picture, else of the stored copy.
+    """Return the (shorter, longer) side in pixels of the published picture, else of the stored copy; None: unknown.
 
     img2dataset may have enlarged, padded or cropped the copy.
     """
@@ -60,13 +60,13 @@ def score(*names: str) -> Callable[[str | None, Fields], float | None]:
 
 
 def unsafe(_: str | None, fields: Fields) -> float | None:
-    """Return a classifier's probability, else the number for LAION's textual NSFW column."""
+    """Return a classifier's probability, else the number for LAION's textual NSFW column, else None."""
     probability = number(fields, "punsafe", "nsfw_score_opennsfw2")
     return NSFW.get(str(fields.get("nsfw")).strip().upper()) if probability is None else probability
 
 
 def identities(_: str | None, fields: Fields) -> frozenset[str] | None:
-    """Return the names of the sample in a removal list: its `hash`, `sha256`, `md5`, `url`, or the url's sha256."""
+    """Return the names that a removal list may have for the sample: `hash`, `sha256`, `md5`, `url`, and the url's sha256."""
     digests = (fields.get(name) for name in ("hash", "sha256", "md5"))
     names = {str(digest).lower() for digest in digests if isinstance(digest, str | int) and digest != ""}
     if isinstance(url := fields.get("url"), str) and url:
@@ -75,7 +75,11 @@ def identities(_: str | None, fields: Fields) -> frozenset[str] | None:
 
 
 class Rule(NamedTuple):
-    """value: `(caption, fields) -> value`, None if missing; passes: `(value, limit) -> bool`; span: the sensible limits."""
+    """A rule of `Filters`.
+
+    reason: its name in counts. value: `(caption, fields) -> value`, None if missing. passes: `(value, limit) -> bool`. span:
+    the smallest and the largest valid limit.
+    """
 
     reason: str
     value: Callable[[str | None, Fields], Any]
@@ -85,7 +89,7 @@ class Rule(NamedTuple):
 
 NSFW = {"UNLIKELY": 0.0, "UNSURE": 0.75, "NSFW": 1.0}  # the default limit drops everything not called safe
 AESTHETIC = score("aesthetic_score", "aesthetic", "aesthetic_score_laion_v2")
-# In the order of their use: a sample is counted under the first rule that it fails. The last name of a score is COYO's.
+# A sample is counted under the first of these rules that it fails. The last name of a score is COYO's.
 RULES = {
     "removal_list": Rule("removal", identities, frozenset.isdisjoint),
     "max_unsafe": Rule("unsafe", unsafe, operator.le, (0, 1)),
@@ -108,7 +112,7 @@ class Filters:
     included. removal_list: a text file of samples to leave out, one per line: an img2dataset `sha256` or `md5` of
     the image, LAION's `hash`, the URL or its sha256 (`#` begins a comment line).
     missing: "keep" or "drop" a sample without the field of an active rule.
-    Raises `UserError` for an invalid setting.
+    Raises UserError for an invalid setting.
     """
 
     def __init__(
@@ -126,12 +130,12 @@ class Filters:
         removal_list: str | None = None,
         missing: Literal["keep", "drop"] = "keep",
     ) -> None:
-        given, defaults = dict(locals()), inspect.signature(Filters).parameters
+        settings, defaults = dict(locals()), inspect.signature(Filters).parameters
         if missing not in ("keep", "drop"):
             raise UserError(f"data.filters.missing={missing!r}: expected keep or drop")
         self.missing = missing
-        self.limits = {option: limit_of(option, given[option]) for option in RULES if given[option] is not None}
-        self.chosen = [option for option in self.limits if given[option] != defaults[option].default]
+        self.limits = {option: limit_of(option, settings[option]) for option in RULES if settings[option] is not None}
+        self.chosen = [option for option in self.limits if settings[option] != defaults[option].default]
 
     def __call__(self, caption: str | None, meta: Mapping[str, Any]) -> str | None:
         """Return None to keep the sample, else the reason to leave it out, such as "aesthetic" or "missing_aesthetic".
@@ -148,7 +152,7 @@ class Filters:
                 return rule.reason
         return None
 
-    def blind(self, samples: Iterable[tuple[str | None, Mapping[str, Any]]]) -> list[str]:
+    def unused(self, samples: Iterable[tuple[str | None, Mapping[str, Any]]]) -> list[str]:
         """Return the active rules whose field is missing in all of these (caption, metadata) pairs."""
         seen = [(caption, lowered(meta)) for caption, meta in samples]
         return [option for option in self.limits if seen and all(RULES[option].value(*sample) is None for sample in seen)]
@@ -160,7 +164,7 @@ class Filters:
 
 
 def limit_of(option: str, setting: Any) -> float | frozenset[str]:
-    """Return a checked number within the rule's span, or the entries of the removal list."""
+    """Return the limit of a rule: a number within the rule's span, or the entries of the removal list. Raises UserError."""
     if option == "removal_list":
         try:
             lines = lines_of(setting)

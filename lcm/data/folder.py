@@ -12,14 +12,14 @@ from typing import Any, Self
 
 from lcm.core.errors import UserError
 from lcm.data.checks import LOOKED_AT
-from lcm.data.index import Notes, named
+from lcm.data.index import Notes, left_out_log
 from lcm.data.sample_fields import CAPTIONS, Sample, Skip, captions_of, metadata, skipping
 from lcm.data.samples import is_litter
 from lcm.data.source import Source, stamp
 from lcm.data.urls import IMAGES
 from lcm.runtime.atomic_io import text_of
 
-FILES = 64  # pictures of a part, which the order takes for a shard
+FILES = 64  # pictures of a part, which counts as a shard
 TABLES = ("metadata.jsonl", "metadata.csv")
 NAME, TEXT = "file_name", "text"  # columns of a table
 
@@ -27,8 +27,8 @@ NAME, TEXT = "file_name", "text"  # columns of a table
 class FolderSource(Source):
     """Pictures in a folder and its subfolders. Each `FILES` pictures, sorted by name, count as a shard.
 
-    The caption of `a/1.jpg` is in `a/1.txt`, `a/1.caption` or a field of `a/1.json`. Or it is the `text` of a row in a
-    `metadata.jsonl` or `metadata.csv`, whose `file_name` is relative to the table. Filters read the table's other columns.
+    The caption of `a/1.jpg` is in `a/1.txt`, `a/1.caption` or a field of `a/1.json`. The caption may also be the `text` of a
+    row in `metadata.jsonl` or `metadata.csv`, whose `file_name` is relative to the table. Filters read the other columns.
     Raises UserError for a missing folder or an unreadable table.
     """
 
@@ -68,7 +68,7 @@ class FolderSource(Source):
         return len(self._choose(shard)), True
 
     def _choose(self, shard: int) -> list[str]:
-        """Return the usable pictures of a part. Their captions and metadata are read, but not kept in memory."""
+        """Return the paths of the usable pictures of a part. Their captions and metadata are read each time."""
         if shard not in self.chosen:
             self.chosen[shard], self.reasons[shard] = [], Counter()
             for path in self.paths(shard):
@@ -85,7 +85,7 @@ class FolderSource(Source):
             meta = metadata(texts)
             captions = captions_of(texts, self.captions, meta)
         except Skip as skip:
-            named.add(skip.reason, path, str(self.root))
+            left_out_log.add(skip.reason, path, str(self.root))
             return skip.reason
         if self.rules.judge is None:
             return None
@@ -95,7 +95,7 @@ class FolderSource(Source):
     def texts(self, path: str) -> Sample:
         """Return the captions and metadata of a picture in the form of a shard's members."""
         stem, sample = path.rpartition(".")[0], {}
-        for extension in self.rules.tells:
+        for extension in self.rules.text_extensions:
             with contextlib.suppress(FileNotFoundError), skipping("no_caption", IsADirectoryError, PermissionError):
                 sample[extension] = (self.root / f"{stem}.{extension}").read_bytes()
         row = self.rows.get(path)

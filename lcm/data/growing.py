@@ -1,4 +1,4 @@
-"""Growing files: one thread of one process of a node writes, others read at the same time."""
+"""Growing files: one thread of one process of a node writes the file, other threads and processes read it meanwhile."""
 
 import math
 import os
@@ -10,9 +10,9 @@ from typing import BinaryIO
 
 from lcm.runtime.atomic_io import locked
 
-POLL = 0.005  # seconds between two looks at a file that is waited for
-WRITER_POLL = 0.05  # seconds between two looks of a writer that is ahead of its readers
-starting = threading.Lock()  # held while a thread is started
+POLL = 0.005  # seconds between two looks of a reader that waits
+WRITER_POLL = 0.05  # seconds between two looks of a writer that waits for its readers
+starting = threading.Lock()  # guards the module's and the writers' state
 writing: set[Path] = set()  # lock files that threads of this process hold: a POSIX lock does not exclude its own process
 
 
@@ -22,47 +22,51 @@ def reset() -> None:
     writing.clear()
 
 
-os.register_at_fork(after_in_child=reset)  # another thread of the parent may have held the lock; none lives on in the child
+os.register_at_fork(after_in_child=reset)  # a thread of the parent may hold the lock; a fork has no other threads
 
 
-class Asked:
-    """The size of a growing file that readers have asked for, in this process and in the others of the node."""
+class RequestedSize:
+    """The size of a growing file that readers of all processes of the node request.
+
+    file: the file by which another process sends its request to the writer's process.
+    """
 
     def __init__(self, file: Path) -> None:
-        self.file, self.here, self.told = file, 0.0, 0.0
-        self.is_own = False  # whether this object's process writes the file
+        self.file, self.size, self.sent = file, 0.0, 0.0
+        self.is_writer = False  # whether this process writes the growing file
 
     def add(self, size: float) -> None:
-        self.here = max(self.here, size)
+        """Request `size` bytes."""
+        self.size = max(self.size, size)
 
-    def tell(self) -> None:
-        """Send the request of a waiting reader to the writer's process."""
-        if self.here > self.told and not self.is_own:
-            self.told = self.here
+    def send(self) -> None:
+        """Send this process's request to the writer's process."""
+        if self.size > self.sent and not self.is_writer:
+            self.sent = self.size
             with suppress(OSError):
-                self.file.write_text(str(self.here))
+                self.file.write_text(str(self.size))
 
     def pause(self, size: int, ahead: int, seconds: float) -> None:
-        """Let the writer sleep while it is more than `ahead` bytes before its readers, at most `seconds`."""
+        """Let the writer sleep while its `size` is more than `ahead` bytes above the request, at most `seconds`."""
         until = time.monotonic() + seconds
-        while size > self.here + ahead and time.monotonic() < until:
+        while size > self.size + ahead and time.monotonic() < until:
             with suppress(OSError, ValueError):
                 self.add(float(self.file.read_text()))
             time.sleep(WRITER_POLL)
 
 
 class GrowingFile:
-    """A file that is read while it is written. Its writer fills `part`, which is renamed to `path` when it is whole.
+    """A file that is read while it is written. The writer fills `part`, and renames `part` to `path` when it is whole.
 
-    A subclass writes the file by its method `write`. Whichever process of the node needs the file first is its writer.
+    A subclass writes the file by its method `write`. The first process of the node that needs the file becomes its writer.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.lock = path, path.with_suffix(".lock")
         self.part = path.with_suffix(".part")  # not .partial: `whole_file` uses that name
-        self.asked = Asked(path.with_suffix(".asked"))
+        self.requested = RequestedSize(path.with_suffix(".asked"))
         self.file: BinaryIO | None = None
-        self.arrived, self.whole = 0, False  # bytes that can be read, and whether these are all
+        self.arrived, self.whole = 0, False  # bytes that can be read, and whether the file is complete
         self.failure: Exception | None = None
 
     def write(self) -> None:
@@ -70,7 +74,7 @@ class GrowingFile:
         raise NotImplementedError
 
     def ensure(self) -> None:
-        """Start the writer unless one is running. Raises the error of a failed one."""
+        """Start the writer unless one is running. Raises the error of a failed writer."""
         with starting:
             if self.failure is not None:
                 raise self.failure
@@ -78,14 +82,14 @@ class GrowingFile:
                 self._start()
 
     def _start(self) -> None:
-        """Start the writer unless another process has one. Raises OSError if the lock file cannot be written."""
+        """Start the writer unless another process writes. Raises OSError if the lock file cannot be written."""
         self.lock.parent.mkdir(parents=True, exist_ok=True)
         try:
-            held = locked(self.lock)
+            lock_handle = locked(self.lock)
         except BlockingIOError:
             return
         writing.add(self.lock)
-        self.asked.is_own = True
+        self.requested.is_writer = True
 
         def run() -> None:
             try:
@@ -95,9 +99,9 @@ class GrowingFile:
                 self.failure = error
             finally:
                 with suppress(OSError):
-                    self.asked.file.unlink()
+                    self.requested.file.unlink()
                 with starting:
-                    held.close()
+                    lock_handle.close()
                     writing.discard(self.lock)
 
         threading.Thread(target=run, daemon=True, name=f"writes {self.path.name}").start()
@@ -106,7 +110,7 @@ class GrowingFile:
         """Open the file and update `arrived`."""
         whole = self.path.exists()
         if self.file is not None and os.fstat(self.file.fileno()).st_nlink == 0:
-            self.close()  # its writer was killed or it was removed, and it is written again
+            self.close()  # the file was removed, or its writer was killed: it is written again
         if self.file is None:
             with suppress(FileNotFoundError):
                 self.file = open(self.path if whole else self.part, "rb")  # noqa: SIM115 - closed by `close`
@@ -115,21 +119,23 @@ class GrowingFile:
 
     def wait_for(self, size: float) -> None:
         """Wait for `size` bytes or for the whole file. Raises the error of a failed writer."""
-        self.asked.add(size)
+        self.requested.add(size)
         while not self.whole and self.arrived < size:
             self._look()
             if self.whole or self.arrived >= size:
                 return
             self.ensure()
-            self.asked.tell()
+            self.requested.send()
             time.sleep(POLL)
 
     def read(self, start: int, size: int) -> bytes:
+        """Wait for `size` bytes from `start` on, and return them; fewer only at the end of the whole file."""
         self.wait_for(start + size)
         assert self.file is not None
         return os.pread(self.file.fileno(), size, start)
 
     def size(self) -> int:
+        """Wait for the whole file, and return its bytes."""
         self.wait_for(math.inf)
         return self.arrived
 

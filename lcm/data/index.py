@@ -1,8 +1,8 @@
 """The index of a shard: the offsets of its usable samples. One process writes it, all processes of a node read it.
 
-An index grows while its shard is scanned, so the first samples are usable at once. `<key>.part` is the growing file and
-`<key>.index` the complete one. `<key>.json` counts the left-out samples by reason. The key is a digest of the shard's name,
-size and time and of the rules, so a changed file or changed rules get a new index.
+An index grows while its shard is scanned, so the first samples are usable at once. `<key>.part` is the growing file,
+`<key>.index` the complete file. `<key>.json` counts the left-out samples by reason. The key is a digest of the shard's name,
+size and time and of the rules, so a changed shard or changed rules get a new index.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ from lcm.runtime.atomic_io import FULL, os_error, try_writing, whole_file
 
 log = logging.getLogger(__name__)
 RECORD = np.dtype([("start", "<u8"), ("size", "<u4"), ("aspect", "u1"), ("repeated", "u1")])
-VERSION = 1  # raised when a scan chooses or describes samples in another way
+VERSION = 1  # raised when a code change alters the samples or records of a scan
 FLUSH = 64  # records that are written at once
 AHEAD = 64 * RECORD.itemsize  # bytes that a scan may be ahead of its readers; beyond them it pauses after each `FLUSH`
 PAUSE = 2.0  # seconds
-NAMED = 10  # samples that are named in the log for each reason
+NAMED = 10  # samples that the log names for each reason
 Judge = Callable[[str | None, Mapping[str, Any]], str | None]
 
 
@@ -40,7 +40,7 @@ class Rules(NamedTuple):
     """The rules that choose the samples of a shard.
 
     needs: a sample must have one of these extensions. captions: see `captions_of`. judge: `(caption, metadata) -> reason or
-    None`, asked for every caption that may be drawn. aspect: `picture's first bytes -> byte`, for aspect-ratio buckets.
+    None`, called for every caption that may be drawn. aspect: `picture's first bytes -> code`, see `lcm.data.buckets.aspect`.
     """
 
     needs: Sequence[str]
@@ -49,13 +49,17 @@ class Rules(NamedTuple):
     aspect: Callable[[bytes], int] | None = None
 
     @property
-    def tells(self) -> tuple[str, ...]:
+    def text_extensions(self) -> tuple[str, ...]:
         """Return the extensions that may hold a caption."""
         return (*(self.captions or CAPTIONS), "json")
 
 
 class Verdict(NamedTuple):
-    """flaw: the reason to leave the sample out, None for a usable one. aspect: the picture's aspect ratio as a byte."""
+    """The result of a scan for one sample.
+
+    flaw: the reason to leave the sample out; None: it is usable. damaged: the reason is damage, not a filter. aspect: the code
+    of the picture's aspect ratio.
+    """
 
     sample: Sample
     flaw: str | None
@@ -66,7 +70,7 @@ class Verdict(NamedTuple):
 def scan(file: Bytes, rules: Rules) -> Iterator[Verdict]:
     """Yield a verdict on each sample of a tar, in order. Only texts and metadata are read, not pictures."""
     links = Links(file)
-    for sample in samples(file, rules.needs, rules.tells):
+    for sample in samples(file, rules.needs, rules.text_extensions):
         dangling = {extension for extension, member in sample.members.items() if member.link and not links.target(member)}
         extensions = sample.members.keys() - dangling
         flaw = "duplicate" if sample.ambiguous else flaw_of(sample, extensions, rules, file)
@@ -75,7 +79,7 @@ def scan(file: Bytes, rules: Rules) -> Iterator[Verdict]:
         if flaw is not None:
             yield Verdict(sample, flaw, True)
             continue
-        reason, damaged = judged(sample, rules, links)
+        reason, damaged = filter_verdict(sample, rules, links)
         aspect = 0
         if reason is None and rules.aspect is not None:
             picture = next(sample.members[extension] for extension in rules.needs if extension in extensions)
@@ -94,16 +98,16 @@ def flaw_of(sample: Sample, extensions: Collection[str], rules: Rules, file: Byt
         return "bytes"
     if not any(extension in extensions for extension in rules.needs):
         return "no_image"
-    if not any(name in extensions for name in rules.tells):
+    if not any(name in extensions for name in rules.text_extensions):
         return "no_caption"
     return "apart" if sample.end - sample.start > size + FOREIGN else None
 
 
-def judged(sample: Sample, rules: Rules, links: Links) -> tuple[str | None, bool]:
-    """Return the filters' reason to leave a sample out, or None, and whether the reason is damage."""
+def filter_verdict(sample: Sample, rules: Rules, links: Links) -> tuple[str | None, bool]:
+    """Return the filters' reason to leave a sample out, or None, and whether its texts are damaged."""
     if rules.judge is None:
         return None, False
-    names = set(rules.tells)
+    names = set(rules.text_extensions)
     texts: dict[str, Any] = {
         extension: links.content(member) or b"" for extension, member in sample.members.items() if extension in names
     }
@@ -116,7 +120,10 @@ def judged(sample: Sample, rules: Rules, links: Links) -> tuple[str | None, bool
 
 
 class Notes(NamedTuple):
-    """Counts of a shard: samples: usable; left_out: others, by reason; repeated: usable samples with the key of another."""
+    """The counts of a shard.
+
+    samples: usable samples. left_out: other samples, by reason. repeated: usable samples with the key of an earlier sample.
+    """
 
     samples: int
     left_out: dict[str, int]
@@ -124,7 +131,11 @@ class Notes(NamedTuple):
 
 
 class ShardIndex(GrowingFile):
-    """The index of one shard as a sequence of records `(start, size, aspect, repeated)`, one for each usable sample."""
+    """The index of one shard: a sequence of records `(start, size, aspect, repeated)`, one for each usable sample.
+
+    folder, key: name the file. title: the shard's name for messages. opener: opens the shard. expected: returns its entry in
+    the manifest.
+    """
 
     def __init__(
         self,
@@ -139,7 +150,7 @@ class ShardIndex(GrowingFile):
         super().__init__(folder / f"{key}.index")
         self.notes_file = self.path.with_suffix(".json")
         self.title, self.opener, self.rules, self.expected = title, opener, rules, expected
-        self.records: np.ndarray | None = None  # memory-mapped once it is whole
+        self.records: np.ndarray | None = None  # the memory-mapped index, once it is complete
 
     def wait(self, count: int) -> tuple[int, bool]:
         """Wait for `count` records or the whole index. Return the number of records, and whether the index is complete.
@@ -147,12 +158,13 @@ class ShardIndex(GrowingFile):
         Raises OSError for an unreadable shard, UserError for a failure of the system.
         """
         if not self.whole:
-            self._look()  # it may have become whole since
+            self._look()  # the index may have become complete since
         self.wait_for(count * RECORD.itemsize)
         return self.known, self.whole
 
     @property
     def known(self) -> int:
+        """Return the number of records that can be read."""
         return self.arrived // RECORD.itemsize
 
     def _look(self) -> None:
@@ -197,33 +209,33 @@ class ShardIndex(GrowingFile):
                     if flaw in lacking:
                         lacking[flaw].setdefault(sample.key.rpartition("/")[2], []).append(sample.key)
                     elif verdict.damaged:
-                        named.add(flaw, sample.key, self.title)
+                        left_out_log.add(flaw, sample.key, self.title)
                     continue
-                twice = sample.key in seen
-                repeated += twice
+                is_repeated = sample.key in seen
+                repeated += is_repeated
                 seen.add(sample.key)
-                pending.append((sample.start, sample.end - sample.start, verdict.aspect, twice))
+                pending.append((sample.start, sample.end - sample.start, verdict.aspect, is_repeated))
                 count += 1
                 if len(pending) >= FLUSH or count < FLUSH:
                     part.write(np.array(pending, RECORD).tobytes())
                     part.flush()
                     pending = []
-                    self.asked.pause(count * RECORD.itemsize, AHEAD, PAUSE)  # leave the processor to shards that are waited for
+                    self.requested.pause(count * RECORD.itemsize, AHEAD, PAUSE)  # leave the CPU to shards with waiting readers
             part.write(np.array(pending, RECORD).tobytes())
-            for name in lacking["no_image"].keys() & lacking["no_caption"].keys():  # parts of one sample, far from each other
+            for name in lacking["no_image"].keys() & lacking["no_caption"].keys():  # an image and its caption lie far apart
                 for reason in lacking:
                     left_out[reason] -= len(lacking[reason].pop(name))
                 left_out["apart"] += 1
-                named.add("apart", name, self.title)
+                left_out_log.add("apart", name, self.title)
             for reason, keys in lacking.items():
                 for names in keys.values():
                     for key in names:
-                        named.add(reason, key, self.title)
+                        left_out_log.add(reason, key, self.title)
             left_out = +left_out
-            scanned, (samples_there, size, _) = count + left_out.total(), self.expected()
-            if samples_there is not None and scanned < samples_there:
-                left_out["missing"] = samples_there - scanned
-                log.warning("%s holds %d of its %d samples: it is cut or damaged", self.title, scanned, samples_there)
+            scanned, (expected_samples, size, _) = count + left_out.total(), self.expected()
+            if expected_samples is not None and scanned < expected_samples:
+                left_out["missing"] = expected_samples - scanned
+                log.warning("%s holds %d of its %d samples: it is cut or damaged", self.title, scanned, expected_samples)
             elif not scanned:
                 left_out["shard"] = 1
                 log.warning("%s holds no samples, it is not a webdataset shard: %s", self.title, why_empty(shard))
@@ -232,7 +244,7 @@ class ShardIndex(GrowingFile):
         if repeated:
             log.warning("%s holds %d samples with the names of other samples: all are used", self.title, repeated)
         with growing.starting:
-            left_out_now.update(left_out)
+            unreported.update(left_out)
         with whole_file(self.notes_file) as file:
             file.write(json.dumps({"samples": count, "left_out": left_out, "repeated": repeated}).encode())
         self.part.rename(self.path)
@@ -244,7 +256,7 @@ class ShardIndex(GrowingFile):
 
 @cache
 def index_folder(index: str | None) -> Path:
-    """Return the given folder if it is writable, else a temporary one that is removed with this process."""
+    """Return the folder `index` if it is writable, else a temporary folder that is removed with this process."""
     if index is not None:
         try:
             return try_writing(Path(index))
@@ -255,15 +267,15 @@ def index_folder(index: str | None) -> Path:
                 error.strerror,
             )
     temporary = tempfile.TemporaryDirectory(prefix="lcm-index-")
-    kept.append(temporary)
+    temporary_folders.append(temporary)
     return Path(temporary.name)
 
 
-kept: list[tempfile.TemporaryDirectory] = []
+temporary_folders: list[tempfile.TemporaryDirectory] = []
 
 
-class Named:
-    """Logs the first samples that are left out for each reason."""
+class LeftOutLog:
+    """Logs the first `NAMED` samples that are left out for each reason."""
 
     def __init__(self) -> None:
         self.count = Counter[str]()
@@ -277,13 +289,13 @@ class Named:
             log.warning("leaving out more samples for the same reason, which are counted but not named: %s", reason)
 
 
-named = Named()
-left_out_now: Counter[str] = Counter()  # samples left out of the shards that this process scanned, until a batch reports them
+left_out_log = LeftOutLog()
+unreported: Counter[str] = Counter()  # samples that the scans of this process left out since the last batch
 
 
 def take_left_out() -> dict[str, int]:
-    """Return the counts of `left_out_now`, and reset them."""
+    """Return the counts by reason of left-out samples since the last call."""
     with growing.starting:
-        counts = dict(left_out_now)
-        left_out_now.clear()
+        counts = dict(unreported)
+        unreported.clear()
     return counts

@@ -20,7 +20,7 @@ from lcm.runtime.redaction import redacted
 
 POSTERIOR, DRAWN = LATENTS
 SIZES = "sizes.npy"
-TEXTS = {  # by a text embedding's name: the member and its dimensions
+TEXTS = {  # (member, dimensions) by the name of a text embedding
     "states": ("text.npy", 2),
     "mask": ("mask.npy", 1),
     "pooled": ("pooled.npy", 1),
@@ -32,7 +32,7 @@ STAMP = "latents.json"
 class DecodeLatents:
     """`sample -> {"moments": float16 [2C, h, w], "caption", "key"}`: mean and standard deviation of q(z|x), unscaled.
 
-    A member `latent.npy` is `[V, 2C, h, w]`: V crops or mirrored copies. One of them is drawn. A member `sample.npy`
+    A member `latent.npy` is `[V, 2C, h, w]`: V crops or mirrored copies. One copy is drawn. A member `sample.npy`
     `[V, C, h, w]` is a sample of each posterior, read as a mean with standard deviation 0. A member `text.npy` adds "states",
     the float16 `[L, D]` text embeddings of the .txt member, and `pooled.npy` adds "pooled" `[P]`. A member `sizes.npy` `[V, 4]`
     adds "original_sizes" and "crops", see `transforms.collate`.
@@ -45,11 +45,11 @@ class DecodeLatents:
 
     def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
         name = first_of(sample, self.needs)
-        variants = array(sample, name or POSTERIOR, 4)
+        variants = load_array(sample, name or POSTERIOR, 4)
         number = rng.randrange(len(variants)) if len(variants) > 1 else 0
         moments = variants[number]
         sizes = sizes_of(sample, len(variants))[number] if SIZES in sample else None
-        texts = {part: array(sample, *member) for part, member in TEXTS.items() if member[0] in sample}
+        texts = {part: load_array(sample, *member) for part, member in TEXTS.items() if member[0] in sample}
         return {
             "moments": torch.from_numpy(np.concatenate([moments, np.zeros_like(moments)]) if name == DRAWN else moments),
             "caption": self.choose(sample, rng),
@@ -61,14 +61,14 @@ class DecodeLatents:
 
 def sizes_of(sample: Sample, variants: int) -> np.ndarray:
     """Return the sizes, int64 `[V, 4]`. Raises `Skip`."""
-    sizes = array(sample, SIZES, 2)
+    sizes = load_array(sample, SIZES, 2)
     if sizes.shape != (variants, 4) or sizes.dtype != np.int64:
         raise Skip("latent", f"{SIZES} of shape {sizes.shape} and {sizes.dtype} for {variants} variants")
     return sizes
 
 
-def array(sample: Sample, name: str, dims: int) -> np.ndarray:
-    """Raises `Skip`."""
+def load_array(sample: Sample, name: str, dims: int) -> np.ndarray:
+    """Return the array of a member with `dims` axes. Raises `Skip` if it is damaged or not finite."""
     with skipping("latent", Exception):  # numpy may raise anything, even MemoryError for a header of terabytes
         content = np.load(io.BytesIO(sample[name]), allow_pickle=False)
         sound = content.ndim == dims and np.isfinite(content).all()
@@ -78,7 +78,7 @@ def array(sample: Sample, name: str, dims: int) -> np.ndarray:
 
 
 def collate_latents(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return `{"moments": float16 [B, 2C, h, w], "captions": list[str], "keys": list[str]}` and all other common fields."""
+    """Return `{"moments": float16 [B, 2C, h, w], "captions": list[str], "keys": list[str]}` and the fields of all samples."""
     tensors = [name for name in samples[0] if name not in ("caption", "key") and all(name in sample for sample in samples)]
     return {
         **{name: torch.stack([sample[name] for sample in samples]) for name in tensors},
@@ -97,9 +97,9 @@ def stamp(codec: LatentCodec, resolution: int, *, drawn: bool = False, text: boo
 
 
 def weights_hash(network: torch.nn.Module, more: str = "") -> str:
+    """Return the SHA-256 of a text and of a network's weights in bfloat16, which is equal for float32, float16 and bfloat16."""
     digest = hashlib.sha256(more.encode())
     for name, tensor in sorted(network.state_dict().items()):
-        # In bfloat16, so that the hash is the same whether the weights were loaded in float32, float16 or bfloat16.
         digest.update(name.encode() + tensor.cpu().to(torch.bfloat16).flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -126,11 +126,11 @@ def check_stamp(urls: Sequence[str], codec: LatentCodec, resolution: int, captio
         for name, value in stamp(codec, resolution, drawn=drawn, text=text).items():
             if stored.get(name) != value:
                 raise UserError(
-                    f"the latents in {redacted(folder)} have {name} = {short(stored.get(name))}, but data.codec and "
-                    f"data.resolution ask for {short(value)}: encode the images again, or set what they were encoded with"
+                    f"the latents in {redacted(folder)} have {name} = {shorten(stored.get(name))}, but data.codec and "
+                    f"data.resolution ask for {shorten(value)}: encode the images again, or set what they were encoded with"
                 )
 
 
-def short(value: Any) -> str:
+def shorten(value: Any) -> str:
     """Shorten sha256 digests in error messages."""
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", str(value))

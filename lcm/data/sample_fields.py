@@ -12,12 +12,12 @@ from lcm.data.filters import lowered
 from lcm.runtime.atomic_io import text_of
 
 Sample = dict[str, Any]  # "__key__", "__url__" and bytes by extension
-CAPTIONS = ("txt", "caption", "cap")  # members or .json fields; without data.captions the first that says something
-KINDS = {"dict": "an object", "list": "a list in a list", "bool": "true or false"}  # of JSON, for a reader
+CAPTIONS = ("txt", "caption", "cap")  # members or .json fields; without data.captions the first one with text is read
+KINDS = {"dict": "an object", "list": "a list in a list", "bool": "true or false"}  # names of JSON types in messages
 SHOWN = 20  # fields that a message names
 
 
-# Why a sample is damaged, not unwanted; a filter's reasons are `lcm.data.filters.RULES`.
+# The reasons for which a sample is damaged. The reasons of filters are in `lcm.data.filters.RULES`.
 REASONS = {
     "shard": "its shard cannot be had or read",
     "missing": "its shard holds fewer samples than a manifest or an earlier count says",
@@ -44,7 +44,7 @@ def described(reason: str) -> str:
 
 
 class Skip(Exception):
-    """A sample that cannot be used. reason: one of `REASONS`; detail: the same for a reader."""
+    """A sample that cannot be used. reason: one of `REASONS`. detail: the cause, for the log."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -76,8 +76,8 @@ def captions_of(
 ) -> dict[str, list[str]]:
     """Return the captions of a sample, by the name of their member or .json field.
 
-    captions: the names to read, all of them; None: the first of `CAPTIONS` with a text. meta: the sample's `metadata`, if it is
-    known. Blank texts count only where there is no other. Raises `Skip("no_caption")` or `Skip("caption_encoding")`.
+    captions: the names to read; None: the first of `CAPTIONS` with a text. meta: the sample's `metadata`, if it is known. Blank
+    texts count only in a sample without other texts. Raises `Skip("no_caption")` or `Skip("caption_encoding")`.
     """
     meta, texts = metadata(sample) if meta is None else meta, dict[str, list[str]]()
     for name in captions or CAPTIONS:
@@ -89,12 +89,12 @@ def captions_of(
         members = ", ".join(sorted(name for name in sample if not name.startswith("__")))
         fields = f" and the .json fields {', '.join(sorted(meta)[:SHOWN])}" if meta else ""
         raise Skip("no_caption", f"none of {', '.join(captions or CAPTIONS)} among {members}{fields}: see data.captions")
-    spoken = {name: [text for text in values if text] for name, values in texts.items() if any(values)}
-    return dict(list(spoken.items() or texts.items())[: None if captions else 1])
+    not_blank = {name: [text for text in values if text] for name, values in texts.items() if any(values)}
+    return dict(list(not_blank.items() or texts.items())[: None if captions else 1])
 
 
 def texts_of(name: str, content: Any) -> list[str]:
-    """Return the texts of a member or field: one text, those of a list, or none if it is null or missing. Raises `Skip`."""
+    """Return the texts of a member or field. content: a text, a list of texts, or None. Raises `Skip`."""
     texts = [text for text in (content if isinstance(content, list) else [content]) if text is not None]
     if wrong := [type(text).__name__ for text in texts if not isinstance(text, str | bytes)]:
         raise Skip("no_caption", f"{name} holds {KINDS.get(wrong[0], 'a number')}, not text: name another in data.captions")
@@ -105,15 +105,15 @@ def texts_of(name: str, content: Any) -> list[str]:
 
 
 def caption_of(sample: Sample, captions: Mapping[str, float] | None = None) -> str:
-    """Return the first caption; raises `Skip`."""
+    """Return the first caption. Raises `Skip`."""
     return next(iter(captions_of(sample, captions).values()))[0]
 
 
 class CaptionChoice:
     """`(sample, rng) -> caption`: "" with probability `dropout`, else one of the sample's captions.
 
-    weights: of members or .json fields. One of the sample's fields is drawn by weight. None: the first of `CAPTIONS` with text.
-    One text of a list is drawn. Raises `Skip` for a sample without a caption, even if `dropout` drops it.
+    weights: the weights by which a member or .json field is drawn. None: the first of `CAPTIONS` with text. One text of a list
+    is drawn. Raises `Skip` for a sample without a caption, even if `dropout` drops it.
     """
 
     def __init__(self, dropout: float = 0.0, weights: Mapping[str, float] | None = None) -> None:

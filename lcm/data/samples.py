@@ -1,4 +1,4 @@
-"""Samples of a tar: members of one name, as webdataset groups them, and links among them."""
+"""Samples of a tar: members of one name, as webdataset groups them, and links between members."""
 
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ LITTER = {
     *("__macosx", ".appledouble", ".trashes", ".spotlight-v100", ".fseventsd"),
     *("@eadir", ".@__thumb", ".thumbnails", ".ipynb_checkpoints"),
 }
-# Files that users take for a shard, by their first bytes.
+# Messages for files that are no tar, by the first bytes.
 KINDS = {
     b"\x1f\x8b": "it is compressed (gzip): gunzip it first",
     b"BZh": "it is compressed (bzip2): bunzip2 it first",
@@ -75,34 +75,36 @@ class Sample(NamedTuple):
         return max(member.data + member.size for member in self.members.values())
 
 
-def samples(file: Bytes, needs: Sequence[str], tells: Sequence[str], window: int = WINDOW) -> Iterator[Sample]:
+def samples(file: Bytes, needs: Sequence[str], text_extensions: Sequence[str], window: int = WINDOW) -> Iterator[Sample]:
     """Yield the samples of a tar. The members of one key follow each other.
 
-    A key may come again, from two tars that were joined: a repeated extension begins another sample. needs, tells: a sample
-    must have one extension of each: a picture and a possible caption.
+    A key may come again in a tar that was joined from two: a repeated extension begins another sample. needs, text_extensions:
+    a complete sample has an extension of each: a picture and a caption.
     """
     for first, run in groupby(members(file, window), key=attrgetter("key")):
         group: list[Sample] = []
-        for key, parts in by_key(first, list(run), needs, tells).items():
+        for key, parts in by_key(first, list(run), needs, text_extensions).items():
             split: list[dict[str, Member]] = [{}]
             for extension, member in parts:
                 if extension in split[-1]:
                     split.append({})
                 split[-1][extension] = member
-            ambiguous = len(split) > 1 and not all(is_complete(part, needs, tells) for part in split)
+            ambiguous = len(split) > 1 and not all(is_complete(part, needs, text_extensions) for part in split)
             group += [Sample(key, part, ambiguous) for part in ([dict(parts)] if ambiguous else split)]
         yield from group if len(group) == 1 else sorted(group, key=attrgetter("start"))
 
 
-def by_key(first: str, run: list[Member], needs: Sequence[str], tells: Sequence[str]) -> dict[str, list[tuple[str, Member]]]:
-    """Group members with equal names up to the first dot by sample.
+def by_key(
+    first: str, run: list[Member], needs: Sequence[str], text_extensions: Sequence[str]
+) -> dict[str, list[tuple[str, Member]]]:
+    """Return the (extension, member) pairs of each sample by its key. run: members with equal names up to the first dot.
 
     The first dot ends the key, as in webdataset: `0.seg.png` belongs to sample `0`. If that gives no complete sample, the dot
     before the extension ends the key: `photo.001.jpg` and `photo.001.txt` are sample `photo.001`.
     """
     if not any("." in member.extension for member in run):
         return {first: [(member.extension.lower(), member) for member in run]}
-    ends = [f".{extension}" for extension in (*needs, *tells)]
+    ends = [f".{extension}" for extension in (*needs, *text_extensions)]
     held: dict[str, set[str]] = {}
     for member in run:
         name = f".{member.extension}"
@@ -112,12 +114,13 @@ def by_key(first: str, run: list[Member], needs: Sequence[str], tells: Sequence[
     whole = held.get("", set())
 
     def is_sample(extensions: set[str]) -> bool:  # the labels of `0.seg.png` in `0.seg.json` make it no sample
-        return extensions & set(tells) not in (set(), {"json"}) or extensions & set(tells) == whole & set(tells)
+        texts = extensions & set(text_extensions)
+        return texts not in (set(), {"json"}) or texts == whole & set(text_extensions)
 
     stems = {
         stem
         for stem, extensions in held.items()
-        if not whole or (is_complete(extensions, needs, tells) and is_sample(extensions))
+        if not whole or (is_complete(extensions, needs, text_extensions) and is_sample(extensions))
     }
     by_stem: dict[str, list[tuple[str, Member]]] = {}
     for member in run:
@@ -129,12 +132,12 @@ def by_key(first: str, run: list[Member], needs: Sequence[str], tells: Sequence[
     return by_stem
 
 
-def is_complete(extensions: Collection[str], needs: Sequence[str], tells: Sequence[str]) -> bool:
-    return any(extension in extensions for extension in needs) and any(name in extensions for name in tells)
+def is_complete(extensions: Collection[str], needs: Sequence[str], text_extensions: Sequence[str]) -> bool:
+    return any(extension in extensions for extension in needs) and any(name in extensions for name in text_extensions)
 
 
 class Links:
-    """The contents of a tar's members, links among them. The whole tar is scanned when the first link is followed."""
+    """The contents of a tar's members, also of links. The whole tar is scanned when the first link is followed."""
 
     def __init__(self, file: Bytes) -> None:
         self.file = file

@@ -29,19 +29,19 @@ from lcm.runtime.atomic_io import NO_HANDLES, TRANSIENT, digest, os_error
 from lcm.runtime.redaction import redacted
 
 log = logging.getLogger(__name__)
-TRIED = 8  # shards that may be dead before the first that is looked into
-HELD = 3  # shards of a lane: the present one and its neighbours
-OPEN_SHARDS = 256  # at most, for each process and source
-PAUSES = (0.1, 0.5, 2.0)  # seconds before a shard is opened again that the system could not open just then
+TRIED = 8  # shards that a check tries to read, until one is readable
+HELD = 3  # shards of a lane in memory: the current one, the one before and the one after
+OPEN_SHARDS = 256  # the most open shards of a source in a process
+PAUSES = (0.1, 0.5, 2.0)  # seconds before the next attempts to open a shard, after a temporary error of the system
 
 
 class Source:
-    """A list of shards. None is opened or counted before it is needed.
+    """A list of shards. A shard is opened and counted only when it is needed.
 
     urls: paths or URLs of tars. needs: every sample must have one of these extensions. captions: see `captions_of`; the filters
-    judge these captions. aspect: `picture's first bytes -> byte`, stored for each sample. cache: of remote shards; None keeps
-    them in memory. index: the folder of the shards' indexes; None uses a temporary one. option: the configuration key of the
-    shards, for messages.
+    judge these captions. aspect: `picture's first bytes -> code`, stored for each sample. cache: the cache of remote shards;
+    None keeps the shards in memory. index: the folder of the shards' indexes; None uses a temporary folder. option: the
+    configuration key of the shards, for messages.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class Source:
         self.folder, self.manifests = index_folder(index), Manifests()
         self.indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self.files: OrderedDict[int, tuple[LocalFile | Download, Links]] = OrderedDict()
-        self.empty: set[int] = set()  # shards that could not be had
-        # A quarter of the process' handles: a training and a validation read, and the rest of the program has files, too.
+        self.empty: set[int] = set()  # unreadable shards
+        # A quarter of the process' handles: training and validation have a source each, and the program opens other files.
         handles = os.sysconf("SC_OPEN_MAX")
         self.limit = max(1, min(OPEN_SHARDS, handles // 4)) if handles > 0 else OPEN_SHARDS
 
@@ -73,7 +73,7 @@ class Source:
         return {**vars(self), "indexes": OrderedDict(), "files": OrderedDict()}
 
     @classmethod
-    def of_option(cls, cfg: DictConfig, option: str, cache: ShardCache | None) -> "Source":
+    def from_option(cls, cfg: DictConfig, option: str, cache: ShardCache | None) -> "Source":
         """Return the shards of a program's option, such as `val_shards` of sample.py."""
         captions: Any = OmegaConf.to_container(cfg.captions) if cfg.captions else None
         return cls(expand_urls(cfg[option], option), captions=captions, cache=cache, option=option)
@@ -90,17 +90,18 @@ class Source:
         return self.rules.captions
 
     @cached_property
-    def how(self) -> list[Any]:
-        """Return the rules as plain values, for a digest."""
+    def rules_identity(self) -> list[Any]:
+        """Return the rules as plain values, for the key of an index."""
         rules = [VERSION, list(self.rules.needs), self.filters.signature() if self.rules.judge and self.filters else ""]
         return [*rules, sorted(self.captions) if self.captions else [], self.rules.aspect is not None]
 
     def stamps(self) -> list[str]:
-        """Return the identities of all shards."""
+        """Return the identity of each shard, see `stamp`."""
         return [stamp(url) for url in self.urls]
 
     def key(self, shard: int) -> str:
-        return digest([stamp(self.urls[shard]), self.how])
+        """Return the key of a shard's index."""
+        return digest([stamp(self.urls[shard]), self.rules_identity])
 
     def name(self, shard: int) -> str:
         """Return the shard's file name, without secrets."""
@@ -113,7 +114,7 @@ class Source:
     # Called by an order
 
     def usable(self, shard: int, count: int) -> tuple[int, bool]:
-        """Wait until `count` usable samples of the shard are known. Return the known number, and whether that is all.
+        """Wait until `count` usable samples of the shard are known. Return the known number, and whether all are known.
 
         An unreadable shard counts as empty. Raises UserError for a failure of the system.
         """
@@ -172,12 +173,12 @@ class Source:
     # Reading
 
     def read(self, shard: int, number: int) -> Sample:
-        """Return `{"__key__", "__url__", <extension>: bytes, ...}` of a usable sample. Raises Skip if it is gone."""
+        """Return `{"__key__", "__url__", <extension>: bytes, ...}` of a usable sample. Raises Skip if it cannot be read."""
         if shard in self.empty:
             raise Skip("shard", self.title(shard))
         try:
             return self._read(shard, number)
-        except OSError:  # a file server has lost the handle: once more with another
+        except OSError:  # a file server may lose a handle: open the shard once more
             self._close(shard)
             with skipping("shard", OSError):
                 return self._read(shard, number)
@@ -190,12 +191,12 @@ class Source:
         start, size = int(record["start"]), int(record["size"])
         file, links = self.retried(shard, lambda: self._file(shard))
         content = file.read(start, size)
-        needs, tells = self.rules.needs, self.rules.tells
-        for key, held, _ in samples(Memory(content), needs, tells, window=len(content)):
-            if all(member.offset for member in held.values()):
-                continue  # another sample's, between this one's members
+        needs, text_extensions = self.rules.needs, self.rules.text_extensions
+        for key, members, _ in samples(Memory(content), needs, text_extensions, window=len(content)):
+            if all(member.offset for member in members.values()):
+                continue  # a member of another sample lies between the members of this sample
             sample: Sample = {"__url__": str(file.path), "__key__": f"{key}@{start}" if record["repeated"] else key}
-            for extension, member in held.items():
+            for extension, member in members.items():
                 if member.link is None:
                     sample[extension] = content[member.data : member.data + member.size]
                 elif (linked := links.content(member)) is not None:
@@ -225,7 +226,7 @@ class Source:
         self.files.move_to_end(shard)
         return self.files[shard]
 
-    def whole(self, shard: int) -> str:
+    def local_path(self, shard: int) -> str:
         """Return the local path of a shard after its download. Raises OSError for an unreadable shard."""
         with contextlib.closing(self._open(shard)) as file:
             file.size()
@@ -253,7 +254,7 @@ class Source:
         return was_open
 
     def retried(self, shard: int, work: Callable[[], Any]) -> Any:
-        """Return `work()`. Temporary errors of the system, such as too many open files, are retried.
+        """Return `work()`, which is repeated after a temporary error of the system, such as too many open files.
 
         Raises OSError for an unreadable shard, UserError for a lasting failure of the system.
         """
@@ -306,18 +307,18 @@ class Source:
             return
         raise UserError(flaws[0] + f", nor can the {len(flaws) - 1} shards after it be read" * (len(flaws) > 1))
 
-    def blind_filters(self) -> list[str]:
-        """Return the filters without effect: none of the first samples has their fields."""
+    def unused_filters(self) -> list[str]:
+        """Return the filters without effect: no filter here has its field in one of the first samples."""
         if self.filters is None or self.filters.missing == "drop":
             return []
         described = []
         for sample in self.first_samples:
             with contextlib.suppress(Skip):
                 described.append((caption_of(sample, self.captions), metadata(sample)))
-        return self.filters.blind(described)
+        return self.filters.unused(described)
 
     def absent_captions(self) -> list[str]:
-        """Return the names in `captions` that none of the first samples has."""
+        """Return the names in `captions` that are in none of the first samples."""
         names = set(self.captions or ())
         for sample in self.first_samples if names else ():
             with contextlib.suppress(Skip):
@@ -325,7 +326,7 @@ class Source:
         return sorted(names)
 
     def gone(self) -> list[str]:
-        """Return local shards that a manifest lists but that do not exist."""
+        """Return local shards that are in a manifest but do not exist."""
         return self.manifests.gone(self.urls)
 
     def left_out(self) -> Counter[str]:

@@ -21,8 +21,8 @@ from lcm.data.source import Source
 
 log = logging.getLogger(__name__)
 PATIENCE = 256  # samples in a row that may fail to decode
-NAMED = 10  # skipped samples a worker names for each reason; all are counted
-ENOUGH = 1000  # samples seen before their share of skipped ones means something
+NAMED = 10  # skipped samples that a worker names for each reason; all are counted
+ENOUGH = 1000  # samples before the share of damaged samples is checked
 Decode = Callable[[Sample, random.Random], Sample]
 Collate = Callable[[list[Sample]], Sample]
 
@@ -33,7 +33,7 @@ def rng_of(seed: int | str, position: int) -> random.Random:
 
 
 class Stream(IterableDataset):
-    """Reading, decoding and counting of damaged samples, for trainings and passes.
+    """The base of `TrainStream` and `PassStream`: reads and decodes samples, and counts damaged ones.
 
     decode: `(sample, rng) -> dict`; raises Skip on a damaged sample. collate: `list -> dict`.
     """
@@ -56,9 +56,9 @@ class Stream(IterableDataset):
     def decoded(
         self, members: Sequence[tuple[int, SampleRef]], skipped: Counter[str], seed: int | str | None = None
     ) -> list[Sample]:
-        """Return the samples that decode. Count the others by reason, and log the first of each reason.
+        """Return the decoded samples. Samples that fail are counted in `skipped` by reason, and the first are logged.
 
-        seed: replaces the stream's seed of random choices.
+        members: (position, sample). seed: the seed of random choices; None: the stream's seed.
         """
         seed = self.seed if seed is None else seed
         good: list[Sample] = []
@@ -125,10 +125,10 @@ class TrainStream(Stream):
 
 
 class PassStream(Stream):
-    """One ordered, complete pass over a source. A batch has the samples of it that decode, and may be smaller.
+    """One ordered, complete pass over a source. A batch leaves out samples that do not decode, so it may be smaller.
 
-    by_shard: no batch crosses the end of a shard, and each holds "shard", its number. Random choices then depend on the shard's
-    name and the place in it, whatever the other shards are.
+    by_shard: no batch crosses the end of a shard, and each batch holds the number of its "shard". Random choices then depend on
+    the shard's name and the place of a sample in the shard only.
     """
 
     def __init__(self, source: Source, *, shapes: Sequence[Shape] = (), by_shard: bool = False, **options: Any) -> None:
@@ -155,7 +155,7 @@ class PassStream(Stream):
                 yield {**packed, "shard": batch[0].shard} if self.by_shard else packed
 
     def _rank_slice(self, members: list[tuple[int, SampleRef]]) -> list[tuple[int, SampleRef]]:
-        """Return every world_size-th sample. A rank without a sample repeats one, so that no rank waits for it."""
+        """Return every world_size-th sample. A rank without a sample repeats one: all ranks have equally many batches."""
         return members[self.rank :: self.world_size] or members[self.rank % len(members) :][:1]
 
     def _stand_in(self, members: list[tuple[int, SampleRef]]) -> list[Sample]:

@@ -11,8 +11,8 @@ from typing import NamedTuple, Protocol
 
 BLOCK = 512  # bytes of a header, and the unit of a tar
 WINDOW = 4096  # bytes that a scan reads at once: the headers and texts of a sample, but not its picture
-MAX_BYTES = 64 * 2**20  # of a sample: no image that is trained on comes near it
-LARGEST = 2**50  # bytes of a member: a header that claims more is damaged
+MAX_BYTES = 64 * 2**20  # the most bytes of a sample
+LARGEST = 2**50  # the most bytes of a member: a header that claims more is damaged
 FILES, LINKS, EXTENDED = b"0\0", b"12", b"xgLK"  # type flags of headers
 
 
@@ -58,7 +58,10 @@ class Memory:
 
 
 class Member(NamedTuple):
-    """A file or link in a tar. offset: of its first header; data: of its content; link: the name of a link's target."""
+    """A file or link in a tar.
+
+    offset: the offset of its first header. data: the offset of its content. link: the name of a link's target.
+    """
 
     name: str
     offset: int
@@ -89,10 +92,10 @@ def headers(file: Bytes, window: int = WINDOW) -> Iterator[Member]:
         block = buffer[offset - buffered : offset - buffered + BLOCK]
         if len(block) < BLOCK:
             return
-        if (info := parsed(block)) is None:
-            offset, name, link, extended = offset + BLOCK, "", "", False  # a long name is of the damaged member
+        if (info := parse_header(block)) is None:
+            offset, name, link, extended = offset + BLOCK, "", "", False  # a long name belongs to the damaged member
             continue
-        own_name, size, kind, own_link = info
+        short_name, size, kind, short_link = info
         data = offset + BLOCK
         if not extended:
             start = offset
@@ -100,20 +103,20 @@ def headers(file: Bytes, window: int = WINDOW) -> Iterator[Member]:
         if extended:
             offset = data + -(-size // BLOCK) * BLOCK
             if kind != b"g" and size <= MAX_BYTES:
-                long_name, long_link = extension_of(file.read(data, size), kind)
+                long_name, long_link = parse_extended_header(file.read(data, size), kind)
                 name, link = long_name or name, long_link or link
             continue
         if kind in FILES:
-            yield Member((name or own_name).lstrip("/"), start, data, size)
+            yield Member((name or short_name).lstrip("/"), start, data, size)
             offset = data + -(-size // BLOCK) * BLOCK
         else:
             if kind in LINKS:
-                yield Member((name or own_name).lstrip("/"), start, data, 0, link or own_link, kind == b"2")
+                yield Member((name or short_name).lstrip("/"), start, data, 0, link or short_link, kind == b"2")
             offset = data
         name = link = ""
 
 
-def parsed(block: bytes) -> tuple[str, int, bytes, str] | None:
+def parse_header(block: bytes) -> tuple[str, int, bytes, str] | None:
     """Return (name, size, type flag, link) of a header; None for a damaged or empty one."""
     try:
         total = int(block[148:156].strip(b" \0") or b"-1", 8)
@@ -140,8 +143,8 @@ def text(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
-def extension_of(content: bytes, kind: bytes) -> tuple[str, str]:
-    """Return the (name, link) in an extended header, for the member after it."""
+def parse_extended_header(content: bytes, kind: bytes) -> tuple[str, str]:
+    """Return the (name, link) in an extended header, which belong to the next member."""
     if kind == b"L":
         return text(content.rstrip(b"\0")), ""
     if kind == b"K":

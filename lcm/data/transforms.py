@@ -17,18 +17,12 @@ from lcm.data.tar import MAX_BYTES
 from lcm.data.urls import IMAGES, first_of
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit, at which it only warns: a 17 kB file can ask for gigabytes
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "BMP",
-)  # crawlers store these; others, such as PostScript, run a program
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # other formats, such as PostScript, run a program
 ORIENTATION = 0x0112
 SCAN, END = b"\xff\xda", b"\xff\xd9"  # markers of a JPEG
 FILLER = random.Random(0).randbytes(512).replace(b"\xff", b"\xfe")
-SPARED = 8  # bytes
-# How to turn a picture that is stored in an EXIF orientation upright.
+SPARED = 8  # bytes at the end of a complete scan, at least one of which is needed
+# The transposition that turns a picture upright, by EXIF orientation.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -41,7 +35,7 @@ UPRIGHT = {
 TURNED = (5, 6, 7, 8)  # orientations in which width and height are exchanged
 
 
-def opened(content: bytes) -> Image.Image:
+def open_image(content: bytes) -> Image.Image:
     """Open an image without decoding its pixels. Raises `Skip` if it is broken, too large or too small."""
     if len(content) > MAX_BYTES:
         raise Skip("bytes", f"{len(content)} are more than {MAX_BYTES}")
@@ -55,43 +49,45 @@ def opened(content: bytes) -> Image.Image:
     if min(image.size) < 2:
         raise Skip("tiny", f"{image.width} x {image.height} pixels")
     with skipping("image", OSError):
-        whole = ended(content) if image.format == "JPEG" else content
+        whole = with_end_marker(content) if image.format == "JPEG" else content
     return image if whole is content else Image.open(io.BytesIO(whole), formats=("JPEG",))
 
 
-def ended(content: bytes) -> bytes:
+def with_end_marker(content: bytes) -> bytes:
     """Return a JPEG with its end marker. Raises OSError for a cut JPEG.
 
-    A scan that ends at the end of the file is complete: appended bytes change no pixel, and its last bytes are needed.
-    The scan of a cut JPEG continues into the appended bytes, after a restart marker if it stops at one.
+    The scan of a complete JPEG ends at the end of the file: appended bytes change no pixel, and its last bytes are needed.
+    The scan of a cut JPEG continues into appended bytes, after a restart marker if it stops at a restart marker.
     """
     if content.endswith(END) or content.rfind(END) > (scan := content.rfind(SCAN)):
         return content
-    body = content.rstrip(b"\0")  # with which an unfinished download may be filled up
+    body = content.rstrip(b"\0")  # zeros may fill up an unfinished download
     if body.endswith(b"\xff"):
         body = body[:-1] if len(body) == len(content) else body + b"\0"
     restarts = [marker[1] for marker in re.findall(rb"\xff[\xd0-\xd7]", body[scan:])]
     more = FILLER + bytes([0xFF, 0xD0 + (restarts[-1] + 1) % 8 if restarts else 0xD0]) + FILLER + END
-    whole = decoded(body + END)
-    if whole is None or decoded(body + more) != whole or decoded(body[:-SPARED] + more) == whole:
+    whole = decode_jpeg(body + END)
+    if whole is None or decode_jpeg(body + more) != whole or decode_jpeg(body[:-SPARED] + more) == whole:
         raise OSError("image file is truncated: its scan ends early")
     return body + END
 
 
-def decoded(content: bytes) -> bytes | None:
+def decode_jpeg(content: bytes) -> bytes | None:
+    """Return the pixels of a JPEG, or None if it does not decode."""
     with suppress(Exception):  # a decoder may raise anything for a broken file
         return Image.open(io.BytesIO(content), formats=("JPEG",)).tobytes()
     return None
 
 
 def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 if it is missing or damaged."""
     try:
         return image.getexif().get(ORIENTATION, 1)
     except Exception:  # the picture is sound all the same
         return 1
 
 
-def rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Convert to RGB with 8 bits per channel, as img2dataset and browsers do. Transparency becomes white."""
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
@@ -102,7 +98,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def is_sideways(image: Image.Image) -> bool:
-    """Return whether EXIF rotates the image by 90 degrees. Reads only its first bytes: Pillow would decode a whole PNG."""
+    """Return whether EXIF rotates the image by 90 degrees. No pixels are read: Pillow's `getexif` would decode a whole PNG."""
     return (image.format != "PNG" or "exif" in image.info) and orientation(image) in TURNED
 
 
@@ -111,7 +107,7 @@ def picture_of(sample: Sample) -> Image.Image:
     name = first_of(sample, IMAGES)
     if name is None:
         raise Skip("no_image", f"only {', '.join(key for key in sample if not key.startswith('__'))}")
-    return opened(sample[name])
+    return open_image(sample[name])
 
 
 def stored_size(start: bytes) -> tuple[int, int] | None:
@@ -123,9 +119,10 @@ def stored_size(start: bytes) -> tuple[int, int] | None:
 
 
 class Cropped(NamedTuple):
-    """image: RGB. stored: upright (height, width) before scaling. turned: EXIF exchanged height and width.
+    """A cropped RGB image.
 
-    crop: (top, left) of the image in the resized (and mirrored) picture.
+    stored: upright (height, width) of the picture before scaling. turned: whether EXIF exchanged height and width. crop:
+    (top, left) of the image in the resized (and mirrored) picture.
     """
 
     image: Image.Image
@@ -134,7 +131,9 @@ class Cropped(NamedTuple):
     crop: tuple[int, int]
 
 
-def cropped(image: Image.Image, shape: tuple[int, int], *, random_crop: bool, flip: bool, rng: random.Random) -> Cropped:
+def crop_and_resize(
+    image: Image.Image, shape: tuple[int, int], *, random_crop: bool, flip: bool, rng: random.Random
+) -> Cropped:
     """Convert to upright RGB, crop to the proportions of `shape` (height, width), resize (antialiased) and mirror.
 
     flip: mirror with p = 0.5. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, if `shape` fits. libjpeg then skips the
@@ -148,14 +147,14 @@ def cropped(image: Image.Image, shape: tuple[int, int], *, random_crop: bool, fl
     turned = kind in TURNED
     width, height = reversed(stored) if turned else stored
     high, wide = shape
-    # The whole width or the whole height of the picture is used, and it is resized by new / old.
+    # The crop has the whole width or the whole height of the picture. It is resized by new / old.
     new, old = (wide, width) if width * high <= height * wide else (high, height)
     used = (wide * old / new, high * old / new)
     left, top = int(width - used[0]) // 2, int(height - used[1]) // 2
     if random_crop:
         left, top = rng.randint(0, int(width - used[0])), rng.randint(0, int(height - used[1]))
-    # Crop before the rotation: it is less work, and a scaled JPEG's last row or column may stand for less than a pixel. Crop
-    # and resize in one call: a very thin image would otherwise become a huge one.
+    # Cropping before the rotation is less work, and a scaled JPEG's last row or column may stand for less than a pixel.
+    # Cropping and resizing are one call, because a resized very thin image would be huge.
     x: float
     y: float
     lying, x, y = (used[::-1], top, left) if turned else (used, left, top)
@@ -163,7 +162,7 @@ def cropped(image: Image.Image, shape: tuple[int, int], *, random_crop: bool, fl
     y = stored[1] - lying[1] - y if kind in (3, 4, 6, 7) else y
     right, bottom = min((x + lying[0]) * scale, image.width), min((y + lying[1]) * scale, image.height)
     size = shape if turned else shape[::-1]
-    image = rgb(image).resize(size, Image.Resampling.BICUBIC, box=(x * scale, y * scale, right, bottom), reducing_gap=2.0)
+    image = to_rgb(image).resize(size, Image.Resampling.BICUBIC, box=(x * scale, y * scale, right, bottom), reducing_gap=2.0)
     if kind in UPRIGHT:
         image = image.transpose(UPRIGHT[kind])
     crop = top * new // old, left * new // old
@@ -173,7 +172,7 @@ def cropped(image: Image.Image, shape: tuple[int, int], *, random_crop: bool, fl
 
 
 def original_size(meta: Mapping[str, Any], picture: Cropped) -> tuple[int, int]:
-    """Return (height, width) of the published picture, from img2dataset's metadata, else of the stored one."""
+    """Return (height, width) of the published picture, from img2dataset's metadata, else of the stored picture."""
     height, width = number(meta, "original_height"), number(meta, "original_width")
     if height is None or width is None or not 1 <= min(height, width) <= max(height, width) < 2**31:
         return picture.stored
@@ -186,8 +185,8 @@ class Decode:
     H, W: the sample's "__shape__" in a bucket, else both `resolution`.
     caption_dropout, captions: see `CaptionChoice`.
     original_size: upright (height, width) of the published picture. crop: (top, left) of x in the resized picture.
-    Both and x's own size are SDXL's micro-conditioning (arXiv:2307.01952, 2.2). As in diffusers' SDXL scripts the picture is
-    first mirrored, then cropped: `left` is counted in the mirrored one.
+    original_size, crop and the size of x are SDXL's micro-conditioning (2307.01952, section 2.2). As in diffusers' SDXL scripts
+    the picture is first mirrored, then cropped: `left` is counted in the mirrored picture.
     The rng of a sample makes all random choices. Raises `Skip` for an unusable sample.
     """
 
@@ -208,7 +207,7 @@ class Decode:
     def __call__(self, sample: Sample, rng: random.Random) -> dict[str, Any]:
         image, shape = picture_of(sample), sample.get("__shape__", (self.resolution, self.resolution))
         with skipping("image", Exception):  # a decoder may raise anything for a broken file
-            picture = cropped(image, shape, random_crop=self.random_crop, flip=self.flip, rng=rng)
+            picture = crop_and_resize(image, shape, random_crop=self.random_crop, flip=self.flip, rng=rng)
         return {
             "x": torch.from_numpy(np.asarray(picture.image).transpose(2, 0, 1).copy()),
             "caption": self.choose(sample, rng),

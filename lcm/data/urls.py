@@ -21,8 +21,8 @@ SCHEMES = ("", "file", "http", "https", "s3", "gs", "hf")
 def expand_urls(shards: str | Sequence[str], option: str = "data.shards", *, allow_pipe: bool = False) -> list[str]:
     """Return shard paths or URLs from globs, `{000..123}` braces and list files (`@shards.txt`, one per line).
 
-    Local ones must exist. allow_pipe: also `pipe:<command that prints a shard>`, but never from a list file, which may be
-    untrusted.
+    allow_pipe: also allow `pipe:<command that prints a shard>`, but never from a list file, which may be untrusted. Raises
+    UserError for local shards that do not exist.
     """
     urls: list[str] = []
     for pattern in [shards] if isinstance(shards, str) else shards:
@@ -42,7 +42,7 @@ def expand_urls(shards: str | Sequence[str], option: str = "data.shards", *, all
 
 
 def expand_braces(pattern: str, option: str) -> Iterator[str]:
-    """Expand braces. `{00000}` is one shard."""
+    """Yield the patterns without braces. `{00000}` is one shard. Raises UserError for braces that do not close."""
     try:
         for url in braceexpand(pattern):
             single = "{" in url and scheme_of(url) != "pipe" and (is_remote(url) or not os.path.exists(url))
@@ -61,12 +61,12 @@ def local_files(url: str, option: str) -> list[str]:
         braces = "; ranges in braces are written {000..123}, choices {a,b}" if "{" in url else ""
         raise UserError(f"no shards match {url!r}: point {option} at webdataset .tar files (globs and braces work){braces}")
     if all(map(os.path.isdir, files)):
-        raise UserError(f"{option}: {files[0]} is a folder{way_from(files[0], option)}")
+        raise UserError(f"{option}: {files[0]} is a folder{folder_advice(files[0], option)}")
     return files
 
 
-def way_from(folder: str, option: str) -> str:
-    """Return advice for a folder given as shards, by its content and one level below."""
+def folder_advice(folder: str, option: str) -> str:
+    """Return the end of a message for a folder instead of shards, by its content and the content of its subfolders."""
     escaped = glob.escape(folder.rstrip("/"))
     pattern = f"{escaped}/*.tar"
     if not glob.glob(pattern):
@@ -85,6 +85,7 @@ def way_from(folder: str, option: str) -> str:
 
 
 def list_file(path: str, option: str) -> list[str]:
+    """Return the lines of a list file, without comments. Raises UserError."""
     try:
         return [line for line in lines_of(path) if not line.startswith("#")]
     except (OSError, UnicodeError) as error:
@@ -93,6 +94,7 @@ def list_file(path: str, option: str) -> list[str]:
 
 
 def scheme_of(url: str) -> str:
+    """Return the scheme of a URL in lower case, "" for a path."""
     head, colon, _ = url.partition(":")
     return head.lower() if colon and "/" not in head else ""
 
@@ -102,8 +104,10 @@ def is_remote(url: str) -> bool:
 
 
 def local(url: str) -> str:
+    """Return the path of a local URL."""
     return url[len("file://") :] if url.startswith("file://") else url
 
 
 def first_of(sample: Mapping[str, Any], extensions: Sequence[str]) -> str | None:
+    """Return the first of the extensions that the sample has, or None."""
     return next((extension for extension in extensions if extension in sample), None)

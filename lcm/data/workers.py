@@ -1,4 +1,4 @@
-"""The worker processes of a loader, and the message when one dies or hangs."""
+"""The worker processes of a loader, and the messages for a worker that dies or hangs."""
 
 import errno
 import multiprocessing
@@ -58,11 +58,11 @@ class Loader(DataLoader):
                 return
             except (UserError, ConnectionError, EOFError) as error:
                 kill(multiprocessing.active_children())
-                # It tells workers to end, at the iterator's own: one may have been killed with the lock of the former.
+                # The iterator sets this event when it ends. A killed worker may have left the lock of the old event closed.
                 batches._workers_done_event = threading.Event()  # type: ignore[attr-defined]
                 if isinstance(error, UserError) or "in DataLoader worker process" in str(error):
                     raise
-                raise UserError(DIED) from error  # with a batch half handed over
+                raise UserError(DIED) from error  # the worker died during the transfer of a batch
             yield batch
 
 
@@ -94,7 +94,7 @@ def kill(workers: list[Any]) -> None:
 def init_worker(worker: int) -> None:
     """Set up a loader worker: one thread, and signals of the main process only."""
     signals.leave_to_parent()
-    take_left_out()  # a fork inherits the counts of the parent's scans, which are not this worker's to report
+    take_left_out()  # a fork inherits the counts of its parent's scans, which the parent reports
     torch.set_num_threads(1)
     sys.setswitchinterval(5e-4)  # so that a scan in a thread does not hold up decoding
     random.seed(worker)
@@ -102,6 +102,8 @@ def init_worker(worker: int) -> None:
 
 @contextmanager
 def alarm(seconds: float) -> Iterator[None]:
+    """Raise UserError in the main thread if the context takes longer than this."""
+
     def ring(*args: Any) -> None:
         raise UserError(
             f"no data came for {seconds:g} seconds: a worker, or the storage under data.shards, hangs (+data.timeout=<seconds> "

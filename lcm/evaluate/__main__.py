@@ -123,7 +123,7 @@ def open_reference(
         return read_statistics(path, network.num_features)
     if isinstance(path, str) and Path(path).is_dir():
         return PictureSource(path, option="reference")
-    return Source.of_option(cfg, "reference" if path else "shards", cache)
+    return Source.from_option(cfg, "reference" if path else "shards", cache)
 
 
 def check_teacher(cfg: DictConfig, metrics: Mapping[str, TableMetric]) -> None:

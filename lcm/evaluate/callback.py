@@ -88,7 +88,7 @@ class Evaluation(L.Callback):
         networks = [metric for metric in self.metrics.values() if isinstance(metric, Score)]
         self.extract = Extractor(self.backbone, self.fid_backbone, resolution=resolution, scores=networks).to(module.device)
         self.leave_out_rewards(model.metadata.get("rewards", []))
-        source = data.reader(self.shards, "callbacks.evaluation.shards")
+        source = data.make_source(self.shards, "callbacks.evaluation.shards")
         captions = read_captions(source, self.samples)
         if not captions:
             raise UserError(f"{self.shards} hold no captions: give others with callbacks.evaluation.shards")

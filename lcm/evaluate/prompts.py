@@ -28,7 +28,7 @@ def make_prompts(cfg: DictConfig, cache: Any) -> tuple[list[str], int]:
     if is_coco:
         prompts = read_coco(cfg.prompts, cfg.prompts_seed or 0)
     else:
-        prompts = read_prompts(cfg.prompts, lambda: read_captions(Source.of_option(cfg, "shards", cache), needed))
+        prompts = read_prompts(cfg.prompts, lambda: read_captions(Source.from_option(cfg, "shards", cache), needed))
     if not prompts:
         raise UserError(f"there are no captions in prompts={cfg.prompts} (shards={cfg.shards}): give others")
     if cfg.per_prompt is not None and len(prompts) < needed:

@@ -13,7 +13,7 @@ import webdataset as wds
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from lcm.data.index import Named
+from lcm.data.index import LeftOutLog
 from lcm.data.order import Order
 from lcm.data.sample_fields import Sample
 from lcm.data.source import Source
@@ -52,8 +52,8 @@ def pairs(shard: int, count: int) -> list[dict[str, Any]]:
 @pytest.fixture(autouse=True)
 def name_all_damage(monkeypatch: pytest.MonkeyPatch) -> None:
     """Count anew how many damaged samples the log named, which a process does once."""
-    monkeypatch.setattr("lcm.data.index.named", Named())
-    monkeypatch.setattr("lcm.data.folder.named", Named())
+    monkeypatch.setattr("lcm.data.index.left_out_log", LeftOutLog())
+    monkeypatch.setattr("lcm.data.folder.left_out_log", LeftOutLog())
 
 
 @pytest.fixture(scope="session")

@@ -423,7 +423,7 @@ def test_download_is_checked_against_the_manifest(plain: Server, tmp_path: Path)
     (tmp_path / "www/manifest.json").write_text(json.dumps(entry(tmp_path / "www/0.tar")))
     plain.answers["0.tar"] = [flipped, whole]
     source = Source([f"{plain.url}/{n}.tar" for n in (0, 1)], cache=cache(tmp_path), filters=Filters())
-    assert Path(source.whole(0)).read_bytes() == (tmp_path / "www/0.tar").read_bytes()
+    assert Path(source.local_path(0)).read_bytes() == (tmp_path / "www/0.tar").read_bytes()
     assert counts(source) == [8, 8]
 
 

@@ -51,7 +51,7 @@ def test_captions_are_read_by_name(tmp_path: Path, members: Members, captions: A
     assert [source.notes(0).samples for source in data.train_sources] == [8]
     for loader in (data.train_dataloader(), data.val_dataloader()):
         assert next(iter(loader))["captions"] == [text] * 8
-    source = data.reader(url, "callbacks.evaluation.shards")
+    source = data.make_source(url, "callbacks.evaluation.shards")
     assert read_captions(source) == [text] * 8
     assert next(read_images(source, resolution=8))["captions"] == [text] * 8
 

@@ -374,7 +374,7 @@ def test_other_errors_are_not_a_workers() -> None:
 def test_messages_name_the_option_of_the_shards(shards: Path, tmp_path: Path) -> None:
     latents = write_tar(tmp_path / "0.tar", [("0.latent.npy", b""), ("0.txt", b"a cat")])
     with pytest.raises(UserError, match=r"0\.tar holds latents, not pictures: set callbacks\.evaluation\.shards to shards of"):
-        datamodule(shards).reader(latents, "callbacks.evaluation.shards").check()
+        datamodule(shards).make_source(latents, "callbacks.evaluation.shards").check()
     with pytest.raises(UserError, match=r"no shards match .*: point data\.sources at"):
         ShardDataModule(sources=[{"urls": f"{tmp_path}/none.tar", "weight": 1}]).setup()
 

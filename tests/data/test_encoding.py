@@ -15,7 +15,7 @@ import webdataset as wds
 from lcm.core.batch import LatentBatch
 from lcm.core.errors import UserError
 from lcm.data.datamodule import ShardDataModule
-from lcm.data.encoding import Encoder, Variants, gathered
+from lcm.data.encoding import Encoder, Variants, collate_variants
 from lcm.data.latents import DRAWN, POSTERIOR, TEXTS, DecodeLatents, stamp
 from lcm.data.source import Source
 from lcm.data.stream import PassStream
@@ -70,7 +70,7 @@ def encoded(urls: list[str], folder: Path, encoder: Encoder, decode: Variants, d
     """Encode shards into a folder under their names, as `python -m lcm.encode` does."""
     source = Source(urls)
     options = {"batch_size": data.val_batch_size, "seed": data.seed, "by_shard": True}
-    stream = PassStream(source, decode=decode, collate=gathered, **options)
+    stream = PassStream(source, decode=decode, collate=collate_variants, **options)
     with torch.inference_mode():
         encode_shards(source, [folder / source.name(shard) for shard in range(len(urls))], stream, encoder, data)
 

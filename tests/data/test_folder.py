@@ -82,7 +82,7 @@ def test_table_holds_captions_and_metadata(tmp_path: Path, write: Any) -> None:
     source.check()
     assert captions(source) == {"a": "a cat, red", "c": "zwei\nZeilen é", "sub/own/d": "its own table"}
     assert source.notes(0) == (3, {"aesthetic": 1}, 0)
-    assert source.blind_filters() == []
+    assert source.unused_filters() == []
 
 
 def test_table_joins_files_beside_pictures(tmp_path: Path) -> None:

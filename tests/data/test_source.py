@@ -96,11 +96,11 @@ def test_filters_and_captions_that_no_sample_has_are_named(tmp_path: Path) -> No
     shard = write_shard(tmp_path / "a.tar", [members, {**members, "__key__": "1", "json": b"{"}])
     source = Source([shard], captions={"txt": 1, "long": 1, "blip": 1}, filters=Filters(max_watermark=0.5, min_side=64))
     source.check()
-    assert sorted(source.blind_filters()) == ["max_unsafe", "min_side"]
+    assert sorted(source.unused_filters()) == ["max_unsafe", "min_side"]
     assert source.absent_captions() == ["blip"]
     strict = Source([shard], filters=Filters(min_side=64, missing="drop"))
     strict.check()
-    assert strict.blind_filters() == strict.absent_captions() == []
+    assert strict.unused_filters() == strict.absent_captions() == []
 
 
 def test_check_reads_no_pictures_and_one_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

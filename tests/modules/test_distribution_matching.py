@@ -107,7 +107,7 @@ def test_each_loss_has_gradients_of_its_own_adapters(training: Make, batch: Late
     module.fake.configure(1)
     module.fake.learn(lambda: objective.score_loss(nets.fake, batch, draws, sample.detach()))
     of_fake = trained()
-    loss, _ = objective.distances(objective.matched(nets, batch, draws, sample))
+    loss, _ = objective.distances(objective.pair_with_target(nets, batch, draws, sample))
     loss.backward()
     of_student = trained()
     assert of_fake | of_student == set(module.state_dict())

@@ -12,7 +12,7 @@ from lcm.core import sampling
 from lcm.core.errors import UserError
 from lcm.core.random import ImageNoise, generator
 from lcm.data.datamodule import ShardDataModule
-from lcm.data.encoding import Encoder, Variants, gathered
+from lcm.data.encoding import Encoder, Variants, collate_variants
 from lcm.data.latents import stamp
 from lcm.data.source import Source
 from lcm.data.stream import PassStream
@@ -160,7 +160,7 @@ def test_latent_shards_equal_image_shards(codec: LatentCodec, tmp_path: Path) ->
     with torch.inference_mode():
         encoder, decode = Encoder(codec, 0, False, True), Variants(Decode(32), 1, False)
         source = Source([f"{tmp_path}/0.tar"])
-        stream = PassStream(source, decode=decode, collate=gathered, batch_size=64, by_shard=True)
+        stream = PassStream(source, decode=decode, collate=collate_variants, batch_size=64, by_shard=True)
         encode_shards(source, [tmp_path / "latents/0.tar"], stream, encoder, images)
     shard = f"{tmp_path}/latents/0.tar"
     latents = ShardDataModule(shard, codec=codec, resolution=32, num_workers=0, batch_size=3, shuffle=0, latents=True)
