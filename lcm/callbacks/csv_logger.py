@@ -1,4 +1,4 @@
-"""Metrics in one CSV file. A restart appends to it; Lightning's CSVLogger deletes the file of an earlier start."""
+"""Metrics in one CSV file. A restart appends to the file. Lightning's CSVLogger would delete it."""
 
 import csv
 import io

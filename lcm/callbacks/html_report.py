@@ -13,7 +13,7 @@ from lcm.runtime.environment import command_line
 class HTMLReport(L.Callback):
     """Write `folder/report.html` at the end, also of an interrupted run: curves, image grids, configuration and environment.
 
-    Curves come from `folder/metrics.csv` (`logger=csv`), image grids from `folder/samples`. A resumed run writes it anew.
+    Curves come from `folder/metrics.csv` (`logger=csv`), image grids from `folder/samples`. A resumed run replaces the report.
     """
 
     def __init__(self, folder: str) -> None:

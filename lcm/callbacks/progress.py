@@ -18,7 +18,7 @@ class Progress(ProgressBar):
         self.bar: tqdm | None = None
 
     def disable(self) -> None:
-        """Do nothing: Lightning disables the bars of other ranks, which have none here."""
+        """Do nothing: Lightning disables the bars of ranks above 0, which have no bar here."""
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         if trainer.is_global_zero:

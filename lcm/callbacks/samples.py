@@ -20,8 +20,8 @@ class ImageGrid(L.Callback):
     """Draw `prompts` at each of `steps` every `every_n_steps` optimizer steps, at the start and at the end.
 
     Write each grid to `folder/step-000100.png` and to every logger that takes images. At the end `folder/history.png` shows the
-    largest step count of all grids side by side. Pictures have the size of the training. If a picture is not finite, the grid
-    is skipped with a warning. w: guidance weight.
+    pictures of the last of `steps` from all grids side by side. Pictures have the size of the training. If a picture is not
+    finite, the grid is skipped with a warning. w: guidance weight.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class ImageGrid(L.Callback):
             grid(columns_to_rows(list(self.history.values())), self.prompts, labels).save(self.folder / "history.png")
 
     def draw(self, trainer: L.Trainer, module: Any) -> None:
+        """Draw, save and log a grid, at most once for a step."""
         step = trainer.global_step
         if step == self.last or not (trainer.is_global_zero or module.device_mesh is not None):
             return  # all ranks run a sharded network together

@@ -19,9 +19,9 @@ class Throughput(TrainingLength):
     - `perf/images_per_sec`: images per second of all devices together.
     - `perf/tflops`: TFLOP/s of one device. It counts the matmuls, convolutions and attention of the algorithm, but not
       recomputed activations.
-    - `perf/mfu`: `perf/tflops` as a share of `peak_tflops`. If that is None, a matmul of `matmul_size` in the precision of the
-      training is measured at the start. matmul_size: by default 2048 on a CPU, 8192 on a GPU.
-    - `perf/data_wait`: the share of the time between two steps, for reading and, on a CPU, encoding.
+    - `perf/mfu`: `perf/tflops` as a share of `peak_tflops`. Its default is the rate of a matmul of `matmul_size`, measured at
+      the start in the precision of the training. matmul_size: by default 2048 on a CPU, 8192 on a GPU.
+    - `perf/data_wait`: the share of the time in which no step runs: for reading and, on a CPU, encoding.
 
     No measurement synchronises the device during training.
     """
@@ -70,7 +70,7 @@ class Throughput(TrainingLength):
 
 @contextmanager
 def not_timed(trainer: L.Trainer) -> Iterator[None]:
-    """Leave the time of the context out of a training's rates and length. Otherwise it would count as waiting for data."""
+    """Leave the time of the context out of a training's rates and length. It would count as time that waits for data."""
     started = time.perf_counter()
     yield
     for callback in trainer.callbacks if trainer.training else ():  # type: ignore[attr-defined]

@@ -36,14 +36,15 @@ def ignore_errors() -> Iterator[None]:
 
 
 class WandbLogger(LightningWandbLogger):
-    """Lightning's logger over the images seen, which also works without the service: it then logs to disk.
+    """Lightning's logger, with the images seen as the axis of the curves.
 
-    It goes offline if the service does not answer within `settings.init_timeout` seconds. A SIGTERM from SLURM also ends the
-    process of wandb. Later metrics are not logged there, while the training finishes its step and saves.
+    If the service does not answer within `settings.init_timeout` seconds, the run is logged to disk. A SIGTERM from SLURM also
+    ends the process of wandb. The training then finishes its step and saves, but logs nothing more to wandb.
 
-    - Alerts: a non-finite value or a skipped step of the training, data waits above `data_wait_alert`, and an error's end.
-    - Artifact `model-<run id>`: pipeline folders, by alias `last` and `best`. `log_model` turns it off.
-    - settings: of wandb, such as `finish_timeout`: seconds to wait for the service at the end.
+    - Alerts: a non-finite value or a skipped step of the training, data waits above `data_wait_alert`, and an error that ends
+      the training.
+    - Artifact `model-<run id>`: pipeline folders, by alias `last` and `best`. `log_model=false` turns it off.
+    - settings: settings of wandb, such as `finish_timeout`, the seconds to wait for the service at the end.
     """
 
     def __init__(
@@ -62,17 +63,17 @@ class WandbLogger(LightningWandbLogger):
         super().__init__(**{name: value for name, value in texts.items() if value is not None}, **kwargs)
         self._wandb_init.pop("anonymous")  # Lightning's; wandb warns of it
         self.log_model, self.data_wait_alert = log_model, data_wait_alert
-        self.images_seen: Count = 0  # the data module counts
+        self.images_seen: Count = 0  # set by the data module
         self.skipped = 0.0
         self.table: Any = None
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         with ignore_errors():
             super().log_metrics({**metrics, IMAGES_SEEN: self.images_seen}, step)
-            self.alert_of(metrics, step)
+            self.send_alerts(metrics, step)
 
     @rank_zero_only
-    def alert_of(self, metrics: Mapping[str, Any], step: int | None) -> None:
+    def send_alerts(self, metrics: Mapping[str, Any], step: int | None) -> None:
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         bad = [name for name, value in numbers.items() if not math.isfinite(value)]
         skipped = numbers.get("train/skipped_steps", self.skipped)
@@ -117,7 +118,7 @@ class WandbLogger(LightningWandbLogger):
         super().log_metrics({name: value, IMAGES_SEEN: self.images_seen}, step)
 
     def log_folder(self, folder: str | Path, alias: str, *, wait: bool = False) -> None:
-        """Log a pipeline folder as a version of the model's artifact. wait: until it is uploaded."""
+        """Log a pipeline folder as a version of the model's artifact. wait: wait for the end of the upload."""
         import wandb
 
         with ignore_errors():
@@ -176,7 +177,7 @@ class WandbLogger(LightningWandbLogger):
 
 
 def log_model(loggers: Sequence[Any], folder: str | Path, alias: str) -> None:
-    """Log a pipeline folder to each wandb logger that takes models. Call it on rank 0."""
+    """Log a pipeline folder to each wandb logger that logs models. Call it on rank 0."""
     for logger in model_loggers(loggers):
         logger.log_folder(folder, alias, wait=alias == "last")
 

@@ -1,7 +1,8 @@
 """Compare models by FID, KID, CMMD and CLIP score: `python -m lcm.evaluate entries.LCM.pipeline=<folder>`.
 
-Features of drawn images are cached in chunks, one file each, named by a digest of everything they depend on. Several processes
-share the chunks and coordinate through these files only. A restart and another choice of metrics draw only missing chunks.
+The features of drawn images are cached in chunks. Each chunk is a file, whose name is a digest of everything that the features
+depend on. Several processes share the chunks and coordinate through these files only. A restart, or another choice of metrics,
+draws only missing chunks.
 """
 
 from types import GenericAlias
@@ -56,7 +57,7 @@ from lcm.data.folder import PictureSource
 from lcm.data.source import Source
 from lcm.evaluate import report
 from lcm.evaluate.clip import ClipBackbone
-from lcm.evaluate.features import Extractor, joined, read_statistics, untrained
+from lcm.evaluate.features import Extractor, joined, read_statistics, without_rewards
 from lcm.evaluate.inception import InceptionBackbone
 from lcm.evaluate.jobs import GRID_IMAGES, Chunk, Job, choose_resolution, load_models, make_jobs
 from lcm.evaluate.metrics import Features, TableMetric, scores
@@ -93,20 +94,20 @@ def wait(chunks: Sequence[Chunk], patience: float) -> None:
                 )
 
 
-def load(job: Job, chunks: Sequence[Chunk], different: int) -> tuple[Features, Tensor]:
-    """Return the features of a job's images, and its images for the grid. different: the prompts before they repeat."""
+def load(job: Job, chunks: Sequence[Chunk], distinct: int) -> tuple[Features, Tensor]:
+    """Return the features of a job's images, and its images for the grid. distinct: the number of prompts before repetition."""
     parts = [load_file(chunk.file) for chunk in chunks if chunk.job is job]
     images = torch.cat([part.pop("images") for part in parts if "images" in part])
     features = joined(parts)
-    return {**features, "prompt": torch.arange(len(features["clip"])) % different}, images
+    return {**features, "prompt": torch.arange(len(features["clip"])) % distinct}, images
 
 
 def open_reference(
     cfg: DictConfig, metrics: Mapping[str, TableMetric], network: ClipBackbone | InceptionBackbone, cache: Any
 ) -> Source | Features | None:
-    """Return the real images, or their statistics. Return None if no metric compares with them. Raise UserError.
+    """Return the real images, or their statistics; None if no metric compares with real images. Raise UserError.
 
-    network: the one of FID.
+    network: the network of FID.
     """
     compared = {name: metric for name, metric in metrics.items() if metric.against == "real"}
     path = cfg.reference
@@ -136,6 +137,7 @@ def check_teacher(cfg: DictConfig, metrics: Mapping[str, TableMetric]) -> None:
 
 
 def check(cfg: DictConfig) -> None:
+    """Raise UserError for settings that measure nothing, and for a reference that does not exist."""
     if not cfg.get("metrics"):
         raise UserError("metrics=[] measures nothing: choose metrics of conf/metrics, as in metrics=[fid,clip_score]")
     if cfg.samples < 2 or cfg.grid_rows > GRID_IMAGES:
@@ -163,6 +165,7 @@ def warnings(extract: Extractor, samples: int, real: int | None, jobs: Sequence[
 
 
 def rewards_of(job: Job) -> list[dict[str, Any]]:
+    """Return the rewards that trainings of the job's model raised."""
     return job.model.metadata.get("rewards", [])
 
 
@@ -173,10 +176,10 @@ def evaluate(cfg: DictConfig) -> None:
     folder, device = output_folder(cfg.output), pick_device(cfg.device, cfg.local_rank)
     cfg.device = device
     output_folder(cfg.features, "features")
-    prompts, different = make_prompts(cfg, cache)
+    prompts, distinct = make_prompts(cfg, cache)
     metrics, backbone, fid_backbone = build(cfg.metrics), build(cfg.backbone), build(cfg.get("fid_backbone"))
     check_teacher(cfg, metrics)
-    if different == cfg.samples and (names := [name for name, metric in metrics.items() if metric.against == "prompt"]):
+    if distinct == cfg.samples and (names := [name for name, metric in metrics.items() if metric.against == "prompt"]):
         raise UserError(f"metrics={names} compare images of one prompt, and each prompt has one: set per_prompt=4, for example")
     reference = open_reference(cfg, metrics, fid_backbone or backbone, cache)
     models = load_models(cfg, device)
@@ -188,14 +191,14 @@ def evaluate(cfg: DictConfig) -> None:
     teacher = next((job for job in jobs if job.option == "teacher"), None)
     if cfg.rank:
         return draw(chunks[cfg.rank :: cfg.world_size], extract, cfg.batch_size, quiet=True)
-    sha256 = sha256_of(prompts[:different])
-    (folder / "prompts.txt").write_text(as_lines(prompts[:different]))
-    log.info("SHA-256 of the %d prompts: %s", different, sha256)
+    sha256 = sha256_of(prompts[:distinct])
+    (folder / "prompts.txt").write_text(as_lines(prompts[:distinct]))
+    log.info("SHA-256 of the %d prompts: %s", distinct, sha256)
     real = extract.reference(reference, cfg.reference_cache) if isinstance(reference, Source) else reference
     sentences = warnings(extract, cfg.samples, len(real["clip"]) if real and "clip" in real else None, jobs)
     for name in dict.fromkeys(job.name for job in jobs):
-        shown = [untrained(metrics, extract, rewards_of(job)) for job in jobs if job.name == name]
-        for title in dict.fromkeys(metric.title for each in shown for key, metric in metrics.items() if key not in each):
+        kept = [without_rewards(metrics, extract, rewards_of(job)) for job in jobs if job.name == name]
+        for title in dict.fromkeys(metric.title for some in kept for key, metric in metrics.items() if key not in some):
             sentences.append(f"{title} of {name} is left out: a training raised this score as its reward.")
             log.warning(sentences[-1])
     draw(chunks[:: cfg.world_size], extract, cfg.batch_size, quiet=False)
@@ -203,18 +206,18 @@ def evaluate(cfg: DictConfig) -> None:
     rows, columns = [], []
     references = {} if real is None else {"real": real}
     if teacher is not None:
-        references["teacher"] = load(teacher, chunks, different)[0]
+        references["teacher"] = load(teacher, chunks, distinct)[0]
     timed = {name: metric for name, metric in metrics.items() if metric.against == "time"}
     for job in jobs:
         if job is not teacher:
-            features, images = load(job, chunks, different)
+            features, images = load(job, chunks, distinct)
             columns.append(resized(images[: cfg.grid_rows], cfg.resolution))
             judges = {name: metric for name, metric in metrics.items() if name not in timed}
-            judges = untrained(judges, extract, rewards_of(job))
+            judges = without_rewards(judges, extract, rewards_of(job))
             values = scores(features, references, judges, device)
             values |= {name: metric.measure(job, prompts[0]) for name, metric in timed.items()}
             rows.append({"name": job.name, "steps": job.steps, "w": job.w, **{name: values.get(name) for name in metrics}})
-    note = report.note(cfg, extract, metrics, real=real, different=different, sha256=sha256, warnings=sentences)
+    note = report.note(cfg, extract, metrics, real=real, distinct=distinct, sha256=sha256, warnings=sentences)
     metadata = {job.name: job.model.metadata for job in jobs}
     trainings = [row for name, content in metadata.items() if (row := report.training(name, content))]
     report.write(folder, rows, note, columns, prompts, cfg, metrics, trainings, build_all(cfg.get("logger")), sha256)

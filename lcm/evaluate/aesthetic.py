@@ -14,7 +14,7 @@ from lcm.models.loading import check_finite, check_header, weight_files
 
 
 def linear_head(features: int) -> nn.Sequential:
-    """Return the head of the aesthetic score and of ImageReward: linear layers, between which trainings have dropouts."""
+    """Return the head of the aesthetic score and of ImageReward. The names of its layers leave out the training's dropouts."""
     places, sizes = (0, 2, 4, 6, 7), (features, 1024, 128, 64, 16, 1)
     layers = (nn.Linear(inputs, outputs) for inputs, outputs in pairwise(sizes))
     return nn.Sequential(OrderedDict(zip(map(str, places), layers, strict=True)))
@@ -23,7 +23,7 @@ def linear_head(features: int) -> nn.Sequential:
 class AestheticScorer(nn.Module):
     """Images -> scores `[B]`, about 1 to 10. The head has five linear layers and no activation functions.
 
-    head: the weights by name, as `layers.0.weight` in christophschuhmann/improved-aesthetic-predictor, with or without prefix.
+    head: the weights by name, as in christophschuhmann/improved-aesthetic-predictor: `layers.0.weight`, or `0.weight`.
     """
 
     def __init__(self, backbone: ClipBackbone, head: dict[str, Tensor], *, name: str) -> None:
@@ -48,7 +48,7 @@ class AestheticScorer(nn.Module):
 
 
 def pretrained_aesthetic(model: str, head: str, *, antialias: bool = True) -> AestheticScorer:
-    """Load a CLIP and a head, each from a folder or by hub id; the head also from a .safetensors file. Raises UserError."""
+    """Load a CLIP and a head, each from a folder or by hub id. The head may be a .safetensors file. Raises UserError."""
     path = Path(head).expanduser()
     if path.suffix in (".pth", ".pt", ".bin") or (not path.exists() and (len(head.split("/")) != 2 or path.suffix)):
         raise UserError(

@@ -18,7 +18,7 @@ from lcm.core.errors import NonFiniteError, UserError
 from lcm.core.numbers import Count, Limit, Seed
 from lcm.data.captions import read_captions
 from lcm.evaluate.clip import ClipBackbone
-from lcm.evaluate.features import Extractor, joined, untrained
+from lcm.evaluate.features import Extractor, joined, without_rewards
 from lcm.evaluate.inception import InceptionBackbone
 from lcm.evaluate.metrics import FeatureMetric, Features, Score, scores
 from lcm.models.text_to_image import TextToImage
@@ -30,11 +30,11 @@ log = logging.getLogger(__name__)
 class Evaluation(L.Callback):
     """Draw `samples` captions of `shards` at each of `steps`, every `every_n_steps` optimizer steps and at the end.
 
-    Logs `val/<metric>_<steps>_steps` for the averaged network, and with `_raw` appended for the trained network if it has an
-    average. The real images are those of `shards`, filtered and cached as the training data is. Non-finite images cause a
-    warning and no metric. A score that a training raised as its reward is left out. The cost is `samples` x the sum of `steps`
-    network calls, twice that for a guided teacher and twice that with an average, divided among the ranks. The backbones are
-    not part of the module or its checkpoints.
+    Logs `val/<metric>_<steps>_steps` for the averaged network. If there is an average, the trained network has the same names
+    with `_raw` appended. The real images are those of `shards`, filtered and cached as the training data is. Non-finite images
+    cause a warning and no metric. A score that a training raised as its reward is left out. The cost is `samples` x the sum of
+    `steps` network calls, divided among the ranks. It doubles for a guided teacher, and again with an average. The backbones
+    are not part of the module or its checkpoints.
 
     resolution: pixels per side at which images are drawn and compared; None: the size of the training. keep_best: a logged
     name, such as `val/fid_4_steps`, whose best checkpoint is saved as `folder`/best.ckpt.
@@ -98,7 +98,7 @@ class Evaluation(L.Callback):
 
     def leave_out_rewards(self, rewards: list[dict[str, Any]]) -> None:
         """Leave out the scores that a training raises. Raises UserError if `keep_best` is one of them."""
-        kept = untrained(self.metrics, self.extract, rewards)
+        kept = without_rewards(self.metrics, self.extract, rewards)
         left_out = {name: metric for name, metric in self.metrics.items() if name not in kept}
         for name, metric in left_out.items():
             if self.keep_best in {f"val/{name}_{n}_steps" for n in self.steps}:
@@ -118,6 +118,7 @@ class Evaluation(L.Callback):
         self.evaluate(trainer, module)
 
     def evaluate(self, trainer: L.Trainer, module: Any) -> None:
+        """Draw, measure and log, at most once for a step. Save the best checkpoint."""
         if trainer.global_step == self.last_step or not self.metrics:
             return
         self.last_step = trainer.global_step
@@ -161,7 +162,7 @@ class Evaluation(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = state_dict.get("history", {})
-        if state_dict.get("metric") == self.keep_best:  # values of other metrics do not compare
+        if state_dict.get("metric") == self.keep_best:  # the best value of another metric means nothing here
             self.best = state_dict["best"]
 
     def features(self, trainer: L.Trainer, model: TextToImage, steps: int) -> Features | None:

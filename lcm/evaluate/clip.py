@@ -21,8 +21,8 @@ HALF = (0.5, 0.5, 0.5)  # the mini CLIP
 class ClipBackbone(nn.Module):
     """A CLIP with its preprocessing: uint8 images `[B, 3, H, W]` -> float32 image embeddings `[B, D]`.
 
-    name: its name in the table's note. mean, std: normalise pixels in [0, 1]. antialias: resize to the size of the image tower
-    by antialiased bicubic interpolation, else by plain bilinear interpolation, as older scores do.
+    name: the name of the CLIP in the table's note. mean, std: normalise pixels in [0, 1]. antialias: resize to the size of the
+    image tower by antialiased bicubic interpolation, else by plain bilinear interpolation, as older scores do.
     """
 
     mean: Tensor
@@ -42,16 +42,16 @@ class ClipBackbone(nn.Module):
         return self.embed(resized(images, self.size, antialias=self.antialias).float() / 255)
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """Return the embeddings of images in [0, 1] that have the size of the image tower."""
+        """Return the embeddings `[B, D]` of images in [0, 1] that have the size of the image tower."""
         x = (pixels - self.mean) / self.std
         return self.clip.get_image_features(x.to(self.clip.dtype)).pooler_output.float()
 
     def score(self, pixels: Tensor, captions: list[str]) -> Tensor:
-        """Return the cosine `[B]` of images, as `embed` takes them, and their captions."""
+        """Return the cosine `[B]` of images and their captions. pixels: see `embed`."""
         return F.cosine_similarity(self.embed(pixels), self.text(captions))
 
     def text(self, captions: list[str]) -> Tensor:
-        """Return float32 text embeddings `[B, D]`. Captions are cut to the length of the text tower. EOS is kept."""
+        """Return float32 text embeddings `[B, D]`. Captions are cut to the length of the text tower, and end with EOS."""
         length = self.clip.config.text_config.max_position_embeddings
         tokens = self.tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         return self.clip.get_text_features(**tokens.to(self.mean.device)).pooler_output.float()
@@ -83,7 +83,7 @@ def pretrained_clip(model: str, *, antialias: bool = True) -> ClipBackbone:
 
 
 def local_folder(model: str, missing: str) -> Path:
-    """Return a folder, or the download of a hub id. Raises UserError with the sentence `missing` for another name."""
+    """Return a folder, or the download of a hub id. missing: the message of the UserError for any other name."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder

@@ -10,7 +10,7 @@ from torchmetrics.utilities import dim_zero_cat
 class Diversity(Metric):
     """The mean cosine distance between the features of two images of one prompt.
 
-    It is the mean over the pairs of a prompt, and then over the prompts with several images.
+    The mean is over the pairs of a prompt, then over the prompts with several images.
     """
 
     full_state_update = False

@@ -26,7 +26,10 @@ from lcm.runtime.atomic_io import digest, whole_file, writable
 
 
 class Extractor:
-    """The backbones `clip` and `fid`, and the networks of `scores`. fid: None: `clip` also computes the `fid` features."""
+    """Computes the features of images by the backbones `clip` and `fid`, and the values of `scores`.
+
+    fid: None: the features of `clip` take the place of `fid`. resolution: the pixels per side at which backbones see images.
+    """
 
     def __init__(
         self,
@@ -44,13 +47,13 @@ class Extractor:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Return everything that features of drawn images depend on besides the images."""
+        """Return everything that the features of drawn images depend on, except the images."""
         scorers = {title: [network.name, self.scorer_weights[title]] for title, network in self.scorers.items()}
         return self.reference_identity | ({"scorers": scorers} if scorers else {})
 
     @property
     def reference_identity(self) -> dict[str, Any]:
-        """Return everything that features of real images depend on besides the images."""
+        """Return everything that the features of real images depend on, except the images."""
         return {"weights": self.weights, "backbones": self.names, "resolution": self.resolution}
 
     def to(self, device: torch.device | str) -> "Extractor":
@@ -63,7 +66,7 @@ class Extractor:
     def __call__(self, images: Tensor, captions: list[str]) -> Features:
         """Return float32 features on the CPU for uint8 images `[B, 3, H, W]`, resized to `resolution`, and B captions.
 
-        Scores are those of the images before this resize. Raise NonFiniteError.
+        Scores are computed from the images before this resize. Raise NonFiniteError.
         """
         images, values = images.to(self.clip.mean.device), {}
         for title, network in self.scorers.items():
@@ -73,7 +76,7 @@ class Extractor:
 
     @torch.no_grad()
     def features(self, images: Tensor, captions: list[str]) -> Features:
-        """Return the features without scores."""
+        """Return the features of `__call__` without scores."""
         images = resized(images.to(self.clip.mean.device), self.resolution)
         features = {"clip": self.clip(images), "text": self.clip.text(captions)}
         if self.fid is not None:
@@ -106,10 +109,10 @@ class Extractor:
         return load_file(file)
 
 
-def untrained(metrics: Mapping[str, Any], extract: Extractor, rewards: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the metrics without those that a training of the model raised: they say nothing about it.
+def without_rewards(metrics: Mapping[str, Any], extract: Extractor, rewards: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the metrics, except those that a training of the model raised: such a metric says nothing about the model.
 
-    metrics: `TableMetric` by name. rewards: of the model's `lcm.json`.
+    metrics: `TableMetric` by name. rewards: the rewards in the model's `lcm.json`.
     """
     trained = [reward["weights"] for reward in rewards]
 
@@ -124,7 +127,7 @@ def untrained(metrics: Mapping[str, Any], extract: Extractor, rewards: Iterable[
 def read_statistics(file: str, dimensions: int) -> Features:
     """Return {"mu": [D], "sigma": [D, D]} in float64 of a .npz file, as pytorch-fid and clean-fid write it. Raises UserError.
 
-    dimensions: D, the features of the network that compares with them.
+    dimensions: D, the number of features of the network of FID.
     """
     try:
         with np.load(Path(file).expanduser(), allow_pickle=False) as content:
@@ -146,6 +149,7 @@ def read_statistics(file: str, dimensions: int) -> Features:
 
 
 def joined(parts: Sequence[Features]) -> Features:
+    """Return the concatenation of features. Without parts, `clip` is empty."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {"clip": torch.empty(0)}
 
 

@@ -14,7 +14,7 @@ from lcm.evaluate.clip import MEAN, STD, local_folder
 from lcm.models.loading import check_finite, check_header, load_tokenizer, weight_files
 
 SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072  # of the published model's raw scores
-TOKENS = 35  # to which captions are cut
+TOKENS = 35  # the length to which captions are cut
 HEAD_WIDTH = 64  # of the attention heads of all BLIPs
 CONVERT = "convert ImageReward.pt as docs/evaluation.md says"
 # Names of BLIP's vision transformer, and those of transformers. The text encoder has the same names in both.
@@ -33,7 +33,8 @@ VISION_NAMES = {
 class ImageRewardScorer(nn.Module):
     """Images and captions -> scores `[B]`, about -2 to 2.
 
-    weights: by their names in `ImageReward.pt` of THUDM/ImageReward. They give the sizes of the networks. tokenizer: BERT's.
+    weights: the tensors by their names in `ImageReward.pt` of THUDM/ImageReward. Their shapes give the sizes of the networks.
+    tokenizer: the tokenizer of BERT.
     """
 
     mean: Tensor
@@ -66,6 +67,7 @@ class ImageRewardScorer(nn.Module):
 
 
 def part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the weights whose names start with the prefix, in float32 and without the prefix."""
     return {name.removeprefix(prefix): value.float() for name, value in weights.items() if name.startswith(prefix)}
 
 
@@ -111,7 +113,7 @@ def layers(weights: dict[str, Tensor], prefix: str) -> int:
 
 
 def load(network: nn.Module, weights: dict[str, Tensor], name: str) -> None:
-    """Copy weights into a network, and ignore further ones. Raises UserError for a missing weight or another shape."""
+    """Copy weights into a network, and ignore surplus weights. Raises UserError for a missing weight or another shape."""
     check_finite(name, weights)
     for key, parameter in network.state_dict().items():
         if key not in weights or weights[key].shape != parameter.shape:

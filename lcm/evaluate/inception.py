@@ -25,7 +25,7 @@ class InceptionBackbone(nn.Module):
 
 
 def check(weights: str) -> None:
-    """Raise UserError without torch-fidelity, or for a file of more than tensors, which torch-fidelity would unpickle."""
+    """Raise UserError without torch-fidelity, and for a file that holds more than tensors: torch-fidelity unpickles it."""
     try:
         import torch_fidelity  # noqa: F401
     except ImportError:

@@ -94,13 +94,13 @@ class Chunk:
 
 
 def named_entries(cfg: DictConfig) -> dict[str, Any]:
-    """Return the rows of the table and the teacher of metrics `against: teacher`, by the configuration's keys."""
+    """Return the entries of the table and the teacher of metrics `against: teacher`, by the configuration's keys."""
     entries = {f"entries.{name}": entry for name, entry in cfg.entries.items()}
     return entries if cfg.get("teacher") is None else {**entries, "teacher": cfg.teacher}
 
 
 def load_models(cfg: DictConfig, device: str) -> dict[str, TextToImage]:
-    """Return the models by path. Replace `last` in the entries by its path."""
+    """Return the models by path. Replace `last` in the entries by the path of the model."""
     models: dict[str, TextToImage] = {}
     for entry in named_entries(cfg).values():
         path = entry.pipeline = find_pipeline(entry.pipeline, cfg.paths.runs)
@@ -143,7 +143,7 @@ def choose_size(option: str, entry: Any, model: TextToImage, resolution: int, dr
 def make_jobs(cfg: DictConfig, models: dict[str, TextToImage], extract: Extractor) -> list[Job]:
     """Return the jobs of `named_entries`. Raise UserError for a job that its model or sampler does not support.
 
-    The teacher has seeds of its own: images of equal seeds are paired, which would lower its distance to the rows.
+    The teacher's seeds differ from those of the entries: images of equal seeds are similar, which would lower the distance.
     """
     identities = {path: model.identity() for path, model in models.items()}
     jobs = []
@@ -181,4 +181,5 @@ def make_sampler(option: str, sampler: Any) -> Sampler | None:
 
 
 def listed(values: Any) -> list[Any]:
+    """Return a list of the values, or of the single value."""
     return list(values) if OmegaConf.is_list(values) else [values]

@@ -19,7 +19,7 @@ ROWS = 2048  # rows of a kernel matrix in memory at a time
 class KID(KernelInceptionDistance):
     """Kernel distance (1801.01401): the unbiased MMD^2 with k(a, b) = (a b / D + 1)^3 over all pairs.
 
-    torchmetrics takes the mean over random subsets of equal size. It estimates the same value with more noise and a seed.
+    torchmetrics takes the mean over random subsets. Its estimate has the same expectation, but more noise, and needs a seed.
     """
 
     def __init__(self, *, sync_on_compute: bool = True) -> None:
@@ -35,7 +35,7 @@ class KID(KernelInceptionDistance):
 class CMMD(FeatureSets):
     """CMMD (2401.09603): MMD^2 of unit embeddings with k(a, b) = exp(-|a - b|^2 / (2 sigma^2)), sigma = 10.
 
-    As in the authors' code, the pairs (x, x) count: the biased estimate.
+    The estimate is biased, as in the authors' code: the pairs (x, x) count.
     """
 
     def compute(self) -> Tensor:

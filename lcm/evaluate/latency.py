@@ -11,9 +11,9 @@ from lcm.evaluate.jobs import Job
 
 @dataclass(frozen=True)
 class Latency:
-    """The seconds from prompt to picture, divided by the images of a batch: text encoder, network and decoder.
+    """The seconds per image from prompt to picture: text encoder, network and decoder.
 
-    It is the median of `repeats` batches after one that is not counted.
+    The value is the median of `repeats` batches of `batch_size` images, after a batch as warm-up.
     """
 
     title: str
@@ -23,6 +23,8 @@ class Latency:
     against: Literal["time"] = "time"
 
     def measure(self, job: Job, prompt: str) -> float:
+        """Return the seconds per image of a job."""
+
         def batch() -> float:
             start = time.perf_counter()
             [images] = job.model.images(prompts, seeds, batch_size=self.batch_size, **job.options)

@@ -13,8 +13,8 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lcm.core.errors import NonFiniteError, UserError
 
-# float32: "clip" and "text" [N, D]; "fid" [N, F] if FID has a network of its own; a score's title: [N]. "prompt": int64 [N],
-# equal for images of one prompt. A statistics file has "mu" [F] and "sigma" [F, F] instead.
+# float32: "clip" and "text" [N, D]; "fid" [N, F] if FID has another network than "clip"; the title of a score: [N]. "prompt":
+# int64 [N], equal for images of one prompt. A statistics file has "mu" [F] and "sigma" [F, F] instead.
 Features = dict[str, Tensor]
 
 
@@ -35,9 +35,10 @@ class TableMetric(Protocol):
 class FeatureMetric:
     """A metric of features.
 
-    metric: builds the `Metric`. Against real images or a teacher's images it is updated by `update(features, real=True)` and
-    `update(features, real=False)`, against captions by `update(image_embeddings, text_embeddings)`, each `[N, D]` in float64.
-    Against `prompt`, images of one prompt are compared with each other: `update(features, prompts)`, prompts int64 `[N]`.
+    metric: builds the `Metric`, whose `update` gets features `[N, D]` in float64.
+    against: "real" and "teacher" compare two sets of images, by `update(features, real=True)` and `update(features,
+        real=False)`. "captions" compares by `update(image_embeddings, text_embeddings)`. "prompt" compares images of one prompt
+        with each other, by `update(features, prompts)` with int64 prompts `[N]`.
     features: the network, `fid` or `clip`. scale: the factor of the reported value.
     """
 
@@ -54,11 +55,11 @@ class FeatureMetric:
 
     @property
     def takes_statistics(self) -> bool:
-        """Whether a mean and a covariance can take the place of the real images."""
+        """Return whether a mean and a covariance can take the place of the real images."""
         return self.against == "real" and hasattr(getattr(self.metric, "func", self.metric), "update_statistics")
 
     def __call__(self, drawn: Features, reference: Features, device: str = "cpu") -> float:
-        """Return the reported value for the features of the drawn images and of those they are compared with."""
+        """Return the reported value. drawn, reference: the features of the drawn images and of the real or teacher's images."""
 
         def of_network(features: Features) -> Tensor:
             return features[self.features if self.features in features else "clip"].to(device).double()
@@ -86,7 +87,7 @@ class Score:
     """The mean of a score that a network gives to each drawn image, such as PickScore.
 
     network: has `score(pixels, captions)`, `[B, 3, S, S]` in [0, 1] and B captions -> `[B]`, and `name`, `size` and `antialias`
-    as `ClipBackbone` has. It sees images at the size at which they are drawn. scale: the factor of the reported value.
+    as `ClipBackbone` has. Images are resized from their drawn size to `size`. scale: the factor of the reported value.
     """
 
     title: str
@@ -102,9 +103,9 @@ class Score:
 def scores(
     drawn: Features, references: Mapping[str, Features], metrics: Mapping[str, FeatureMetric | Score], device: str = "cpu"
 ) -> dict[str, float]:
-    """Return `{name: value}`. Apple's GPUs have no float64: there the CPU computes. Raise NonFiniteError.
+    """Return the value of each metric by name. Raise NonFiniteError. Apple's GPUs have no float64, so the CPU replaces them.
 
-    references: features of the images that the metrics compare with, `real` and `teacher`.
+    references: the features of the images that the metrics compare with, by "real" and "teacher".
     """
     for features in (drawn, *references.values()):
         finite(features)
@@ -138,7 +139,7 @@ class FID(FrechetInceptionDistance):
 
     def update_statistics(self, mu: Tensor, sigma: Tensor) -> None:
         """Take the mean `[D]` and the unbiased covariance `[D, D]` of the real images in place of their features."""
-        count = 2  # sums of any number of images give the same mean and covariance
+        count = 2  # any number of images gives the same mean and covariance
         self.real_features_num_samples += count
         self.real_features_sum += count * mu
         self.real_features_cov_sum += (count - 1) * sigma + count * mu.outer(mu)

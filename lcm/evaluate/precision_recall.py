@@ -35,7 +35,10 @@ class Recall(FeatureSets):
 
 
 def share_inside(x: Tensor, manifold: Tensor, k: int) -> Tensor:
-    """Return the share of the rows of `x` in a ball around any row of `manifold`. A ball reaches to the k-th neighbour."""
+    """Return the share of the rows of `x` that lie in a ball around a row of `manifold`. A ball reaches to the k-th neighbour.
+
+    Raises UserError if `manifold` has k rows or fewer.
+    """
     if len(manifold) <= k:
         raise UserError(f"precision and recall with k={k} neighbours need at least {k + 1} images, got {len(manifold)}")
     distances = (torch.cdist(rows, manifold) for rows in manifold.split(ROWS))

@@ -16,8 +16,8 @@ from lcm.data.source import Source
 def make_prompts(cfg: DictConfig, cache: Any) -> tuple[list[str], int]:
     """Return `samples` prompts, repeated if there are fewer, and the number of prompts before repetition.
 
-    With `per_prompt`, each prompt has so many images. Raise UserError for too few prompts, and for prompts whose SHA-256 is not
-    `prompts_sha256`.
+    `per_prompt` is the number of images of each prompt. Raise UserError for too few prompts, and for prompts whose SHA-256 is
+    not `prompts_sha256`.
     """
     is_coco = isinstance(cfg.prompts, str) and cfg.prompts.lower().endswith(".json")
     if cfg.prompts_seed is not None and not is_coco:
@@ -46,7 +46,7 @@ def make_prompts(cfg: DictConfig, cache: Any) -> tuple[list[str], int]:
 
 
 def sha256_of(prompts: list[str]) -> str:
-    """Return the SHA-256 of the prompts in UTF-8, each ended by a newline: that of the file prompts.txt."""
+    """Return the SHA-256 of the file prompts.txt: the prompts in UTF-8, each ended by a newline."""
     return hashlib.sha256(as_lines(prompts).encode()).hexdigest()
 
 
@@ -55,11 +55,11 @@ def as_lines(prompts: list[str]) -> str:
 
 
 def read_coco(file: str, seed: int) -> list[str]:
-    """Return one caption of each image of COCO's `captions_*.json`, in an order that the seed decides.
+    """Return one caption of each image of COCO's `captions_*.json`, in an order that depends on the seed. Raise UserError.
 
-    Images are sorted by the SHA-256 of "<seed>/<image id>". An image's caption is the one with the smallest SHA-256 of
-    "<seed>/<annotation id>". White space is reduced to single blanks. The order does not depend on the file's, nor on a version
-    of Python or numpy. Raise UserError.
+    Images are sorted by the SHA-256 of "<seed>/<image id>". The caption of an image has the smallest SHA-256 of
+    "<seed>/<annotation id>". White space is reduced to single blanks. The result does not depend on the order in the file, nor
+    on a version of Python or numpy.
     """
 
     def rank(number: int) -> bytes:

@@ -42,8 +42,8 @@ def write(
 ) -> None:
     """Write all files.
 
-    columns: the images of the grid, uint8 `[grid_rows, 3, H, W]` per row of the table. trainings: the length of each student's
-    training, see `training`. sha256: of the prompts.
+    columns: the images of the grid, uint8 `[grid_rows, 3, H, W]` per row of the table. trainings: the lengths of the trainings,
+    see `training`. sha256: the digest of the prompts.
     """
     text = table(rows, metrics, f"{markdown(trainings)}{note}", cfg.w)
     (folder / "table.md").write_text(text)
@@ -87,7 +87,7 @@ def write(
 
 
 def label(row: Row, w: Any) -> str:
-    """Return a row's name, with its w if that differs from the w of the table."""
+    """Return a row's name, with the row's w if it differs from the w of the table."""
     return row["name"] if row["w"] == w else f"{row['name']}, w = {row['w']:g}"
 
 
@@ -102,7 +102,7 @@ def table(rows: Sequence[Row], metrics: Metrics, note: str, w: Any = None) -> st
         heads += [f"{metrics[name].title}, {n}" for name in others for n in steps]
         lines += ["| | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
         for line in dict.fromkeys(line for line, _ in cells):
-            values = [shown(cells.get((line, n), {}).get(name)) for name in (first, *others) for n in steps]
+            values = [cell_text(cells.get((line, n), {}).get(name)) for name in (first, *others) for n in steps]
             lines.append(f"| {line} | " + " | ".join(values) + " |")
         lines.append("")
     return "\n".join([*lines, note, ""])
@@ -117,15 +117,15 @@ def training(name: str, metadata: Mapping[str, Any]) -> Row | None:
 
 
 def markdown(trainings: Sequence[Row]) -> str:
-    """Return the table of the trainings, or nothing if there is none."""
+    """Return the table of the trainings, "" without trainings."""
     if not trainings:
         return ""
     lines = [list(trainings[0]), ["---"] * len(trainings[0]), *([*row.values()] for row in trainings)]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n\n"
 
 
-def shown(value: float | None) -> str:
-    """Return a cell of the table. None: there is no row, or its model was trained to raise this metric."""
+def cell_text(value: float | None) -> str:
+    """Return a cell of the table. None: the row is missing, or its model was trained to raise this metric."""
     if value is None:
         return ""
     return f"{value:.2g}" if 0 < abs(value) < 0.1 else f"{value:.2f}"
@@ -137,18 +137,18 @@ def note(
     metrics: Metrics,
     *,
     real: Features | None,
-    different: int,
+    distinct: int,
     sha256: str,
     warnings: Sequence[str],
 ) -> str:
-    """Return everything a reader needs to repeat the numbers, in sentences.
+    """Return everything that a reader needs to repeat the numbers, in sentences.
 
-    different: the number of different prompts. sha256: their digest. real: features or statistics of real images.
+    distinct: the number of different prompts. sha256: the digest of the prompts. real: features or statistics of real images.
     """
     suite = f", {cfg.suite.title}" if cfg.prompts == "val" else ""
     prompts = cfg.shards if cfg.prompts == "val" else cfg.prompts if isinstance(cfg.prompts, str) else "prompts"
     protocol = f"Protocol: {cfg.protocol_title}. " if cfg.protocol_title else ""
-    repeated = "" if different == cfg.samples else f" of {different} captions, repeated with other seeds"
+    repeated = "" if distinct == cfg.samples else f" of {distinct} captions, repeated with other seeds"
     w = f"w = {cfg.w:g} unless a row names another" if isinstance(cfg.w, int | float) else "w as the rows say"
     clip, fid = (f"{extract.names[i]}, weights {extract.weights[i]}" for i in (0, -1))
     of_features = [metric for metric in metrics.values() if isinstance(metric, FeatureMetric)]
@@ -180,7 +180,7 @@ def note(
 
 
 def reference(cfg: DictConfig, real: Features | None, metrics: Sequence[FeatureMetric]) -> str:
-    """Return what the metrics compare with, in a sentence."""
+    """Return a sentence about the images that the metrics compare with."""
     if real is None:
         return f"No real images. Images are compared at {cfg.resolution} px."
     path = cfg.reference or cfg.shards
@@ -188,9 +188,9 @@ def reference(cfg: DictConfig, real: Features | None, metrics: Sequence[FeatureM
         return f"Reference: the mean and covariance in `{path}`; drawn images are resized to {cfg.resolution} px."
     against_captions = {metric.title: metric for metric in metrics if metric.against == "captions"} if "text" in real else {}
     values = scores(real, {"real": real}, against_captions)
-    own = "".join(f", whose own {title} is {value:.2f}" for title, value in values.items())
+    own_scores = "".join(f", whose own {title} is {value:.2f}" for title, value in values.items())
     resize = f"centre crop, antialiased bicubic resize to {cfg.resolution} px"
-    return f"Reference: {len(real['clip'])} images of `{path}`{own}; {resize}."
+    return f"Reference: {len(real['clip'])} images of `{path}`{own_scores}; {resize}."
 
 
 def plot(rows: Sequence[Row], metrics: Metrics, x: str, line: Callable[[Row], str]) -> Image.Image:

@@ -13,9 +13,9 @@ from lcm.models.text_to_image import fingerprint
 
 
 class ScoreReward(nn.Module):
-    """The score of a CLIP, of a model of preferences (PickScore, HPSv2.1, ImageReward) or of an aesthetic head, to be raised.
+    """A reward: the score of a CLIP, of a model of preferences (PickScore, HPSv2.1, ImageReward) or of an aesthetic head.
 
-    weight: of its term, RG-LCD's beta.
+    weight: the factor of the reward in the loss, RG-LCD's beta. description: the reward's entry in `lcm.json`.
     """
 
     def __init__(self, backbone: ClipBackbone | AestheticScorer | ImageRewardScorer, *, weight: Positive = 1.0) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from lcm.evaluate import report
 from lcm.evaluate.clip import mini_clip
-from lcm.evaluate.features import untrained
+from lcm.evaluate.features import without_rewards
 from lcm.evaluate.metrics import Score
 from lcm.evaluate.reward import ScoreReward
 from lcm.models.pipeline import load_vae
@@ -60,12 +60,12 @@ def test_student_follows_the_reward(kind: str, reward: ScoreReward, training: An
 def test_trained_score_is_no_result(reward: ScoreReward) -> None:
     scorer_weights = {"Pick": reward.description["weights"], "Other": "other"}
     extract: Any = SimpleNamespace(weights=[reward.description["weights"]], scorer_weights=scorer_weights)
-    assert set(METRICS) - set(untrained(METRICS, extract, [reward.description])) == {"clip_score"}
-    assert untrained(METRICS, extract, []) == METRICS
+    assert set(METRICS) - set(without_rewards(METRICS, extract, [reward.description])) == {"clip_score"}
+    assert without_rewards(METRICS, extract, []) == METRICS
     networks = {title: Score(title, False, None) for title in scorer_weights}
-    assert set(untrained(networks, extract, [reward.description])) == {"Other"}
+    assert set(without_rewards(networks, extract, [reward.description])) == {"Other"}
     other: Any = SimpleNamespace(weights=["other"])
-    assert untrained(METRICS, other, [reward.description]) == METRICS
+    assert without_rewards(METRICS, other, [reward.description]) == METRICS
 
     metrics = {name: METRICS[name] for name in ("fid", "clip_score")}
     rows = [{"name": name, "steps": 4, "w": 4.0, "fid": 9.0, "clip_score": value} for name, value in (("A", None), ("B", 31.0))]
