@@ -28,7 +28,7 @@ from lcm.data.workers import workers_watched
 from lcm.modules.trainer import Trainer
 from lcm.runtime.launch import check_processes
 from lcm.runtime.resume import resume_path
-from lcm.runtime.run_dir import ConfigFile, finish, start_run, training
+from lcm.runtime.run_dir import ConfigFile, save_metric, start_run, training
 
 
 @program
@@ -50,7 +50,7 @@ def main(cfg: DictConfig) -> float | None:
         if trainer.is_global_zero:
             print(f"model:   {run_dir}/model")
             log_model(loggers, f"{run_dir}/model", "last")
-        return finish(run_dir, trainer.callback_metrics.get(cfg.optimized_metric or ""))
+        return save_metric(run_dir, trainer.callback_metrics.get(cfg.optimized_metric or ""))
 
 
 if __name__ == "__main__":

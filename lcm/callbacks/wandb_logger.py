@@ -31,7 +31,7 @@ def ignore_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not signals.asked():
+        if not signals.recorded_signal():
             log.warning("wandb has stopped and logs nothing more (%s)", error)
 
 

@@ -17,7 +17,7 @@ from lcm.core.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_HANDLES = (errno.EMFILE, errno.ENFILE)  # too many files are open
-# The system is short of something for a moment: the file may be sound.
+# The system lacks a resource for a moment. The file may be sound.
 TRANSIENT = (
     *(*NO_HANDLES, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EBUSY),
     *(errno.ESTALE, errno.ETIMEDOUT),
@@ -26,10 +26,10 @@ TRANSIENT = (
 
 @contextmanager
 def whole_file(target: Path, writer: object = "", keep: Path | None = None) -> Iterator[BinaryIO]:
-    """Write beside the target, sync, rename: a kill at any moment leaves the old file or the new one.
+    """Yield a new file, which then takes the target's place. A kill at any moment leaves the old file or the new file.
 
-    writer: a name for this process if several may write one target at the same time. keep: the old file is renamed to this.
-    Raises UserError if the disk is full.
+    writer: the name of this process, if several processes may write the target at the same time. keep: the new path of the old
+    file; None: it is replaced. Raises UserError if the disk is full.
     """
     partial = target.with_name(f"{target.stem}{writer}.partial")
     try:
@@ -54,7 +54,7 @@ def whole_file(target: Path, writer: object = "", keep: Path | None = None) -> I
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder beside the target, which then takes the target's place. An incomplete folder never has its name."""
+    """Yield a new folder, which then takes the target's place. An incomplete folder never has the target's name."""
     partial = target.with_name(f"{target.name}.partial")
     remove(partial)
     partial.mkdir(parents=True)
@@ -82,7 +82,7 @@ def locked(file: Path) -> TextIO:
 
 
 def digest(content: Any) -> str:
-    """Return 16 hex digits that identify plain containers, for the names of files that depend on them."""
+    """Return 16 hex digits of the SHA-256 of plain containers, for file names and keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -94,7 +94,10 @@ def sync_names(folder: Path) -> None:
 
 
 def os_error(error: BaseException | None, numbers: Container[int | None]) -> OSError | None:
-    """Return the OSError with one of these numbers among an error's causes: `torch.save` hides it in a RuntimeError."""
+    """Return the OSError with one of these numbers among an error's causes, or None. numbers: values of `errno`.
+
+    `torch.save` hides an OSError in a RuntimeError.
+    """
     while error is not None and not (isinstance(error, OSError) and error.errno in numbers):
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return error
@@ -109,7 +112,7 @@ def remove(path: Path) -> None:
 
 
 def text_of(content: bytes) -> str:
-    """Decode another program's UTF-8 file and drop byte order marks. The UnicodeError names the likely encoding."""
+    """Return the text of another program's UTF-8 file, without byte order marks. The UnicodeError names the likely encoding."""
     if b"\0" in content or content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UnicodeError("it looks like UTF-16 or UTF-32: save it as UTF-8")
     try:
@@ -137,5 +140,5 @@ def try_writing(folder: Path) -> Path:
     """Make a folder if needed, and return it. Raises OSError if no file can be written in it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".writable").touch()
-    (folder / ".writable").unlink(missing_ok=True)  # another process of the same program may have been first
+    (folder / ".writable").unlink(missing_ok=True)  # another process may have removed the file
     return folder

@@ -16,11 +16,11 @@ from lcm.runtime.integrity import LAST, PREVIOUS, damage, verified
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """A kill at any moment leaves a complete checkpoint (Lightning's own writer goes through $TMPDIR and can lose both).
+    """Reads and writes checkpoints. A kill at any moment leaves a complete checkpoint.
 
-    A new last.ckpt leaves the one before as previous.ckpt. asynchronous: training continues while a copy in host memory is
-    written. The next save, or the end, waits for the write and raises its error. (Lightning's AsyncCheckpointIO copies on the
-    GPU and queues up copies.)
+    Lightning's own writer goes through $TMPDIR and can lose the old and the new checkpoint. A new last.ckpt renames the old one
+    to previous.ckpt. asynchronous: training continues while a copy in host memory is written. The next save, or the end of the
+    training, waits for the write and raises its error. (Lightning's AsyncCheckpointIO copies on the GPU and queues up copies.)
     """
 
     def __init__(self, asynchronous: bool = False) -> None:
@@ -32,7 +32,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if self.writer is None:
             self.write(checkpoint, Path(path))
         else:
-            self.writing = self.writer.submit(self.write, apply_to_collection(checkpoint, torch.Tensor, on_host), Path(path))
+            checkpoint = apply_to_collection(checkpoint, torch.Tensor, copy_to_host)
+            self.writing = self.writer.submit(self.write, checkpoint, Path(path))
 
     def write(self, checkpoint: dict[str, Any], target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +52,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             writing.result()
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Return a checkpoint on the CPU. Raises UserError for a damaged one."""
+        """Return a checkpoint on the CPU. Raises UserError if it is damaged."""
         self.finish()
         path = Path(path)
         if path not in verified and (reason := damage(path)):
@@ -67,5 +68,5 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.finish()
 
 
-def on_host(tensor: torch.Tensor) -> torch.Tensor:
+def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True)

@@ -1,4 +1,4 @@
-"""The circumstances of a result besides the configuration: the code's commit, the versions, the machine, and the command."""
+"""The circumstances of a result, except the configuration: the code's commit, the versions, the machine, and the command."""
 
 import platform
 import shlex
@@ -26,7 +26,7 @@ def commit() -> str:
 
 
 def environment() -> dict[str, str]:
-    """Return the versions and the device by name."""
+    """Return the commit, the versions, the system and the devices, by name."""
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "commit": commit(),
@@ -38,10 +38,10 @@ def environment() -> dict[str, str]:
 
 
 def device_name(device: str) -> str:
-    """Return a torch device by name: a GPU, or the CPU with its threads."""
+    """Return the name of a torch device: the name of the GPU, or the CPU with its number of threads."""
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device} ({torch.get_num_threads()} threads)"
 
 
 def command_line(program: str) -> str:
-    """Return the command that a shell takes, without secrets. program: such as `train.py` or `-m lcm.evaluate`."""
+    """Return this process's command for a shell, without secrets. program: such as `train.py` or `-m lcm.evaluate`."""
     return redacted(f"python {program} {shlex.join(sys.argv[1:])}".rstrip())

@@ -19,9 +19,9 @@ from lcm.runtime import sharded_checkpoint as sharded
 class FullySharded(ModelParallelStrategy):
     """Each rank holds its shards of every network. A module's `configure_model` shards its networks over `device_mesh`.
 
-    replicas: number of groups of ranks that hold all shards each (HSDP); 1 shards over all ranks.
-    sharded_checkpoints: true: a checkpoint is a folder to which every rank writes its shards; false: it is one file, written
-    by rank 0, as with other strategies. Both kinds can be loaded with either setting and by any number of ranks.
+    replicas: the number of groups of ranks, each of which holds all shards (HSDP); 1 shards over all ranks.
+    sharded_checkpoints: true: a checkpoint is a folder to which every rank writes its shards. false: a checkpoint is one file,
+    written by rank 0, as with other strategies. Both kinds can be loaded with either setting and at any world size.
     """
 
     def __init__(self, *, replicas: Count = 1, sharded_checkpoints: bool = False) -> None:
@@ -62,7 +62,7 @@ class FullySharded(ModelParallelStrategy):
                 return value.cpu() if self.is_global_zero else None
             return value
 
-        whole = sharded.mapped(checkpoint, gathered)
+        whole = sharded.map_values(checkpoint, gathered)
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(whole, path)
 
@@ -75,11 +75,11 @@ class FullySharded(ModelParallelStrategy):
         trained = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
 
         def counterpart(name: str) -> Tensor | None:
-            """Return the tensor of this run that has the shards of a checkpoint's tensor."""
+            """Return this run's tensor with the name of a checkpoint's tensor, or None."""
             kind, *keys = name.split("/")
             if kind == "state_dict":
                 return state.get(keys[0])
-            index = int(keys[0])  # of the optimizer
+            index = int(keys[0])  # the number of the optimizer
             return trained[index][int(keys[2])].detach() if keys[1] == "state" and index < len(trained) else None
 
         def distributed(name: str, value: Any) -> Any:
@@ -95,7 +95,7 @@ class FullySharded(ModelParallelStrategy):
         if path.is_dir():
             checkpoint = sharded.read(path, destination)
         else:
-            checkpoint = sharded.mapped(self.checkpoint_io.load_checkpoint(path, weights_only=True), distributed)
+            checkpoint = sharded.map_values(self.checkpoint_io.load_checkpoint(path, weights_only=True), distributed)
         self.lightning_module.load_state_dict(checkpoint.pop("state_dict"), strict=self.lightning_module.strict_loading)
         for optimizer, state in zip(optimizers, checkpoint.pop("optimizer_states"), strict=False):
             optimizer.load_state_dict(state)

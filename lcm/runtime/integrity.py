@@ -1,4 +1,4 @@
-"""Whether a checkpoint, a file or a folder, is undamaged."""
+"""Checks that a checkpoint, a file or a folder, is undamaged."""
 
 import json
 import zipfile
@@ -14,7 +14,7 @@ verified: set[Path] = set()  # checkpoints that this process wrote, or that rank
 
 
 def damage(path: Path) -> str | None:
-    """Return why a checkpoint cannot be used, or None for an undamaged one.
+    """Return the reason if a checkpoint is damaged, else None.
 
     A file is a zip in which torch stores a CRC-32 of every tensor. `torch.load` does not compare them.
     """
@@ -42,6 +42,7 @@ def contents(file: Path) -> Any:
 
 
 def folder_damage(folder: Path) -> str | None:
+    """Return the reason if a checkpoint folder is damaged, else None."""
     try:
         listing = json.loads((folder / LISTING).read_text())
     except (OSError, ValueError):

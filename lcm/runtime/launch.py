@@ -1,4 +1,4 @@
-"""Processes started by torchrun, srun or mpirun, and how they agree on a run and a checkpoint."""
+"""Processes started by torchrun, srun or mpirun, and their agreement on a run and a checkpoint."""
 
 import os
 import sys
@@ -13,9 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch.distributed import Store, rendezvous
 
 from lcm.core.errors import UserError
-from lcm.runtime.slurm import meet_in_step
+from lcm.runtime.slurm import set_step_rendezvous
 
-trained: list[Path] = []  # run directories of the trainings that have ended in this process
+ended_runs: list[Path] = []  # run directories of the trainings that have ended in this process
 
 
 class Launcher(NamedTuple):
@@ -27,7 +27,7 @@ class Launcher(NamedTuple):
 
 
 def launcher() -> Launcher:
-    """Return the launcher and this process's rank; a process started alone is rank 0 of 1."""
+    """Return the launcher and this process's rank. A process that was started alone is rank 0 of 1."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:  # Lightning's own launcher does not set RANK
         return Launcher("torchrun", int(env["RANK"]), int(env["WORLD_SIZE"]))
@@ -90,25 +90,25 @@ def device_count(trainer: DictConfig) -> int:
     return 1 if trainer.accelerator == "cpu" else max(torch.cuda.device_count(), 1)
 
 
-def told_to_children(run_dir: Path) -> dict[str, str]:
-    """Return environment variables by which the processes that this one starts join its run."""
+def child_environment(run_dir: Path) -> dict[str, str]:
+    """Return the environment variables by which child processes join this process's run."""
     return {"LCM_RUN_ID": run_dir.name, "LCM_RUN_PROCESS": str(os.getpid())}
 
 
 def is_child() -> bool:
-    """Whether the parent process is a training, or a sweep, that has chosen the run."""
+    """Return whether the parent process, a training or a sweep, has chosen the run."""
     return os.environ.get("LCM_RUN_PROCESS") == str(os.getppid())
 
 
-def agreed(subject: str, choose: Callable[[], str]) -> str:
-    """Return rank 0's choice; the other ranks of torchrun or srun read it from the rendezvous store.
+def agree(subject: str, choose: Callable[[], str]) -> str:
+    """Return `choose()` of rank 0. Other ranks of torchrun or srun read it from the rendezvous store.
 
     A UserError of rank 0 is raised on every rank. torchrun keeps its store over restarts.
     """
     if launcher().processes == 1:
         return choose()
-    store, rank = meeting_place()
-    key = f"{subject} of run {len(trained)}, restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    store, rank = rendezvous_store()
+    key = f"{subject} of run {len(ended_runs)}, restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     if rank == 0:
         try:
             store.set(key, f"choice {choose()}")
@@ -124,20 +124,22 @@ def agreed(subject: str, choose: Callable[[], str]) -> str:
 
 
 @cache
-def meeting_place() -> tuple[Store, int]:
-    """Return the rendezvous store and this process's rank. The store stays open: rank 0 may serve it."""
+def rendezvous_store() -> tuple[Store, int]:
+    """Return the rendezvous store and this process's rank. The cache keeps the store open, because rank 0 may serve it."""
     name, rank, processes = launcher()
     if name == "srun":
-        meet_in_step()
+        set_step_rendezvous()
     store, rank, _ = next(rendezvous(f"env://?rank={rank}&world_size={processes}"))
     return store, rank
 
 
 @rank_zero_only
 def say(line: str) -> None:
+    """Print a line on rank 0."""
     print(line, flush=True)
 
 
 @rank_zero_only
 def warn(line: str) -> None:
+    """Print a line to stderr on rank 0."""
     print(line, file=sys.stderr, flush=True)

@@ -37,7 +37,7 @@ def redacted(value: Any) -> Any:
 
 
 def environment_secrets() -> list[str]:
-    """Return the secret values, longest first. The path of a key file is not a secret."""
+    """Return the values of environment variables that hold secrets, longest first. The path of a key file is no secret."""
     values = [value for name, value in os.environ.items() if name not in DIRECTORIES and VARIABLE.search(name)]
     return sorted((value for value in values if len(value) >= SHORTEST and not os.path.exists(value)), key=len, reverse=True)
 
@@ -47,9 +47,9 @@ def hide_in_logs() -> None:
     make = logging.getLogRecordFactory()
 
     def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
-        made = make(*args, **kwargs)
+        log_record = make(*args, **kwargs)
         with contextlib.suppress(Exception):  # handlers report a format that does not fit its arguments
-            made.msg, made.args = redacted(made.getMessage()), None
-        return made
+            log_record.msg, log_record.args = redacted(log_record.getMessage()), None
+        return log_record
 
     logging.setLogRecordFactory(record)

@@ -29,7 +29,7 @@ Tree = dict[str, Any]
 Change = Callable[[str, Any], Any]
 
 
-def mapped(checkpoint: Tree, change: Change) -> Tree:
+def map_values(checkpoint: Tree, change: Change) -> Tree:
     """Return a copy of a checkpoint with `change(name, value)` in place of each value under `KEYS`.
 
     Names look like `state_dict/net.conv_in.weight` and `optimizer_states/0/state/5/exp_avg`.
@@ -46,7 +46,7 @@ def mapped(checkpoint: Tree, change: Change) -> Tree:
 
 
 def write(checkpoint: Tree, target: Path) -> None:
-    """Write a checkpoint of DTensors (collective). A kill at any moment leaves the old checkpoint or the new one."""
+    """Write a checkpoint with DTensors (collective). A kill at any moment leaves the old checkpoint or the new one."""
     partial, shards = target.with_name(target.name + ".partial"), {}
 
     def take_out(name: str, value: Any) -> Any:
@@ -55,7 +55,7 @@ def write(checkpoint: Tree, target: Path) -> None:
             return SHARDED
         return value
 
-    rest = mapped(checkpoint, take_out)
+    rest = map_values(checkpoint, take_out)
     if dist.get_rank() == 0:
         remove(partial)
         partial.mkdir(parents=True)
@@ -76,7 +76,7 @@ def write(checkpoint: Tree, target: Path) -> None:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[None]:
-    """Move the checkpoint at `target` aside, for a new one that is renamed to it, then remove the oldest.
+    """Move the checkpoint at `target` aside, so that the context can rename a new one to `target`. Then remove the oldest.
 
     last.ckpt becomes previous.ckpt. A kill at any moment leaves a complete `*.ckpt`.
     """
@@ -93,9 +93,10 @@ def replacing(target: Path) -> Iterator[None]:
 
 
 def read(folder: Path, into: Callable[[str], Tensor | None] | None = None) -> Tree:
-    """Return a checkpoint.
+    """Return the checkpoint in a folder.
 
-    into: returns the DTensor to read a named tensor into (collective). None: this process reads whole tensors on the CPU.
+    into: `name -> ` the DTensor that receives a tensor's shards, or None for a whole tensor (collective). None: this process
+    alone reads whole tensors on the CPU.
     """
     rest = torch.load(folder / "rest.ckpt", map_location="cpu", weights_only=True)
     reader = HuggingFaceStorageReader(str(folder))
@@ -110,6 +111,6 @@ def read(folder: Path, into: Callable[[str], Tensor | None] | None = None) -> Tr
         shards[name] = torch.empty(size, dtype=dtype) if like is None or like.shape != size else like
         return shards[name]
 
-    whole = mapped(rest, wanted)
+    whole = map_values(rest, wanted)
     dcp.load(shards, storage_reader=reader, no_dist=into is None)
     return whole

@@ -1,6 +1,6 @@
-"""Signals that ask a run to stop: recorded on arrival, handled between two batches by `lcm.runtime.stop`.
+"""Signals to stop a run: recorded on arrival, handled between two batches by `lcm.runtime.stop`.
 
-Imports only the standard library: `train.py` listens before its other imports, which take seconds.
+This module imports only the standard library: `train.py` listens before its other imports, which take seconds.
 """
 
 import multiprocessing
@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, SIGUSR1, SIGUSR2
 from types import FrameType
 
-GRACE = 2.0  # seconds
+GRACE = 2.0  # seconds in which the main process finishes its step
 _process = 0
-_asked = 0
+_recorded = 0
 
 
 def listen(*signals: int) -> None:
-    """Record these signals from now on, also those blocked since before the program began (`env --block-signal`)."""
+    """Record these signals from now on, also signals that a parent process has blocked (`env --block-signal`)."""
     global _process
     _process = os.getpid()
     for signum in signals:
@@ -29,25 +29,25 @@ def listen(*signals: int) -> None:
 
 
 def _note(signum: int, frame: FrameType | None) -> None:
-    global _asked
+    global _recorded
     if os.getpid() != _process:  # a forked loader worker inherits the handler
         return
     if signum == SIGINT:
-        if _asked:  # safe: an unfinished file has another name
+        if _recorded:  # a kill is safe: an unfinished file has another name
             signal.signal(SIGINT, SIG_DFL)
             os.kill(_process, SIGINT)
         print("\nstopping after this step with a checkpoint; Ctrl-C again stops at once", file=sys.stderr, flush=True)
-    _asked = max(_asked, signum)
+    _recorded = max(_recorded, signum)
 
 
-def asked() -> int:
+def recorded_signal() -> int:
     """Return the highest recorded signal, 0 for none. SIGTERM, which ends a job, outranks SIGUSR1, which requeues it."""
-    return _asked
+    return _recorded
 
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Block signals. Loader workers that start meanwhile inherit this until they set their own handlers."""
+    """Block signals. Loader workers that start meanwhile inherit the block, until they set their own handlers."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {SIGINT, SIGTERM, SIGUSR1, SIGUSR2})
     try:
         yield
@@ -56,9 +56,9 @@ def held_back() -> Iterator[None]:
 
 
 def leave_to_parent() -> None:
-    """In a loader worker: obey only the signals of the main process.
+    """Obey only the signals of the main process. Called in a loader worker.
 
-    SLURM signals every process of a job and a terminal every one in the foreground, but the main process still needs batches
+    SLURM signals every process of a job, and a terminal every process in the foreground. The main process still needs batches
     to finish its step.
     """
     for signum in (SIGINT, SIGUSR1, SIGUSR2):  # submitit sends SIGUSR2
@@ -72,7 +72,7 @@ def _obey_parent() -> None:
     if hasattr(signal, "sigwaitinfo"):
         while parent is None or signal.sigwaitinfo({SIGTERM}).si_pid != parent.pid:
             pass
-    else:  # macOS does not tell the sender: give the main process time to finish its step
+    else:  # the sender is unknown on macOS
         signal.sigwait({SIGTERM})
         time.sleep(GRACE)
     os._exit(0)

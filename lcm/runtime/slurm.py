@@ -14,8 +14,8 @@ def slurm_environment() -> SLURMEnvironment:
     return SLURMEnvironment(auto_requeue=False)
 
 
-def meet_in_step() -> None:
-    """Set the rendezvous of this `srun`: its first node, and a port of its own in the job."""
+def set_step_rendezvous() -> None:
+    """Set the address of this `srun`'s rendezvous: its first node, and a port that no other `srun` of the job has."""
     env = os.environ
     nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "127.0.0.1"))
     step = int(env.get("SLURM_STEP_ID", 0))

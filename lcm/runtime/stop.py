@@ -25,12 +25,13 @@ SIGNALS = (signals.SIGINT, signals.SIGUSR1, signals.SIGTERM)
 
 
 class StopOnSignal(Checkpoint):
-    """Saves to `path` and exits: SIGINT (Ctrl-C) with 130, SIGTERM with 143, SIGUSR1 with 138 after requeueing the SLURM job.
+    """Saves a checkpoint to `path` and exits on a signal. The last step of a training is saved, too.
 
-    It also saves the last step of a training. A signal to any rank counts for all. Ranks compare signals on the CPU at the end
-    of every `every_n_steps`-th optimizer step and after as many validation batches. A second Ctrl-C ends the process at once.
+    The exit code is 130 for SIGINT (Ctrl-C), 143 for SIGTERM, and 138 for SIGUSR1, which requeues the SLURM job. A second
+    Ctrl-C ends the process at once. A signal to any rank counts for all ranks. The ranks compare their signals on the CPU at
+    every `every_n_steps`-th optimizer step and validation batch.
 
-    Subclasses `Checkpoint` so that Lightning runs it after all other callbacks.
+    The class is a `Checkpoint`, so that Lightning runs it after all other callbacks.
     """
 
     def __init__(self, path: str, *, every_n_steps: Count) -> None:
@@ -42,8 +43,8 @@ class StopOnSignal(Checkpoint):
     def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
         self.before = {signum: signal.getsignal(signum) for signum in SIGNALS}
         signals.listen(*SIGNALS)
-        # Lightning's handlers run collectives inside the handler, where ranks can hang. Its loop broadcasts SIGTERM every
-        # batch, which waits for the device.
+        # Lightning's signal handlers run collectives, in which ranks can hang. Its loop broadcasts SIGTERM in every batch,
+        # which waits for the device.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         if trainer.world_size > 1:
@@ -58,7 +59,7 @@ class StopOnSignal(Checkpoint):
         validate_again(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step != self.last and self.due(trainer.global_step):  # not during accumulation
+        if trainer.global_step != self.last and self.due(trainer.global_step):  # not while gradients accumulate
             self.stop_if_asked(trainer)
         self.last = trainer.global_step
         if trainer.global_step == trainer.max_steps:
@@ -66,8 +67,8 @@ class StopOnSignal(Checkpoint):
 
     def save_the_end(self, trainer: L.Trainer) -> None:
         """Save the last step, unless a ModelCheckpoint has just written it: more steps or an export may follow."""
-        regular = [other for other in trainer.checkpoint_callbacks if isinstance(other, ModelCheckpoint)]
-        saved = [other.filename for other in regular if other._last_global_step_saved == trainer.global_step]
+        periodic = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+        saved = [callback.filename for callback in periodic if callback._last_global_step_saved == trainer.global_step]
         if Path(self.path).stem not in saved:
             trainer.save_checkpoint(self.path)
 
@@ -78,40 +79,45 @@ class StopOnSignal(Checkpoint):
             self.stop_if_asked(trainer)
 
     def due(self, count: int) -> bool:
+        """Return whether the ranks compare their signals at this step or validation batch."""
         return self.group is None or count % self.every_n_steps == 0
 
     def stop_if_asked(self, trainer: L.Trainer) -> None:
-        signum = torch.tensor(signals.asked())
+        signum = torch.tensor(signals.recorded_signal())
         if self.group is not None:
             dist.all_reduce(signum, dist.ReduceOp.MAX, group=self.group)
         if not signum:
             return
-        asked = signal.Signals(int(signum))
+        received = signal.Signals(int(signum))
         trainer.save_checkpoint(self.path)
         trainer.strategy.checkpoint_io.teardown()  # wait for an asynchronous write
         if trainer.training:
             trainer._logger_connector.update_train_step_metrics()  # Lightning logs a step after this hook
-        for logger in trainer.loggers if asked is signal.SIGUSR1 else ():
+        for logger in trainer.loggers if received is signal.SIGUSR1 else ():
             logger.finalize("requeued")  # before SLURM ends wandb's process
         if trainer.is_global_zero:
-            requeued = asked is signal.SIGUSR1 and requeue()
-            how = "the job is requeued" if requeued else f"run the same command with {this_run()}ckpt_path=last to resume"
-            print(f"{asked.name}: stopped at step {trainer.global_step}: {how}", file=sys.stderr, flush=True)
+            requeued = received is signal.SIGUSR1 and requeue()
+            advice = f"run the same command with {resume_override()}ckpt_path=last to resume"
+            outcome = "the job is requeued" if requeued else advice
+            print(f"{received.name}: stopped at step {trainer.global_step}: {outcome}", file=sys.stderr, flush=True)
         if self.group is not None:
             dist.barrier(group=self.group)  # srun ends the other ranks when one ends first
-        raise SystemExit(0 if started_by_lightning(trainer) else 128 + asked)
+        raise SystemExit(0 if started_by_lightning(trainer) else 128 + received)
 
 
 def started_by_lightning(trainer: L.Trainer) -> bool:
-    """Whether Lightning's launcher started this process: it kills the main process when a child's exit code is not 0."""
+    """Return whether Lightning's launcher started this process.
+
+    The launcher kills the main process when the exit code of a child is not 0.
+    """
     environment = getattr(trainer.strategy, "cluster_environment", None)
     return isinstance(environment, LightningEnvironment) and environment.local_rank() > 0
 
 
 def validate_again(trainer: L.Trainer) -> None:
-    """Repeat a validation that was due at the checkpoint's step and had not ended; Lightning would skip it.
+    """Repeat a validation that was due at the checkpoint's step and had not ended. Called before the first step.
 
-    Called before the first step.
+    Lightning would skip this validation.
     """
     loop = trainer.fit_loop.epoch_loop
     train, validation = loop.batch_progress, loop.val_loop.batch_progress
@@ -126,7 +132,10 @@ def validate_again(trainer: L.Trainer) -> None:
 
 
 def requeue() -> bool:
-    """Ask SLURM to run this job again. A container has no `scontrol`: docker/train.sbatch then asks outside of it."""
+    """Ask SLURM to run this job again. Return whether the job is requeued.
+
+    A container has no `scontrol`. docker/train.sbatch then requeues the job outside of the container.
+    """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or shutil.which("scontrol") is None:
         return job is not None
@@ -137,6 +146,6 @@ def requeue() -> bool:
     return done.returncode == 0
 
 
-def this_run() -> str:
-    """Return the override by which another SLURM job finds this run, which has this job's number."""
+def resume_override() -> str:
+    """Return the override by which another SLURM job resumes this run, whose name is this job's number."""
     return f"paths.run_id={os.environ['LCM_RUN_ID']} " if {"SLURM_JOB_ID", "LCM_RUN_ID"} <= set(os.environ) else ""

@@ -1,4 +1,4 @@
-"""Sweeps: each job trains in a process of its own."""
+"""Sweeps: each job trains in a new process."""
 
 import os
 import signal
@@ -13,8 +13,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from lcm.core.errors import UserError
-from lcm.runtime.launch import launcher, told_to_children
-from lcm.runtime.run_dir import remembered, run_name, runs_folder
+from lcm.runtime.launch import child_environment, launcher
+from lcm.runtime.run_dir import read_run_json, run_name, runs_folder
 
 
 def check_sweep(folder: Path, one_process: bool) -> None:
@@ -29,20 +29,20 @@ def check_sweep(folder: Path, one_process: bool) -> None:
         return
     try:
         folder.mkdir(parents=True)
-        folder.rmdir()  # Hydra makes it later, under another time
+        folder.rmdir()  # Hydra makes the folder later, under another time
     except OSError as error:
         raise UserError(f"cannot write {folder} ({error.strerror}): set paths.runs to a writable folder") from None
 
 
 def sweep_job(cfg: DictConfig) -> tuple[int, float | None]:
-    """Train one job of a sweep in a process of its own. Return its exit code and its metric.
+    """Train one job of a sweep in a new process. Return its exit code and its metric.
 
-    A signal to the sweep is forwarded to the job. When the job stops on it, so does the sweep.
+    A signal to the sweep is forwarded to the job. The sweep stops when the job stops on this signal.
     """
     run_dir = runs_folder(cfg) / run_name(cfg)
     with open_dict(cfg):
         cfg.paths.run_dir = str(run_dir)
-    environment = os.environ | told_to_children(run_dir)
+    environment = os.environ | child_environment(run_dir)
     environment.pop("LOCAL_RANK", None)
     job = subprocess.Popen(job_command(), env=environment, stdin=subprocess.PIPE, start_new_session=True)
     with forwarded(job):
@@ -52,7 +52,7 @@ def sweep_job(cfg: DictConfig) -> tuple[int, float | None]:
         raise SystemExit(code if code > 0 else 128 - code)
     if code < 0:
         print(f"error: {signal.Signals(-code).name} ended the training in {run_dir}", file=sys.stderr, flush=True)
-    return code, remembered(run_dir).get("optimized") if code == 0 else None
+    return code, read_run_json(run_dir).get("optimized") if code == 0 else None
 
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -60,7 +60,7 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 @contextmanager
 def forwarded(process: subprocess.Popen) -> Iterator[None]:
-    """Forward signals, which a terminal sends only to this process's group."""
+    """Forward signals to the process: a terminal sends them to this process's group only."""
     before = {signum: signal.signal(signum, lambda signum, frame: process.send_signal(signum)) for signum in FORWARDED}
     try:
         yield
@@ -71,11 +71,11 @@ def forwarded(process: subprocess.Popen) -> Iterator[None]:
 
 def job_command() -> list[str]:
     """Return the command line of this one job."""
-    options, given = get_args_parser().parse_args(sys.argv[1:]), HydraConfig.get().overrides
+    options, overrides = get_args_parser().parse_args(sys.argv[1:]), HydraConfig.get().overrides
     spec = sys.modules["__main__"].__spec__
     program = [sys.argv[0]] if spec is None else ["-m", spec.name]
     for option in ("config_name", "config_dir"):
         if value := getattr(options, option):
             program.append(f"--{option.replace('_', '-')}={value}")
-    kept = [override for override in (*given.hydra, *given.task) if not override.startswith("hydra.mode=")]
+    kept = [override for override in (*overrides.hydra, *overrides.task) if not override.startswith("hydra.mode=")]
     return [sys.executable, *program, *kept, "hydra.mode=RUN"]

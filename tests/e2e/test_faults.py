@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcm.runtime.resume import newest_whole
+from lcm.runtime.resume import newest_undamaged
 from tests.e2e import warm
 from tests.e2e.conftest import command, environment
 from tests.e2e.test_errors import complaint
@@ -115,7 +115,7 @@ def test_killed_run_equals_uninterrupted(run, tiny, start, wait, tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout=120)
         inside += partial_file.exists()
-        reached = loaded(newest_whole(folder))["global_step"]
+        reached = loaded(newest_undamaged(folder))["global_step"]
         assert reached >= before_kill
     print(f"{ROUNDS} kills up to step {reached}, {inside} of them inside a write")
     assert not (run_dir / "model").exists(), "it finished before the last kill: raise max_steps"
@@ -147,7 +147,7 @@ def test_full_disk_leaves_the_checkpoint(run, tiny, small_disk):
     says = complaint(run("train.py", *tiny, "trainer.max_steps=30", SAVE(1), f"paths.runs={small_disk}"))
     folder = small_disk / "lcd_mini/0/checkpoints"
     assert f"{folder}/last.ckpt cannot be written whole (No space left on device): make room" in says
-    assert loaded(newest_whole(folder))["global_step"] >= 1
+    assert loaded(newest_undamaged(folder))["global_step"] >= 1
     assert not list(small_disk.rglob("*.partial"))
 
 

@@ -23,8 +23,8 @@ from lcm.runtime import signals
 from lcm.runtime.atomic_io import locked
 from lcm.runtime.checkpoint_io import AtomicCheckpointIO
 from lcm.runtime.integrity import damage, verified
-from lcm.runtime.launch import meeting_place
-from lcm.runtime.resume import newest_whole, resume_path, saved
+from lcm.runtime.launch import rendezvous_store
+from lcm.runtime.resume import checkpoints_in, newest_undamaged, resume_path
 from lcm.runtime.run_dir import start_run
 
 ROUNDS = int(os.environ.get("LCM_ROUNDS", "10"))
@@ -131,21 +131,21 @@ def test_pickled_object_is_refused(tmp_path):
 
 def test_previous_replaces_a_damaged_last(last, capsys):
     spoil(last)
-    assert newest_whole(last.parent) == str(last.with_name("previous.ckpt"))
+    assert newest_undamaged(last.parent) == str(last.with_name("previous.ckpt"))
     lines = capsys.readouterr().err.splitlines()
     assert lines == [f"warning: {last} is damaged (its checksum does not match): it is skipped, the one before it is used"]
     with pytest.raises(UserError, match=r"last\.ckpt is damaged \(its checksum does not match\)"):
         AtomicCheckpointIO().load_checkpoint(last)
     io = AtomicCheckpointIO()
     io.save_checkpoint(content(3), last)
-    assert [step_of(path) for path in saved(last.parent)] == [3, 1]
+    assert [step_of(path) for path in checkpoints_in(last.parent)] == [3, 1]
     io.save_checkpoint(content(4), last)
-    assert [step_of(path) for path in saved(last.parent)] == [4, 3]
+    assert [step_of(path) for path in checkpoints_in(last.parent)] == [4, 3]
 
 
 def test_kill_between_renames_leaves_previous(last):
     last.replace(last.with_name("previous.ckpt"))
-    assert step_of(newest_whole(last.parent)) == 2
+    assert step_of(newest_undamaged(last.parent)) == 2
 
 
 def test_checkpoints_are_ordered_by_name_and_time(last):
@@ -153,7 +153,7 @@ def test_checkpoints_are_ordered_by_name_and_time(last):
         AtomicCheckpointIO().save_checkpoint(content(number), last.with_name(f"{name}.ckpt"))
         os.utime(last.with_name(f"{name}.ckpt"), (2e9 + number, 2e9 + number))
     names = ["last", "previous", "best", "step_200", "step_100"]
-    assert [path.stem for path in saved(last.parent)] == names
+    assert [path.stem for path in checkpoints_in(last.parent)] == names
 
 
 def config(tmp_path, ckpt_path):
@@ -244,9 +244,9 @@ def test_torchrun_ranks_share_one_run(tmp_path, monkeypatch):
             env = {**shared, "TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
             for name, value in env.items():
                 monkeypatch.setenv(name, value)
-            meeting_place.cache_clear()
+            rendezvous_store.cache_clear()
             assert start_run(config(tmp_path, None)) == tmp_path / "runs/a" / number
-    meeting_place.cache_clear()
+    rendezvous_store.cache_clear()
 
 
 def test_full_disk_keeps_old_checkpoints(last, capfd):
@@ -258,7 +258,7 @@ def test_full_disk_keeps_old_checkpoints(last, capfd):
             io.save_checkpoint(content(3, size=100_000), last)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [step_of(path) for path in saved(last.parent)] == [2, 1]
+    assert [step_of(path) for path in checkpoints_in(last.parent)] == [2, 1]
     assert not list(last.parent.glob("*.partial"))
 
 
@@ -299,7 +299,7 @@ def test_one_async_write_at_a_time(slow, tmp_path):
     go.set()
     second.join(60)
     io.teardown()
-    assert [step_of(path) for path in saved(tmp_path)] == [2, 1]
+    assert [step_of(path) for path in checkpoints_in(tmp_path)] == [2, 1]
 
 
 @pytest.mark.parametrize("where", ["the next save", "the end"])
@@ -315,7 +315,7 @@ def test_async_error_is_raised_once(where, tmp_path, monkeypatch):
             io.teardown() if where == "the end" else io.save_checkpoint(content(2), tmp_path / "last.ckpt")
     io.save_checkpoint(content(3), tmp_path / "last.ckpt")
     io.teardown()
-    assert [step_of(path) for path in saved(tmp_path)] == [3]
+    assert [step_of(path) for path in checkpoints_in(tmp_path)] == [3]
 
 
 def keep_saving(path, begin, asynchronous, done):
@@ -348,7 +348,7 @@ def test_random_kills_leave_a_complete_checkpoint(asynchronous, tmp_path, monkey
             except EOFError:
                 break
         inside += (tmp_path / "last.partial").exists()
-        loaded = AtomicCheckpointIO().load_checkpoint(newest_whole(tmp_path))
+        loaded = AtomicCheckpointIO().load_checkpoint(newest_undamaged(tmp_path))
         step = loaded["global_step"]
         assert step >= completed
         assert equal(loaded, content(step, size=1 << 20))
@@ -359,7 +359,7 @@ def test_random_kills_leave_a_complete_checkpoint(asynchronous, tmp_path, monkey
 def wait_for_ctrl_c(said):
     signals.listen(signal.SIGINT)
     said.send("ready")
-    while not signals.asked():
+    while not signals.recorded_signal():
         time.sleep(0.01)
     said.send("asked")
     time.sleep(120)  # a step or a write that takes its time

@@ -12,7 +12,7 @@ from lcm.runtime import run_dir as runs
 from lcm.runtime.checkpoint_io import AtomicCheckpointIO
 from lcm.runtime.launch import check_processes
 from lcm.runtime.resume import resume_path
-from lcm.runtime.run_dir import finish, start_run, training
+from lcm.runtime.run_dir import save_metric, start_run, training
 from lcm.runtime.sweep import check_sweep
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LCM_RUN_ID", "LCM_RUN_PROCESS")
@@ -24,7 +24,7 @@ def alone(monkeypatch):
     for name in [*LAUNCHERS, *(name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI_")))]:
         monkeypatch.delenv(name, raising=False)
     yield
-    runs.release()
+    runs.unlock_run()
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_training_restores_the_environment(start, tmp_path, monkeypatch):
             os.environ |= {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_PORT": "2"}
         assert dict(os.environ) == before
         assert not runs.locks
-        assert finish(run_dir, None) is None
+        assert save_metric(run_dir, None) is None
 
 
 def test_child_processes_share_the_run(tmp_path, monkeypatch):
@@ -127,7 +127,7 @@ def test_child_processes_share_the_run(tmp_path, monkeypatch):
     for parent, name in ((os.getppid(), "5"), (1, "6")):  # the second is left by a training that ended
         monkeypatch.setenv("LCM_RUN_PROCESS", str(parent))
         assert start_run(OmegaConf.create({"name": "a", "ckpt_path": None, "paths": paths})).name == name
-        runs.release()
+        runs.unlock_run()
 
 
 @pytest.mark.parametrize("obstacle", ["dangling link", "name is a file"])

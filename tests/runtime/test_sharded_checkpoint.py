@@ -16,7 +16,7 @@ from lcm.core.errors import UserError
 from lcm.runtime import sharded_checkpoint as sharded
 from lcm.runtime.checkpoint_io import AtomicCheckpointIO
 from lcm.runtime.integrity import damage, size_and_crc
-from lcm.runtime.resume import newest_whole
+from lcm.runtime.resume import newest_undamaged
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -50,7 +50,7 @@ def test_folder_is_written_read_and_replaced(mesh: DeviceMesh, tmp_path: Path) -
     target = tmp_path / "last.ckpt"
     for step in (1, 2):
         sharded.write(checkpoint(mesh, step), target)
-        assert newest_whole(tmp_path) == str(target)
+        assert newest_undamaged(tmp_path) == str(target)
         assert step_of(target) == step
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "previous.ckpt"]
     assert step_of(tmp_path / "previous.ckpt") == 1
@@ -98,7 +98,7 @@ def test_kill_at_any_point_leaves_a_checkpoint(
             patch.setattr(Path, "rename", lambda path, to: kill() if path == killed else rename(path, to))
         with pytest.raises(Killed):
             sharded.write(checkpoint(mesh, 3), target)
-    found = newest_whole(tmp_path)
+    found = newest_undamaged(tmp_path)
     assert found is not None
     assert step_of(Path(found)) == step
     sharded.write(checkpoint(mesh, 4), target)
@@ -130,11 +130,11 @@ def test_damaged_folder_is_refused(name: str, damage: Any, mesh: DeviceMesh, tmp
     sharded.write(checkpoint(mesh, 1), target)
     damage(target / name)
     with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
-        newest_whole(tmp_path)
+        newest_undamaged(tmp_path)
     with pytest.raises(UserError, match=r"last.ckpt is damaged \(.*(missing or not as written|no readable files.json)"):
         AtomicCheckpointIO().load_checkpoint(target)
     sharded.write(checkpoint(mesh, 2), tmp_path / "previous.ckpt")
-    assert newest_whole(tmp_path) == str(tmp_path / "previous.ckpt")
+    assert newest_undamaged(tmp_path) == str(tmp_path / "previous.ckpt")
 
 
 class Hostile:

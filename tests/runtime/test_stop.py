@@ -35,7 +35,7 @@ def rank(number: int, folder: Path, asked: int) -> None:
     for step in range(1, 9):
         trainer.global_step = step
         if step == 3 and number == 1:
-            signals._asked = asked
+            signals._recorded = asked
         stop.on_train_batch_end(trainer, None, None, None, step - 1)
 
 
