@@ -30,7 +30,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.output is not None:
         output_folder(cfg.output)
     source = Source.from_option(cfg, "val_shards", build(cfg.cache)) if cfg.prompts == "val" else None
-    prompts, own = read_requests(cfg.prompts, lambda: read_captions(source), cfg.captions)
+    prompts, row_settings = read_requests(cfg.prompts, lambda: read_captions(source), cfg.captions)
     name, lora = find_pipeline(cfg.pipeline, cfg.paths.runs), read_adapters(cfg.lora)
     print(f"model:   {name}")
     options = {"device": pick_device(cfg.device, engine=cfg.engine), "dtype": getattr(torch, cfg.dtype), "compile": cfg.compile}
@@ -38,7 +38,7 @@ def main(cfg: DictConfig) -> None:
     sampler, size = build(cfg.sampler), model.size(cfg.size)
     start = read_start(cfg.image, cfg.mask, cfg.strength, size)
     settings = {"steps": cfg.steps, "w": model.default_w if cfg.w is None else cfg.w, "negative": cfg.negative}
-    for row in own:
+    for row in row_settings:
         model.check({**settings, **row}, sampler, start)
     settings |= {"sampler": plain(cfg.sampler) or model.metadata["sampler"], "size": list(size), "dtype": cfg.dtype}
     settings |= {
@@ -47,7 +47,7 @@ def main(cfg: DictConfig) -> None:
         **start_settings(start),
         **({"lora": lora} if lora else {}),
     }
-    pictures = Pictures(prompts, cfg.images_per_prompt, cfg.seed, settings, own)
+    pictures = Pictures(prompts, cfg.images_per_prompt, cfg.seed, settings, row_settings)
     folder = pictures.folder(cfg.output, "outputs/sample")
     missing = pictures.missing(folder)
     pictures.draw(folder, missing, model, cfg.batch_size, sampler=sampler, size=size, start=start)

@@ -1,7 +1,7 @@
 """Compare a configuration with the annotations of constructors and programs, before anything is built.
 
-A constructor says `batch_size: Count`. A program says `Program("sample", batch_size=Count)`. A constructor of another
-library checks its own values. Only its argument names and its numbers are compared here.
+A constructor is annotated as `batch_size: Count`, a program as `Program("sample", batch_size=Count)`. The constructors of other
+libraries check their values. Only their argument names and numbers are compared here.
 """
 
 import difflib
@@ -26,7 +26,7 @@ PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "
 
 
 class Parameters(NamedTuple):
-    """hints: annotations by name. takes_any: whether other names are passed on to code that is not inspected."""
+    """The parameters of a function. hints: annotations by name. takes_any: any other name is accepted, too (`**kwargs`)."""
 
     hints: dict[str, Hint]
     takes_any: bool
@@ -36,7 +36,7 @@ ANYTHING = Parameters({}, True)
 
 
 class Complaint(NamedTuple):
-    """interpolated: the value comes from another key. A complaint about that key is clearer."""
+    """An invalid argument. interpolated: the value comes from another key. A complaint about the other key is clearer."""
 
     interpolated: bool
     message: str
@@ -85,12 +85,13 @@ def expected(hint: Hint) -> str:
 
 
 def as_yaml(value: Any) -> str:
+    """Return a plain value as a user types it."""
     return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
 @cache
 def parameters(target: Callable[..., Any]) -> Parameters:
-    """Return the parameters of a function or constructor. `**kwargs` includes those of the base classes."""
+    """Return the parameters of a function or constructor. With `**kwargs`, parameters of the base classes are included."""
     if not isinstance(target, type):
         return signature_of(target, 0) or ANYTHING
     hints: dict[str, Hint] = {}
@@ -107,30 +108,32 @@ def parameters(target: Callable[..., Any]) -> Parameters:
 
 
 def signature_of(function: Callable[..., Any], skipped: int) -> Parameters | None:
+    """Return the parameters of a function without the first `skipped`, or None for a function written in C."""
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # a function written in C
+    except (TypeError, ValueError):
         return None
     try:
         hints = get_type_hints(function, include_extras=True)
     except Exception:  # names that only a type checker imports
         hints = {p.name: p.annotation for p in signature.parameters.values() if not isinstance(p.annotation, str)}
         hints = {name: hint for name, hint in hints.items() if hint is not inspect.Parameter.empty}
-    given = list(signature.parameters.values())[skipped:]
-    named = [p for p in given if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return Parameters({p.name: hints.get(p.name, Any) for p in named}, any(p.kind is p.VAR_KEYWORD for p in given))
+    own_parameters = list(signature.parameters.values())[skipped:]
+    named = [p for p in own_parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return Parameters({p.name: hints.get(p.name, Any) for p in named}, any(p.kind is p.VAR_KEYWORD for p in own_parameters))
 
 
 def is_own(target: Any) -> bool:
+    """Return whether a class or function is defined in lcm."""
     return str(getattr(target, "__module__", "")).partition(".")[0] == "lcm"
 
 
 def parameters_of(node: DictConfig, hint: Hint, path: str) -> tuple[Parameters, str, Callable[..., Any] | None]:
-    """Return the parameters for a node's keys, their owner's name for a message, and the node's target."""
+    """Return the parameters for a node's keys, the name of their function for a message, and the node's target."""
     if OmegaConf.is_dict(node) and "_target_" in node:
         target = located(node["_target_"], f"{path}._target_")
         accepted = parameters(target)
-        if not is_own(target):  # it checks its own values, but text for a number would be a TypeError
+        if not is_own(target):  # the constructor checks its values, but text in place of a number would be a TypeError
             accepted = accepted._replace(hints={name: as_number(annotation) for name, annotation in accepted.hints.items()})
         return accepted, node["_target_"], target
     hint = _locate(hint) if isinstance(hint, str) else hint
@@ -166,6 +169,7 @@ def located(target: Any, key: str) -> Callable[..., Any]:
 
 
 def names_beside(target: str) -> list[str]:
+    """Return the names in the module of a target."""
     try:
         return dir(_locate(target.rpartition(".")[0]))
     except Exception:
@@ -180,14 +184,14 @@ def check_arguments(cfg: DictConfig, hints: Mapping[str, Hint]) -> None:
 
 
 def check_node(node: DictConfig, path: str, accepted: Parameters, receiver: str) -> Iterator[Complaint]:
-    """Yield the complaints about a node: first about its keys, then about the nodes below it."""
+    """Yield the complaints about a node: first about its keys, then about its child nodes."""
     below: list[tuple[str, Any, Hint]] = []
     for name in node:
         key, child = str(name), node._get_node(name)
         where, interpolated = f"{path}{key}", child is not None and child._is_interpolation()  # type: ignore[union-attr]
         try:
             value = node[name]
-        except OmegaConfBaseException:  # a value that is set at the start, such as the run folder
+        except OmegaConfBaseException:  # a program sets this value later, such as the run folder
             continue
         if key.startswith("_") or (interpolated and value is None):
             continue
@@ -206,6 +210,7 @@ def check_node(node: DictConfig, path: str, accepted: Parameters, receiver: str)
 
 
 def check_value(path: str, value: Any, hint: Hint) -> Iterator[Complaint]:
+    """Yield the complaints about a list or a mapping. path: its dotted key. hint: its annotation."""
     if OmegaConf.is_list(value):
         children = ((str(index), item, Any) for index, item in enumerate(value))
     elif get_origin(hint) in (dict, Mapping) and "_target_" not in value:
@@ -221,7 +226,10 @@ def check_value(path: str, value: Any, hint: Hint) -> Iterator[Complaint]:
 
 
 def check_optimizer(path: str, node: DictConfig, target: Any) -> Iterator[Complaint]:
-    """Try an optimizer's constructor on one parameter: the real one is built after the networks are loaded."""
+    """Yield a complaint if an optimizer refuses its arguments. The constructor is tried on one small parameter.
+
+    A training builds its optimizer only after the networks are loaded.
+    """
     if not (isinstance(target, type) and node.get("_partial_") and "Optimizer" in {cls.__name__ for cls in target.__mro__}):
         return
     import torch
@@ -229,7 +237,7 @@ def check_optimizer(path: str, node: DictConfig, target: Any) -> Iterator[Compla
     options = {str(key): value for key, value in OmegaConf.to_container(node, resolve=True).items()}  # type: ignore[union-attr]
     options = {key: value for key, value in options.items() if not key.startswith("_")}
     if not all(isinstance(value, bool | int | float | str | list | None) for value in options.values()):
-        return  # parts that are to be built
+        return  # some arguments are parts that are not built yet
     try:
         target([{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}], **options)
     except Exception as error:

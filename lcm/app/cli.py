@@ -53,7 +53,7 @@ class Program:
         @program
         def main(cfg): ...
 
-    process_per_job: each job of a sweep is a process of its own. hints: annotations of keys at the configuration's top.
+    process_per_job: each job of a sweep runs in a new process. hints: annotations of the configuration's top-level keys.
     """
 
     def __init__(self, config_name: str, /, *, process_per_job: bool = False, **hints: Hint) -> None:
@@ -68,7 +68,7 @@ class Program:
         try:
             self.command = prepare(self.config_name, sys.argv[1:], self.hints)
             for cfg in () if self.command.printed else self.command.runs:
-                check_missing(own_keys(cfg))
+                check_missing(program_keys(cfg))
         except UserError as error:
             refuse(error)
         sys.argv[1:] = self.command.args
@@ -91,7 +91,7 @@ class Program:
 
             try:
                 for cfg in self.command.runs:
-                    check_arguments(own_keys(cfg), self.hints)
+                    check_arguments(program_keys(cfg), self.hints)
                 if self.command.sweep_dir is not None:
                     check_sweep(self.command.sweep_dir, one_process=self.process_per_job)
             except UserError as error:
@@ -105,14 +105,14 @@ class Program:
 
 
 def run_job(main: Callable[[DictConfig], Any], cfg: DictConfig, process_per_job: bool) -> Any:
-    """Run `main`, in a new process for a sweep's job if `process_per_job`. Print an expected error as one sentence."""
+    """Run `main`, and print an expected error as one sentence. process_per_job: a sweep's job runs in a new process."""
     import torch
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from lcm.app.pipelines import resolve_models
     from lcm.runtime.sweep import sweep_job
 
-    quiet()
+    mute_libraries()
     expand_home(cfg)
     if HydraConfig.get().mode is RunMode.MULTIRUN:
         os.environ.setdefault("WANDB_RUN_GROUP", f"sweep-{os.path.basename(HydraConfig.get().sweep.dir)}")
@@ -138,11 +138,12 @@ def run_job(main: Callable[[DictConfig], Any], cfg: DictConfig, process_per_job:
 
 
 def refuse(reason: object) -> NoReturn:
+    """Print an error and end the program with exit code 1."""
     sys.exit(f"error: {redacted(str(reason))}")
 
 
 def fail(reason: object) -> None:
-    """End the program. A sweep in this process runs its other jobs first, and ends with exit code 1."""
+    """End the program with an error. A sweep in this process first runs its other jobs."""
     if not sweeps_here():
         refuse(reason)
     print(f"error: {redacted(str(reason))}", file=sys.stderr, flush=True)
@@ -157,7 +158,7 @@ def sweeps_here() -> bool:
 
 def expand_home(cfg: DictConfig) -> None:
     """Expand a leading `~` of every path in a configuration. A shell does not expand it in quotes or after `=`."""
-    for from_environment in (False, True):  # first the keys that others take their value from
+    for from_environment in (False, True):  # plain values first: interpolations take their values from these
         for node, key in settings(cfg):
             interpolated = OmegaConf.is_interpolation(node, key)
             if interpolated != from_environment or (interpolated and "oc.env" not in str(node._get_node(key))):
@@ -168,7 +169,7 @@ def expand_home(cfg: DictConfig) -> None:
 
 
 def settings(node: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield `(container, key)` of each value, except prompts that are not a file."""
+    """Yield `(container, key)` of each value in a configuration, except prompts that are not a file."""
     for key in list(node) if OmegaConf.is_dict(node) else range(len(node)):
         child = node._get_node(key)
         if key == "prompts" and not str(child).endswith(".txt"):
@@ -179,21 +180,22 @@ def settings(node: Any) -> Iterator[tuple[Any, Any]]:
             yield node, key
 
 
-def own_keys(cfg: DictConfig) -> DictConfig:
+def program_keys(cfg: DictConfig) -> DictConfig:
     """Return the configuration without Hydra's own keys."""
     return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
 
 def check_missing(cfg: DictConfig) -> None:
+    """Raise UserError for a key without a value (`???`)."""
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
-    except InterpolationToMissingValueError as error:  # another key takes its value from it
+    except InterpolationToMissingValueError as error:  # another key takes its value from a missing key
         missing = re.findall(r"Missing mandatory value: ([\w.]+)", str(error))
     if missing:
         raise UserError(f"{missing[0]} has no default: give it on the command line, {missing[0]}=...")
 
 
-def quiet() -> None:
+def mute_libraries() -> None:
     """Mute the advice of libraries and their progress bars for single files."""
     import diffusers
     import transformers
@@ -204,11 +206,11 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
         "Checkpoint directory",
-        "Be aware that when using `ckpt_path`",  # a changed period of checkpoints: it takes effect
+        "Be aware that when using `ckpt_path`",  # Lightning warns of a changed period of checkpoints, which takes effect
         "Found .* eval mode",
         "isinstance.treespec",
         "The '.*' does not have many workers",
-        "The `srun` command is available",  # it prints the command line, secrets included
+        "The `srun` command is available",  # the warning prints the command line with its secrets
         "torch.distributed is disabled",
         "This DataLoader will create",
         "Total length of `list` across ranks is zero",
@@ -220,7 +222,7 @@ def quiet() -> None:
 def build(node: Any, *, foreign: bool = False) -> Any:
     """Instantiate a node with plain containers. Return None for an empty node. Raises UserError for a constructor's error.
 
-    foreign: the node comes from an untrusted file. Only targets that `lcm.app.targets` allows may be in it.
+    foreign: the node comes from an untrusted file. Raises UserError for a target that `lcm.app.targets` does not allow.
     """
     if not node:
         return None
@@ -240,5 +242,5 @@ def build(node: Any, *, foreign: bool = False) -> Any:
 
 
 def build_all(nodes: Any) -> list[Any]:
-    """Build the nodes of a group that have a `_target_`. The others are settings of parts that are not chosen."""
+    """Return the built nodes of a group. A node without a `_target_` holds settings of a part that is not chosen."""
     return [build(node) for node in (nodes or {}).values() if node and "_target_" in node]

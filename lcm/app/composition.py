@@ -1,6 +1,6 @@
 """Compose a program's configuration from its command line.
 
-Nothing here imports torch, so the answer to a typo comes at once.
+No import here imports torch, so the answer to a typo comes at once.
 """
 
 import os
@@ -27,7 +27,7 @@ class Command(NamedTuple):
     """A valid command line.
 
     args: the arguments for Hydra, with texts quoted. runs: the configuration of each run; a sweep has several. sweep_dir: the
-    folder of a sweep. printed: only help or a configuration is printed, and nothing runs.
+    folder of a sweep. printed: the program only prints its help or its configuration.
     """
 
     args: list[str]
@@ -37,10 +37,10 @@ class Command(NamedTuple):
 
 
 def prepare(config_name: str, args: list[str], hints: Mapping[str, Hint]) -> Command:
-    """Return the composed command line. Raises UserError for a wrong one. hints: annotations of the program's own keys."""
+    """Return the composed command line. Raises UserError for an invalid one. hints: annotations of top-level keys."""
     options, unknown = get_args_parser().parse_known_intermixed_args(args)
-    name, given = options.config_name or config_name, options.overrides
-    groups = Groups(name, given)
+    name, typed_overrides = options.config_name or config_name, options.overrides
+    groups = Groups(name, typed_overrides)
     if unknown:
         meant = override_like(unknown[0].lstrip("-"), groups.default_keys)
         raise UserError(f"there is no option {unknown[0]}: overrides have no dashes, did you mean '{meant}'?")
@@ -48,15 +48,15 @@ def prepare(config_name: str, args: list[str], hints: Mapping[str, Hint]) -> Com
         raise UserError("--experimental-rerun unpickles a file, --config-path replaces conf/: give overrides, or --config-dir")
     if options.shell_completion or options.hydra_help:
         return Command(args, [], None, True)
-    if options.config_dir and any(typed(override).key == "hydra.searchpath" for override in given):
+    if options.config_dir and any(typed(override).key == "hydra.searchpath" for override in typed_overrides):
         raise UserError("--config-dir and hydra.searchpath both name folders: give all with hydra.searchpath=[...]")
-    for override in given:
+    for override in typed_overrides:
         if typed(override).value is None and not override.startswith("~"):
             raise UserError(f"'{override}' sets nothing, did you mean '{override_like(override, groups.default_keys)}'?")
 
     folders = [f"hydra.searchpath=['file://{os.path.abspath(options.config_dir)}']"] if options.config_dir else []
-    groups = Groups(name, [*folders, *given])
-    multirun = options.multirun or any(override.upper() == "HYDRA.MODE=MULTIRUN" for override in given)
+    groups = Groups(name, [*folders, *typed_overrides])
+    multirun = options.multirun or any(override.upper() == "HYDRA.MODE=MULTIRUN" for override in typed_overrides)
     printed = bool(options.help or options.cfg or options.info)
 
     @cache
@@ -71,14 +71,14 @@ def prepare(config_name: str, args: list[str], hints: Mapping[str, Hint]) -> Com
         """Compose the chosen groups, without the overrides of values."""
         return composed(*(override for override in overrides if groups.are_chosen_by(override)))
 
-    choices = [override for override in given if groups.are_chosen_by(override)]
+    choices = [override for override in typed_overrides if groups.are_chosen_by(override)]
     for override in choices:
         check_choice(override, groups)
     before = chosen(next(single_runs(choices)))
-    values = [override for override in given if override not in choices]
+    values = [override for override in typed_overrides if override not in choices]
     check_keys(before, values, groups, hints)
     read = {override: readable(before, override, hints, multirun) for override in values}
-    overrides = [read.get(override, override) for override in given]
+    overrides = [read.get(override, override) for override in typed_overrides]
     runs = list(single_runs(overrides))
     if len(runs) > 1 and not multirun:
         raise UserError(several_values(overrides, groups))
@@ -91,14 +91,14 @@ def prepare(config_name: str, args: list[str], hints: Mapping[str, Hint]) -> Com
     for run in runs:
         check_keys(chosen(run), [override for override in run if not groups.are_chosen_by(override)], groups, hints)
         check_keys_are_read(composed(*run), run, groups, hints)
-    # Hydra's parser wants the overrides in one place.
+    # Hydra's parser refuses overrides between options.
     return Command(
-        [*(arg for arg in args if arg not in given), *overrides], [composed(*run) for run in runs], sweep_dir, printed
+        [*(arg for arg in args if arg not in typed_overrides), *overrides], [composed(*run) for run in runs], sweep_dir, printed
     )
 
 
 def single_runs(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """Yield the overrides of single runs: each swept value once, with the first values of the other sweeps."""
+    """Yield the overrides of single runs. Each swept value comes once, with the first values of the other swept keys."""
     readings = OverridesParser.create().parse_overrides(list(overrides))
     values = [
         [f"{reading.get_key_element()}={value}" for value in reading.sweep_string_iterator()]
@@ -129,6 +129,7 @@ def readable(before: DictConfig, override: str, hints: Mapping[str, Hint], multi
 
 
 def several_values(overrides: Sequence[str], groups: Groups) -> str:
+    """Return the error message for an override with several values outside of a sweep."""
     [first, *_] = [override for override in overrides if (reading := parsed(override)) and reading.is_sweep_override()]
     prefix, key, text = typed(first)
     if groups.are_chosen_by(first) or "(" in str(text):
@@ -137,7 +138,7 @@ def several_values(overrides: Sequence[str], groups: Groups) -> str:
 
 
 def plain(node: Any) -> Any:
-    """Return plain containers without interpolations. A value without a resolution yet, such as the run folder, is None."""
+    """Return plain containers without interpolations. A value that cannot be resolved yet, such as the run folder, is None."""
     if not OmegaConf.is_config(node):
         return node
     values = {}

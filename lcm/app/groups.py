@@ -30,15 +30,16 @@ class Groups:
     def __init__(self, config_name: str, overrides: Iterable[str] = ()) -> None:
         self.config_name = config_name
         paths = [re.findall(r"file://([^'\",\]]+)", override) for override in overrides if "hydra.searchpath=" in override]
-        self.folders = [CONF, *(Path(path) for given in paths for path in given)]
+        self.folders = [CONF, *(Path(path) for folders in paths for path in folders)]
 
     def files(self, group: str) -> list[Path]:
-        """Return the yaml files of a group. Files with a leading underscore are parts of others and not included."""
+        """Return the yaml files of a group, except files with a leading underscore, which are parts of other files."""
         group = group.partition("@")[0]
         files = (file for folder in self.folders for file in (folder / group).glob("*.yaml"))
         return sorted(file for file in files if not file.stem.startswith("_"))
 
     def options(self, group: str) -> list[str]:
+        """Return the options of a group, sorted."""
         return sorted(file.stem for file in self.files(group))
 
     def has(self, group: str, option: str) -> bool:
@@ -60,7 +61,7 @@ class Groups:
         return "/" in key or "@" in key or group == "hydra.searchpath" or any((f / group).is_dir() for f in self.folders)
 
     def has_targets(self, group: str) -> bool:
-        """Return whether an option of the group has a `_target_`: then two options do not combine."""
+        """Return whether an option of the group has a `_target_`. Two such options cannot be combined."""
         return any("_target_" in OmegaConf.load(file) for file in self.files(group))
 
     def option_that_builds(self, group: str, part: str) -> str | None:
@@ -89,7 +90,7 @@ def override_like(text: str, keys: list[str]) -> str:
 
 
 def nearest(key: str, keys: Sequence[str]) -> str | None:
-    """Return the key with the same last name, else with an abbreviated, contained or similar name, else None."""
+    """Return a key with the same last name, else with an abbreviated, contained or similar name, else None."""
     last, above = last_name(key), {name.rpartition(".")[0] for name in keys}
     words = re.split(r"[_-]", last)
     leaves = [name for name in keys if name not in above]

@@ -1,7 +1,7 @@
 """The page that `--help` prints. Its text is in conf/<program>.yaml and in the comments of the keys.
 
-The comment at the head of conf/<program>.yaml says what the program does, gives examples (indented lines) and names
-the keys of parts that people change most (the line `Keys of parts: ...`). Top-level keys with a comment are listed, too.
+The comment at the head of conf/<program>.yaml describes the program and gives examples (indented lines). Its line
+`Keys of parts: ...` names the most important keys of parts. Top-level keys with a comment are listed, too.
 """
 
 import re
@@ -17,7 +17,7 @@ KEYS_OF_PARTS = "Keys of parts: "
 
 
 def page(program: str, cfg: DictConfig) -> str:
-    """cfg: the program's configuration, composed with Hydra's own (`hydra`)."""
+    """Return the page of a program. cfg: its configuration, with Hydra's own keys (`hydra`)."""
     head = head_of(program)
     names = [line.removeprefix(KEYS_OF_PARTS).split() for line in head if line.startswith(KEYS_OF_PARTS)]
     purpose = [line for line in head if line and not line.startswith((" ", KEYS_OF_PARTS))]
@@ -60,7 +60,7 @@ def comments_in(file: Path) -> dict[str, str]:
 
 
 def comment_of(key: str, program: str) -> str:
-    """Return the comment of a part's key: that of the program's file, else of the first file of its group with a comment."""
+    """Return the comment of a part's key in the program's file, else in the first file of its group that has one, else ""."""
     if comment := comments_in(CONF / f"{program}.yaml").get(key):
         return comment
     names = key.split(".")

@@ -19,14 +19,14 @@ from lcm.runtime.environment import environment
 from lcm.runtime.redaction import redacted
 
 TEMPLATE = Path(__file__).with_name("report.html")
-MOST_PICTURES = 40  # of a slider, evenly spaced; the last is always there
+MOST_PICTURES = 40  # the most pictures of a slider
 WIDEST = 1600  # pixels of a picture
 PANELS = 3  # curves side by side
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page. It has pictures by label, a table or a text. A slider shows one picture at a time."""
+    """A part of the page: pictures by label, a table or a text. A slider shows one picture at a time."""
 
     title: str
     pictures: Mapping[str, str] | None = None  # sources, as `picture_source` returns
@@ -36,7 +36,7 @@ class Section:
 
 
 def write_report(file: Path, title: str, summary: str, sections: Sequence[Section], command: str) -> None:
-    """Write the page, and at its end the command and the environment. Secrets are removed from all of its texts."""
+    """Write the page, with the command and the environment at the end. Secrets are removed from all texts."""
     end = [Section("Command", text=command), Section("Environment", rows=list(environment().items()), header=("", "version"))]
     shown = [section for section in [*sections, *end] if section.pictures or section.rows or section.text]
     content = [
@@ -81,7 +81,7 @@ def evenly(files: Sequence[Path], most: int = MOST_PICTURES) -> list[Path]:
 
 
 def read_metrics(file: Path) -> dict[str, dict[int, float]]:
-    """Return the values of a metrics.csv by metric and step. A step that a resumed run logged again has its last value."""
+    """Return the values of a metrics.csv by metric and step. The last value counts if a resumed run logged a step again."""
     curves: dict[str, dict[int, float]] = {}
     if file.is_file():
         with file.open(newline="") as opened:
@@ -113,7 +113,7 @@ def plot_curves(curves: Mapping[str, Mapping[int, float]]) -> str:
 
 
 def curve_sections(curves: Mapping[str, Mapping[int, float]]) -> list[Section]:
-    """Return the curves and a table of their last values: first of the training, then of the validation, then the others."""
+    """Return the curves and a table of their last values. Metrics of the training come first, then those of the validation."""
     order = ("train", "val")
     names = sorted(curves, key=lambda name: [*order, ""].index(group if (group := name.partition("/")[0]) in order else ""))
     last = {

@@ -14,9 +14,10 @@ from lcm.core.errors import UserError
 
 
 class Repository:
-    """A repository on the hub that this user may write to. It is created by the first upload.
+    """A repository on the hub that this user may write to. The first upload creates it.
 
-    name: "owner/name". Raises UserError unless HF_TOKEN holds a valid token of the owner, or of a member of this organisation.
+    name: "owner/name". Raises UserError unless HF_TOKEN holds a valid token of the owner, or of a member of the owner's
+    organisation.
     """
 
     def __init__(self, name: str) -> None:
@@ -49,6 +50,7 @@ class Repository:
 
     @contextmanager
     def requests(self) -> Iterator[None]:
+        """Turn an error of a request into a UserError."""
         try:
             yield
         except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:

@@ -28,15 +28,15 @@ GRID = "grid.png"
 class Pictures:
     """`repeats` pictures of each prompt. Picture i has seed `seed + i`. Each file holds its prompt, seed and settings.
 
-    settings: common to all pictures of a call. "model" identifies the weights, "pipeline" is only their name. own: settings of
-    single prompts that replace these; a seed in it is that of the prompt's first picture.
+    settings: the settings of all pictures of a call. "model" identifies the weights, "pipeline" is only their name.
+    row_settings: the settings of each prompt, which replace these settings. "seed" is the seed of the prompt's first picture.
     """
 
     prompts: list[str]
     repeats: int
     seed: int
     settings: Mapping[str, Any]
-    own: Sequence[Mapping[str, Any]] = ()
+    row_settings: Sequence[Mapping[str, Any]] = ()
 
     def __len__(self) -> int:
         return len(self.prompts) * self.repeats
@@ -45,12 +45,12 @@ class Pictures:
         return self.prompts[i // self.repeats]
 
     def seed_of(self, i: int) -> int:
-        own = self.own[i // self.repeats].get("seed") if self.own else None
-        return self.seed + i if own is None else own + i % self.repeats
+        seed = self.row_settings[i // self.repeats].get("seed") if self.row_settings else None
+        return self.seed + i if seed is None else seed + i % self.repeats
 
     def settings_of(self, i: int) -> dict[str, Any]:
-        own = self.own[i // self.repeats] if self.own else {}
-        return {**self.settings, **{name: value for name, value in own.items() if name != "seed"}}
+        row = self.row_settings[i // self.repeats] if self.row_settings else {}
+        return {**self.settings, **{name: value for name, value in row.items() if name != "seed"}}
 
     def batches(self, numbers: list[int], size: int) -> Iterator[list[int]]:
         """Yield the pictures in batches of at most `size` that share their settings."""
@@ -59,10 +59,9 @@ class Pictures:
                 yield batch
 
     def folder(self, output: str | None, parent: str) -> Path:
-        """Return the folder to write to, without pictures of other settings. Raises UserError.
+        """Return a folder to write to, without pictures of other settings. Raises UserError.
 
-        output: the folder that the user names. parent: the folder of numbered folders, one for each call without an output.
-        The same call resumes in its folder.
+        output: the user's folder; None: a numbered folder in `parent`. The same call resumes in the same numbered folder.
         """
         if output is not None:
             folder = output_folder(output)
@@ -97,16 +96,17 @@ class Pictures:
         return as_text({name: value for name, value in settings.items() if name != "pipeline"})
 
     def missing(self, folder: Path) -> list[int]:
+        """Return the numbers of the pictures that are not in the folder."""
         present = {int(file.stem) for file in numbered(folder)}
         return [i for i in range(len(self)) if i not in present]
 
     def draw(self, folder: Path, numbers: list[int], model: TextToImage, batch_size: int, **options: Any) -> None:
-        """Draw these pictures, and write each batch. options: of `TextToImage.latents`, common to all."""
+        """Draw the pictures of these numbers, and write each batch. options: arguments of `TextToImage.latents`."""
         with tqdm(total=len(numbers), unit="image", desc="sampling", disable=not numbers) as bar:
             for batch in self.batches(numbers, batch_size):
-                own = {name: self.settings_of(batch[0])[name] for name in ("steps", "w", "negative")}
+                settings = {name: self.settings_of(batch[0])[name] for name in ("steps", "w", "negative")}
                 prompts, seeds = [self.prompt(i) for i in batch], [self.seed_of(i) for i in batch]
-                [images] = model.images(prompts, seeds, batch_size=batch_size, **own, **options)
+                [images] = model.images(prompts, seeds, batch_size=batch_size, **settings, **options)
                 for i, image in zip(batch, images, strict=True):
                     self.save(folder, i, image)
                 bar.update(len(batch))
@@ -130,7 +130,7 @@ class Pictures:
 
 
 def start_settings(start: Start | None) -> dict[str, Any]:
-    """Return the settings of pictures that start from another one. Pixels are named by a digest."""
+    """Return the settings of pictures that start from a picture. Digests stand for its pixels and its mask."""
     if start is None:
         return {}
     pixels = {"start": start.image, "mask": start.mask}
@@ -143,6 +143,7 @@ def file_of(folder: Path, i: int) -> Path:
 
 
 def numbered(folder: Path) -> list[Path]:
+    """Return the numbered pictures of a folder, in order."""
     return sorted(
         (file for file in folder.glob("*.png") if re.fullmatch(r"\d{5,}", file.stem)), key=lambda file: int(file.stem)
     )

@@ -16,17 +16,17 @@ from torch import Tensor
 
 from lcm.runtime.atomic_io import whole_file
 
-TITLES = {"consistency": "LCM", "tcd": "TCD", "ddim": "DDIM", "heun": "Heun", "dpm_solver_pp_2m": "DPM++ 2M"}  # of samplers
-LONGEST = 4000  # characters of a label that are looked at: more than any row shows
+TITLES = {"consistency": "LCM", "tcd": "TCD", "ddim": "DDIM", "heun": "Heun", "dpm_solver_pp_2m": "DPM++ 2M"}  # by sampler
+LONGEST = 4000  # characters after which a label is cut: a row shows fewer
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """uint8 `[3, H, W]` -> PIL."""
+    """Return a PIL image of uint8 `[3, H, W]`."""
     return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
 
 
 def resized(images: Tensor, size: int, *, antialias: bool = True) -> Tensor:
-    """uint8 `[B, 3, H, W]` -> uint8 `[B, 3, size, size]`: antialiased bicubic as in Pillow, or plain bilinear."""
+    """Return uint8 images `[B, 3, size, size]` of uint8 `[B, 3, H, W]`: antialiased bicubic as Pillow, or plain bilinear."""
     if images.shape[-2:] == (size, size):
         return images
     mode = "bicubic" if antialias else "bilinear"
@@ -35,7 +35,7 @@ def resized(images: Tensor, size: int, *, antialias: bool = True) -> Tensor:
 
 
 def as_text(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return a setting as text for a PNG chunk."""
+    """Return settings as texts for PNG chunks."""
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
 
 
@@ -59,7 +59,7 @@ def write_png(image: Image.Image, file: BinaryIO, **settings: Any) -> None:
 
 
 def parameters(settings: Mapping[str, Any]) -> str:
-    """Return the text from which A1111, Forge and ComfyUI show and repeat the settings of an image."""
+    """Return the text by which A1111, Forge and ComfyUI show and repeat the settings of an image."""
     height, width = settings.get("size", (None, None))
     values = {
         "Steps": settings.get("steps"),
@@ -95,10 +95,9 @@ def grid(
     cell: int = 128,
     gap: int = 4,
 ) -> Image.Image:
-    """A labelled grid: `rows[r]` is uint8 `[columns, 3, H, W]`; small ones are enlarged to a width of `cell`, unsmoothed.
+    """Return a labelled grid. rows: uint8 `[columns, 3, H, W]` each. Small images are enlarged to `cell` pixels, unsmoothed.
 
-    A label is cut to the height of its row, and to the width of its column, which does not depend on any label. Several labels
-    of one row share its height.
+    A label is cut to the height of its row and to the width of its column. Several labels of one row share its height.
     """
     width = max(cell, rows[0].shape[-1])
     height = round(width * rows[0].shape[-2] / rows[0].shape[-1])
@@ -127,7 +126,7 @@ def grid(
 
 @cache
 def font_file() -> tuple[Path, frozenset[int]]:
-    """Return matplotlib's font file and its characters. It has most alphabets; Pillow's own font lacks accents."""
+    """Return matplotlib's font file and its characters. The font has most alphabets. Pillow's own font lacks accents."""
     import matplotlib
     from matplotlib.ft2font import FT2Font
 
@@ -147,7 +146,7 @@ def drawable(text: str) -> str:
 
 
 def wrap(text: str, font: Any, width: float, limit: int | None = None) -> list[str]:
-    """Wrap text to lines of at most `width` pixels. Wider words are broken. Lines after `limit` are cut."""
+    """Return the text in lines of at most `width` pixels. Wider words are broken. Lines after `limit` are cut."""
     lines = [""]
     for word in text[: LONGEST if limit else None].split():
         alone = drawable(word)
@@ -174,7 +173,7 @@ def steps_label(steps: int) -> str:
 
 
 def columns_to_rows(columns: Sequence[Tensor]) -> list[Tensor]:
-    """Convert columns, batches `[rows, 3, H, W]`, to the rows of `grid`."""
+    """Return the rows of `grid` for columns of images, `[rows, 3, H, W]` each."""
     return list(torch.stack(list(columns), dim=1))
 
 

@@ -22,9 +22,9 @@ FILE_NAME = re.compile(r"\S+\.(txt|text|csv|tsv|json|jsonl|ndjson|md|yaml|yml|pa
 
 
 def read_prompts(prompts: Any, captions: Callable[[], list[str]], weights: Any = None) -> list[str]:
-    """Return the prompts. prompts: one, a list, a .txt file with one per line, or "val" for the validation captions.
+    """Return the prompts. prompts: a prompt, a list, a .txt file with one prompt per line, or "val". Raises UserError.
 
-    weights: of the caption fields for "val". With other prompts it is an error.
+    captions: returns the prompts for "val". weights: the weights of the caption fields, which are an error without "val".
     """
     if prompts == "val":
         return captions()
@@ -55,13 +55,13 @@ def read_prompts(prompts: Any, captions: Callable[[], list[str]], weights: Any =
     return [str(prompt) for prompt in texts]
 
 
-COLUMNS = {"prompt": str, "seed": int, "w": float, "steps": int}  # of a table of prompts
+COLUMNS = {"prompt": str, "seed": int, "w": float, "steps": int}  # the columns of a table of prompts
 
 
 def read_table(file: str) -> list[dict[str, Any]]:
-    """Return the rows of a .csv file with the column `prompt`, and `seed`, `w` and `steps` where a row gives them.
+    """Return the rows of a .csv file with the column `prompt`. Empty cells of `seed`, `w` and `steps` are left out.
 
-    Raises UserError that names the line.
+    Raises UserError with the number of the line.
     """
     try:
         text = text_of(Path(file).expanduser().read_bytes())
@@ -78,12 +78,12 @@ def read_table(file: str) -> list[dict[str, Any]]:
     table.fieldnames = names
     rows = []
     for row in table:
-        given = {name: value.strip() for name, value in row.items() if name is not None and value is not None and value.strip()}
+        cells = {name: value.strip() for name, value in row.items() if name is not None and value is not None and value.strip()}
         try:
             if None in row:
                 raise ValueError(f"it has more than {len(names)} cells (quote a prompt with commas)")
-            rows.append({"prompt": "", **{name: COLUMNS[name](value) for name, value in given.items()}})
-            if given.get("steps") == "0" or any(given.get(name, "").startswith("-") for name in ("seed", "steps")):
+            rows.append({"prompt": "", **{name: COLUMNS[name](value) for name, value in cells.items()}})
+            if cells.get("steps") == "0" or any(cells.get(name, "").startswith("-") for name in ("seed", "steps")):
                 raise ValueError("seed counts from 0 and steps from 1")
         except ValueError as error:
             raise UserError(f"{file}, line {table.line_num}: {error}") from error
@@ -95,7 +95,7 @@ def read_table(file: str) -> list[dict[str, Any]]:
 def read_requests(
     prompts: Any, captions: Callable[[], list[str]], weights: Any = None
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """Return the prompts, see `read_prompts`, and the settings that a .csv file gives for each of them."""
+    """Return the prompts, see `read_prompts`, and the settings of each prompt. Only a .csv file gives settings."""
     if weights or not (isinstance(prompts, str) and prompts.lower().endswith(".csv") and " " not in prompts):
         texts = read_prompts(prompts, captions, weights)
         return texts, [{} for _ in texts]
@@ -104,7 +104,7 @@ def read_requests(
 
 
 def read_adapters(lora: Any) -> dict[str, float]:
-    """Return weights by files of adapters. lora: `file` or `file:weight`, or a list of these. Raises UserError."""
+    """Return the weight of each file of adapters. lora: `file` or `file:weight`, or a list of these. Raises UserError."""
     weights: dict[str, float] = {}
     for entry in [lora] if isinstance(lora, str) else list(lora or ()):
         file, _, weight = str(entry).rpartition(":")
@@ -123,7 +123,7 @@ def read_adapters(lora: Any) -> dict[str, float]:
 def read_start(image: str | None, mask: str | None, strength: float | None, size: tuple[int, int]) -> Start | None:
     """Return the picture that sampling starts from, resized and cropped to `size` (height, width). Raises UserError.
 
-    strength: None is 0.6, and 1 with a mask.
+    strength: None: 0.6 without a mask, 1 with a mask.
     """
     if image is None:
         for name, value in (("mask", mask), ("strength", strength)):
@@ -131,17 +131,19 @@ def read_start(image: str | None, mask: str | None, strength: float | None, size
                 raise UserError(f"{name}={value} has no effect without a picture to start from: set image=<file>")
         return None
     picture = read_picture(image, "image")
-    painted = None if mask is None else read_picture(mask, "mask")
-    if painted is not None and painted.size != picture.size:
+    mask_picture = None if mask is None else read_picture(mask, "mask")
+    if mask_picture is not None and mask_picture.size != picture.size:
         raise UserError(
-            f"mask={mask} has {painted.width} x {painted.height} pixels and image={image} {picture.width} x {picture.height}: "
-            "paint the mask on a copy of the image"
+            f"mask={mask} has {mask_picture.width} x {mask_picture.height} pixels and image={image} {picture.width} x "
+            f"{picture.height}: paint the mask on a copy of the image"
         )
     pixels = torch.from_numpy(np.array(fitted(picture, size))).permute(2, 0, 1)
-    where = None if painted is None else torch.from_numpy(np.array(fitted(painted.convert("L"), size)))[None].float() / 255
-    if where is not None and not where.any():
+    if mask_picture is None:
+        return Start(pixels, 0.6 if strength is None else strength)
+    mask_pixels = torch.from_numpy(np.array(fitted(mask_picture.convert("L"), size)))[None].float() / 255
+    if not mask_pixels.any():
         raise UserError(f"mask={mask} has no white pixels: paint the area to redraw white")
-    return Start(pixels, (0.6 if where is None else 1.0) if strength is None else strength, where)
+    return Start(pixels, 1.0 if strength is None else strength, mask_pixels)
 
 
 def read_picture(file: str, option: str) -> Image.Image:
@@ -159,6 +161,7 @@ def read_picture(file: str, option: str) -> Image.Image:
 
 
 def fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Return the picture, resized and cropped to `size` (height, width)."""
     return ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS)
 
 
@@ -169,6 +172,7 @@ def is_file_name(prompt: str) -> bool:
 
 
 def output_folder(path: str, option: str = "output") -> Path:
+    """Make the folder that an option names, and return it. Raises UserError if it cannot be written to."""
     return writable(Path(path), option)
 
 

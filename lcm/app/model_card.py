@@ -13,7 +13,7 @@ from lcm.models.pipeline import find, read_lcm_json
 from lcm.runtime.environment import commit
 from lcm.runtime.redaction import redacted
 
-SETTINGS = (  # of config.yaml
+SETTINGS = (  # keys of config.yaml
     *("model.objective._target_", "model.solver._target_", "model.loss._target_", "model.optimizer._target_"),
     *("model.optimizer.lr", "model.ema_decay", "model.w_min", "model.w_max", "model.adapters.rank", "model.adapters.alpha"),
     *("data.resolution", "data.batch_size", "trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_batches"),
@@ -59,7 +59,7 @@ def write_card(folder: Path, run: Path, evaluation: Path | None) -> None:
 
 
 def base_license(base: str) -> str | None:
-    """Return the licence in the base model's card, if the card exists on this machine."""
+    """Return the licence in the base model's card, or None if there is no card on this machine."""
     card = find(base) / "README.md"
     license = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict().get("license") if card.is_file() else None
     return license if isinstance(license, str) else None
@@ -72,7 +72,7 @@ def licence_text(license: str | None) -> str:
 
 
 def picture_of(run: Path, folder: Path) -> str | None:
-    """Copy the last image grid of the training, and return its name."""
+    """Copy the last image grid of the training to `folder`, and return its name. Return None without a grid."""
     grids = sorted(run.glob("samples/step-*.png"))
     if not grids:
         return None
@@ -117,11 +117,13 @@ def metrics(run: Path, evaluation: Path | None) -> str:
     """Return the table of an evaluation and the last validation metrics of the run."""
     last = [(name, list(values)[-1], list(values.values())[-1])
             for name, values in read_metrics(run / "metrics.csv").items() if name.startswith("val/")]  # fmt: skip
-    own = table(("metric", "step", "value"), [(name, str(step), number(value)) for name, step, value in last]) if last else ""
+    rows = [(name, str(step), number(value)) for name, step, value in last]
+    validation = table(("metric", "step", "value"), rows) if rows else ""
     measured = (evaluation / "table.md").read_text().strip() if evaluation is not None else ""
-    return "\n\n".join(part for part in (measured, own) if part) or "Not measured."
+    return "\n\n".join(part for part in (measured, validation) if part) or "Not measured."
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Return a table in markdown."""
     lines = [header, ("---",) * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,7 +1,7 @@
 """Quoting of overrides: Hydra's grammar would misread some texts.
 
 Hydra reads `name=2024` as a number, `prompts=a cat, a dog` as two values and `prompts=café` not at all. A key holds text
-if its constructor's annotation says so, or if its value in the configuration is text. Such an override is quoted for Hydra.
+if it has the annotation of a text, or if its value in the configuration is text. The override of such a key is quoted.
 """
 
 import re
@@ -35,6 +35,7 @@ class Typed(NamedTuple):
 
 
 def typed(override: str) -> Typed:
+    """Return the parts of an override."""
     match = SYNTAX.fullmatch(override)
     return Typed(*match.groups()) if match else Typed("", override, None)
 
@@ -48,7 +49,7 @@ def parsed(override: str) -> Override | None:
 
 
 class Kind(NamedTuple):
-    """The kind of a key. text: it holds text. texts: it may hold a list of texts. nullable: it may be null."""
+    """The kind of a key. text: the key holds text. texts: it may hold a list of texts. nullable: it may be null."""
 
     text: bool = False
     texts: bool = False
@@ -87,7 +88,7 @@ def kind_of(cfg: DictConfig, key: str, hints: Mapping[str, Hint]) -> Kind:
 
 
 def lookup(cfg: Any, key: str) -> tuple[Any, bool]:
-    """Return a key's value, None if it is missing or not resolvable yet, and whether the key exists."""
+    """Return a key's value, and whether the key exists. The value is None if it is missing or cannot be resolved yet."""
     parent, _, name = key.rpartition(".")
     try:
         node = OmegaConf.select(cfg, parent) if parent else cfg
@@ -101,7 +102,7 @@ def lookup(cfg: Any, key: str) -> tuple[Any, bool]:
 
 
 def hint_of(cfg: DictConfig, key: str, hints: Mapping[str, Hint]) -> Hint:
-    """Return the annotation of a key's parameter, Any without one. Imports the constructors of the nodes above it."""
+    """Return the annotation of a key's parameter, Any without an annotation. Imports the constructors of the parent nodes."""
     node: Any = cfg
     accepted, hint = Parameters(dict(hints), True), Any
     for name in key.split("."):
@@ -122,7 +123,7 @@ def as_hydra_reads(override: str, kind_of: Callable[[str], Kind], multirun: bool
     prefix, key, text = typed(override)
     reading = parsed(override)
     if text is None or (reading is not None and isinstance(reading._value, str)):
-        return override  # a word: text for Hydra, too
+        return override  # Hydra reads a plain word as text
     kind = kind_of(key)
     if not kind.text:
         return f"{prefix}{key}={quoted_mapping(key, text, kind_of)}"
@@ -147,6 +148,7 @@ def quoted_mapping(key: str, text: str, kind_of: Callable[[str], Kind]) -> str:
 
 
 def quoted_value(text: str, kind: Kind) -> str:
+    """Return a value of a key, in quotes if Hydra would not read it as text."""
     reading = parsed(f"key={text}")
     value = None if reading is None else reading._value
     if text == "" or isinstance(value, QuotedString) or (isinstance(value, dict) and "_target_" in value):
@@ -159,11 +161,12 @@ def quoted_value(text: str, kind: Kind) -> str:
 
 
 def quoted(text: str) -> str:
+    """Return a text in Hydra's quotes."""
     if "${" in text:
         try:
             parse(text)
         except OmegaConfBaseException:
-            text = text.replace("${", r"\${")  # no interpolation, so these characters are meant
+            text = text.replace("${", r"\${")  # the text is no interpolation
     return QuotedString(text, Quote.single).with_quotes()
 
 
@@ -189,6 +192,7 @@ def split(text: str) -> list[str]:
 
 
 def closing_quote(text: str, start: int) -> int | None:
+    """Return the position of the quote that closes the quote at `start`, or None."""
     match = re.compile(rf"{text[start]}(?:\\.|[^\\{text[start]}])*{text[start]}(?=\s*(?:,|$))", re.DOTALL).match(text, start)
     return match.end() - 1 if match else None
 

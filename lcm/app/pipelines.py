@@ -14,19 +14,19 @@ MODELS = ("pipeline", "model")  # keys whose value names a model: a folder, a hu
 
 
 def resolve_models(node: Any, runs: str) -> None:
-    """Replace "last" and "last:<name>" in a configuration by the folder, so that a resumed run uses the same model."""
+    """Replace "last" and "last:<name>" in a configuration by the model's folder. A resumed run then uses the same model."""
     for key in list(node) if OmegaConf.is_dict(node) else range(len(node)):
         if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
             continue
         if OmegaConf.is_config(node[key]):
             resolve_models(node[key], runs)
         elif key in MODELS and isinstance(node[key], str):
-            node[key] = chosen(node[key], runs, os.getcwd())
+            node[key] = find_pipeline_once(node[key], runs, os.getcwd())
 
 
 @cache
-def chosen(pipeline: str, runs: str, working_directory: str) -> str:
-    """Return the same folder for all jobs of a sweep, because each job saves a newer model."""
+def find_pipeline_once(pipeline: str, runs: str, working_directory: str) -> str:
+    """Return `find_pipeline` of the first call. Each job of a sweep saves a newer model, but all jobs use the same one."""
     return find_pipeline(pipeline, runs)
 
 
@@ -37,9 +37,9 @@ def is_student(pipeline: Path) -> bool:
 
 
 def find_pipeline(pipeline: str, runs: str) -> str:
-    """Return the newest model under `runs` for "last", a student before a teacher; else the pipeline as given.
+    """Return the folder of the newest model under `runs` for "last", and any other pipeline unchanged. Raises UserError.
 
-    "last:<name>" is the newest model of the runs of that name.
+    "last" prefers a student to a newer teacher. "last:<name>" is the newest model of the runs of this name.
     """
     last, _, name = pipeline.partition(":")
     files = sorted(Path(runs).glob("*/*/model/model_index.json"), key=lambda file: file.stat().st_mtime)

@@ -13,7 +13,7 @@ from lcm.app.groups import Groups, did_you_mean, keys_of, nearest, override_like
 from lcm.app.overrides import for_shell, lookup, parsed, typed
 from lcm.core.errors import UserError
 
-UNUSED = ("hydra.job.chdir", "hydra.run.dir", "hydra.sweep.subdir")  # they tell where Hydra works, and it works nowhere
+UNUSED = ("hydra.job.chdir", "hydra.run.dir", "hydra.sweep.subdir")  # folders of Hydra's own files, which are turned off
 PARTS = ("callbacks", "logger")  # each child with a `_target_` is built
 
 
@@ -81,7 +81,7 @@ def check_keys(before: DictConfig, values: Sequence[str], groups: Groups, hints:
 
 def check_hydra_key(before: DictConfig, key: str) -> None:
     """Raise UserError for an unknown key of Hydra, and for one without effect."""
-    if key in UNUSED and os.environ.get("LOCAL_RANK", "0") == "0":  # Lightning sets them for the other processes that it starts
+    if key in UNUSED and os.environ.get("LOCAL_RANK", "0") == "0":  # Lightning sets these keys for the ranks that it starts
         raise UserError(
             f"{key} has no effect: set paths.runs, name and paths.run_id for a run's folder, or output= of other programs"
         )
@@ -146,13 +146,14 @@ def unbuilt_part(cfg: DictConfig, key: str) -> str | None:
 
 
 def not_chosen(key: str, part: str, groups: Groups) -> str:
+    """Return the error message for a key of a part that is not chosen."""
     option = groups.option_that_builds(*part.split("."))
     cure = f"choose it, {part.partition('.')[0]}={option}, or leave" if option else "leave"
     return f"{key} sets nothing, because {part} is not chosen: {cure} the key out"
 
 
 def check_keys_are_read(cfg: DictConfig, overrides: Sequence[str], groups: Groups, hints: Mapping[str, Hint]) -> None:
-    """Raise UserError for an unused key: one of a part that is not chosen, or an added one that nothing reads."""
+    """Raise UserError for an unused key: a key of a part that is not chosen, or an added key that nothing reads."""
     if cfg.hydra.output_subdir is not None:
         raise UserError("hydra.output_subdir would store secrets in overrides: leave it null, config.yaml has the settings")
     for override in overrides:

@@ -9,13 +9,14 @@ from omegaconf import OmegaConf
 
 
 def bfloat16_is_fast(device: str, cpuinfo: str = "/proc/cpuinfo") -> bool:
-    """Decide by the hardware, so that a resumed run decides alike. device: a torch device or a Lightning accelerator.
+    """Return whether bfloat16 is faster than float32. device: a torch device or a Lightning accelerator.
 
-    A step of `lcd_mini` in bfloat16 took 1/1.6 of float32's time on an AMD EPYC with AVX512_BF16. It took 1/0.7 on an Intel
-    Xeon with the same instructions but without AMX. A CPU without either emulates bfloat16.
+    The result depends on the hardware only, so that a resumed run has the same dtype. A step of `lcd_mini` in bfloat16 took
+    1/1.6 of float32's time on an AMD EPYC with AVX512_BF16. On an Intel Xeon with AVX512_BF16 and without AMX it took 1/0.7. A
+    CPU without AMX and AVX512_BF16 emulates bfloat16.
     """
     if device != "cpu":
-        import torch  # only where a value is read: `--help` answers sooner
+        import torch  # only if a value is read, so that `--help` answers at once
 
         if torch.cuda.is_available():
             return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -25,11 +26,12 @@ def bfloat16_is_fast(device: str, cpuinfo: str = "/proc/cpuinfo") -> bool:
 
 
 def fast_dtype(device: str) -> str:
+    """Return the faster dtype of networks on the device."""
     return "bfloat16" if bfloat16_is_fast(device) else "float32"
 
 
 def fast_precision(accelerator: str) -> str:
-    """The `precision` of Lightning's Trainer."""
+    """Return the faster `precision` of Lightning's Trainer."""
     return "bf16-mixed" if bfloat16_is_fast(accelerator) else "32-true"
 
 

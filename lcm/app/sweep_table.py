@@ -42,13 +42,13 @@ class SweepTable(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         hide_secrets(config)
         folder = Path(config.hydra.sweep.dir)
-        for file in folder.glob("slurm/*/*.pkl"):  # submitit's, with the overrides of jobs that have ended
+        for file in folder.glob("slurm/*/*.pkl"):  # submitit's files hold the overrides of jobs that have ended
             file.unlink()
         notes = [json.loads(file.read_text()) for file in sorted(folder.glob("run-*.json"))]
         keys = varied([note["swept"] for note in notes])
         names = sorted({name for note in notes for name in note["metrics"]})
         if not names:
-            print(f"sweep:   no table: {lack([note['run'] for note in notes if note['run']])}")
+            print(f"sweep:   no table: {why_no_table([note['run'] for note in notes if note['run']])}")
             return
         rows = [
             [*(note["swept"].get(key, "") for key in keys), *(number(note["metrics"].get(name)) for name in names), note["run"]]
@@ -68,7 +68,7 @@ def hide_secrets(config: DictConfig) -> None:
             copy.write(hidden.encode())
 
 
-def lack(runs: Sequence[str]) -> str:
+def why_no_table(runs: Sequence[str]) -> str:
     """Return the reason for an empty table."""
     if not runs:
         return "no job has trained, the errors are above"
@@ -86,7 +86,7 @@ def number(value: float | None) -> str:
 
 def last_metrics(file: Path) -> dict[str, float]:
     """Return the last value of each `val/` metric of a run's metrics.csv."""
-    from lcm.app.html_report import read_metrics  # with torch, for which `--cfg` does not wait
+    from lcm.app.html_report import read_metrics  # imports torch, for which `--cfg` should not wait
 
     return {name: values[max(values)] for name, values in read_metrics(file).items() if name.startswith("val/")}
 

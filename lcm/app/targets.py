@@ -17,8 +17,9 @@ from lcm.core.errors import UserError
 
 PACKAGE = Path(__file__).parents[1]
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # installed; in a checkout
-OWN = tuple(filter(None, re.split(r"[\s,]+", os.environ.get("LCM_ALLOW_TARGETS", ""))))  # before a configuration can set it
-FUNCTIONS = ("lcm.core", *OWN)
+# The variable is read at the import, because a configuration could set it later.
+USER_PACKAGES = tuple(filter(None, re.split(r"[\s,]+", os.environ.get("LCM_ALLOW_TARGETS", ""))))
+FUNCTIONS = ("lcm.core", *USER_PACKAGES)
 CLASSES = (
     *FUNCTIONS,
     *("lcm.callbacks", "lcm.evaluate", "lcm.modules", "lcm.runtime"),
@@ -32,11 +33,11 @@ def check_targets(node: Any, key: str = "") -> None:
     """Raise UserError for a target in plain containers that is not allowed."""
     if isinstance(node, Mapping):
         for name, value in node.items():
-            here = f"{key}.{name}" if key else str(name)
+            path = f"{key}.{name}" if key else str(name)
             if name == "_target_":
-                check_target(value, here)
+                check_target(value, path)
             else:
-                check_targets(value, here)
+                check_targets(value, path)
     elif isinstance(node, Sequence) and not isinstance(node, str | bytes):
         for i, value in enumerate(node):
             check_targets(value, f"{key}.{i}")
@@ -64,12 +65,12 @@ def is_allowed(target: str) -> bool:
 
     `lcm.runtime.run_dir.os.system` is os.system. A method such as `from_pretrained` may run code that it downloads.
     """
-    packages = {name.partition(".")[0] for name in CLASSES} | {*OWN}
+    packages = {name.partition(".")[0] for name in CLASSES} | {*USER_PACKAGES}
     if not any(within(target, package) for package in packages):
-        return False  # without importing it
+        return False  # the target is not imported
     try:
         value = get_object(target)
-    except Exception:  # it does not exist, or Hydra's own list of dangerous targets has it
+    except Exception:  # the target does not exist, or is on Hydra's list of dangerous targets
         return False
     home = getattr(value, "__module__", None) or ""
     if isinstance(value, type):

@@ -27,7 +27,10 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Draw(BaseModel):
-    """A request for one image. The default `steps` of a teacher fit in the time of `student_steps` of the student."""
+    """A request for one image.
+
+    student_steps: without `steps`, a teacher gets the steps that fit in the time of so many steps of the student.
+    """
 
     model_config = ConfigDict(extra="forbid")
     prompt: str = Field(max_length=LONGEST)
@@ -42,7 +45,7 @@ class Draw(BaseModel):
 
 @dataclass
 class Served:
-    """A served model. seconds: (a, b) of an image's time `a + b * steps`, measured at the start."""
+    """A served model. seconds: a and b of the seconds `a + b * steps` for an image, measured at the start."""
 
     name: str
     model: TextToImage
@@ -50,6 +53,7 @@ class Served:
     seconds: tuple[float, float] = (0.0, 0.0)
 
     def draw(self, prompt: str, steps: int, w: float, seed: int, negative: str, size: tuple[int, int]) -> torch.Tensor:
+        """Return an image, uint8 `[3, H, W]`."""
         with torch.inference_mode():
             [images] = self.model.images([prompt], [seed], steps=steps, w=w, negative=negative, size=size)
         return images[0]
@@ -66,6 +70,7 @@ class Served:
         self.seconds = max(times[few] - per_step * few, 0.0), max(per_step, 1e-6)
 
     def can(self, steps: int) -> bool:
+        """Return whether the model can be sampled in this number of steps."""
         try:
             self.model.timesteps(steps)
         except UserError:
@@ -78,6 +83,7 @@ class Served:
         return max(1, math.floor((seconds - fixed) / per_step))
 
     def description(self) -> dict[str, Any]:
+        """Return the model's entry in /api/models."""
         names = {"takes_w": self.model.takes_w, "guided": self.model.guided, "w": self.model.default_w}
         return {"name": self.name, "size": self.model.size(), "steps": self.default_steps, **names}
 
@@ -91,13 +97,13 @@ class Queue:
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def run(self, request: Request, work: Callable[[], Any]) -> Any:
-        """Return what `work` returns in a thread. Raises HTTPException 429 if the queue is full, 499 if the client has left."""
+        """Return `work()`, called in a thread. Raises HTTPException 429 if the queue is full, 499 if the client has left."""
         if self.waiting > self.length:
             raise HTTPException(429, f"{self.length} requests wait already: try again in a moment", {"Retry-After": "1"})
         self.waiting += 1
         try:
             async with self.turn:
-                if await request.is_disconnected():  # the page asks anew at every letter
+                if await request.is_disconnected():  # the page sends a new request at every letter
                     raise HTTPException(499, "the client has left")
                 return await asyncio.to_thread(work)
         finally:
@@ -105,10 +111,10 @@ class Queue:
 
 
 def make_app(models: Mapping[str, Served], *, queue: int, max_steps: int, max_side: int, host: str = "127.0.0.1") -> FastAPI:
-    """Return the application. models: "student" and, if there is one, "teacher". host: the address that it is bound to."""
-    app = FastAPI(title="Latent consistency", docs_url=None, redoc_url=None)  # their pages load scripts from elsewhere
+    """Return the application. models: the models by role, "student" and "teacher". host: the address of the server."""
+    app = FastAPI(title="Latent consistency", docs_url=None, redoc_url=None)  # FastAPI's pages load scripts of other sites
     line = Queue(queue)
-    if host in LOOPBACK:  # a page of another site that resolves to this machine is refused
+    if host in LOOPBACK:  # refuses the host name of another site that resolves to this machine
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]", "testserver"])
 
     @app.middleware("http")
@@ -139,7 +145,7 @@ def make_app(models: Mapping[str, Served], *, queue: int, max_steps: int, max_si
 
     @app.post("/api/draw")
     async def draw(wanted: Draw, request: Request) -> Response:
-        """Return a PNG. The headers X-Steps and X-Seconds say how it was drawn."""
+        """Return a PNG. The headers X-Steps and X-Seconds hold its steps and the seconds of its drawing."""
         served = models.get(wanted.model)
         if served is None:
             raise UserError("no teacher is served: start the server with teacher=<pipeline>")
@@ -174,4 +180,5 @@ def make_app(models: Mapping[str, Served], *, queue: int, max_steps: int, max_si
 
 
 def sentence(status: int, text: str) -> JSONResponse:
+    """Return an error response with one sentence."""
     return JSONResponse({"detail": text}, status_code=status)

@@ -48,8 +48,8 @@ def test_same_call_draws_missing_pictures(pictures: Pictures, tmp_path: Path) ->
 
 def test_prompts_have_settings_of_their_own(pictures: Pictures, tmp_path: Path) -> None:
     """The rows of a table, for example. Pictures with equal settings are drawn together."""
-    own = [{"seed": 100}, {"steps": 2}, {"steps": 2, "seed": 0}]
-    pictures = replace(pictures, own=own)
+    row_settings = [{"seed": 100}, {"steps": 2}, {"steps": 2, "seed": 0}]
+    pictures = replace(pictures, row_settings=row_settings)
     assert [pictures.seed_of(i) for i in range(6)] == [100, 101, 7, 8, 0, 1]
     assert [pictures.settings_of(i)["steps"] for i in range(6)] == [4, 4, 2, 2, 2, 2]
     assert list(pictures.batches(list(range(6)), 3)) == [[0, 1], [2, 3, 4], [5]]
@@ -59,7 +59,7 @@ def test_prompts_have_settings_of_their_own(pictures: Pictures, tmp_path: Path) 
     assert (info["caption"], info["seed"], info["steps"]) == ("rocket", "0", "2")
     assert pictures.folder(str(tmp_path), "") == tmp_path
     with pytest.raises(UserError, match=r"such as 00000\.png \(seed is 100 there, 101 here\)"):
-        replace(pictures, own=[{"seed": 101}, *own[1:]]).folder(str(tmp_path), "")
+        replace(pictures, row_settings=[{"seed": 101}, *row_settings[1:]]).folder(str(tmp_path), "")
 
 
 def test_name_of_model_does_not_matter(pictures: Pictures, tmp_path: Path) -> None:

@@ -7,15 +7,15 @@ from typing import Any
 
 from PIL import Image
 
-from lcm.app.sweep_table import SweepTable, lack
+from lcm.app.sweep_table import SweepTable, why_no_table
 
 
 def test_sweep_without_metrics_says_what_to_add(tmp_path: Path) -> None:
     runs = [str(tmp_path)]
-    assert lack([]) == "no job has trained, the errors are above"
-    assert lack(runs) == "it reads metrics.csv, add logger=csv"
+    assert why_no_table([]) == "no job has trained, the errors are above"
+    assert why_no_table(runs) == "it reads metrics.csv, add logger=csv"
     (tmp_path / "metrics.csv").touch()
-    assert lack(runs).startswith("no run has measured a metric named val/, add callbacks=evaluation for FID")
+    assert why_no_table(runs).startswith("no run has measured a metric named val/, add callbacks=evaluation for FID")
 
 
 def test_table_has_varied_keys_and_failed_jobs(tmp_path: Path) -> None:
