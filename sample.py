@@ -52,8 +52,8 @@ def main(cfg: DictConfig) -> None:
     missing = pictures.missing(folder)
     pictures.draw(folder, missing, model, cfg.batch_size, sampler=sampler, size=size, start=start)
     pictures.save_grid(folder, cfg.grid_rows)
-    there = f" ({len(pictures) - len(missing)} were there)" if len(missing) < len(pictures) else ""
-    print(f"images:  {folder}/00000.png to {len(pictures) - 1:05d}.png{there}\ngrid:    {folder}/grid.png")
+    existing = f" ({len(pictures) - len(missing)} were there)" if len(missing) < len(pictures) else ""
+    print(f"images:  {folder}/00000.png to {len(pictures) - 1:05d}.png{existing}\ngrid:    {folder}/grid.png")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from lcm.runtime import signals
 
-signals.listen(signals.SIGUSR1)  # before imports that take seconds; a SIGTERM ends the program until there is something to save
+signals.listen(signals.SIGUSR1)  # before imports that take seconds; SIGTERM ends the program until a training begins
 
 from lcm.app.cli import Program, build, build_all
 from lcm.core.numbers import Seed

@@ -35,7 +35,7 @@ from lcm.runtime.atomic_io import whole_file
 def encode_shards(source: Source, targets: list[Path], stream: PassStream, encoder: Encoder, data: ShardDataModule) -> None:
     """Encode the shards of a source one after another, from one stream of their images.
 
-    A shard of latents appears whole. `<stem>_stats.json` beside it then says that it is done.
+    A shard of latents appears in one rename. `<stem>_stats.json` beside the shard then marks it as done.
     """
     batches = iter(Loader(stream, num_workers=data.num_workers, patience=data.timeout))
     batch = next(batches, None)
@@ -59,11 +59,12 @@ def encode_shards(source: Source, targets: list[Path], stream: PassStream, encod
 
 
 def done_file(target: Path) -> Path:
+    """Return the file that marks a latent shard as done."""
     return target.with_name(f"{target.stem}_stats.json")
 
 
 def claim(folder: Path, made_with: dict[str, Any], rank: int) -> None:
-    """Note what the folder's latents are made with. Raises UserError if it holds others."""
+    """Write the settings of the latents into their folder. Raises UserError if the folder holds latents of other settings."""
     file = folder / STAMP
     if file.is_file() and json.loads(file.read_bytes()) != made_with:
         raise UserError(
@@ -89,7 +90,7 @@ def main(cfg: DictConfig) -> None:
     data.check_usable(sources)
     codec = data.codec.to(device)
     made_with = stamp(codec, data.resolution, drawn=cfg.sample, text=cfg.text)
-    captions = data.captions if cfg.text else None  # without states the training chooses
+    captions = data.captions if cfg.text else None  # without text embeddings the training chooses the caption
     claim(folder, {**made_with, "crops": cfg.crops, "flip": cfg.flip, "captions": captions}, cfg.rank)
     data.warn_of_unused_rules()
     shards = [(folder / source.name(shard), source, shard) for source in sources for shard in range(len(source.urls))]

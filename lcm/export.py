@@ -7,8 +7,7 @@ from lcm.core.numbers import Dtype
 
 GRAPHS = ("onnx", "openvino")
 FORMATS = ("pipeline", "unet", "kohya", "original", *GRAPHS)
-ZERO_SNR = {"rescale_betas_zero_snr": True}  # other programs know this change of the noise schedule
-WEIGHTS = {"trained": "net", "average": "ema_net", "target": "target_net"}  # of a module
+WEIGHTS = {"trained": "net", "average": "ema_net", "target": "target_net"}  # attributes of a module
 program = Program(
     "export",
     run=str,
@@ -90,6 +89,7 @@ def trained(run: Path, checkpoint: str) -> LatentModule:
 
 
 def choose_net(module: LatentModule, weights: str) -> Any:
+    """Return the module's network with these weights. Raises UserError if the run has none."""
     if weights == "best":
         return module.best_net
     net = getattr(module, WEIGHTS[weights], None)
@@ -150,6 +150,7 @@ def single_file_weights(module: LatentModule, net: Any, w: float | None) -> dict
 
 
 def write(file: Path, weights: Mapping[str, Tensor], dtype: torch.dtype, metadata: dict[str, str]) -> None:
+    """Write weights in this dtype to a .safetensors file. Raises UserError for weights that are not finite in it."""
     cast = {name: value.detach().to(dtype).contiguous() for name, value in weights.items()}
     check_saved(cast, weights)
     with whole_file(file) as opened:

@@ -33,7 +33,7 @@ from lcm.runtime.atomic_io import whole_file
 
 @program
 def main(cfg: DictConfig) -> None:
-    """Scan shards into data.index. Write or verify checksums. Stopped at any moment, the same command continues."""
+    """Scan shards into data.index, or write or verify checksums. After a stop, the same command continues."""
     data: ShardDataModule = build(cfg.data)
     data.prepare_data()
     sources = [*data.train_sources, *data.val_sources]
@@ -82,7 +82,7 @@ def notes_of(shard: Shard) -> Notes:
 def write_manifests(shards: Sequence[Shard]) -> list[str]:
     """Write `manifest.json` beside local shards: samples, bytes and sha256 of each. Return the flaws of cut shards.
 
-    Shards that are listed and were not written to since are left out.
+    A shard that is in the manifest, and that was not written to since, is not measured again.
     """
     files: dict[Path, Shard] = {}
     for source, shard in shards:
@@ -98,10 +98,11 @@ def write_manifests(shards: Sequence[Shard]) -> list[str]:
 
 
 def write_manifest(folder: Path, files: Mapping[Path, Shard]) -> list[str]:
+    """Write the manifest of one folder. Return the flaws of cut shards."""
     content, manifests = read_json(str(folder / MANIFEST)), Manifests()
     new = {path: path.stat().st_size for path in files if not is_listed(path, manifests[str(path)])}
     for path in new:
-        for field in ("bytes", "sha256"):  # a stop before the measurement must not leave it listed as unchanged
+        for field in ("bytes", "sha256"):  # after a stop before the measurement, the shard must not count as measured
             content.get(field, {}).pop(path.name, None)
     save(folder, content)
     flaws = []
@@ -145,6 +146,7 @@ def measure(path: Path, shard: Shard, expected: Expected) -> Expected | str:
 
 
 def save(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write the manifest. Raises UserError if the folder cannot be written to."""
     try:
         with whole_file(folder / MANIFEST) as file:
             file.write(json.dumps(content, indent=2).encode())
@@ -153,7 +155,7 @@ def save(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def verify(shards: Sequence[Shard]) -> list[str]:
-    """Read every shard again. Return the flaws of shards that differ from their manifest or are not in it."""
+    """Read every shard again. Return the flaws of shards that differ from the manifest or are not in the manifest."""
 
     def flaw(shard: Shard) -> str | None:
         source, number = shard

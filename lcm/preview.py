@@ -1,4 +1,4 @@
-"""A look at training data before any training: `python -m lcm.preview data=shards data.shards='mine/*.tar'`."""
+"""A preview of training data, before any training: `python -m lcm.preview data=shards data.shards='mine/*.tar'`."""
 
 from lcm.app.cli import Program, build
 from lcm.core.numbers import Count, Seed
@@ -31,7 +31,6 @@ def main(cfg: DictConfig) -> None:
     folder = output_folder(cfg.output)
     data: ShardDataModule = build(cfg.data)
     data.prepare_data()
-    data.setup()
     usable = print_sources(data)
     data.check_usable(data.train_sources)
     count = min(cfg.samples, usable)
@@ -65,7 +64,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def print_sources(data: ShardDataModule) -> int:
-    """Print how many samples the filters keep. Return how many are used. Every shard is scanned."""
+    """Print the counts of used and left-out samples. Return the number of used samples. Every shard is scanned."""
     usable = 0
     for source in data.train_sources:
         shards = [source.notes(shard) for shard in tqdm(range(len(source.urls)), desc="scanning", unit="shard")]

@@ -23,7 +23,7 @@ from lcm.models.text_to_image import TextToImage
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens. port: 0 takes a free one. Raises UserError."""
+    """Return a listening socket. port: 0 takes a free port. Raises UserError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
@@ -40,7 +40,7 @@ def main(cfg: DictConfig) -> None:
         from lcm.app.web import Served, make_app
     except ModuleNotFoundError as error:
         raise UserError(f"lcm.serve needs {error.name}: run pip install -e '.[serve]'") from error
-    opened = listen(cfg.host, cfg.port)
+    listener = listen(cfg.host, cfg.port)
     options = {"device": pick_device(cfg.device), "dtype": getattr(torch, cfg.dtype), "compile": cfg.compile}
     names = {"student": (cfg.pipeline, cfg.steps), "teacher": (cfg.teacher, cfg.teacher_steps)}
     models = {}
@@ -54,8 +54,8 @@ def main(cfg: DictConfig) -> None:
         print(f"{role}: {folder}".replace(": ", ":" + " " * (8 - len(role)), 1))
     app = make_app(models, queue=cfg.queue, max_steps=cfg.max_steps, max_side=cfg.max_side, host=cfg.host)
     host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
-    print(f"page:    http://{host}:{opened.getsockname()[1]}   (Ctrl-C ends it)", flush=True)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False)).run(sockets=[opened])
+    print(f"page:    http://{host}:{listener.getsockname()[1]}   (Ctrl-C ends it)", flush=True)
+    uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False)).run(sockets=[listener])
 
 
 if __name__ == "__main__":

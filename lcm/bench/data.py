@@ -16,7 +16,7 @@ from lcm.models.pipeline import load_codec
 Loader = Callable[[int], Iterator[int]]  # number of workers -> batch sizes, endless
 
 
-def ours(shard: str, **options: Any) -> Loader:
+def our_batches(shard: str, **options: Any) -> Loader:
     """Return the loader that training uses. options: arguments of ShardDataModule."""
 
     def batch_sizes(workers: int) -> Iterator[int]:
@@ -27,7 +27,8 @@ def ours(shard: str, **options: Any) -> Loader:
     return batch_sizes
 
 
-def theirs(loader: Callable[..., Iterator[Any]], shard: str, **options: Any) -> Loader:
+def peer_batches(loader: Callable[..., Iterator[Any]], shard: str, **options: Any) -> Loader:
+    """Return a loader of the peers. options: arguments of `loader`, which is a function of `lcm.bench.peers`."""
     return lambda workers: (len(captions) for _, captions in loader(shard, workers=workers, **options))
 
 
@@ -58,20 +59,20 @@ def measure(
         latents = {"codec": codec, "latents": True, **batch}
         contenders: dict[str, tuple[Loader, Loader]] = {
             f"{photo_size} px JPEG to {photo_resolution} px": (
-                ours(photo, resolution=photo_resolution, **batch),
-                theirs(peers.image_loader, photo, size=photo_resolution, **batch),
+                our_batches(photo, resolution=photo_resolution, **batch),
+                peer_batches(peers.image_loader, photo, size=photo_resolution, **batch),
             ),
             f"small images to {resolution} px": (
-                ours(small, resolution=resolution, **batch),
-                theirs(peers.image_loader, small, size=resolution, **batch),
+                our_batches(small, resolution=resolution, **batch),
+                peer_batches(peers.image_loader, small, size=resolution, **batch),
             ),
             f"latents of {photo_resolution} px (SD)": (
-                ours(photo_latents, resolution=half, **latents),
-                theirs(peers.latent_loader, photo_latents, **batch),
+                our_batches(photo_latents, resolution=half, **latents),
+                peer_batches(peers.latent_loader, photo_latents, **batch),
             ),
             f"latents of {resolution} px (mini)": (
-                ours(small_latents, resolution=resolution, **latents),
-                theirs(peers.latent_loader, small_latents, **batch),
+                our_batches(small_latents, resolution=resolution, **latents),
+                peer_batches(peers.latent_loader, small_latents, **batch),
             ),
         }
 

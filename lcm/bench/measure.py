@@ -16,7 +16,10 @@ from PIL import Image
 
 @dataclass
 class Table:
-    """rows: one dict for each row, all with the same keys. Numbers are shown with three digits, None as an empty cell."""
+    """A table of a benchmark. rows: a dict for each row, all with the same keys. Numbers are shown with three digits.
+
+    None is an empty cell. picture: saved beside the table.
+    """
 
     title: str
     rows: list[dict[str, Any]]
@@ -50,9 +53,9 @@ def machine() -> dict[str, str]:
 def in_turn(
     contenders: Mapping[str, Callable[[], Any]], repeats: int, describe: Callable[[Any], str] = lambda result: ""
 ) -> dict[str, list[Any]]:
-    """Return the results of each contender. Contenders take turns, so a disturbance of the machine hits all of them.
+    """Return the results of each contender. Contenders take turns, so a disturbance of the machine affects all contenders.
 
-    describe: text for the progress line of a result.
+    describe: returns the text of the progress line for a result.
     """
     results: dict[str, list[Any]] = {name: [] for name in contenders}
     for turn in range(repeats):
@@ -103,6 +106,7 @@ def reading_rate(batch_sizes: Iterator[int], *, seconds: float, warm_up: int) ->
 
 @contextmanager
 def one_thread() -> Iterator[None]:
+    """Let torch compute in one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -35,15 +35,15 @@ class NormsInFloat32(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class Kept(NamedTuple):
-    """Bytes that autograd keeps between the forward and the backward pass. block: of the block that keeps most."""
+class SavedBytes(NamedTuple):
+    """Bytes that autograd saves between the forward and the backward pass. block: the bytes of the block that saves most."""
 
     all: int
     block: int
 
 
 def on_meta(config: dict[str, Any], rank: int | None = None, **options: Any) -> Any:
-    """Return a network without memory. rank: of adapters, which alone require gradients; None: all weights are trained."""
+    """Return a UNet on the meta device. rank: the rank of trained adapters; None: all weights are trained."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config, **options)
         if rank is not None:
@@ -52,8 +52,8 @@ def on_meta(config: dict[str, Any], rank: int | None = None, **options: Any) -> 
     return unet.train()
 
 
-def activations(config: dict[str, Any], batch: int, *, checkpointing: bool, rank: int | None = None) -> Kept:
-    """Return what autograd keeps of a student's forward pass, without its parameters. rank: of adapters; None: all weights.
+def activations(config: dict[str, Any], batch: int, *, checkpointing: bool, rank: int | None = None) -> SavedBytes:
+    """Return the bytes that autograd saves in a student's forward pass, without parameters. rank: see `on_meta`.
 
     Tensors are fake: they have shapes and storages, but no memory. Weights and matmuls are in bfloat16, norms in float32.
     """
@@ -66,7 +66,7 @@ def activations(config: dict[str, Any], batch: int, *, checkpointing: bool, rank
             unet.enable_gradient_checkpointing()
         weights = {p.untyped_storage()._cdata for p in unet.parameters()}
         kept: dict[int, Any] = {}
-        blocks, running = Counter[int](), 0  # bytes by the block's id; 0: outside of blocks
+        blocks, running = Counter[int](), 0  # bytes by the id of a block, 0 outside of blocks; the id of the running block
 
         def keep(value: Tensor) -> Tensor:
             storage = value.untyped_storage()
@@ -93,7 +93,7 @@ def activations(config: dict[str, Any], batch: int, *, checkpointing: bool, rank
         more = {"text_embeds": empty(batch, 1280), "time_ids": empty(batch, 6)}
         with NormsInFloat32(), torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(keep, lambda value: value):
             unet(*inputs, cond, timestep_cond=None if rank else empty(batch, W_DIM), added_cond_kwargs=more)
-        return Kept(blocks.total(), max((size for block, size in blocks.items() if block), default=0))
+        return SavedBytes(blocks.total(), max((size for block, size in blocks.items() if block), default=0))
 
 
 def shares(student: UNet2DConditionModel, gpus: int) -> tuple[int, int]:
@@ -102,10 +102,10 @@ def shares(student: UNet2DConditionModel, gpus: int) -> tuple[int, int]:
     return sum(-(-shape[0] // gpus) * shape[1:].numel() for shape in shapes), sum(shape.numel() for shape in shapes)
 
 
-def gathered(student: UNet2DConditionModel) -> int:
-    """Return the bytes of whole blocks under FSDP2.
+def gathered_bytes(student: UNet2DConditionModel) -> int:
+    """Return the bytes of gathered blocks under FSDP2.
 
-    The root and two blocks (one runs, the next is fetched) are in bfloat16. The gradients of one block are in bfloat16 and,
+    The root and two blocks (one runs, the next is gathered) are in bfloat16. The gradients of one block are in bfloat16 and,
     for their reduction, in float32.
     """
     blocks = [
@@ -125,12 +125,15 @@ def states(config: dict[str, Any], strategy: str, gpus: int) -> dict[str, int]:
         "student": FLOAT32 * count, "gradients": FLOAT32 * count, "AdamW": 2 * FLOAT32 * count, "target": FLOAT32 * count,
         "teacher": BFLOAT16 * count,
         # the gradient buckets of DDP and autocast's copies of the weights, or the blocks that FSDP2 gathers
-        "buffers": (FLOAT32 + BFLOAT16) * whole if strategy == "ddp" else gathered(student),
+        "buffers": (FLOAT32 + BFLOAT16) * whole if strategy == "ddp" else gathered_bytes(student),
     }  # fmt: skip
 
 
 def measure(*, networks: dict[str, dict[str, Any]], batch_sizes: dict[str, int], gpus: int) -> Table:
-    """networks: arguments of UNet2DConditionModel by name. batch_sizes: images per GPU by the same names."""
+    """Return the memory of a distillation on `gpus` GPUs, by network and strategy.
+
+    networks: arguments of UNet2DConditionModel by name. batch_sizes: images per GPU by the same names.
+    """
     rows = []
     for name, network in networks.items():
         config, images = {key: value for key, value in network.items() if key != "_target_"}, batch_sizes[name]
@@ -177,9 +180,10 @@ def one_gpu(
     *, networks: dict[str, dict[str, Any]], experiments: Mapping[str, str], gpus: Sequence[str | None], sizes: Sequence[int],
     reserve: float,
 ) -> Table:  # fmt: skip
-    """experiments: the name of the network by the experiment's, which overrides may follow. gpus: options of this group.
+    """Return the memory of experiments on one consumer GPU.
 
-    sizes, reserve: in GiB.
+    networks: arguments of UNet2DConditionModel by name. experiments: the name of a network by "<experiment> <overrides>".
+    gpus: options of the group `gpu`. sizes: the memory of GPUs in GiB. reserve: GiB for CUDA, workspaces and gaps.
     """
     rows = []
     for experiment, network in experiments.items():

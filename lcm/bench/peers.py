@@ -21,7 +21,7 @@ READING = (tar_file_expander, group_by_keys)  # the stages of wds.tarfile_to_sam
 
 
 def as_tensor(image: Image.Image, size: int) -> Tensor:
-    """Resize the shorter side to `size`, bilinearly, and crop at random, as torchvision: `[3, size, size]` in [-1, 1]."""
+    """Return an image as `[3, size, size]` in [-1, 1], as torchvision: shorter side resized bilinearly, cropped at random."""
     width, height = image.size
     short = min(width, height)
     image = image.resize((int(size * width / short), int(size * height / short)), Image.Resampling.BILINEAR)
@@ -35,14 +35,14 @@ def as_tensor(image: Image.Image, size: int) -> Tensor:
 def image_loader(
     shards: str | list[str], *, size: int, batch_size: int, workers: int, captions: dict[str, float] | None = None
 ) -> Iterator[Any]:
-    """Return endless batches of (pixels `[B, 3, size, size]` float32, captions). captions: weights of their fields."""
+    """Return endless batches of (pixels `[B, 3, size, size]` float32, captions). captions: the weight of each caption field."""
     fields, weights = zip(*(captions or {"txt": 1.0}).items(), strict=True)
 
-    def chosen(sample: dict[str, Any]) -> dict[str, Any]:
+    def with_text(sample: dict[str, Any]) -> dict[str, Any]:
         field = random.choices(fields, weights)[0]
         return {**sample, "text": sample["txt"] if field == "txt" else sample["json"][field]}
 
-    stages = [wds.decode("pilrgb"), wds.map(chosen), wds.rename(image="jpg;png;webp"), wds.to_tuple("image", "text")]
+    stages = [wds.decode("pilrgb"), wds.map(with_text), wds.rename(image="jpg;png;webp"), wds.to_tuple("image", "text")]
     return _loader(shards, [*stages, wds.map_tuple(lambda image: as_tensor(image, size))], batch_size, workers)
 
 
@@ -52,8 +52,8 @@ def latent_loader(shard: str, *, batch_size: int, workers: int) -> Iterator[Any]
     return _loader(shard, stages, batch_size, workers)
 
 
-def opened(shards: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Open local files: in the secure mode that this program sets, webdataset's opener takes no path."""
+def open_local(shards: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the shards with an open stream of a local file. webdataset's own opener refuses paths in its secure mode."""
     for shard in shards:
         with open(shard["url"], "rb") as stream:
             yield {**shard, "stream": stream}
@@ -63,7 +63,7 @@ def _loader(shards: str | list[str], stages: list[Any], batch_size: int, workers
     batches = wds.batched(batch_size, partial=False, collation_fn=torch.utils.data.default_collate)
     pipeline = wds.DataPipeline(
         wds.ResampledShards([shards] if isinstance(shards, str) else shards),
-        opened,
+        open_local,
         *READING,
         wds.shuffle(100),
         *stages,
@@ -75,16 +75,15 @@ def _loader(shards: str | list[str], stages: list[Any], batch_size: int, workers
 def distillation_step(
     module: ConsistencyModule, codec: LatentCodec, dtype: torch.dtype, lr: float = 1e-6
 ) -> Callable[..., float]:
-    """Return `(pixels, captions) -> loss`, one update of the module's student with the loss of the module.
+    """Return `(pixels, captions) -> loss`, an update of the module's student with the module's loss, as in the peers' script.
 
-    It works as the peers' script does. It encodes images and captions in each step. It calls the float32 teacher twice, with
-    and without the caption. AdamW is not fused, the target is updated tensor by tensor, and the loss is read in each step.
-    dtype: of autocast; float32 turns it off.
+    Each step encodes images and captions, calls the float32 teacher twice, with and without the caption, and reads the loss.
+    AdamW is not fused, and the target is updated tensor by tensor. dtype: the dtype of autocast; float32 turns autocast off.
     """
     assert module.target_net is not None
     net, target, rng = module.net, module.target_net, generator(module.device, "peers")
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
-    teacher = twice(as_network(module.family, module.frozen["teacher"]))
+    teacher = two_passes(as_network(module.family, module.frozen["teacher"]))
     networks = module.denoisers(net)._replace(teacher=Denoiser(teacher, module.process, module.teacher_prediction_type))
 
     def step(pixels: Tensor, captions: list[str]) -> float:
@@ -103,8 +102,8 @@ def distillation_step(
     return step
 
 
-def twice(teacher: Network) -> Network:
-    """Split a doubled batch into two passes."""
+def two_passes(teacher: Network) -> Network:
+    """Return a network that splits a doubled batch into two passes of the teacher."""
 
     def net(z: Tensor, t: Tensor, cond: Condition, w: Tensor | None = None) -> Tensor:
         halves = ((z.chunk(2)[i], t.chunk(2)[i], {name: part.chunk(2)[i] for name, part in cond.items()}) for i in (0, 1))

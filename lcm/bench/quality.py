@@ -29,9 +29,9 @@ METRIC = FeatureMetric(title="FID", lower_is_better=True, features="fid", metric
 
 
 class Judge:
-    """Measures the FID of students by the same captions, seeds and features.
+    """Measures the FID of students with the same captions, seeds and features.
 
-    captions: the caption fields of `shards` and their weights. w: guidance weights; the lowest FID counts.
+    captions: the weight of each caption field of `shards`. w: guidance weights; the lowest FID counts.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Judge:
 
 
 class Timeline(L.Callback):
-    """Judges a student after each of `minutes` of training. The time of the judgement does not count."""
+    """Measures the FID of a student after each of `minutes` of training. The time of the measurement does not count."""
 
     def __init__(self, name: str, minutes: list[float], judge: Judge, codec: LatentCodec) -> None:
         self.name, self.minutes, self.judge, self.codec = name, sorted(minutes), judge, codec
@@ -70,7 +70,7 @@ class Timeline(L.Callback):
         trainer.should_stop = self.passed(module, trainer.global_step)
 
     def passed(self, module: ConsistencyModule, step: int) -> bool:
-        """Judge the student if a time has come. Return whether it was the last one."""
+        """Measure the student if the next of `minutes` has passed. Return whether it was the last."""
         if time.perf_counter() - self.start < 60 * self.minutes[len(self.rows)]:
             return False
         paused = now()
@@ -87,7 +87,7 @@ class Timeline(L.Callback):
 
 
 def train(name: str, overrides: list[str], minutes: list[float], judge: Judge) -> list[dict[str, Any]]:
-    """Train as `train.py` does."""
+    """Train as `train.py` does, and return the rows of the table."""
     cfg = compose("train", overrides)
     data, module = build(cfg.data), build(cfg.model)
     timeline = Timeline(name, minutes, judge, data.codec)
@@ -99,7 +99,7 @@ def train(name: str, overrides: list[str], minutes: list[float], judge: Judge) -
 
 
 def train_peer(name: str, overrides: list[str], lr: float, minutes: list[float], judge: Judge) -> list[dict[str, Any]]:
-    """Train as the peers' script does, in bfloat16. The script keeps no average of its student, so the student is judged."""
+    """Train as the peers' script does, in bfloat16, and return the rows. The script has no average, so `net` is measured."""
     cfg = compose("train", [*overrides, "model.eval_ema=null"])
     data, module, device = build(cfg.data), build(cfg.model), pick_device("auto")
     for tower in data.codec.text.encoders:
@@ -138,7 +138,8 @@ def measure(
 ) -> Table:
     """Return the FID of each recipe after each of `minutes`.
 
-    base: overrides of `train.py` for all. ours: more, by name. peers: more, for the script. The others are those of `Judge`.
+    base: overrides of `train.py` for all recipes. ours: further overrides of each recipe, by name. peers: further overrides for
+    the script. The other arguments are those of `Judge`.
     """
     judge = Judge(shards, captions, resolution=resolution, samples=samples, steps=steps, w=w, cache=cache)
     rows = [row for name, overrides in ours.items() for row in train(name, [*base, *overrides], minutes, judge)]

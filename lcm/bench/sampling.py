@@ -22,7 +22,7 @@ Sampler = Callable[[list[str], int, float], Tensor]  # (prompts, steps, w) -> im
 
 
 def save_student(pipeline: str, folder: Path) -> str:
-    """Save the teacher with a random projection of w as a student, which has a student's speed. Return its folder."""
+    """Save the teacher with a random projection of w, which has the speed of a student. Return the folder."""
     torch.manual_seed(0)
     family, process = load_family(pipeline), load_process(pipeline)
     student = family.with_w(load_network(pipeline), zero_init=False)
@@ -35,6 +35,7 @@ def save_student(pipeline: str, folder: Path) -> str:
 
 
 def ours(folder: str, dtype: torch.dtype, device: str, *, compile: bool = False, engine: Engine = "torch") -> Sampler:
+    """Return the sampler of this program."""
     model = TextToImage.load(folder, device=device, dtype=dtype, compile=compile, engine=engine)
 
     @torch.inference_mode()  # as sample.py
@@ -45,7 +46,7 @@ def ours(folder: str, dtype: torch.dtype, device: str, *, compile: bool = False,
 
 
 def diffusers(folder: str, dtype: torch.dtype, device: str) -> Sampler:
-    """The generator of an image gives it the same noise as in `ours`."""
+    """Return the sampler of diffusers. Its generators give each image the same noise as in `ours`."""
     pipe = LatentConsistencyModelPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True).to(device)
     pipe.set_progress_bar_config(disable=True)
 
@@ -76,7 +77,10 @@ def measure(
     compile: bool,
     openvino: bool,
 ) -> Table:
-    """pipeline: a teacher, saved as a student first. compile, openvino: also measure our sampler compiled, or by OpenVINO."""
+    """Return the time of our sampler and of diffusers', by batch size and steps.
+
+    pipeline: a teacher, saved as a student first. compile, openvino: also measure our sampler compiled, or by OpenVINO.
+    """
     makers: dict[str, Callable[..., Sampler]] = {"diffusers": diffusers, "ours": ours}
     if compile:
         makers["ours compiled"] = partial(ours, compile=True)
@@ -95,9 +99,9 @@ def measure(
             for count in steps:
                 runs = {", ".join(key): partial(timed, partial(s, prompts, count, w)) for key, s in samplers.items()}
                 results = in_turn(runs, repeats + 1, lambda result: f"{1e3 * result[0]:.0f} ms")
-                seconds = {name: min(result[0] for result in found[1:]) for name, found in results.items()}
-                cpu = {name: min(result[1] for result in found[1:]) for name, found in results.items()}
-                images = {name: found[0][2].int() for name, found in results.items()}
+                seconds = {name: min(result[0] for result in timings[1:]) for name, timings in results.items()}
+                cpu = {name: min(result[1] for result in timings[1:]) for name, timings in results.items()}
+                images = {name: timings[0][2].int() for name, timings in results.items()}
                 for name, dtype in samplers:
                     key = f"{name}, {dtype}"
                     rows.append({

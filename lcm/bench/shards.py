@@ -37,7 +37,7 @@ def photo(size: int, rng: torch.Generator) -> bytes:
 def photo_shard(path: str | Path, *, count: int, size: int, metadata: bool = False) -> str:
     """Write one shard of `count` photos in the layout of img2dataset, unless it exists. Return its path.
 
-    metadata: with the .json members that filters read.
+    metadata: write the .json members that filters read, too.
     """
     if Path(path).is_file():
         return str(path)

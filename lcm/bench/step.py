@@ -28,7 +28,8 @@ FETCH = "[_TrainingEpochLoop].train_dataloader_next"  # Lightning's name of wait
 class Steps(NamedTuple):
     """Averages over the timed steps.
 
-    seconds: of a step. waiting: seconds of a step that wait for data. flop: of a step. peak_memory: bytes on a GPU.
+    seconds: the time of a step. waiting: the seconds of a step in which it waits for data. flop: the FLOP of a step.
+    peak_memory: bytes on a GPU.
     """
 
     seconds: float
@@ -131,7 +132,7 @@ def measure(
     repeats: int,
     matmul_size: int,
 ) -> Table:
-    """Train each experiment in each way, and `peers_of` also in the peers' way.
+    """Return the time of a step of each experiment in each of `ways`. The experiment `peers_of` also has the peers' step.
 
     experiments: overrides of `train.py` by name. ways: `data` ("images", "cached", "latents") and `overrides` by name.
     peer_precisions: dtypes of the peers' autocast.
@@ -162,7 +163,7 @@ def measure(
                 )
                 contenders[f"{name}|ours, {way}"], batch_sizes[name] = training, training.data.batch_size
         results = in_turn(contenders, repeats, lambda result: f"{1e3 * result.seconds:.0f} ms a step")
-    best = {key: min(found, key=lambda result: result.seconds) for key, found in results.items()}
+    best = {key: min(runs_of_step, key=lambda result: result.seconds) for key, runs_of_step in results.items()}
     ceiling = max(matmul_tflops(device, dtype, matmul_size) for dtype in (torch.bfloat16, torch.float32))
     peer = min((result.seconds for key, result in best.items() if "|peers" in key), default=None)
     rows = []

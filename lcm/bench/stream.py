@@ -107,12 +107,12 @@ def start(*, folder: str, samples: int, size: int, resolution: int, counts: list
     shard = Path(photo_shard(f"{folder}/crawl-{samples}-{size}.tar", count=samples, size=size, metadata=True))
     rows = []
     for count in counts:
-        with TemporaryDirectory() as made, server(shard, latency) as (address, served):
+        with TemporaryDirectory() as temporary, server(shard, latency) as (address, served):
             row: dict[str, Any] = {"shards": count}
-            links = copies(shard, Path(made, "shards"), count)
-            row["local, s"] = first_batch([f"{links}/*.tar"], Path(made, "local"), workers=workers, resolution=resolution)
+            links = copies(shard, Path(temporary, "shards"), count)
+            row["local, s"] = first_batch([f"{links}/*.tar"], Path(temporary, "local"), workers=workers, resolution=resolution)
             urls = [f"{address}/{{000000..{count - 1:06d}}}.tar"]
-            row["http, s"] = first_batch(urls, Path(made, "http"), workers=workers, resolution=resolution)
+            row["http, s"] = first_batch(urls, Path(temporary, "http"), workers=workers, resolution=resolution)
             row["MB fetched"] = served.value / 1e6
             rows.append(row)
             print(row, flush=True)
@@ -129,11 +129,11 @@ def rate(*, folder: str, samples: int, size: int, resolution: int, workers: list
     """Measure samples/s and CPU time a sample, first without an index and then with it, beside webdataset."""
     shard = Path(photo_shard(f"{folder}/crawl-{samples}-{size}.tar", count=samples, size=size, metadata=True))
     rows = []
-    with TemporaryDirectory() as made:
-        links = copies(shard, Path(made, "shards"), shards)
+    with TemporaryDirectory() as temporary:
+        links = copies(shard, Path(temporary, "shards"), shards)
         for count in workers:
             row: dict[str, Any] = {"workers": count}
-            index = Path(made, f"index-{count}")
+            index = Path(temporary, f"index-{count}")
             for name in ("without index", "with index"):
                 data = ShardDataModule(
                     f"{links}/*.tar",

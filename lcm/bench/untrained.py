@@ -69,5 +69,6 @@ def full_size(tokenizer: CLIPTokenizer) -> CLIPTokenizer:
 
 
 def tower(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+    """Return the config of the text encoder of this width."""
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "vocab_size": VOCABULARY}
     return CLIPTextConfig(hidden_size=width, projection_dim=width, **TEXT[width], **special)

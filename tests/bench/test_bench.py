@@ -99,7 +99,7 @@ def test_two_passes_of_the_peers_equal_one():
         passes.append(len(z))
         return z * t.view(-1, 1, 1, 1) + cond["states"].sum((1, 2)).view(-1, 1, 1, 1)
 
-    assert torch.equal(peers.twice(net)(z, t, cond), net(z, t, cond, None))
+    assert torch.equal(peers.two_passes(net)(z, t, cond), net(z, t, cond, None))
     assert passes == [3, 3, 6]
 
 
