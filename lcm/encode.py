@@ -98,15 +98,15 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"several shards are called {twice[0]}: encode them into different folders")
     decode = Variants(Decode(data.resolution, captions=data.captions, random_crop=cfg.crops > 1), cfg.crops, cfg.flip)
     encoder = Encoder(codec, data.seed, cfg.sample, cfg.text)
-    mine = shards[cfg.rank :: cfg.world_size]
-    left = [(target, source, shard) for target, source, shard in mine if not (target.is_file() and done_file(target).is_file())]
-    for source, group in groupby(left, key=itemgetter(1)):
+    rank_shards = shards[cfg.rank :: cfg.world_size]
+    remaining = [entry for entry in rank_shards if not (entry[0].is_file() and done_file(entry[0]).is_file())]
+    for source, group in groupby(remaining, key=itemgetter(1)):
         numbers = [(target, shard) for target, _, shard in group]
         part = source.subset([shard for _, shard in numbers])
         options: dict[str, Any] = {"batch_size": data.val_batch_size, "seed": data.seed, "by_shard": True}
         stream = PassStream(part, decode=decode, collate=collate_variants, **options)
         encode_shards(part, [target for target, _ in numbers], stream, encoder, data)
-    print(f"latents: {folder}   ({len(shards)} shards, {len(left)} of them new)")
+    print(f"latents: {folder}   ({len(shards)} shards, {len(remaining)} of them new)")
     print(f"next:    python train.py data=latents data.resolution={data.resolution} data.shards='{folder}/<shards>.tar'")
 
 

@@ -117,7 +117,7 @@ def metrics(run: Path, evaluation: Path | None) -> str:
     """Return the table of an evaluation and the last validation metrics of the run."""
     last = [(name, list(values)[-1], list(values.values())[-1])
             for name, values in read_metrics(run / "metrics.csv").items() if name.startswith("val/")]  # fmt: skip
-    rows = [(name, str(step), number(value)) for name, step, value in last]
+    rows: list[tuple[str, ...]] = [(name, str(step), number(value)) for name, step, value in last]
     validation = table(("metric", "step", "value"), rows) if rows else ""
     measured = (evaluation / "table.md").read_text().strip() if evaluation is not None else ""
     return "\n\n".join(part for part in (measured, validation) if part) or "Not measured."

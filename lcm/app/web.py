@@ -1,4 +1,4 @@
-"""The page and the HTTP API of `lcm.serve`. Requests are drawn one at a time; the others queue."""
+"""The page and the HTTP API of `lcm.serve`. Images are drawn one at a time. Further requests wait in a queue."""
 
 import asyncio
 import io
@@ -127,8 +127,8 @@ def make_app(models: Mapping[str, Served], *, queue: int, max_steps: int, max_si
     @app.exception_handler(RequestValidationError)
     async def refuse(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return sentence(422, f"{where or 'the request'}: {first['msg']}")
+        field = ".".join(str(part) for part in first["loc"] if part != "body")
+        return sentence(422, f"{field or 'the request'}: {first['msg']}")
 
     @app.exception_handler(UserError)
     async def explain(request: Request, error: UserError) -> Response:

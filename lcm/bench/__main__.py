@@ -46,8 +46,8 @@ def main(cfg: DictConfig) -> None:
             "seconds": round(time.monotonic() - started),
             "machine": machine(),
         }
-        where = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
-        text = f"{table.markdown()}\n`{record['command']}`: {record['seconds']} s; {where}.\n"
+        machine_text = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
+        text = f"{table.markdown()}\n`{record['command']}`: {record['seconds']} s; {machine_text}.\n"
         (folder / f"{name}.md").write_text(text)
         (folder / f"{name}.json").write_text(json.dumps(record, indent=2))
         print(f"{text}\ntable:   {folder / name}.md\n", flush=True)

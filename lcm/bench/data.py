@@ -87,7 +87,7 @@ def measure(
         rates = in_turn(runs, repeats, lambda result: f"{result.wall:.0f} samples/s")
     rows = []
     for name in contenders:
-        our_rate, peer_rate = (max(result.cpu for result in rates[f"{name}, {who}"]) for who in ("ours", "peers"))
+        our_rate, peer_rate = (max(result.cpu for result in rates[f"{name}, {contender}"]) for contender in ("ours", "peers"))
         rows.append({
             "data": name,
             "images/s a core": our_rate,

@@ -65,13 +65,13 @@ def activations(config: dict[str, Any], batch: int, *, checkpointing: bool, rank
         if checkpointing:
             unet.enable_gradient_checkpointing()
         weights = {p.untyped_storage()._cdata for p in unet.parameters()}
-        kept: dict[int, Any] = {}
+        saved_storages: dict[int, Any] = {}
         blocks, running = Counter[int](), 0  # bytes by the id of a block, 0 outside of blocks; the id of the running block
 
         def keep(value: Tensor) -> Tensor:
             storage = value.untyped_storage()
-            if storage._cdata not in weights and storage._cdata not in kept:
-                kept[storage._cdata] = storage  # a held storage keeps its address
+            if storage._cdata not in weights and storage._cdata not in saved_storages:
+                saved_storages[storage._cdata] = storage  # a held storage keeps its address
                 blocks[running] += storage.nbytes()
             return value
 
@@ -90,9 +90,9 @@ def activations(config: dict[str, Any], batch: int, *, checkpointing: bool, rank
         size, empty = config["sample_size"], partial(torch.empty, dtype=torch.bfloat16)
         inputs = empty(batch, 4, size, size), torch.zeros(batch, dtype=torch.long)
         cond = empty(batch, 77, config["cross_attention_dim"])
-        more = {"text_embeds": empty(batch, 1280), "time_ids": empty(batch, 6)}
+        extra_inputs = {"text_embeds": empty(batch, 1280), "time_ids": empty(batch, 6)}
         with NormsInFloat32(), torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(keep, lambda value: value):
-            unet(*inputs, cond, timestep_cond=None if rank else empty(batch, W_DIM), added_cond_kwargs=more)
+            unet(*inputs, cond, timestep_cond=None if rank else empty(batch, W_DIM), added_cond_kwargs=extra_inputs)
         return SavedBytes(blocks.total(), max((size for block, size in blocks.items() if block), default=0))
 
 

@@ -50,8 +50,8 @@ def photo_shard(path: str | Path, *, count: int, size: int, metadata: bool = Fal
         for number in range(count):
             key, caption = f"{number:09d}", f"a synthetic photo, number {number}"
             record = {**meta, "caption": caption, "key": key, "url": f"http://example.org/{number}.jpg"}
-            more = {"json": record} if metadata else {}
-            writer.write({"__key__": key, "jpg": pictures[number % len(pictures)], "txt": caption, **more})
+            metadata_members = {"json": record} if metadata else {}
+            writer.write({"__key__": key, "jpg": pictures[number % len(pictures)], "txt": caption, **metadata_members})
     return str(path)
 
 

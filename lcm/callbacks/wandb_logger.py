@@ -75,10 +75,10 @@ class WandbLogger(LightningWandbLogger):
     @rank_zero_only
     def send_alerts(self, metrics: Mapping[str, Any], step: int | None) -> None:
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-        bad = [name for name, value in numbers.items() if not math.isfinite(value)]
+        not_finite = [name for name, value in numbers.items() if not math.isfinite(value)]
         skipped = numbers.get("train/skipped_steps", self.skipped)
-        if bad or skipped > self.skipped:
-            text = f"step {step}: {', '.join(bad) or 'a gradient'} is not finite, {skipped:.0f} steps were skipped"
+        if not_finite or skipped > self.skipped:
+            text = f"step {step}: {', '.join(not_finite) or 'a gradient'} is not finite, {skipped:.0f} steps were skipped"
             self.alert("Non-finite loss", text)
         self.skipped = skipped
         if (waited := numbers.get("perf/data_wait", 0.0)) > self.data_wait_alert:

@@ -32,7 +32,7 @@ def check_w_range(w_min: float, w_max: float) -> None:
 def embed_w(w: Tensor, dim: int = W_DIM) -> Tensor:
     """Return the sinusoidal embedding `[B, dim]` float32 of w `[B]`: [sin, cos] of 1000 w at dim/2 frequencies, 1 to 1e-4.
 
-    It is float32 in every training precision, because phases reach 14000 radians.
+    The embedding is float32 in every training precision, because its phases reach 14000 radians.
     """
     half = dim // 2
     frequency = torch.exp(torch.arange(half, device=w.device, dtype=torch.float32) * (-math.log(10000.0) / (half - 1)))

@@ -29,7 +29,7 @@ def consistency(
     noise: Noise,
     f: ConsistencyFn = consistency_fn,
 ) -> Tensor:
-    """Multistep consistency sampling (LCM, Algorithm 3). f: the consistency function of the training."""
+    """Sample by multistep consistency sampling (LCM, Algorithm 3). f: the consistency function of the training."""
     x0 = f(denoise, z, _at(timesteps[0], z), process=process)
     for tau in timesteps[1:]:
         z = process.jump(x0, noise(), _at(tau, z))
@@ -38,10 +38,10 @@ def consistency(
 
 
 def tcd(denoise: Denoise, z: Tensor, timesteps: list[int], *, process: Process, noise: Noise, gamma: float = 0.3) -> Tensor:
-    """Strategic stochastic sampling of TCD (2402.19159, Algorithm 4).
+    """Sample by the strategic stochastic sampling of TCD (2402.19159, Algorithm 4).
 
-    A step from t to p jumps to `floor((1 - gamma) p)`, counted from the clean end, and adds noise up to p. gamma = 0 is
-    deterministic, gamma = 1 re-noises from the clean end. The last step adds no noise.
+    A step from t to p jumps to `floor((1 - gamma) p)`, counted from the clean end, and adds noise up to p. With gamma = 0 the
+    steps are deterministic. With gamma = 1 they add noise to the clean end. The last step adds no noise.
     """
     for t, p in pairwise([*timesteps, process.t_min]):
         end = process.t_min + math.floor((1 - gamma) * (p - process.t_min))
@@ -60,14 +60,14 @@ def ode(
     noise: Noise,
     solver: Solver,
 ) -> Tensor:
-    """Solve the ODE by repeating a step of `lcm.core.solvers`."""
+    """Sample by repeated steps of a solver of `lcm.core.solvers`."""
     for t, s in _steps(timesteps, z, process):
         z = solver(denoise, z, t, s, process=process)
     return z
 
 
 def ddim(denoise: Denoise, z: Tensor, timesteps: list[int], *, process: Process, noise: Noise, eta: float = 0.0) -> Tensor:
-    """DDIM (2010.02502, eq. 12 and 16): eta = 0 is the ODE, eta = 1 is ancestral sampling."""
+    """Sample by DDIM (2010.02502, eq. 12 and 16). eta = 0 solves the ODE, eta = 1 is ancestral sampling."""
     for t, s in _steps(timesteps, z, process):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = process.at(t, z.ndim), process.at(s, z.ndim)
         x0, eps = denoise(z, t)
@@ -80,12 +80,12 @@ def ddim(denoise: Denoise, z: Tensor, timesteps: list[int], *, process: Process,
 
 
 def ddpm(denoise: Denoise, z: Tensor, timesteps: list[int], *, process: Process, noise: Noise) -> Tensor:
-    """DDPM's ancestral sampling (2006.11239, Algorithm 2) on a subsequence of timesteps: DDIM with eta = 1."""
+    """Sample by DDPM's ancestral sampling (2006.11239, Algorithm 2) on a subsequence of timesteps: DDIM with eta = 1."""
     return ddim(denoise, z, timesteps, process=process, noise=noise, eta=1.0)
 
 
 def dpm_solver_2m(denoise: Denoise, z: Tensor, timesteps: list[int], *, process: Process, noise: Noise) -> Tensor:
-    """Second-order DPM-Solver (2206.00927) in multistep form: `dpm_solver_pp_2m` with eps in place of x0."""
+    """Sample by the second-order DPM-Solver (2206.00927) in multistep form: `dpm_solver_pp_2m` with eps in place of x0."""
 
     def step(denoised: Denoised, eps: Tensor, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
         return eps_step(z, denoised.x0, eps, t, s, process)
@@ -94,7 +94,7 @@ def dpm_solver_2m(denoise: Denoise, z: Tensor, timesteps: list[int], *, process:
 
 
 def dpm_solver_pp_2m(denoise: Denoise, z: Tensor, timesteps: list[int], *, process: Process, noise: Noise) -> Tensor:
-    """DPM-Solver++(2M) (2211.01095, Algorithm 2): second order with one network call per step."""
+    """Sample by DPM-Solver++(2M) (2211.01095, Algorithm 2): second order with one network call per step."""
 
     def step(denoised: Denoised, x0: Tensor, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
         return x0_step(z, x0, t, s, process)

@@ -17,16 +17,16 @@ Solver = Callable[..., Tensor]
 
 
 def ddim(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Process) -> Tensor:
-    """DDIM with eta = 0 (2010.02502, eq. 12): `alpha_s x0 + sigma_s eps`. The paper's default Psi.
+    """Return z_s by DDIM with eta = 0 (2010.02502, eq. 12), `alpha_s x0 + sigma_s eps`: the paper's default Psi.
 
-    It equals DPM-Solver-1 (2206.00927, eq. 3.7), first-order DPM-Solver++ (2211.01095, eq. 9) and Euler's method on
+    DDIM equals DPM-Solver-1 (2206.00927, eq. 3.7), first-order DPM-Solver++ (2211.01095, eq. 9) and Euler's method on
     `d(z/alpha) = eps d(sigma/alpha)`, as in k-diffusion and EulerDiscreteScheduler. In a flow it is Euler's method, too.
     """
     return process.jump(*denoise(z_t, t), s)
 
 
 def dpm_solver_2(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Process) -> Tensor:
-    """Single-step DPM-Solver-2 (2206.00927, Algorithm 4 with r1 at the integer timestep nearest lambda's midpoint)."""
+    """Return z_s by single-step DPM-Solver-2 (2206.00927, Algorithm 4), r1 at the timestep nearest lambda's midpoint."""
     m, r = midpoint(t, s, process)
     x0_t, eps_t = denoise(z_t, t)
     eps_m = eps_at(denoise, eps_step(z_t, x0_t, eps_t, t, m, process), m, process, eps_t)
@@ -34,7 +34,7 @@ def dpm_solver_2(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process
 
 
 def dpm_solver_pp_2(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Process) -> Tensor:
-    """DPM-Solver++(2S) (2211.01095, Algorithm 1), midpoint as in `dpm_solver_2`."""
+    """Return z_s by DPM-Solver++(2S) (2211.01095, Algorithm 1), with the midpoint of `dpm_solver_2`."""
     m, r = midpoint(t, s, process)
     x0_t = denoise(z_t, t).x0
     x0_m = denoise(x0_step(z_t, x0_t, t, m, process), m).x0
@@ -42,10 +42,10 @@ def dpm_solver_pp_2(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, proc
 
 
 def heun(denoise: Denoise, z_t: Tensor, t: Tensor, s: Tensor, *, process: Process) -> Tensor:
-    """Heun's method on `d(z/alpha) = eps d(sigma/alpha)` (2206.00364, Algorithm 1), with the mean slope of both ends.
+    """Return z_s by Heun's method on `d(z/alpha) = eps d(sigma/alpha)` (2206.00364, Algorithm 1): the mean slope of both ends.
 
-    A step to the clean end of a flow (s = t_min) is first order, as in Algorithm 1. A step from pure noise is first order, too,
-    because sigma / alpha is infinite there (t = T - 1 of a flow or of zero terminal SNR).
+    A step to the clean end of a flow (s = t_min) is first order, as in Algorithm 1. A step from pure noise is first order, too
+    (t = T - 1 of a flow or of zero terminal SNR). There sigma / alpha is infinite.
     """
     x0_t, eps_t = denoise(z_t, t)
     eps_s = eps_at(denoise, eps_step(z_t, x0_t, eps_t, t, s, process), s, process, eps_t)

@@ -1,4 +1,4 @@
-"""Timesteps of training and sampling. They are integers, and s < t. Timestep 0 is the (nearly) clean end."""
+"""Integer timesteps of training and sampling, with s < t. Timestep 0 is the (nearly) clean end."""
 
 from collections.abc import Sequence
 

@@ -22,7 +22,7 @@ def read_samples(source: Source) -> Iterator[Sample]:
 
 
 def read_captions(source: Source, limit: int | None = None) -> list[str]:
-    """Return the captions of the first `limit` samples; None: of all. They are equal to the captions of `read_images`."""
+    """Return the captions of the first `limit` samples, or of all, in the order and with the choice of `read_images`."""
     captions: list[str] = []
     choose = CaptionChoice(weights=source.captions)
     for position, sample in enumerate(read_samples(source)):

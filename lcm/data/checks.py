@@ -44,7 +44,7 @@ def flaw_of(title: str, first: Sequence[Sample], rules: Rules, option: str) -> s
     title: the shard's name for messages. first: its first samples. option: the configuration key of the shards.
     """
     extensions, texts = extensions_of(first), rules.text_extensions
-    held = f"its samples hold {', '.join(sorted(extensions)[:SHOWN])}" + ", ..." * (len(extensions) > SHOWN)
+    contents = f"its samples hold {', '.join(sorted(extensions)[:SHOWN])}" + ", ..." * (len(extensions) > SHOWN)
     hint = advice({"link": 1}) if any("__link__" in sample for sample in first) else ""
     captions: list[dict[str, list[str]] | Skip] = []
     for sample in first:
@@ -61,9 +61,9 @@ def flaw_of(title: str, first: Sequence[Sample], rules: Rules, option: str) -> s
             raise UserError(f"{title} holds latents, not pictures: set {option} to shards of pictures")
         if rules.needs != IMAGES and extensions & set(IMAGES):
             raise UserError(f"{title} holds pictures, not latents: encode it with python -m lcm.encode, or choose data=shards")
-        raise UserError(f"{title} has no images: {held}, expected one of {', '.join(rules.needs)}{hint}")
+        raise UserError(f"{title} has no images: {contents}, expected one of {', '.join(rules.needs)}{hint}")
     if not extensions & set(texts):
         raise UserError(
-            f"{title} has no captions: {held}, expected one of {', '.join(texts)}, or others by data.captions{hint}"
+            f"{title} has no captions: {contents}, expected one of {', '.join(texts)}, or others by data.captions{hint}"
         )
     return None

@@ -158,7 +158,7 @@ class Filters:
         return [option for option in self.limits if seen and all(RULES[option].value(*sample) is None for sample in seen)]
 
     def signature(self) -> str:
-        """Return 16 hex digits that change with the active rules and the removal list. They are part of an index's key."""
+        """Return a digest of the active rules and the removal list, for the key of an index."""
         limits = {option: sorted(limit) if isinstance(limit, frozenset) else limit for option, limit in self.limits.items()}
         return digest([READING, self.missing, limits])
 

@@ -133,7 +133,7 @@ class FolderSource(Source):
         return []
 
     def check(self) -> None:
-        """Refuse a folder whose first pictures have no captions. Raises UserError."""
+        """Raise UserError for a folder whose first pictures have no captions."""
         self.first_samples, readable, flaw = [], False, None
         for path in self.pictures[:LOOKED_AT]:
             try:

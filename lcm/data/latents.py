@@ -96,9 +96,9 @@ def stamp(codec: LatentCodec, resolution: int, *, drawn: bool = False, text: boo
     return {**settings, "text_encoder": " ".join(map(weights_hash, codec.text.encoders, words))}
 
 
-def weights_hash(network: torch.nn.Module, more: str = "") -> str:
+def weights_hash(network: torch.nn.Module, text: str = "") -> str:
     """Return the SHA-256 of a text and of a network's weights in bfloat16, which is equal for float32, float16 and bfloat16."""
-    digest = hashlib.sha256(more.encode())
+    digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().to(torch.bfloat16).flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -256,7 +256,7 @@ def build(
 
 
 def build_styles(root: str, *, styles: list[str], wanted: Any = None, **settings: Any) -> None:
-    """Build one dataset per style: `root` for "color", `<name>-<style>-<resolution>` beside it for the others."""
+    """Build one dataset per style: `root` for "color", `<name>-<style>-<resolution>` beside it for another style."""
     for style in styles if is_wanted(root, wanted) else ():
         stem, _, resolution = root.rpartition("-")
         build(root if style == "color" else f"{stem}-{style}-{resolution}", style=style, **settings)

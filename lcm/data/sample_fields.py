@@ -96,8 +96,8 @@ def captions_of(
 def texts_of(name: str, content: Any) -> list[str]:
     """Return the texts of a member or field. content: a text, a list of texts, or None. Raises `Skip`."""
     texts = [text for text in (content if isinstance(content, list) else [content]) if text is not None]
-    if wrong := [type(text).__name__ for text in texts if not isinstance(text, str | bytes)]:
-        raise Skip("no_caption", f"{name} holds {KINDS.get(wrong[0], 'a number')}, not text: name another in data.captions")
+    if types := [type(text).__name__ for text in texts if not isinstance(text, str | bytes)]:
+        raise Skip("no_caption", f"{name} holds {KINDS.get(types[0], 'a number')}, not text: name another in data.captions")
     try:  # a JSON escape can hold half an emoji, which no tokenizer takes, or a NUL
         return [text_of(text if isinstance(text, bytes) else text.encode()).strip() for text in texts]
     except UnicodeError as error:

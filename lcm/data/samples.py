@@ -105,13 +105,13 @@ def by_key(
     if not any("." in member.extension for member in run):
         return {first: [(member.extension.lower(), member) for member in run]}
     ends = [f".{extension}" for extension in (*needs, *text_extensions)]
-    held: dict[str, set[str]] = {}
+    extensions_by_stem: dict[str, set[str]] = {}
     for member in run:
         name = f".{member.extension}"
         for end in ends:
             if name.lower().endswith(end):
-                held.setdefault(name[: -len(end)], set()).add(end[1:])
-    whole = held.get("", set())
+                extensions_by_stem.setdefault(name[: -len(end)], set()).add(end[1:])
+    whole = extensions_by_stem.get("", set())
 
     def is_sample(extensions: set[str]) -> bool:  # the labels of `0.seg.png` in `0.seg.json` make it no sample
         texts = extensions & set(text_extensions)
@@ -119,7 +119,7 @@ def by_key(
 
     stems = {
         stem
-        for stem, extensions in held.items()
+        for stem, extensions in extensions_by_stem.items()
         if not whole or (is_complete(extensions, needs, text_extensions) and is_sample(extensions))
     }
     by_stem: dict[str, list[tuple[str, Member]]] = {}

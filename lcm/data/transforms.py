@@ -65,9 +65,9 @@ def with_end_marker(content: bytes) -> bytes:
     if body.endswith(b"\xff"):
         body = body[:-1] if len(body) == len(content) else body + b"\0"
     restarts = [marker[1] for marker in re.findall(rb"\xff[\xd0-\xd7]", body[scan:])]
-    more = FILLER + bytes([0xFF, 0xD0 + (restarts[-1] + 1) % 8 if restarts else 0xD0]) + FILLER + END
+    extended = FILLER + bytes([0xFF, 0xD0 + (restarts[-1] + 1) % 8 if restarts else 0xD0]) + FILLER + END
     whole = decode_jpeg(body + END)
-    if whole is None or decode_jpeg(body + more) != whole or decode_jpeg(body[:-SPARED] + more) == whole:
+    if whole is None or decode_jpeg(body + extended) != whole or decode_jpeg(body[:-SPARED] + extended) == whole:
         raise OSError("image file is truncated: its scan ends early")
     return body + END
 
@@ -134,7 +134,7 @@ class Cropped(NamedTuple):
 def crop_and_resize(
     image: Image.Image, shape: tuple[int, int], *, random_crop: bool, flip: bool, rng: random.Random
 ) -> Cropped:
-    """Convert to upright RGB, crop to the proportions of `shape` (height, width), resize (antialiased) and mirror.
+    """Return a picture as upright RGB, cropped to the proportions of `shape` (height, width), resized and maybe mirrored.
 
     flip: mirror with p = 0.5. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, if `shape` fits. libjpeg then skips the
     high frequencies of each block, which saves part of the decoding and most of the resizing.

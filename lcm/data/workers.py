@@ -79,7 +79,7 @@ def share(batch: Any) -> Any:
 def kill(workers: list[Any]) -> None:
     """Kill workers with SIGKILL, which also ends stopped ones, and wait until they are gone.
 
-    torch's SIGCHLD handler is muted: it would raise at the first dead worker and leave the others running.
+    torch's SIGCHLD handler is muted: it would raise at the first dead worker and leave the other workers running.
     """
     before = signal.signal(signal.SIGCHLD, lambda *_: None)
     try:

@@ -197,8 +197,8 @@ def evaluate(cfg: DictConfig) -> None:
     real = extract.reference(reference, cfg.reference_cache) if isinstance(reference, Source) else reference
     sentences = warnings(extract, cfg.samples, len(real["clip"]) if real and "clip" in real else None, jobs)
     for name in dict.fromkeys(job.name for job in jobs):
-        kept = [without_rewards(metrics, extract, rewards_of(job)) for job in jobs if job.name == name]
-        for title in dict.fromkeys(metric.title for some in kept for key, metric in metrics.items() if key not in some):
+        measured = [without_rewards(metrics, extract, rewards_of(job)) for job in jobs if job.name == name]
+        for title in dict.fromkeys(metric.title for some in measured for key, metric in metrics.items() if key not in some):
             sentences.append(f"{title} of {name} is left out: a training raised this score as its reward.")
             log.warning(sentences[-1])
     draw(chunks[:: cfg.world_size], extract, cfg.batch_size, quiet=False)

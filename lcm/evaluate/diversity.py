@@ -23,7 +23,7 @@ class Diversity(Metric):
         self.add_state("prompts", [], dist_reduce_fx="cat")
 
     def update(self, features: Tensor, prompts: Tensor) -> None:
-        """features: `[N, D]`. prompts: int64 `[N]`, equal for images of one prompt."""
+        """Add images. features: `[N, D]`. prompts: int64 `[N]`, equal for images of one prompt."""
         self.features.append(features)
         self.prompts.append(prompts)
 

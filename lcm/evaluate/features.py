@@ -110,7 +110,7 @@ class Extractor:
 
 
 def without_rewards(metrics: Mapping[str, Any], extract: Extractor, rewards: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the metrics, except those that a training of the model raised: such a metric says nothing about the model.
+    """Return the metrics that no training of the model raised. A raised metric says nothing about the model.
 
     metrics: `TableMetric` by name. rewards: the rewards in the model's `lcm.json`.
     """

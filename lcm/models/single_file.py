@@ -35,7 +35,7 @@ CONFIGS = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]  # of a pipeline, witho
 
 
 def unet_weights(unet: Any) -> dict[str, Tensor]:
-    """Return the weights of a UNet of Stable Diffusion 1, 2 or XL by their original names. It has no input for w."""
+    """Return the weights of a UNet of Stable Diffusion 1, 2 or XL by their original names. unet: without an input for w."""
     fixed = LAYOUT["unet"]["layers"] | LAYOUT["unet"]["addition_embed_type"]
     depth = unet.config["layers_per_block"] + 1  # resnets of a block, and its change of resolution
     attended = {i for i, block in enumerate(unet.up_blocks) if getattr(block, "attentions", None)}
@@ -131,8 +131,8 @@ def split(pipeline: str) -> tuple[Path, str | None] | None:
 def as_folder(file: Path, config: str | None) -> Path:
     """Return the pipeline folder of a single file. diffusers converts it once, into the hub's cache.
 
-    config: a pipeline folder or hub id, of which only configs and tokenizers are read. None: diffusers infers the hub id from
-    the file's weights. Raises UserError.
+    config: a pipeline folder or hub id. Only its configs and tokenizers are read. None: diffusers infers the hub id from the
+    file's weights. Raises UserError.
     """
     if not file.is_file():
         raise UserError(f"there is no file {file}: give a single-file checkpoint, a pipeline folder or a hub id (owner/name)")
@@ -156,7 +156,7 @@ def as_folder(file: Path, config: str | None) -> Path:
     with FileLock(f"{folder}.lock"):  # several processes may convert the same file
         if not folder.is_dir():
             inferred = fetch_diffusers_config(shapes)["pretrained_model_name_or_path"]
-            configs = find_configs(config or inferred, file, given=config is not None)
+            configs = find_configs(config or inferred, file, named_by_user=config is not None)
             pipeline = getattr(diffusers, class_of(configs))
             with whole_folder(folder) as partial, as_user_error(file):
                 loaded = pipeline.from_single_file(str(file), config=str(configs), local_files_only=True, torch_dtype=dtype)
@@ -171,7 +171,7 @@ class Shape:
         self.shape = tuple(weight.get_shape())
 
 
-def find_configs(config: str, file: Path, *, given: bool) -> Path:
+def find_configs(config: str, file: Path, *, named_by_user: bool) -> Path:
     """Return a folder with the configs of a pipeline: `config` itself, or a download without weights. Raises UserError.
 
     given: whether the user gave `config`, else it was inferred from the file.
@@ -181,7 +181,7 @@ def find_configs(config: str, file: Path, *, given: bool) -> Path:
     try:
         return Path(snapshot_download(config, allow_patterns=CONFIGS))
     except Exception as error:
-        name = f"the configuration {config!r}" if given else f"{file} looks like {config}, whose configuration"
+        name = f"the configuration {config!r}" if named_by_user else f"{file} looks like {config}, whose configuration"
         raise UserError(
             f"{name} is neither a folder here nor reachable on the hub ({type(error).__name__}): name a pipeline folder of "
             f"this kind behind the file, as {file}:<folder>; only its configs and tokenizers are read"

@@ -122,8 +122,8 @@ class MatchingModule(LatentModule):
         with torch.set_grad_enabled(self.student_turn):
             sample = self.objective.sample(nets.online, batch, draws)
         assert nets.fake is not None
-        score, seen = nets.fake, sample.detach()
-        logs = {"fake_score": self.fake.learn(lambda: self.objective.score_loss(score, batch, draws, seen), self.share)}
+        score, detached = nets.fake, sample.detach()
+        logs = {"fake_score": self.fake.learn(lambda: self.objective.score_loss(score, batch, draws, detached), self.share)}
         loss, pair = torch.zeros((), device=self.device), self.objective.pair_without_target(sample)
         if self.student_turn:
             pair = self.objective.pair_with_target(nets, batch, draws, sample)

@@ -24,8 +24,8 @@ class Opponent(nn.Module):
     """A network that is trained in the steps of a LightningModule by a second optimizer: a discriminator or a fake score.
 
     The LightningModule holds the opponent as a child and gives it to its `Optimization`. Lightning sees the module's optimizer
-    only, so it counts each step once. The trained parameters are those that require gradients when the opponent is constructed.
-    They require gradients within `learn` only, so DDP, the module's optimizer and its clipping skip them. The module's gradient
+    only, so it counts each step once. Parameters that require gradients at the construction of the opponent are trained. They
+    require gradients within `learn` only, so DDP, the module's optimizer and its clipping skip them. The module's gradient
     still passes through the opponent.
     """
 

@@ -19,7 +19,7 @@ from lcm.runtime import sharded_checkpoint as sharded
 class FullySharded(ModelParallelStrategy):
     """Each rank holds its shards of every network. A module's `configure_model` shards its networks over `device_mesh`.
 
-    replicas: the number of groups of ranks, each of which holds all shards (HSDP); 1 shards over all ranks.
+    replicas: the number of groups of ranks (HSDP). Each group holds all shards. 1 shards over all ranks.
     sharded_checkpoints: true: a checkpoint is a folder to which every rank writes its shards. false: a checkpoint is one file,
     written by rank 0, as with other strategies. Both kinds can be loaded with either setting and at any world size.
     """

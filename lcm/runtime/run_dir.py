@@ -93,9 +93,9 @@ def choose_run(parent: Path, ckpt_path: str | None, run_id: str | None = None) -
     job = os.environ.get("SLURM_JOB_ID")
     names = run_names(parent, job)
     abandoned = [name for name in names if is_of_earlier_start(parent / name)]
-    for digest_of, mine in command_digests().items():
+    for key, command_digest in command_digests().items():
         for name in abandoned:
-            if read_run_json(parent / name).get(digest_of, mine) == mine:
+            if read_run_json(parent / name).get(key, command_digest) == command_digest:
                 return name
     for name in reversed(names) if ckpt_path == "last" else ():
         if checkpoints_in(parent / name / FOLDER):
@@ -160,10 +160,10 @@ def restarts() -> int:
 
 
 def command_digests() -> dict[str, str]:
-    """Return two digests: of all overrides, and of those that change the training. Overrides may hold secrets."""
-    whole = sorted(override for override in overrides() if not override.startswith("paths.run_id="))
-    settings = [override for override in whole if re.match(r"[+~]*(name|seed|experiment|model|data)[./=@]", override)]
-    return {"command": digest(whole), "settings": digest(settings)}
+    """Return two digests: of all overrides, and of the overrides of the training itself. Overrides may hold secrets."""
+    all_overrides = sorted(override for override in overrides() if not override.startswith("paths.run_id="))
+    settings = [override for override in all_overrides if re.match(r"[+~]*(name|seed|experiment|model|data)[./=@]", override)]
+    return {"command": digest(all_overrides), "settings": digest(settings)}
 
 
 def overrides() -> list[str]:
@@ -227,10 +227,10 @@ def lock_and_identify(run_dir: Path) -> str:
 
 
 @rank_zero_only
-def update_run_json(run_dir: Path, **more: Any) -> None:
+def update_run_json(run_dir: Path, **values: Any) -> None:
     """Add values to run.json."""
     before = read_run_json(run_dir)
-    after = {"id": uuid.uuid4().hex[:8], **before, **more}
+    after = {"id": uuid.uuid4().hex[:8], **before, **values}
     if after != before:
         with whole_file(run_dir / "run.json") as file:
             file.write(json.dumps(after).encode())

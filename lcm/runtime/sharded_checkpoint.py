@@ -63,9 +63,9 @@ def write(checkpoint: Tree, target: Path) -> None:
             torch.save(rest, file)
     dist.barrier()
     dcp.save(shards, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
-    mine = sorted(file.name for file in partial.iterdir())[dist.get_rank() :: dist.get_world_size()]
+    rank_files = sorted(file.name for file in partial.iterdir())[dist.get_rank() :: dist.get_world_size()]
     listings: list[Tree] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(listings, {name: size_and_crc(partial / name) for name in mine})
+    dist.all_gather_object(listings, {name: size_and_crc(partial / name) for name in rank_files})
     if dist.get_rank() == 0:
         with whole_file(partial / LISTING) as file:
             file.write(json.dumps({name: entry for listing in listings for name, entry in listing.items()}, indent=2).encode())

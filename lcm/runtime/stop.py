@@ -140,10 +140,10 @@ def requeue() -> bool:
     if job is None or shutil.which("scontrol") is None:
         return job is not None
     with signals.held_back():  # the requeue sends SIGTERM to scontrol, too
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-    if done.returncode:
-        log.error("job %s cannot be requeued: %s", job, done.stderr.strip())
-    return done.returncode == 0
+        result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    if result.returncode:
+        log.error("job %s cannot be requeued: %s", job, result.stderr.strip())
+    return result.returncode == 0
 
 
 def resume_override() -> str:

@@ -77,5 +77,5 @@ def job_command() -> list[str]:
     for option in ("config_name", "config_dir"):
         if value := getattr(options, option):
             program.append(f"--{option.replace('_', '-')}={value}")
-    kept = [override for override in (*overrides.hydra, *overrides.task) if not override.startswith("hydra.mode=")]
-    return [sys.executable, *program, *kept, "hydra.mode=RUN"]
+    job_overrides = [override for override in (*overrides.hydra, *overrides.task) if not override.startswith("hydra.mode=")]
+    return [sys.executable, *program, *job_overrides, "hydra.mode=RUN"]

@@ -24,7 +24,7 @@ class EasyDraws:
 
 
 class EasyConsistencyTuning(ConsistencyObjective):
-    """The student at noise level t matches its target at level r < t of the same image and noise, weighted by 1 / (t - r).
+    """The student at noise level t matches its target at a level r < t of the same image and noise. The weight is 1 / (t - r).
 
     A level is sigma / alpha. log t ~ N(mean, std^2), limited to the levels of the process. The training has `stages` stages of
     equal length. In stage i, `r = max(0, t (1 - q^-(i + 1) (1 + 8 sigmoid(-t))))`. At r = 0 the target is the image: the

@@ -56,7 +56,10 @@ class GuidedDistillationObjective(nn.Module):
 
 
 def match_guided_teacher(student: Denoiser, teacher: Denoiser, batch: LatentBatch, draws: ConsistencyDraws) -> Loss:
-    """Stage one (section 3.1): `omega(lambda_t) || x_teacher(z_t, c; w) - x_student(z_t, c, w) ||^2` at any t = draws.index."""
+    """Return stage one's loss `omega(lambda_t) || x_teacher(z_t, c; w) - x_student(z_t, c, w) ||^2` (section 3.1).
+
+    draws.index: t, any timestep.
+    """
     t = draws.index
     z_t = student.process.jump(batch.z0, draws.eps, t)
     with torch.no_grad():
@@ -68,9 +71,10 @@ def match_guided_teacher(student: Denoiser, teacher: Denoiser, batch: LatentBatc
 def halve_steps(
     student: Denoiser, previous: Denoiser, batch: LatentBatch, draws: ConsistencyDraws, *, timesteps: Tensor
 ) -> Loss:
-    """Stage two (section 3.2; 2202.00512, Algorithm 2): one DDIM step of the student matches two of the previous student.
+    """Return the loss of a later stage (section 3.2; 2202.00512, Algorithm 2).
 
-    timesteps: `[2N + 1]`, descending, the previous student's 2N steps and t_min. draws.index: in 0 .. N - 1.
+    One DDIM step of the student matches two steps of the previous student. timesteps: `[2N + 1]`, descending, the previous
+    student's 2N steps and t_min. draws.index: the step of the student, 0 to N - 1.
     """
     process = student.process
     t, middle, s = (timesteps[2 * draws.index + i] for i in range(3))

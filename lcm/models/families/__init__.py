@@ -68,7 +68,7 @@ class Family:
     lora_mixin: ClassVar[Any] = None
 
     def __init__(self, index: dict[str, Any], config: dict[str, Any]) -> None:
-        """index: the content of `model_index.json`. config: the content of the network's `config.json`."""
+        """Set the configs. index: the content of `model_index.json`. config: the content of the network's `config.json`."""
         self.index, self.config = index, config
 
     def call(
