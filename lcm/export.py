@@ -68,7 +68,7 @@ def trained(run: Path, checkpoint: str) -> LatentModule:
         raise UserError(f"{run} has no checkpoint: give one with checkpoint=<path>")
     config: Any = OmegaConf.load(config_file)
     for part, target in (("optimizer", "torch.optim.AdamW"), ("lr_schedule", "lcm.modules.lr_schedules.constant")):
-        config.model[part] = {"_target_": target, "_partial_": True}  # unused here, so those of the run need not be installed
+        config.model[part] = {"_target_": target, "_partial_": True}  # stand-ins: the run's may not be installed
     module: Any = build(config.model, foreign=True)
     if not isinstance(module, LatentModule):
         raise UserError(

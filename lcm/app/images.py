@@ -102,7 +102,7 @@ def grid(
     width = max(cell, rows[0].shape[-1])
     height = round(width * rows[0].shape[-2] / rows[0].shape[-1])
     font = label_font(max(11, width // 9))
-    line_height = font.getbbox("A")[3] + 2  # as Pillow spaces lines
+    line_height = font.getbbox("A")[3] + 2  # Pillow's distance of lines
     left = 2 * width + 3 * gap
     heads = [[line for part in label.split("\n") for line in wrap(part, font, width, 3)] for label in column_labels]
     top = int(line_height * max(map(len, heads), default=0)) + 2 * gap

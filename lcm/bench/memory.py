@@ -168,7 +168,7 @@ def states_of(model: Any, config: dict[str, Any]) -> dict[str, float]:
     short = FROZEN[quantization._target_.rpartition(".")[2]] if quantization else BFLOAT16
     averages = bool(model.ema_decay) + bool(model.eval_ema)
     return {
-        "frozen weights": BFLOAT16 * (whole - linear) + short * linear,  # the teacher, or the base that it shares
+        "frozen weights": BFLOAT16 * (whole - linear) + short * linear,  # the teacher, or the frozen base of the adapters
         "trained": (1 + averages) * FLOAT32 * trained,
         "gradients": FLOAT32 * trained,
         "moments": MOMENTS[model.optimizer._target_.rpartition(".")[2]] * trained,

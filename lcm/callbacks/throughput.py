@@ -44,7 +44,7 @@ class Throughput(TrainingLength):
         self.images, self.seconds, self.waited, self.started = 0, 0.0, 0.0, time.perf_counter()
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
-        self.waited += time.perf_counter() - self.started  # since the end of the batch before
+        self.waited += time.perf_counter() - self.started  # since the end of the previous batch
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)

@@ -61,7 +61,7 @@ class WandbLogger(LightningWandbLogger):
     ) -> None:
         texts: dict[str, Any] = {"entity": entity, "group": group, "job_type": job_type, "notes": notes, "tags": tags}
         super().__init__(**{name: value for name, value in texts.items() if value is not None}, **kwargs)
-        self._wandb_init.pop("anonymous")  # Lightning's; wandb warns of it
+        self._wandb_init.pop("anonymous")  # an argument of Lightning that wandb warns of
         self.log_model, self.data_wait_alert = log_model, data_wait_alert
         self.images_seen: Count = 0  # set by the data module
         self.skipped = 0.0
@@ -146,7 +146,7 @@ class WandbLogger(LightningWandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         if self._experiment is None:
-            os.environ.setdefault("WANDB_DATA_DIR", f"{self.save_dir}/wandb")  # artifacts wait there for their upload
+            os.environ.setdefault("WANDB_DATA_DIR", f"{self.save_dir}/wandb")  # where artifacts wait for their upload
             run = self.start()
             run.define_metric(IMAGES_SEEN)
             run.define_metric("*", step_metric=IMAGES_SEEN, overwrite=True)

@@ -113,7 +113,7 @@ def output_of(command: str, timeout: float) -> Iterator[bytes]:
         finally:
             if process.poll() is None:
                 with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
+                    os.killpg(process.pid, signal.SIGKILL)  # the command and the processes that it started
                 process.wait()
             process.stdout.close()
         errors.seek(max(errors.seek(0, os.SEEK_END) - 4096, 0))

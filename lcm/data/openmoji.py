@@ -213,7 +213,7 @@ def build(
         "style": style,
         "backgrounds": backgrounds,
         "toned_backgrounds": toned_backgrounds,
-        "placement": 2,  # of `place` and `faded`: count up with every change
+        "placement": 2,  # raised with every change of `place` and `faded`
         "pairs": pairs,
         "captions": ["caption", "kind", "category", "background"],
         "held_out": held_out,
@@ -248,7 +248,7 @@ def build(
                     writer.write(sample)
             counts[name] = len(samples[start : start + samples_per_shard])
     (partial / "manifest.json").write_text(json.dumps({"settings": settings, "samples": counts}, indent=2))
-    if built():  # another process has built and reads it meanwhile
+    if built():  # another process has built the dataset meanwhile, and reads it
         shutil.rmtree(partial)
         return
     shutil.rmtree(target, ignore_errors=True)

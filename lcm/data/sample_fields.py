@@ -98,7 +98,7 @@ def texts_of(name: str, content: Any) -> list[str]:
     texts = [text for text in (content if isinstance(content, list) else [content]) if text is not None]
     if types := [type(text).__name__ for text in texts if not isinstance(text, str | bytes)]:
         raise Skip("no_caption", f"{name} holds {KINDS.get(types[0], 'a number')}, not text: name another in data.captions")
-    try:  # a JSON escape can hold half an emoji, which no tokenizer takes, or a NUL
+    try:  # a JSON escape can hold a NUL, or half an emoji, which no tokenizer takes
         return [text_of(text if isinstance(text, bytes) else text.encode()).strip() for text in texts]
     except UnicodeError as error:
         raise Skip("caption_encoding", f"{name}: {error}") from error

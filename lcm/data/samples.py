@@ -113,7 +113,7 @@ def by_key(
                 extensions_by_stem.setdefault(name[: -len(end)], set()).add(end[1:])
     whole = extensions_by_stem.get("", set())
 
-    def is_sample(extensions: set[str]) -> bool:  # the labels of `0.seg.png` in `0.seg.json` make it no sample
+    def is_sample(extensions: set[str]) -> bool:  # `0.seg.png` with labels in `0.seg.json` is no sample
         texts = extensions & set(text_extensions)
         return texts not in (set(), {"json"}) or texts == whole & set(text_extensions)
 

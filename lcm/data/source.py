@@ -30,7 +30,7 @@ from lcm.runtime.redaction import redacted
 
 log = logging.getLogger(__name__)
 TRIED = 8  # shards that a check tries to read, until one is readable
-HELD = 3  # shards of a lane in memory: the current one, the one before and the one after
+HELD = 3  # shards of a lane in memory: the previous, the current and the next
 OPEN_SHARDS = 256  # the most open shards of a source in a process
 PAUSES = (0.1, 0.5, 2.0)  # seconds before the next attempts to open a shard, after a temporary error of the system
 

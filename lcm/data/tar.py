@@ -134,7 +134,7 @@ def parse_header(block: bytes) -> tuple[str, int, bytes, str] | None:
         name = block[345:500].partition(b"\0")[0] + b"/" + name
     kind = block[156:157]
     if name.endswith(b"/") and kind == b"\0":
-        kind = b"5"  # a folder, as tar's first version wrote it
+        kind = b"5"  # the first version of tar marks a folder like this
     link = block[157:257].partition(b"\0")[0] if kind in LINKS else b""
     return text(name), size, kind, text(link)
 

@@ -13,9 +13,9 @@ from lcm.evaluate.aesthetic import linear_head
 from lcm.evaluate.clip import MEAN, STD, local_folder
 from lcm.models.loading import check_finite, check_header, load_tokenizer, weight_files
 
-SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072  # of the published model's raw scores
+SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072  # mean and deviation of the published model's raw scores
 TOKENS = 35  # the length to which captions are cut
-HEAD_WIDTH = 64  # of the attention heads of all BLIPs
+HEAD_WIDTH = 64  # the width of an attention head in every BLIP
 CONVERT = "convert ImageReward.pt as docs/evaluation.md says"
 # Names of BLIP's vision transformer, and those of transformers. The text encoder has the same names in both.
 VISION_NAMES = {

@@ -23,5 +23,5 @@ class NF4(bnb.Linear4bit):
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
         x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-        self.compute_dtype = x.dtype  # bitsandbytes would keep that of the first input for ever
+        self.compute_dtype = x.dtype  # bitsandbytes would keep the dtype of the first input
         return super().forward(x)

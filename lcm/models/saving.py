@@ -19,7 +19,7 @@ from lcm.models.loading import CLIP_TYPES, cast_copy, check_finite, check_header
 from lcm.models.lora import is_adapted, merge_adapters, save_adapters
 from lcm.runtime.atomic_io import remove, whole_folder
 
-PREFIX = "text_model."  # of a text encoder's weights; transformers 5.6 saves without it, older versions and ComfyUI need it
+PREFIX = "text_model."  # of a text encoder's weights: transformers 5.6 omits it, older versions and ComfyUI need it
 FLAT = ("embeddings.", "encoder.", "final_layer_norm.")
 
 

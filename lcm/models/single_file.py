@@ -30,8 +30,8 @@ RESNET = {
     **{"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"},
     **{"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"},
 }
-ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}  # of the VAE
-CONFIGS = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]  # of a pipeline, without its weights
+ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}  # names in the VAE
+CONFIGS = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]  # files of a pipeline, without its weights
 
 
 def unet_weights(unet: Any) -> dict[str, Tensor]:

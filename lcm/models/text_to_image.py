@@ -34,7 +34,11 @@ from lcm.models.student import as_network
 log = logging.getLogger(__name__)
 Sampler = Callable[..., Tensor]
 FEW_STEP = (sampling.consistency, sampling.tcd)  # samplers that use the trained timesteps
-SAMPLERS: dict[str, Sampler] = {"ddim": sampling.ddim, "consistency": sampling.consistency, "tcd": sampling.tcd}  # in lcm.json
+SAMPLERS: dict[str, Sampler] = {
+    "ddim": sampling.ddim,
+    "consistency": sampling.consistency,
+    "tcd": sampling.tcd,
+}  # in lcm.json
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class LatentModule(L.LightningModule):
     averages = MappingProxyType({"ema_net": "model.eval_ema"})  # options by the name of the average that they switch on
     zero_init: bool | None = None  # whether the projection of w started at zero; None: the module made no projection
     adversary: LatentAdversary | None
-    quantization: Callable[[nn.Linear], nn.Module] | None = None  # of the frozen layers
+    quantization: Callable[[nn.Linear], nn.Module] | None = None  # `nn.Linear -> nn.Module` for frozen layers
     adapters: Mapping[str, Any] | None = None  # the options of trained adapters; None: all weights are trained
     calls: list[tuple[nn.Module, torch.Size, Condition, bool]] | None = None  # recorded network calls for FLOP counting
 

@@ -96,7 +96,7 @@ class Optimization(L.Callback):
         self.make_optimizer, self.make_lr_schedule = optimizer, lr_schedule
         self.clip_norm = float("inf") if clip_norm is None else clip_norm
         self.skip_non_finite, self.opponents = skip_non_finite, list(opponents)
-        self.opponent_states: list[dict[str, Any]] = []  # of the checkpoint, until the optimizers are made
+        self.opponent_states: list[dict[str, Any]] = []  # the checkpoint's states, until the optimizers are made
         self.skipped_update = False  # whether the host skipped the last update
         self.skipped_on_device: Tensor | None = None  # 1.0 if the device skipped the last update, else 0.0; None on the host
 
@@ -152,7 +152,7 @@ class Optimization(L.Callback):
     # clipping and the non-finite guard
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.skipped = self.skipped_in_a_row = torch.zeros((), device=module.device)  # since this start; consecutive
+        self.skipped = self.skipped_in_a_row = torch.zeros((), device=module.device)  # all skips; consecutive skips
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
         """Clip the gradients, and skip a non-finite update.

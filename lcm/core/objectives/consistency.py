@@ -68,7 +68,10 @@ class ConsistencyObjective(nn.Module):
     """
 
     sampler: ClassVar[str] = "consistency"  # a function of `lcm.core.sampling`
-    schedulers: ClassVar[tuple[str, str]] = ("LCMScheduler", "FlowMatchLCMScheduler")  # of diffusers, for VP and for a flow
+    schedulers: ClassVar[tuple[str, str]] = (
+        "LCMScheduler",
+        "FlowMatchLCMScheduler",
+    )  # in diffusers, for VP and flow
     timesteps: Tensor
 
     def __init__(
