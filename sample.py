@@ -38,8 +38,8 @@ def main(cfg: DictConfig) -> None:
     sampler, size = build(cfg.sampler), model.size(cfg.size)
     start = read_start(cfg.image, cfg.mask, cfg.strength, size)
     settings = {"steps": cfg.steps, "w": model.default_w if cfg.w is None else cfg.w, "negative": cfg.negative}
-    for row in row_settings:
-        model.check({**settings, **row}, sampler, start)
+    for steps, w in dict.fromkeys((row.get("steps", cfg.steps), row.get("w", settings["w"])) for row in row_settings):
+        model.check({**settings, "steps": steps, "w": w}, sampler, start)
     settings |= {"sampler": plain(cfg.sampler) or model.metadata["sampler"], "size": list(size), "dtype": cfg.dtype}
     settings |= {
         "pipeline": name,

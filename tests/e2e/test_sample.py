@@ -51,6 +51,14 @@ def test_guided_distillations_students_are_students_and_a_teacher_is_better_than
         find_pipeline("last", str(runs))
 
 
+def test_one_warning_for_all_prompts_of_one_w(run, runs):
+    metadata = runs / "student/0/model/lcm.json"
+    metadata.write_text(json.dumps({**json.loads(metadata.read_text()), "w_min": 2, "w_max": 14}))
+    done = run("sample.py", "prompts=[cat,dog,cow]", "w=20", "steps=1", "device=cpu")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("outside the range [2, 14]") == 1
+
+
 def test_each_call_has_its_folder_and_draws_nothing_twice(run, runs, tmp_path):
     call = ["images_per_prompt=2", "steps=2", "device=cpu"]
     first = run("sample.py", "prompts=[cat,dog]", *call)
