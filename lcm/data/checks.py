@@ -38,7 +38,7 @@ def extensions_of(first: Sequence[Sample]) -> set[str]:
     return {extension for sample in first for extension in sample if not extension.startswith("__")}
 
 
-def flaw_of(title: str, first: Sequence[Sample], rules: Rules, option: str) -> str | None:
+def shard_flaw(title: str, first: Sequence[Sample], rules: Rules, option: str) -> str | None:
     """Return the reason if a shard's captions cannot be read, else None. Raises UserError for shards of another kind.
 
     title: the shard's name for messages. first: its first samples. option: the configuration key of the shards.

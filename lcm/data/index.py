@@ -22,7 +22,7 @@ from lcm.data import growing
 from lcm.data.growing import GrowingFile
 from lcm.data.manifest import Expected
 from lcm.data.sample_fields import CAPTIONS, Skip, captions_of, metadata
-from lcm.data.samples import FOREIGN, Links, Sample, advice, samples, why_empty
+from lcm.data.samples import FOREIGN, Links, TarSample, advice, samples, why_empty
 from lcm.data.tar import MAX_BYTES, Bytes
 from lcm.runtime.atomic_io import FULL, os_error, try_writing, whole_file
 
@@ -61,7 +61,7 @@ class Verdict(NamedTuple):
     of the picture's aspect ratio.
     """
 
-    sample: Sample
+    sample: TarSample
     flaw: str | None
     damaged: bool
     aspect: int = 0
@@ -73,7 +73,7 @@ def scan(file: Bytes, rules: Rules) -> Iterator[Verdict]:
     for sample in samples(file, rules.needs, rules.text_extensions):
         dangling = {extension for extension, member in sample.members.items() if member.link and not links.target(member)}
         extensions = sample.members.keys() - dangling
-        flaw = "duplicate" if sample.ambiguous else flaw_of(sample, extensions, rules, file)
+        flaw = "duplicate" if sample.ambiguous else sample_flaw(sample, extensions, rules, file)
         if flaw in ("no_image", "no_caption") and dangling:
             flaw = "link"
         if flaw is not None:
@@ -87,7 +87,7 @@ def scan(file: Bytes, rules: Rules) -> Iterator[Verdict]:
         yield Verdict(sample, reason, damaged, aspect)
 
 
-def flaw_of(sample: Sample, extensions: Collection[str], rules: Rules, file: Bytes) -> str | None:
+def sample_flaw(sample: TarSample, extensions: Collection[str], rules: Rules, file: Bytes) -> str | None:
     """Return the reason if a sample is damaged, else None."""
     if ".." in sample.key.split("/"):
         return "name"  # nothing is extracted here, but names are written to latent shards that others may extract
@@ -103,7 +103,7 @@ def flaw_of(sample: Sample, extensions: Collection[str], rules: Rules, file: Byt
     return "apart" if sample.end - sample.start > size + FOREIGN else None
 
 
-def filter_verdict(sample: Sample, rules: Rules, links: Links) -> tuple[str | None, bool]:
+def filter_verdict(sample: TarSample, rules: Rules, links: Links) -> tuple[str | None, bool]:
     """Return the filters' reason to leave a sample out, or None, and whether its texts are damaged."""
     if rules.judge is None:
         return None, False

@@ -59,7 +59,7 @@ def members(file: Bytes, window: int = WINDOW) -> Iterator[Member]:
             yield member
 
 
-class Sample(NamedTuple):
+class TarSample(NamedTuple):
     """A sample's members by lower-case extension. ambiguous: it has several pictures or captions that cannot be paired."""
 
     key: str
@@ -75,14 +75,14 @@ class Sample(NamedTuple):
         return max(member.data + member.size for member in self.members.values())
 
 
-def samples(file: Bytes, needs: Sequence[str], text_extensions: Sequence[str], window: int = WINDOW) -> Iterator[Sample]:
+def samples(file: Bytes, needs: Sequence[str], text_extensions: Sequence[str], window: int = WINDOW) -> Iterator[TarSample]:
     """Yield the samples of a tar. The members of one key follow each other.
 
     A key may come again in a tar that was joined from two: a repeated extension begins another sample. needs, text_extensions:
     a complete sample has an extension of each: a picture and a caption.
     """
     for first, run in groupby(members(file, window), key=attrgetter("key")):
-        group: list[Sample] = []
+        group: list[TarSample] = []
         for key, parts in by_key(first, list(run), needs, text_extensions).items():
             split: list[dict[str, Member]] = [{}]
             for extension, member in parts:
@@ -90,7 +90,7 @@ def samples(file: Bytes, needs: Sequence[str], text_extensions: Sequence[str], w
                     split.append({})
                 split[-1][extension] = member
             ambiguous = len(split) > 1 and not all(is_complete(part, needs, text_extensions) for part in split)
-            group += [Sample(key, part, ambiguous) for part in ([dict(parts)] if ambiguous else split)]
+            group += [TarSample(key, part, ambiguous) for part in ([dict(parts)] if ambiguous else split)]
         yield from group if len(group) == 1 else sorted(group, key=attrgetter("start"))
 
 

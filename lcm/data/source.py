@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lcm.core.errors import UserError
 from lcm.data.cache import Download, ShardCache
-from lcm.data.checks import extensions_of, first_samples, flaw_of
+from lcm.data.checks import extensions_of, first_samples, shard_flaw
 from lcm.data.filters import Filters
 from lcm.data.index import VERSION, Notes, Rules, ShardIndex, index_folder
 from lcm.data.manifest import Manifests
@@ -301,7 +301,7 @@ class Source:
                 flaws.append(f"{title} cannot be opened ({error})")
                 continue
             self.first_samples = first
-            if flaw := flaw_of(title, first, self.rules, self.option):
+            if flaw := shard_flaw(title, first, self.rules, self.option):
                 flaws.append(flaw)
                 continue
             return

@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 PATIENCE = 256  # samples in a row that may fail to decode
 NAMED = 10  # skipped samples that a worker names for each reason; all are counted
 ENOUGH = 1000  # samples before the share of damaged samples is checked
-Decode = Callable[[Sample, random.Random], Sample]
-Collate = Callable[[list[Sample]], Sample]
+DecodeFn = Callable[[Sample, random.Random], Sample]
+CollateFn = Callable[[list[Sample]], Sample]
 
 
 def rng_of(seed: int | str, position: int) -> random.Random:
@@ -42,8 +42,8 @@ class Stream(IterableDataset):
         self,
         sources: Sequence[Source],
         *,
-        decode: Decode,
-        collate: Collate,
+        decode: DecodeFn,
+        collate: CollateFn,
         batch_size: int,
         seed: int | str = 0,
         rank: int = 0,

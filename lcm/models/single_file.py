@@ -150,7 +150,7 @@ def as_folder(file: Path, config: str | None) -> Path:
                 f"{file} is a file, not a pipeline folder, and holds {kind}: give the pipeline, or a whole checkpoint, with "
                 f"names such as {UNET}*"
             )
-        shapes = {name: Shape(content.get_slice(name)) for name in names}
+        shapes = {name: WeightShape(content.get_slice(name)) for name in names}
         dtype = content.get_tensor(next(name for name in names if name.startswith(UNET))).dtype
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # several processes may convert the same file
@@ -164,7 +164,7 @@ def as_folder(file: Path, config: str | None) -> Path:
     return folder
 
 
-class Shape:
+class WeightShape:
     """The shape of a weight that is not loaded, for diffusers' guess at the model."""
 
     def __init__(self, weight: Any) -> None:
