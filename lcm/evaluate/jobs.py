@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from lcm.app.cli import build
 from lcm.app.composition import plain
+from lcm.app.inputs import read_adapters
 from lcm.app.pipelines import find_pipeline
 from lcm.app.targets import CONF
 from lcm.core.errors import NonFiniteError, UserError
@@ -37,6 +38,7 @@ class Entry:
     w: float | list[float] | None = None
     size: int | list[int] | None = None
     label: str | None = None
+    lora: str | list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,18 @@ def named_entries(cfg: DictConfig) -> dict[str, Any]:
 
 
 def load_models(cfg: DictConfig, device: str) -> dict[str, TextToImage]:
-    """Return the models by path. Replace `last` in the entries by the path of the model."""
+    """Return the model of each entry, by the keys of `named_entries`. Entries with equal weights share a model.
+
+    `last` in an entry is replaced by its path.
+    """
+    loaded: dict[str, TextToImage] = {}
     models: dict[str, TextToImage] = {}
-    for entry in named_entries(cfg).values():
-        path = entry.pipeline = find_pipeline(entry.pipeline, cfg.paths.runs)
-        if path not in models:
-            models[path] = TextToImage.load(path, device=device, dtype=getattr(torch, cfg.dtype))
+    for option, entry in named_entries(cfg).items():
+        entry.pipeline, lora = find_pipeline(entry.pipeline, cfg.paths.runs), read_adapters(entry.get("lora"))
+        key = digest([entry.pipeline, lora])
+        if key not in loaded:
+            loaded[key] = TextToImage.load(entry.pipeline, device=device, dtype=getattr(torch, cfg.dtype), lora=lora)
+        models[option] = loaded[key]
     if not cfg.entries:
         raise UserError("there is nothing to evaluate: give entries, e.g. entries.LCM.pipeline=<folder>")
     return models
@@ -115,7 +123,7 @@ def choose_resolution(cfg: DictConfig, models: dict[str, TextToImage]) -> int:
     """Return the pixels per side at which images are compared: `resolution`, or the common size of all entries."""
     if cfg.resolution is not None:
         return cfg.resolution
-    sizes = {models[entry.pipeline].size(entry.get("size"), f"entries.{name}.size") for name, entry in cfg.entries.items()}
+    sizes = {models[f"entries.{name}"].size(entry.get("size"), f"entries.{name}.size") for name, entry in cfg.entries.items()}
     height, width = sorted(sizes)[0]
     if len(sizes) > 1 or height != width:
         listed_sizes = " and ".join(f"{height} x {width}" for height, width in sorted(sizes))
@@ -145,10 +153,11 @@ def make_jobs(cfg: DictConfig, models: dict[str, TextToImage], extract: Extracto
 
     The teacher's seeds differ from those of the entries: images of equal seeds are similar, which would lower the distance.
     """
-    identities = {path: model.identity() for path, model in models.items()}
+    different = {id(model): model for model in models.values()}
+    identities = {key: model.identity() for key, model in different.items()}
     jobs = []
     for option, entry in named_entries(cfg).items():
-        model, sampler = models[entry.pipeline], make_sampler(option, entry.get("sampler"))
+        model, sampler = models[option], make_sampler(option, entry.get("sampler"))
         size, ws = choose_size(option, entry, model, extract.resolution, cfg.draw_at), listed(entry.get("w", cfg.w))
         for key, values in (("steps", listed(entry.steps)), ("w", ws)):
             if repeated := [value for value, count in Counter(values).items() if count > 1]:
@@ -158,7 +167,7 @@ def make_jobs(cfg: DictConfig, models: dict[str, TextToImage], extract: Extracto
             for steps in listed(entry.steps):
                 model.timesteps(steps, sampler)  # raises UserError
                 settings = {"sampler": plain(entry.get("sampler")), "steps": steps, "w": float(w), "size": size}
-                drawing = {**identities[entry.pipeline], **settings, "dtype": cfg.dtype, "version": CACHE_VERSION}
+                drawing = {**identities[id(model)], **settings, "dtype": cfg.dtype, "version": CACHE_VERSION}
                 folder = Path(cfg.features, digest([drawing, extract.identity]))
                 name = str(entry.get("label", option.removeprefix("entries.")))
                 seed = cfg.seed + cfg.samples * (option == "teacher")

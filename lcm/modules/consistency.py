@@ -14,7 +14,6 @@ from lcm.core.guidance import check_w_range
 from lcm.core.objectives.consistency import Distance, Networks
 from lcm.core.process import Process
 from lcm.models.families import network_like
-from lcm.models.lora import with_adapters
 from lcm.models.pipeline import load_family, load_prediction_type
 from lcm.models.student import frozen_copy, quantize_linears
 from lcm.modules.adversary import LatentAdversary, latent_adversary
@@ -84,7 +83,7 @@ class ConsistencyModule(LatentModule):
             parts |= {"w_min": w_min, "w_max": w_max}
         family = load_family(pipeline)
         if adapters is not None:
-            student = with_adapters(family, quantize_linears(net, quantization), **adapters)
+            student = quantize_linears(net, quantization)
         else:
             student = family.with_w(net, zero_init=zero_init) if w_max is not None else network_like(net)
         judge = latent_adversary(adversary, family, net)
@@ -93,6 +92,7 @@ class ConsistencyModule(LatentModule):
             process,
             pipeline=pipeline,
             objective=lambda p: objective(p, **parts),
+            adapters=adapters,
             opponents=[judge] if judge else [],
             **kwargs,
         )
@@ -107,7 +107,6 @@ class ConsistencyModule(LatentModule):
             self.frozen["teacher"] = quantize_linears(net, None if adapters else quantization).eval()
         self.frozen |= reward_parts(reward, pipeline)
         self.quantization = quantization
-        self.train_adapters(adapters)
 
     def setup(self, stage: str) -> None:
         self.objective.advance(0, self.trainer.max_steps)

@@ -84,7 +84,7 @@ class MatchingModule(LatentModule):
         else:
             for base in {net, frozen}:
                 quantize_linears(base, quantization)
-            student, scorer = (with_adapters(family, base, **adapters) for base in (net, frozen))
+            student, scorer = net, with_adapters(family, frozen, **adapters)
         score, judge = fake(scorer), latent_adversary(adversary, family, frozen)
         if judge is not None and judge.real != "data":
             raise UserError("distribution matching has no target point to take for real: set model.adversary.real=data")
@@ -93,6 +93,7 @@ class MatchingModule(LatentModule):
             process,
             pipeline=pipeline,
             objective=lambda p: objective(p, distance=loss, w_min=w_min, w_max=w_max),
+            adapters=adapters,
             opponents=[score, judge] if judge else [score],
             **kwargs,
         )
@@ -101,7 +102,6 @@ class MatchingModule(LatentModule):
         self.frozen["teacher"] = quantize_linears(frozen, None if adapters else quantization).eval()
         self.frozen |= reward_parts(reward, pipeline)
         self.quantization = quantization
-        self.train_adapters(adapters)
         self.student_turn = True  # the student learns in this step
 
     def networks(self) -> list[Any]:

@@ -21,7 +21,7 @@ from lcm.core.random import RankSlice
 from lcm.models.attention import allow_graphs, check_compiler, fast_attention, recompute_in_backward
 from lcm.models.codec import LatentCodec
 from lcm.models.loading import read_json
-from lcm.models.lora import drop_frozen, ignore_missing_frozen
+from lcm.models.lora import drop_frozen, ignore_missing_frozen, with_adapters
 from lcm.models.pipeline import find, load_family, load_prediction_type, read_lcm_json
 from lcm.models.saving import save_pipeline
 from lcm.models.sharding import gather, is_sharded, shard
@@ -44,6 +44,8 @@ class LatentModule(L.LightningModule):
     objective: `process -> ` an objective of `lcm.core.objectives`.
     pipeline: the folder or hub id that `net` starts from. `save_model` copies its VAE and text encoders.
     eval_ema: the decay of an average of `net` that is sampled, validated and saved in place of `net`; None: no average.
+    adapters: `{rank, alpha, target_modules}` trains LoRA adapters on the frozen weights of `net`. A checkpoint then holds only
+        the adapters and their averages.
     guidance_lr_multiplier: learning-rate multiplier of the zero-initialised projection of w; short runs need > 1.
     compile: torch.compile the networks of a training step; validation and sampling stay eager.
     gradient_checkpointing: recompute activations to save memory.
@@ -54,7 +56,6 @@ class LatentModule(L.LightningModule):
     zero_init: bool | None = None  # whether the projection of w started at zero; None: the module made no projection
     adversary: LatentAdversary | None
     quantization: Callable[[nn.Linear], nn.Module] | None = None  # `nn.Linear -> nn.Module` for frozen layers
-    adapters: Mapping[str, Any] | None = None  # the options of trained adapters; None: all weights are trained
     calls: list[tuple[nn.Module, torch.Size, Condition, bool]] | None = None  # recorded network calls for FLOP counting
 
     def __init__(
@@ -68,6 +69,7 @@ class LatentModule(L.LightningModule):
         lr_schedule: ScheduleFactory,
         prediction_type: str | None = None,
         eval_ema: Share | None = None,
+        adapters: Mapping[str, Any] | None = None,
         guidance_lr_multiplier: Positive = 1.0,
         compile: bool = False,
         gradient_checkpointing: bool = False,
@@ -81,7 +83,14 @@ class LatentModule(L.LightningModule):
         super().__init__()
         self.optimization, self.seed = Optimization(optimizer, lr_schedule, clip_norm, skip_non_finite, opponents), seed
         self.length = TrainingLength()
-        self.net, self.process, self.pipeline, self.family = net.train(), process, pipeline, load_family(pipeline)
+        self.process, self.pipeline, self.family, self.adapters = process, pipeline, load_family(pipeline), adapters
+        if adapters is not None:
+            if Path(net.config.get("_name_or_path", "")).parent != find(pipeline):
+                raise UserError("model.adapters changes the weights of model.pipeline: set model/net=pipeline")
+            net = with_adapters(self.family, net, **adapters)
+            self.register_state_dict_post_hook(drop_frozen)
+            self.register_load_state_dict_post_hook(ignore_missing_frozen)
+        self.net = net.train()
         self.prediction_type = prediction_type or load_prediction_type(pipeline)
         Denoiser(net, process, self.prediction_type)  # refuses an unknown prediction type
         channels, latent = net.config["in_channels"], read_json(find(pipeline) / "vae" / "config.json")["latent_channels"]
@@ -101,13 +110,6 @@ class LatentModule(L.LightningModule):
             fakes = [other.network for other in opponents if isinstance(other.network, self.family.network_class)]
             for trained in (net, *fakes):
                 trained.enable_gradient_checkpointing(None if compile else recompute_in_backward)
-
-    def train_adapters(self, adapters: Mapping[str, Any] | None) -> None:
-        """Keep the frozen weights of networks with adapters out of checkpoints. adapters: `{rank, alpha}`; None: no change."""
-        self.adapters = adapters
-        if adapters is not None:
-            self.register_state_dict_post_hook(drop_frozen)
-            self.register_load_state_dict_post_hook(ignore_missing_frozen)
 
     def networks(self) -> list[Any]:
         """Return the trained network, its averages and the teacher, without discriminators and rewards."""

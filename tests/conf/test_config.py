@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from lcm.app.cli import build, expand_home
-from lcm.app.composition import compose
+from lcm.app.composition import compose, plain
 from lcm.app.groups import Groups
 from lcm.app.inputs import pick_device
 from lcm.app.targets import CONF
@@ -158,9 +158,12 @@ def test_every_part_can_be_built(group: str) -> None:
 
 @pytest.mark.parametrize(("experiment", "net"), FULL_SIZE.items())
 def test_full_size_recipe_has_real_shapes(experiment, net, tiny_pipeline, xl_pipeline):
-    process = ["model/process=vp", f"model.pipeline={xl_pipeline if net == 'sdxl' else tiny_pipeline}"]
+    pipeline = xl_pipeline if net == "sdxl" else tiny_pipeline
+    model = composed(experiment, f"model/net={net}", "model/process=vp", f"model.pipeline={pipeline}").model
     with torch.device("meta"):
-        module = build(composed(experiment, f"model/net={net}", *process).model)
+        network = build(model.net)
+        network.register_to_config(_name_or_path=str(pipeline / "unet"))  # as if it were loaded from there
+        module = build({**plain(model), "net": network})
     teacher = module.frozen.get("teacher", module.net)
     shapes = {name: tuple(p.shape) for name, p in teacher.named_parameters()}
     shapes.pop("time_embedding.cond_proj.weight", None)

@@ -15,14 +15,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lcm.app.composition import compose
 from lcm.core.errors import UserError
 from lcm.evaluate.__main__ import evaluate
 from lcm.evaluate.metrics import scores
 from lcm.models import text_to_image as generate
-from lcm.models.pipeline import load_network
+from lcm.models.lora import kohya_weights, with_adapters
+from lcm.models.pipeline import load_family, load_network
 from lcm.models.saving import save_network
 from tests.e2e import warm
 from tests.e2e.conftest import command, environment, tiny_data
@@ -197,6 +198,20 @@ def test_entry_size(run, drawn_sizes, tmp_path):
     assert "LCM is drawn at 64 px and resized to 32 px" in (tmp_path / "a/table.md").read_text()
     drawn_sizes.clear()
     assert run(output="b")[2] != rows[2]
+
+
+def test_adapters_of_an_entry_change_its_row_only(run, tiny_pipeline, tmp_path):
+    adapted = with_adapters(load_family(tiny_pipeline), load_network(tiny_pipeline), rank=2)
+    for name, value in adapted.named_parameters():
+        if ".lora_B" in name:
+            torch.nn.init.normal_(value)
+    save_file({name: value.contiguous() for name, value in kohya_weights(adapted).items()}, tmp_path / "style.safetensors")
+    before = run()
+    entry = f"{{pipeline: {tiny_pipeline}, steps: [1, 2], sampler: ddim, lora: '{tmp_path}/style.safetensors:0.5'}}"
+    rows = run(f"+entries.Style={entry}")
+    assert rows[:4] == before
+    assert [row["name"] for row in rows[4:]] == ["Style", "Style"]
+    assert all(style["fid"] != plain["fid"] for style, plain in zip(rows[4:], rows, strict=False))
 
 
 def test_invalid_sizes_are_errors(run, drawn, tiny_pipeline, tmp_path):

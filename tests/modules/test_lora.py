@@ -12,14 +12,15 @@ from torch import Tensor
 
 from lcm.core.batch import LatentBatch
 from lcm.core.errors import UserError
+from lcm.core.objectives.denoising import Denoising
 from lcm.core.random import ImageNoise
 from lcm.models.lora import is_adapter_parameter, kohya_weights, merge_adapters, save_adapters, with_adapters
-from lcm.models.pipeline import load_family, load_network, read_lcm_json
+from lcm.models.pipeline import load_family, load_network, load_process, read_lcm_json
 from lcm.models.student import as_network
 from lcm.models.text_to_image import TextToImage
 from lcm.modules.latent import LatentModule
 from tests.models.conftest import save_student
-from tests.modules.conftest import new_module
+from tests.modules.conftest import common, new_module
 
 Make = Callable[..., Any]
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
@@ -101,7 +102,29 @@ def test_adapters_of_a_student_keep_its_weights_and_w(
     torch.testing.assert_close(ours, again, rtol=1e-3, atol=1e-2)
 
 
-@pytest.mark.parametrize(("kind", "recompute"), [("lora", False), ("tdm", True)])
+def test_adapters_of_a_teacher_are_saved_merged_and_alone(
+    training: Make, data: Make, fit: Make, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    """An ordinary LoRA: `sample.py lora=<folder>` on the base draws as the saved pipeline."""
+    module = training("diffusion", adapters={"rank": 4}, lr=0.05)
+    fit(module, data(), 3)
+    module.save_model(folder := str(tmp_path / "model"), dtype=torch.float32)
+    options: dict[str, Any] = {"steps": 2, "w": 3.0}
+    images = TextToImage.load(folder).latents(["rocket"], [3], **options)
+    base, adapted = (TextToImage.load(str(tiny_pipeline), lora=lora) for lora in ({}, {folder: 1.0}))
+    torch.testing.assert_close(images, adapted.latents(["rocket"], [3], **options), rtol=1e-4, atol=1e-3)
+    assert not torch.allclose(images, base.latents(["rocket"], [3], **options), atol=1e-2)
+
+
+def test_adapters_need_the_weights_of_the_pipeline(tiny_pipeline: Path) -> None:
+    net = UNet2DConditionModel.from_config(load_network(str(tiny_pipeline)).config)
+    net.register_to_config(_name_or_path="")
+    options = common(objective=Denoising, adapters={"rank": 4})
+    with pytest.raises(UserError, match="set model/net=pipeline"):
+        LatentModule(net, load_process(str(tiny_pipeline)), pipeline=str(tiny_pipeline), **options)
+
+
+@pytest.mark.parametrize(("kind", "recompute"), [("lora", False), ("tdm", True), ("diffusion", False)])
 def test_only_adapters_get_gradients(kind: str, recompute: bool, training: Make, data: Make, fit: Make) -> None:
     """So DDP need not look for unused parameters."""
     module = training(kind, gradient_checkpointing=recompute, eval_ema=0.9, adapters={"rank": 4})
