@@ -62,7 +62,7 @@ class StopOnSignal(Checkpoint):
         if trainer.global_step != self.last and self.due(trainer.global_step):  # not while gradients accumulate
             self.stop_if_asked(trainer)
         self.last = trainer.global_step
-        if trainer.global_step == trainer.max_steps:
+        if trainer.global_step == trainer.max_steps or trainer.should_stop:  # trainer.max_time sets should_stop
             self.save_the_end(trainer)
 
     def save_the_end(self, trainer: L.Trainer) -> None:

@@ -97,7 +97,7 @@ class Validations(L.Callback):
 
     def ask(self, hook: str, number: int) -> None:
         if (hook, number) == (self.at, self.when):
-            signals._asked = signals.SIGTERM
+            signals._recorded = signals.SIGTERM
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         self.ask("step", trainer.global_step)
@@ -129,7 +129,7 @@ def test_resume_repeats_an_interrupted_validation(
     tmp_path: Path,
     monkeypatch: Any,
 ) -> None:
-    monkeypatch.setattr(signals, "_asked", 0)
+    monkeypatch.setattr(signals, "_recorded", 0)
 
     def run(module: LatentModule, watch: Validations, ckpt_path: Path | None = None) -> list[tuple[int, float]]:
         held_out = data(val_shards=f"{shards}/train-*.tar")
@@ -150,10 +150,16 @@ def test_resume_repeats_an_interrupted_validation(
     assert len(whole) == 7 * accumulate // every
     with pytest.raises(SystemExit, match="143"):
         run(first, before)
-    signals._asked = 0
+    signals._recorded = 0
     after = run(resumed, Validations(), tmp_path / "last.ckpt")
     assert before.found + after == whole
     assert_equal(weights(resumed), weights(straight))
+
+
+def test_last_step_of_a_training_by_time_is_saved(training: Make, data: Make, fit: Make, tmp_path: Path) -> None:
+    stop, time = StopOnSignal(f"{tmp_path}/last.ckpt", every_n_steps=1), {"milliseconds": 50}
+    trainer = fit(training("diffusion"), data(), -1, max_time=time, callbacks=[stop], enable_checkpointing=True)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == trainer.global_step > 0
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "distillation"])
