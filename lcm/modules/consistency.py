@@ -14,6 +14,7 @@ from lcm.core.guidance import check_w_range
 from lcm.core.objectives.consistency import Distance, Networks
 from lcm.core.process import Process
 from lcm.models.families import network_like
+from lcm.models.lora import with_adapters
 from lcm.models.pipeline import load_family, load_prediction_type
 from lcm.models.student import frozen_copy, quantize_linears
 from lcm.modules.adversary import LatentAdversary, latent_adversary
@@ -83,7 +84,7 @@ class ConsistencyModule(LatentModule):
             parts |= {"w_min": w_min, "w_max": w_max}
         family = load_family(pipeline)
         if adapters is not None:
-            student = quantize_linears(net, quantization)
+            student = with_adapters(family, quantize_linears(net, quantization), **adapters)
         else:
             student = family.with_w(net, zero_init=zero_init) if w_max is not None else network_like(net)
         judge = latent_adversary(adversary, family, net)

@@ -84,7 +84,7 @@ class MatchingModule(LatentModule):
         else:
             for base in {net, frozen}:
                 quantize_linears(base, quantization)
-            student, scorer = net, with_adapters(family, frozen, **adapters)
+            student, scorer = (with_adapters(family, base, **adapters) for base in (net, frozen))
         score, judge = fake(scorer), latent_adversary(adversary, family, frozen)
         if judge is not None and judge.real != "data":
             raise UserError("distribution matching has no target point to take for real: set model.adversary.real=data")

@@ -21,7 +21,7 @@ from lcm.core.random import RankSlice
 from lcm.models.attention import allow_graphs, check_compiler, fast_attention, recompute_in_backward
 from lcm.models.codec import LatentCodec
 from lcm.models.loading import read_json
-from lcm.models.lora import drop_frozen, ignore_missing_frozen, with_adapters
+from lcm.models.lora import drop_frozen, ignore_missing_frozen, is_adapted, with_adapters
 from lcm.models.pipeline import find, load_family, load_prediction_type, read_lcm_json
 from lcm.models.saving import save_pipeline
 from lcm.models.sharding import gather, is_sharded, shard
@@ -44,8 +44,8 @@ class LatentModule(L.LightningModule):
     objective: `process -> ` an objective of `lcm.core.objectives`.
     pipeline: the folder or hub id that `net` starts from. `save_model` copies its VAE and text encoders.
     eval_ema: the decay of an average of `net` that is sampled, validated and saved in place of `net`; None: no average.
-    adapters: `{rank, alpha, target_modules}` trains LoRA adapters on the frozen weights of `net`. A checkpoint then holds only
-        the adapters and their averages.
+    adapters: `{rank, alpha, target_modules}` trains LoRA adapters on the frozen weights of `net`, which may have them already.
+        A checkpoint then holds only the adapters and their averages.
     guidance_lr_multiplier: learning-rate multiplier of the zero-initialised projection of w; short runs need > 1.
     compile: torch.compile the networks of a training step; validation and sampling stay eager.
     gradient_checkpointing: recompute activations to save memory.
@@ -87,7 +87,7 @@ class LatentModule(L.LightningModule):
         if adapters is not None:
             if Path(net.config.get("_name_or_path", "")).parent != find(pipeline):
                 raise UserError("model.adapters changes the weights of model.pipeline: set model/net=pipeline")
-            net = with_adapters(self.family, net, **adapters)
+            net = net if is_adapted(net) else with_adapters(self.family, net, **adapters)
             self.register_state_dict_post_hook(drop_frozen)
             self.register_load_state_dict_post_hook(ignore_missing_frozen)
         self.net = net.train()

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from lcm.app.pipelines import chosen, find_pipeline, resolve_models
+from lcm.app.pipelines import find_pipeline, find_pipeline_once, resolve_models
 from lcm.core.errors import UserError
 from lcm.models import pipeline as pipelines
 from lcm.models.pipeline import find, load_network
@@ -21,7 +21,7 @@ from lcm.models.text_to_image import TextToImage
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two runs of the name mine and a newer one of other; only mine/1 and other/0 have saved a model."""
     monkeypatch.chdir(tmp_path)
-    chosen.cache_clear()
+    find_pipeline_once.cache_clear()
     (tmp_path / "runs/mine/0").mkdir(parents=True)
     for i, run in enumerate(("mine/1", "other/0")):
         folder = tmp_path / "runs" / run / "model"

@@ -26,6 +26,7 @@ def rank(number: int, folder: Path, asked: int) -> None:
     trainer = SimpleNamespace(
         global_step=0,
         max_steps=100,
+        should_stop=False,
         training=False,
         loggers=[],
         is_global_zero=number == 0,
