@@ -89,7 +89,7 @@ def trained(run: Path, checkpoint: str) -> LatentModule:
 
 
 def choose_net(module: LatentModule, weights: str) -> Any:
-    """Return the module's network with these weights. Raises UserError if the run has none."""
+    """Return the network that holds these weights. Raises UserError for weights that the run does not have."""
     if weights == "best":
         return module.best_net
     net = getattr(module, WEIGHTS[weights], None)

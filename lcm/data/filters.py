@@ -23,7 +23,7 @@ def number(fields: Fields, *names: str) -> float | None:
     """Return the first finite number under these names, also one stored as text. Null and NaN count as missing."""
     for name in names:
         try:
-            value = float(fields.get(name))  # type: ignore[arg-type]  # None and lists raise an error
+            value = float(fields.get(name))  # type: ignore[arg-type]  # float() refuses None and lists
         except (TypeError, ValueError, OverflowError):
             continue
         if math.isfinite(value):

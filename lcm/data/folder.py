@@ -12,7 +12,8 @@ from typing import Any, Self
 
 from lcm.core.errors import UserError
 from lcm.data.checks import LOOKED_AT
-from lcm.data.index import Notes, left_out_log
+from lcm.data.index import Notes
+from lcm.data.left_out import left_out_log
 from lcm.data.sample_fields import CAPTIONS, Sample, Skip, captions_of, metadata, skipping
 from lcm.data.samples import is_litter
 from lcm.data.source import Source, stamp

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lcm.core.errors import UserError
-from lcm.data import growing
 from lcm.data.growing import GrowingFile
+from lcm.data.left_out import add_left_out, left_out_log
 from lcm.data.manifest import Expected
 from lcm.data.sample_fields import CAPTIONS, Skip, captions_of, metadata
-from lcm.data.samples import FOREIGN, Links, TarSample, advice, samples, why_empty
+from lcm.data.samples import FOREIGN, Links, TarSample, samples, why_empty
 from lcm.data.tar import MAX_BYTES, Bytes
 from lcm.runtime.atomic_io import FULL, os_error, try_writing, whole_file
 
@@ -32,7 +32,6 @@ VERSION = 1  # raised when a code change alters the samples or records of a scan
 FLUSH = 64  # records that are written at once
 AHEAD = 64 * RECORD.itemsize  # bytes that a scan may be ahead of its readers; beyond them it pauses after each `FLUSH`
 PAUSE = 2.0  # seconds
-NAMED = 10  # samples that the log names for each reason
 Judge = Callable[[str | None, Mapping[str, Any]], str | None]
 
 
@@ -243,8 +242,7 @@ class ShardIndex(GrowingFile):
                 log.warning("%s has %d bytes, %d in its manifest: it is cut, damaged or another file", self.title, actual, size)
         if repeated:
             log.warning("%s holds %d samples with the names of other samples: all are used", self.title, repeated)
-        with growing.starting:
-            unreported.update(left_out)
+        add_left_out(left_out)
         with whole_file(self.notes_file) as file:
             file.write(json.dumps({"samples": count, "left_out": left_out, "repeated": repeated}).encode())
         self.part.rename(self.path)
@@ -272,30 +270,3 @@ def index_folder(index: str | None) -> Path:
 
 
 temporary_folders: list[tempfile.TemporaryDirectory] = []
-
-
-class LeftOutLog:
-    """Logs the first `NAMED` samples that are left out for each reason."""
-
-    def __init__(self) -> None:
-        self.count = Counter[str]()
-
-    def add(self, reason: str, key: str, title: str) -> None:
-        self.count[reason] += 1
-        if self.count[reason] <= NAMED:
-            hint = advice({reason: 1}) if self.count[reason] == 1 else ""
-            log.warning("leaving out sample %s of %s: %s%s", key, title, reason, hint)
-        elif self.count[reason] == NAMED + 1:
-            log.warning("leaving out more samples for the same reason, which are counted but not named: %s", reason)
-
-
-left_out_log = LeftOutLog()
-unreported: Counter[str] = Counter()  # samples that the scans of this process left out since the last batch
-
-
-def take_left_out() -> dict[str, int]:
-    """Return the counts by reason of left-out samples since the last call."""
-    with growing.starting:
-        counts = dict(unreported)
-        unreported.clear()
-    return counts

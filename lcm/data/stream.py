@@ -14,7 +14,7 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lcm.core.errors import UserError
-from lcm.data.index import take_left_out
+from lcm.data.left_out import take_left_out
 from lcm.data.order import BucketOrder, Order, SampleRef, Shape, one_pass
 from lcm.data.sample_fields import Sample, Skip
 from lcm.data.source import Source

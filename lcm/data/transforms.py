@@ -21,7 +21,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # other formats, such as PostSc
 ORIENTATION = 0x0112
 SCAN, END = b"\xff\xda", b"\xff\xd9"  # markers of a JPEG
 FILLER = random.Random(0).randbytes(512).replace(b"\xff", b"\xfe")
-SPARED = 8  # bytes at the end of a complete scan, at least one of which is needed
+SPARED = 8  # bytes: a complete scan does not decode to the same pixels without its last 8 bytes
 # The transposition that turns a picture upright, by EXIF orientation.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from lcm.core.errors import UserError
-from lcm.data.index import take_left_out
+from lcm.data.left_out import take_left_out
 from lcm.runtime import signals
 
 DIED = "a data worker died: if memory ran out, set a smaller data.num_workers, data.shuffle or data.batch_size"
@@ -94,7 +94,7 @@ def kill(workers: list[Any]) -> None:
 def init_worker(worker: int) -> None:
     """Set up a loader worker: one thread, and signals of the main process only."""
     signals.leave_to_parent()
-    take_left_out()  # a fork inherits the counts of its parent's scans, which the parent reports
+    take_left_out()  # a fork inherits the counts of its parent's scans, which are not of this worker's shards
     torch.set_num_threads(1)
     sys.setswitchinterval(5e-4)  # so that a scan in a thread does not hold up decoding
     random.seed(worker)

@@ -153,8 +153,8 @@ def make_jobs(cfg: DictConfig, models: dict[str, TextToImage], extract: Extracto
 
     The teacher's seeds differ from those of the entries: images of equal seeds are similar, which would lower the distance.
     """
-    different = {id(model): model for model in models.values()}
-    identities = {key: model.identity() for key, model in different.items()}
+    unique_models = {id(model): model for model in models.values()}
+    identities = {key: model.identity() for key, model in unique_models.items()}
     jobs = []
     for option, entry in named_entries(cfg).items():
         model, sampler = models[option], make_sampler(option, entry.get("sampler"))

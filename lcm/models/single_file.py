@@ -174,7 +174,7 @@ class WeightShape:
 def find_configs(config: str, file: Path, *, named_by_user: bool) -> Path:
     """Return a folder with the configs of a pipeline: `config` itself, or a download without weights. Raises UserError.
 
-    given: whether the user gave `config`, else it was inferred from the file.
+    named_by_user: the user gave `config`, and it was not inferred from the file.
     """
     if (folder := Path(config).expanduser()).is_dir():
         return folder

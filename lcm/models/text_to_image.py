@@ -34,11 +34,8 @@ from lcm.models.student import as_network
 log = logging.getLogger(__name__)
 Sampler = Callable[..., Tensor]
 FEW_STEP = (sampling.consistency, sampling.tcd)  # samplers that use the trained timesteps
-SAMPLERS: dict[str, Sampler] = {
-    "ddim": sampling.ddim,
-    "consistency": sampling.consistency,
-    "tcd": sampling.tcd,
-}  # in lcm.json
+# The samplers by their names in lcm.json.
+SAMPLERS: dict[str, Sampler] = {"ddim": sampling.ddim, "consistency": sampling.consistency, "tcd": sampling.tcd}
 
 
 @dataclass(frozen=True)

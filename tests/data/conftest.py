@@ -13,7 +13,7 @@ import webdataset as wds
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from lcm.data.index import LeftOutLog
+from lcm.data.left_out import LeftOutLog
 from lcm.data.order import Order
 from lcm.data.sample_fields import Sample
 from lcm.data.source import Source

@@ -17,7 +17,8 @@ import pytest
 from lcm.core.errors import UserError
 from lcm.data import index
 from lcm.data.filters import Filters
-from lcm.data.index import Rules, ShardIndex, take_left_out
+from lcm.data.index import Rules, ShardIndex
+from lcm.data.left_out import take_left_out
 from lcm.data.source import Source
 from lcm.data.tar import LocalFile
 from lcm.data.urls import IMAGES, LATENTS

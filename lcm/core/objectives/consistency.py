@@ -68,10 +68,8 @@ class ConsistencyObjective(nn.Module):
     """
 
     sampler: ClassVar[str] = "consistency"  # a function of `lcm.core.sampling`
-    schedulers: ClassVar[tuple[str, str]] = (
-        "LCMScheduler",
-        "FlowMatchLCMScheduler",
-    )  # in diffusers, for VP and flow
+    # The classes of diffusers for VP and for flow.
+    schedulers: ClassVar[tuple[str, str]] = ("LCMScheduler", "FlowMatchLCMScheduler")
     timesteps: Tensor
 
     def __init__(
