@@ -99,11 +99,15 @@ def train(name: str, overrides: list[str], minutes: list[float], judge: Judge) -
 
 
 def train_peer(name: str, overrides: list[str], lr: float, minutes: list[float], judge: Judge) -> list[dict[str, Any]]:
-    """Train as the peers' script does, in bfloat16, and return the rows. The script has no average, so `net` is measured."""
+    """Train as the peers' script does and return the rows. The script has no average, so `net` is measured.
+
+    The precision is that of `train.py`, because bfloat16 is slow on some CPUs.
+    """
     cfg = compose("train", [*overrides, "model.eval_ema=null"])
     data, module, device = build(cfg.data), build(cfg.model), pick_device("auto")
+    dtype = torch.bfloat16 if str(cfg.trainer.precision).startswith("bf16") else torch.float32
     for tower in data.codec.text.encoders:
-        tower.to(torch.bfloat16)
+        tower.to(dtype)
     for network in (module, module.frozen["teacher"], data.codec.vae, data.codec.text):
         network.to(device)
     batches: Iterator[Any] = peers.image_loader(
@@ -113,7 +117,7 @@ def train_peer(name: str, overrides: list[str], lr: float, minutes: list[float],
         batch_size=data.batch_size,
         workers=data.num_workers,
     )
-    step, timeline = peers.distillation_step(module, data.codec, torch.bfloat16, lr), Timeline(name, minutes, judge, data.codec)
+    step, timeline = peers.distillation_step(module, data.codec, dtype, lr), Timeline(name, minutes, judge, data.codec)
     for number, batch in zip(count(1), batches, strict=False):
         step(*batch)
         if timeline.passed(module, number):

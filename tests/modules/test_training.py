@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lcm.callbacks.progress import Progress
 from lcm.core.batch import LatentBatch
 from lcm.core.errors import UserError
 from lcm.core.random import generator
@@ -21,6 +22,7 @@ from lcm.modules import latent
 from lcm.modules.checkpoint import check_method
 from lcm.modules.latent import LatentModule
 from lcm.modules.optimization import match_parameter_layout
+from lcm.modules.trainer import Trainer
 from lcm.runtime import signals
 from lcm.runtime.checkpoint_io import AtomicCheckpointIO
 from lcm.runtime.fsdp import FullySharded
@@ -394,3 +396,11 @@ def test_networks_run_in_the_right_mode(kind: str, training: Make, data: Make, f
     assert validate["ema_net"] == {False}
     assert set().union(*validate.values()) == {False}
     assert trainer.callback_metrics["val/loss"].isfinite()
+
+
+def test_a_trainer_without_a_progress_bar_removes_the_callback():
+    """Lightning refuses this setting beside a progress bar, and the configuration always has one."""
+    callbacks, options = [Progress(), ModelCheckpoint()], {"max_steps": 1, "logger": False, "accelerator": "cpu"}
+    trainer = Trainer(callbacks=callbacks, enable_progress_bar=False, **options)
+    assert [callback for callback in callbacks if callback in trainer.callbacks] == callbacks[1:]
+    assert callbacks[0] in Trainer(callbacks=callbacks, **options).callbacks
