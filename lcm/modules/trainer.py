@@ -17,8 +17,8 @@ class Trainer(L.Trainer):
     """A Trainer that raises UserError for settings that the modules do not support, and for Lightning's own refusals.
 
     precision: one of `PRECISIONS`. "16-mixed" would scale losses, which clipping and the non-finite guard do not handle.
-    "bf16-true" would round averages, which then stop changing with mu near 1. enable_progress_bar: False
-    removes the progress bar from `callbacks`.
+    "bf16-true" would round averages, which then stop changing with mu near 1.
+    enable_progress_bar: False removes the progress bar from `callbacks`.
     """
 
     def __init__(
