@@ -166,7 +166,7 @@ def ddim(prediction_type: str = "epsilon", **process: object) -> DDIMScheduler:
 
 
 def write_tiny_xl_pipeline(folder: Path, tiny: Path) -> Path:
-    """Write a Stable Diffusion XL teacher: two text encoders, pooled embeddings of width 8, and sizes."""
+    """Write a Stable Diffusion XL teacher with two text encoders, pooled embeddings of width 8, and size embeddings."""
     first = StableDiffusionPipeline.from_pretrained(tiny)
     embedding = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 8 + 6 * 8}
     pipeline = StableDiffusionXLPipeline(
@@ -198,7 +198,10 @@ def write_tiny_pixart(folder: Path) -> Path:
 
 
 def write_tiny_sd3(folder: Path) -> Path:
-    """Write a Stable Diffusion 3 teacher for 32 px: flow, three text encoders, shifted 16-channel latents, factor 8."""
+    """Write a Stable Diffusion 3 teacher for 32 px, a flow with three text encoders.
+
+    The VAE has factor 8 and shifted latents of 16 channels.
+    """
     tokenizer, (t5_tokenizer, t5) = train_tokenizer(CAPTIONS, merges=50, max_length=77), tiny_t5()
     torch.manual_seed(0)
     shape = {"sample_size": 4, "in_channels": 16, "out_channels": 16, "num_layers": 1, "patch_size": 2, "pos_embed_max_size": 8}
@@ -243,7 +246,7 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """OpenMoji at 32 px: about 150 training samples in shards of 32, and a few validation samples."""
+    """Return a folder of OpenMoji at 32 px: about 150 training samples in shards of 32, and a few validation samples."""
     root = tmp_path_factory.mktemp("data") / "openmoji-32"
     build(str(root), resolution=32, backgrounds=6, pairs=0.0, held_out=0.05, limit=40, samples_per_shard=32)
     return root

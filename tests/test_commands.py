@@ -1,4 +1,4 @@
-"""Every documented command can be copied into bash and zsh: no unquoted character means something to them."""
+"""A reader can copy every documented command into bash and zsh. No unquoted character is special to these shells."""
 
 import re
 import shutil
@@ -18,11 +18,11 @@ SOURCES = [
 STARTS = r"(?:(?:[A-Z_]+=\S+ )*(?:python3?|make|sbatch|srun|torchrun|pip|tar|docker|enroot|pytest|for) |\w+/bin/\w+ |[A-Z]=\()"
 OVERRIDE = r"[\"']?[+~]{0,2}[a-z][\w./@-]*=\S"
 QUOTED = r"'[^']*'|\"(?:\\.|[^\"\\])*\""
-HARMLESS = r"\$\([^()]*\)|\$\{\w+\}|\\$|^[A-Z]=\([^()]*\)|<[\w ]+>|\.\.\.|&&|=\.\.\."  # <...> is to be filled in
+HARMLESS = r"\$\([^()]*\)|\$\{\w+\}|\\$|^[A-Z]=\([^()]*\)|<[\w ]+>|\.\.\.|&&|=\.\.\."  # the reader replaces <...>
 
 
 def commands(text: str) -> list[str]:
-    """The lines of code blocks and the code in prose that a reader may paste into a shell."""
+    """Return the lines of code blocks and the code in prose that a reader may paste into a shell."""
     blocks = [
         block for block in re.findall(r"```(?:\w*)\n(.*?)```", text, re.DOTALL) if re.search(rf"^{STARTS}", block, re.MULTILINE)
     ]
@@ -44,7 +44,7 @@ def test_commands_in_docs_are_quoted() -> None:
 
 
 def test_commands_in_sources_are_quoted() -> None:
-    examples = r"`([^`\n]+)`|^#   (python .*)$"  # in prose; on the page of --help
+    examples = r"`([^`\n]+)`|^#   (python .*)$"  # code in prose, and examples of a --help page
     spans = [(path.name, a or b) for path in SOURCES for a, b in re.findall(examples, path.read_text(), re.MULTILINE)]
     spans = [(name, span) for name, span in spans if re.match(r"python |sbatch |pip ", span)]
     assert [(name, span) for name, span in spans if special(re.sub(r"\{[\w.]+\}", "", span))] == []
@@ -61,16 +61,16 @@ def test_unquoted_character_is_seen() -> None:
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
 def test_zsh_reads_commands_as_bash() -> None:
     lines = {command for page in PAGES for command in commands(page.read_text()) if command.startswith("python ")}
-    said = {}
+    results = {}
     for shell in ("bash", "zsh"):
         script = "python() { printf '%s\\n' \"$@\"; }\n" + "\n".join(
             re.sub(r"<[\w ]+>", "X", line) for line in sorted(lines) if "$" not in line
         )
-        said[shell] = subprocess.run(
+        results[shell] = subprocess.run(
             [shell, "-f", "-c", script] if shell == "zsh" else [shell, "-c", script], capture_output=True, text=True
         )
-        assert said[shell].stderr == ""
-    assert said["bash"].stdout == said["zsh"].stdout
+        assert results[shell].stderr == ""
+    assert results["bash"].stdout == results["zsh"].stdout
 
 
 def test_tests_named_in_docs_exist() -> None:

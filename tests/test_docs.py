@@ -1,4 +1,4 @@
-"""The docs site builds: links between pages, to headings and to pictures lead somewhere. `make docs` builds it for a reader."""
+"""The docs site builds without a broken link to a page, heading or picture. `make docs` builds the site for a reader."""
 
 import os
 import re
@@ -17,9 +17,9 @@ def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     pages = {path.stem for path in (ROOT / "docs").rglob("*.md")} | {"index", "mini"}
     assert {path.stem for path in tmp_path.rglob("*.html")} == pages | {"404"}
     start, gallery = ((tmp_path / name).read_text() for name in ("index.html", "gallery.html"))
-    assert 'href="guide.html#sample"' in start  # README.md says docs/guide.md#sample
+    assert 'href="guide.html#sample"' in start  # README.md links to docs/guide.md#sample
     for picture in re.findall(r'src="(images/[^"]+)"', start + gallery):
         assert (tmp_path / picture).is_file()
     assert {path.name for path in (ROOT / "docs/images").iterdir()} == {*re.findall(r'src="images/([^"]+)"', gallery)}
     loaded = re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(https?:[^"]+)"', start)
-    assert loaded == []  # a page asks no other host
+    assert loaded == []  # the page loads no file from another host

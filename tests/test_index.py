@@ -1,4 +1,4 @@
-"""`python -m lcm.index`: indexes ahead, and manifests that find a cut, a damaged and a lost shard."""
+"""`python -m lcm.index` writes indexes ahead of a training. Its manifests reveal cut, damaged and lost shards."""
 
 import json
 import os
@@ -41,14 +41,14 @@ def notes(shards: list[Path]) -> list[tuple[int, dict[str, int]]]:
 
 
 def cut(shard: Path, key: str) -> None:
-    """At the beginning of a member: no reader sees an error."""
+    """Cut the shard at the beginning of a member. A reader sees no error there."""
     with tarfile.open(shard) as tar:
-        at = tar.getmember(f"{key}.png").offset
-    os.truncate(shard, at)
+        offset = tar.getmember(f"{key}.png").offset
+    os.truncate(shard, offset)
 
 
 def flip(shard: Path, key: str) -> None:
-    """One bit within an image."""
+    """Flip one bit of an image."""
     content = bytearray(shard.read_bytes())
     with tarfile.open(shard) as tar:
         content[tar.getmember(f"{key}.png").offset_data + 20] ^= 4
@@ -148,7 +148,7 @@ def test_stopped_run_keeps_measured_shards(shards: list[Path], monkeypatch: pyte
 
 def test_stopped_run_forgets_no_changed_shard(shards: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     made(shards)
-    flip(shards[2], "2-03")  # of the same size, and older than what the stopped run writes
+    flip(shards[2], "2-03")  # the size stays, and the stopped run writes a newer manifest
     with monkeypatch.context() as patch:
         patch.setattr(index, "each", lambda *_: (_ for _ in ()))
         write_manifests(listed(shards))

@@ -1,4 +1,4 @@
-"""Importing lcm prepares a process: programs, workers and pools alike."""
+"""An import of lcm prepares the process of a program, a worker or a pool."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""`pip install .` works from any folder: the wheel holds conf/ and the programs."""
+"""An installation by `pip install .` works from any folder. The wheel holds conf/ and the programs."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of this checkout, unpacked."""
+    """Return the folder of an unpacked wheel of this checkout."""
     folder = tmp_path_factory.mktemp("install")
     (folder / "source").mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "train.py", "sample.py"):

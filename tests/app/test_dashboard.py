@@ -1,4 +1,4 @@
-"""The dashboard's workspace and report are built without a network, and the sweep files hold commands of train.py."""
+"""The dashboard's workspace and report build without an internet connection. The sweep files hold commands of train.py."""
 
 import re
 from pathlib import Path
@@ -42,19 +42,19 @@ def test_report_explains_each_group() -> None:
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
 def test_agent_of_a_sweep_starts_trainings(file: Path) -> None:
-    """The extreme values of each parameter make a command line, by wandb's own code, that train.py takes."""
+    """wandb's code builds a command line from the extreme values of each parameter. train.py accepts this command line."""
     sweep: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     options = [
-        [each[key] for key in ("min", "max")] if "min" in each else [each["values"][0], each["values"][-1]]
-        for each in sweep["parameters"].values()
+        [choices[key] for key in ("min", "max")] if "min" in choices else [choices["values"][0], choices["values"][-1]]
+        for choices in sweep["parameters"].values()
     ]
     for values in zip(*options, strict=True):
         args = {name: {"value": value} for name, value in zip(sweep["parameters"], values, strict=True)}
-        given = create_sweep_command_args({"args": args})["args_no_hyphens"]
+        overrides = create_sweep_command_args({"args": args})["args_no_hyphens"]
         command = [part for part in create_sweep_command(sweep["command"]) if not part.startswith("${")]
         assert command[0] == "python"
         assert sweep["program"] == "train.py"
-        cfg = configured("train", [*command[1:], *given])
+        cfg = configured("train", [*command[1:], *overrides])
         assert set(cfg.logger) == {"csv", "wandb"}
         assert sweep["metric"]["name"] in {
             f"val/{name}_{n}_steps" for name in cfg.callbacks.evaluation.metrics for n in cfg.callbacks.evaluation.steps

@@ -25,7 +25,7 @@ def page(program: str) -> str:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_page(program: str) -> None:
-    """Its examples compose, its keys exist and have a sentence, its options exist."""
+    """The examples of a help page compose. Its keys exist and have a sentence. Its options exist."""
     text = page(program)
     examples, keys, groups = text.split("\n\n")[1:4]
     commands = [shlex.split(line) for line in examples.splitlines()[1:]]
@@ -81,7 +81,10 @@ print(json.dumps(answers))
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str]]:
-    """Return code, output and errors of each command, run in one interpreter where an import of torch ends a program."""
+    """Return the exit code, output and errors of each command.
+
+    One interpreter runs all commands. An import of torch ends a command.
+    """
     folder = tmp_path_factory.mktemp("without-torch")
     (folder / "torch.py").write_text("raise SystemExit('torch was imported')")
     env = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}"}
@@ -106,7 +109,7 @@ def test_train_answers_without_torch(args: list[str], code: int, says: str, answ
 
 
 def test_programs_answer_without_torch(answers: dict[str, tuple[int, str, str]]) -> None:
-    given = {program: answers[f"{program} nothing.like=it"] for program in PROGRAMS[1:]}
-    assert given == dict.fromkeys(PROGRAMS[1:], (1, "", "error: there is no config key 'nothing.like'\n"))
+    results = {program: answers[f"{program} nothing.like=it"] for program in PROGRAMS[1:]}
+    assert results == dict.fromkeys(PROGRAMS[1:], (1, "", "error: there is no config key 'nothing.like'\n"))
     missing = "error: run has no default: give it on the command line, run=...\n"
     assert answers["export dtype=float32"] == (1, "", missing)

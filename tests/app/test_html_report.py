@@ -1,4 +1,4 @@
-"""The report is one page that needs nothing else: its content, its size, secrets, and its look in a real browser."""
+"""The report is one page without external files. The tests check its content, size, secrets and look in a browser."""
 
 import base64
 import io
@@ -45,7 +45,7 @@ def test_page_holds_everything(page: Path) -> None:
     assert "<td>train/loss</td><td>2</td><td>0.2</td><td>0.2</td><td>0.5</td>" in text
     assert "python train.py name=x" in text
     assert "<td>torch</td>" in text
-    assert not re.search(r'(src|href)="(?!data:|#)', text)  # nothing from elsewhere
+    assert not re.search(r'(src|href)="(?!data:|#)', text)  # the page loads no external file
     images = [base64.b64decode(code) for code in re.findall(r"data:image/jpeg;base64,([^\"]+)", text)]
     assert [max(Image.open(io.BytesIO(image)).getpixel((5, 5))) > 240 for image in images] == [True] * 3
     [curves] = [base64.b64decode(code).decode() for code in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", text)]
@@ -70,7 +70,7 @@ def test_a_long_training_keeps_the_page_small() -> None:
 
 
 def photograph(address: str, folder: Path, *options: str) -> np.ndarray:
-    """The pixels `[H, W, 3]` of a page in a real browser."""
+    """Return the pixels `[H, W, 3]` of a page in a real browser."""
     assert CHROMIUM is not None
     options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}", *options)
     picture = folder / "page.png"
@@ -84,14 +84,14 @@ def photograph(address: str, folder: Path, *options: str) -> np.ndarray:
 def test_slider_shows_one_picture_in_a_browser(page: Path, tmp_path: Path, where: str, shown: int) -> None:
     pixels = photograph(f"{page.as_uri()}{where}", tmp_path)
     pure = [np.array([255 * (i == channel) for i in range(3)]) for channel in range(3)]
-    near = [(abs(pixels - wanted).sum(axis=2) < 40).sum() > 1000 for wanted in pure]  # the picture has 2400 pixels
+    near = [(abs(pixels - colour).sum(axis=2) < 40).sum() > 1000 for colour in pure]  # the picture has 2400 pixels
     assert near == [i == shown for i in range(3)]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 @pytest.mark.parametrize(("scheme", "dark"), [(1, False), (0, True)], ids=["light", "dark"])
 def test_page_follows_the_colour_scheme_of_the_browser(page: Path, tmp_path: Path, scheme: int, dark: bool) -> None:
-    """Curves included: nearly all of the page is dark or light, and what is written on it is the opposite."""
+    """The page and its curves have a light or dark background. Text and axes have the opposite brightness."""
     brightness = photograph(page.as_uri(), tmp_path, f"--blink-settings=preferredColorScheme={scheme}").mean(axis=2)
     paper, ink = (brightness < 60, brightness > 190) if dark else (brightness > 230, brightness < 90)
     assert paper.mean() > 0.9

@@ -1,4 +1,4 @@
-"""Uploads to a stand-in of the hub: an HTTP server that answers as the hub does and keeps what it receives."""
+"""The uploads go to a local HTTP server. It answers as the hub does and stores the files that it receives."""
 
 import base64
 import json
@@ -101,14 +101,14 @@ for name, token in json.loads(sys.argv[1]):
 @pytest.mark.slow
 def test_a_wrong_name_or_token_is_refused(hub: Any) -> None:
     done = run(hub, "-c", TRY_ALL, json.dumps([(name, token) for name, token, _ in WRONG]))
-    assert [says for (*_, says), said in zip(WRONG, done.stdout.splitlines(), strict=True) if says not in said] == [], done
+    assert [says for (*_, says), line in zip(WRONG, done.stdout.splitlines(), strict=True) if says not in line] == [], done
     assert not [token for _, token, _ in WRONG if token and token in done.stdout + done.stderr]
     assert all(method == "GET" for method, _ in hub.requests)
 
 
 @pytest.mark.slow
 def test_an_export_checks_the_token_first(hub: Any, tmp_path: Path) -> None:
-    """The folder of the run does not exist, so the export would end in another error."""
+    """The folder of the run does not exist. Without the early check, the export ends in another error."""
     done = run(hub, "-m", "lcm.export", f"run={tmp_path / 'none'}", "push=you/model")
     assert done.returncode == 1
     assert done.stderr.endswith("the token in HF_TOKEN writes for me, lab: give one of these owners\n")

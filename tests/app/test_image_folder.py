@@ -1,4 +1,4 @@
-"""The output folder: no picture is drawn twice, none of another call is overwritten, each is complete."""
+"""The output folder holds complete pictures. No call draws a picture twice or overwrites a picture of another call."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_same_call_draws_missing_pictures(pictures: Pictures, tmp_path: Path) ->
 
 
 def test_prompts_have_settings_of_their_own(pictures: Pictures, tmp_path: Path) -> None:
-    """The rows of a table, for example. Pictures with equal settings are drawn together."""
+    """A row of a table has its own settings, for example. Pictures with equal settings share a batch."""
     row_settings = [{"seed": 100}, {"steps": 2}, {"steps": 2, "seed": 0}]
     pictures = replace(pictures, row_settings=row_settings)
     assert [pictures.seed_of(i) for i in range(6)] == [100, 101, 7, 8, 0, 1]
@@ -91,12 +91,12 @@ def test_call_finds_its_numbered_folder(pictures: Pictures, tmp_path: Path) -> N
     first = draw(pictures, pictures.folder(None, parent), [0, 1])
     other = replace(pictures, seed=9)
     second = draw(other, other.folder(None, parent))
-    begun = replace(pictures, seed=20).folder(None, parent)  # without a picture yet
+    begun = replace(pictures, seed=20).folder(None, parent)  # this folder has no picture yet
     assert [folder.name for folder in (first, second, begun)] == ["0", "1", "2"]
     assert pictures.folder(None, parent) == first
     draw(pictures, first)
     pictures.save_grid(first, 16)
-    for prompts in (["cat"], [*pictures.prompts, "apple"]):  # calls of their own, though their first pictures are alike
+    for prompts in (["cat"], [*pictures.prompts, "apple"]):  # other calls with the same first pictures
         assert replace(pictures, prompts=prompts).folder(None, parent) not in (first, second)
     assert pictures.folder(None, parent) == first
     assert other.folder(None, parent) == second

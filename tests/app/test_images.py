@@ -44,7 +44,7 @@ def test_png_carries_prompt_and_settings(tmp_path):
 
 
 def test_other_programs_read_how_an_image_was_drawn():
-    """By the rules of A1111: the last line is `name: value` pairs, and a value with a comma is a JSON string."""
+    """A1111 reads `name: value` pairs from the last line. A value with a comma is a JSON string."""
     prompt, negative, last = parameters({"prompt": "a cat,\nsitting", **SETTINGS}).rsplit("\n", 2)
     pairs = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
     assert (prompt, negative) == ("a cat,\nsitting", "Negative prompt: grey")

@@ -87,9 +87,9 @@ def test_output_folder_that_cannot_be_written(here: Path) -> None:
 
 def test_table_of_prompts(here: Path) -> None:
     (here / "t.csv").write_text('\ufeffprompt, seed,w,steps\n"a cat, sleeping",7,2.5,\n\ndog,,,1\n,,,\n')
-    texts, own = read_requests("t.csv", lambda: [])
+    texts, settings = read_requests("t.csv", lambda: [])
     assert texts == ["a cat, sleeping", "dog", ""]
-    assert own == [{"seed": 7, "w": 2.5}, {"steps": 1}, {}]
+    assert settings == [{"seed": 7, "w": 2.5}, {"steps": 1}, {}]
     assert read_requests("a cat", lambda: []) == (["a cat"], [{}])
     assert read_requests("draw t.csv", lambda: []) == (["draw t.csv"], [{}])
 
@@ -122,7 +122,7 @@ def test_adapters_have_a_weight() -> None:
 
 @pytest.fixture
 def photo(here: Path) -> Image.Image:
-    """Red, with a blue right half, wider than high."""
+    """Save and return a red picture with a blue right half. It is wider than high."""
     picture = Image.new("RGB", (80, 40), "red")
     picture.paste("blue", (40, 0, 80, 40))
     picture.save(here / "photo.png")
@@ -145,7 +145,7 @@ def test_picture_to_start_from(here: Path, photo: Image.Image) -> None:
     assert painted.mask[0, 10, [5, 35]].tolist() == [1, 0]
     assert read_start("photo.png", "mask.png", None, (16, 16)).strength == 1
     turned = photo.getexif()
-    turned[0x0112] = 6  # stored on its side
+    turned[0x0112] = 6  # the file stores the picture on its side
     photo.save(here / "side.jpg", exif=turned)
     assert read_start("side.jpg", None, None, (32, 16)).image[0, 2, 8] > 200  # red is on top
 

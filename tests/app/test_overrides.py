@@ -1,4 +1,4 @@
-"""Text arrives as it was typed. A wrong command gets one sentence with the right one."""
+"""A text reaches the configuration as the user types it. A wrong command gives one sentence with the right command."""
 
 import os
 import shlex
@@ -33,7 +33,7 @@ KEYS = {
     "evaluate": "entries.LCM.pipeline +entries.LCM.label? reference?",
     "encode": "out",
     "export": "run",
-}  # a question mark: it may be null
+}  # a question mark: the key may be null
 CHOSEN = {"train": ["logger=wandb"], "encode": ["out=x"], "export": ["run=x"]}
 
 
@@ -47,8 +47,8 @@ def test_key_of_text_takes_words(program: str) -> None:
     keys = {key.strip("+?"): key.endswith("?") for key in KEYS[program].split()}
     for text in ("2024", "null"):
         cfg = configured(program, [*CHOSEN.get(program, []), *(f"{key.rstrip('?')}={text}" for key in KEYS[program].split())])
-        found = {key: OmegaConf.select(cfg, key) for key in keys}
-        assert found == {key: None if nullable and text == "null" else text for key, nullable in keys.items()}
+        values = {key: OmegaConf.select(cfg, key) for key in keys}
+        assert values == {key: None if nullable and text == "null" else text for key, nullable in keys.items()}
 
 
 @pytest.mark.parametrize("text", [*WORDS, *SENTENCES])
@@ -77,8 +77,8 @@ def test_hydra_syntax_stays() -> None:
     assert value("sample", "output", "${pipeline}") == "last"
     assert value("train", "model.optimizer.lr", "1e-4") == 1e-4
     assert value("train", "data.codec.dtype", "null") is None
-    assert value("train", "trainer.val_check_interval", "2") == 2  # a number or text, says Lightning
-    assert check("sample", "prompts='a, b'") == ["prompts='a, b'"]  # Lightning starts its other processes with it
+    assert value("train", "trainer.val_check_interval", "2") == 2  # Lightning allows a number or a text
+    assert check("sample", "prompts='a, b'") == ["prompts='a, b'"]  # Lightning starts its other processes with this argument
 
 
 def test_comma_is_sweep_with_m() -> None:

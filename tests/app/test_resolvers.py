@@ -1,4 +1,4 @@
-"""Which hardware computes in bfloat16."""
+"""The default precision is bfloat16 only on hardware that is fast in bfloat16."""
 
 from pathlib import Path
 

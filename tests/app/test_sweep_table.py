@@ -1,4 +1,4 @@
-"""A sweep without a table says the reason. tests/e2e/test_story.py has a table."""
+"""A sweep writes a table, or prints the reason for a missing table. tests/e2e/test_story.py runs a real sweep."""
 
 import json
 from pathlib import Path
@@ -19,11 +19,11 @@ def test_sweep_without_metrics_says_what_to_add(tmp_path: Path) -> None:
 
 
 def test_table_has_varied_keys_and_failed_jobs(tmp_path: Path) -> None:
-    """The key with most values is the last one, along the plot's x axis."""
+    """The key with the most values comes last. It is the x axis of the plot."""
     swept = [{"seed": seed, "model.w_max": w, "name": "a"} for seed in ("1", "2") for w in ("4", "6", "8")]
-    for number, each in enumerate(swept):
+    for number, values in enumerate(swept):
         metrics = {"val/loss": 0.5 + number} if number else {}
-        note = {"swept": each, "run": f"runs/a/{number}" if number else None, "metrics": metrics}
+        note = {"swept": values, "run": f"runs/a/{number}" if number else None, "metrics": metrics}
         (tmp_path / f"run-{number:04d}.json").write_text(json.dumps(note))
     hydra = {"sweep": SimpleNamespace(dir=str(tmp_path)), "mode": SimpleNamespace(name="MULTIRUN")}
     config: Any = SimpleNamespace(hydra=SimpleNamespace(**hydra))

@@ -1,4 +1,4 @@
-"""An untrusted configuration may name parts of a training only. The user's own is trusted."""
+"""An untrusted configuration may name parts of a training only. The user's own configuration is trusted."""
 
 import importlib
 from pathlib import Path
@@ -89,7 +89,7 @@ def test_own_package_is_allowed_without_its_imports(tmp_path: Path, monkeypatch:
 
 
 def test_configuration_cannot_allow_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LCM_ALLOW_TARGETS", "os")  # as hydra.job.env_set would, once Hydra runs
+    monkeypatch.setenv("LCM_ALLOW_TARGETS", "os")  # hydra.job.env_set does the same once Hydra runs
     with pytest.raises(UserError, match="is not allowed"):
         build({"_target_": "os.getcwd"}, foreign=True)
 

@@ -48,16 +48,16 @@ def test_image_is_that_of_sampling(models: dict[str, Served]) -> None:
 
 def test_defaults_are_those_of_the_models(models: dict[str, Served]) -> None:
     web = client(models)
-    facts = web.get("/api/models").json()
-    assert facts["student"] == {"name": "student", "size": [32, 32], "steps": 2, "takes_w": True, "guided": False, "w": 4.0}
-    assert (facts["teacher"]["steps"], facts["teacher"]["guided"], facts["limits"]["max_steps"]) == (6, True, 20)
+    listing = web.get("/api/models").json()
+    assert listing["student"] == {"name": "student", "size": [32, 32], "steps": 2, "takes_w": True, "guided": False, "w": 4.0}
+    assert (listing["teacher"]["steps"], listing["teacher"]["guided"], listing["limits"]["max_steps"]) == (6, True, 20)
     assert web.post("/api/draw", json={"prompt": ""}).headers["x-steps"] == "2"
     assert web.post("/api/draw", json={"prompt": "", "model": "teacher"}).headers["x-steps"] == "6"
 
 
 @pytest.mark.parametrize(("student_steps", "expected"), [(1, 1), (4, 3), (1000, 20)])
 def test_teacher_gets_the_time_of_the_student(student_steps: int, expected: int, models: dict[str, Served]) -> None:
-    """The teacher makes as many steps as fit, at least one and at most the server's limit."""
+    """The teacher makes the steps that fit into the student's time: at least one, at most the server's limit."""
     timed = {name: Served(name, served.model, served.default_steps) for name, served in models.items()}
     timed["student"].seconds, timed["teacher"].seconds = (0.1, 0.03), (0.05, 0.045)
     body = {"prompt": "", "model": "teacher", "student_steps": student_steps}
@@ -90,7 +90,7 @@ def test_other_requests_are_refused(models: dict[str, Served]) -> None:
     web = client({"student": models["student"]})
     assert "no teacher is served" in web.post("/api/draw", json={"prompt": "a", "model": "teacher"}).json()["detail"]
     assert web.post("/api/draw", content="{", headers={"Content-Type": "application/json"}).status_code == 422
-    assert web.get("/", headers={"Host": "elsewhere.example"}).status_code == 400  # another site's name for this machine
+    assert web.get("/", headers={"Host": "elsewhere.example"}).status_code == 400  # the Host header names another site
     assert web.get("/none").status_code == 404
 
 
@@ -101,7 +101,7 @@ def test_page_needs_nothing_else(models: dict[str, Served]) -> None:
 
 
 def test_full_queue_is_answered_by_429(models: dict[str, Served], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One is drawn, two wait, and the others are refused until there is room."""
+    """The server draws one request, and two requests wait. It refuses other requests until the queue has room."""
     begun, go, drawn = threading.Event(), threading.Event(), []
 
     def draw(self: Served, prompt: str, *args: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The command line of a program, composed and checked without running the program."""
+"""Functions that compose and check the command line of a program. They do not run the program."""
 
 import importlib
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ def hints_of(program: str) -> dict[str, Any]:
 
 
 def command(program: str, *args: str) -> Command:
-    """Compose, check the keys and then the arguments, as the program does. Raises UserError."""
+    """Compose the configurations, and check keys and then arguments as the program does. Raises UserError."""
     hints = hints_of(program)
     composed = prepare(program, list(args), hints)
     for cfg in composed.runs:
@@ -28,17 +28,17 @@ def command(program: str, *args: str) -> Command:
 
 
 def check(program: str, *args: str) -> list[str]:
-    """The arguments for Hydra."""
+    """Check a command, and return the arguments for Hydra. Raises UserError."""
     return command(program, *args).args
 
 
 def checked(program: str, *args: str) -> Any:
-    """The configuration, composed once, with its arguments checked. The overrides are right."""
+    """Return the configuration after a check of its arguments. The overrides are not checked. Raises UserError."""
     cfg = compose(program, list(args))
     check_arguments(cfg, hints_of(program))
     return cfg
 
 
 def configured(program: str, args: Sequence[str]) -> Any:
-    """The configuration that the program gets, as Hydra reads the arguments."""
+    """Check a command, and return the configuration that Hydra composes for the program. Raises UserError."""
     return compose(program, check(program, *args))

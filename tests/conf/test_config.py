@@ -1,4 +1,4 @@
-"""Every configuration composes, names real parameters, and builds what it says."""
+"""Every configuration composes and names parameters that exist. Its parts can be built."""
 
 import importlib
 import inspect
@@ -40,8 +40,8 @@ def targets(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
             yield from targets(node._get_node(key), f"{path}.{key}")
 
 
-def parameters(target: str) -> set[str] | None:
-    """Names a target takes by keyword, through `**kwargs` to its base classes; None if it takes any."""
+def parameters(target: str) -> set[str]:
+    """Return the keyword arguments of a target. A class with `**kwargs` also takes the arguments of its base classes."""
     module, _, name = target.rpartition(".")
     thing = getattr(importlib.import_module(module), name)
     if not inspect.isclass(thing):
@@ -58,7 +58,7 @@ def parameters(target: str) -> set[str] | None:
 
 
 def test_every_experiment() -> None:
-    """It composes, its arguments fit, it names itself and leaves no group empty."""
+    """Each experiment composes, has valid arguments and its own name, and leaves no group empty."""
     flaws = {}
     for experiment in EXPERIMENTS:
         try:
@@ -100,17 +100,17 @@ def test_one_gpu(experiment: str) -> None:
 
 
 def check_keys(cfg: DictConfig) -> None:
-    """Each key of a node is a parameter of its target. The program follows no `**kwargs` of a function."""
+    """Check that each key is a parameter of its node's target. The program's check does not follow a function's `**kwargs`."""
     for path, node in targets(cfg):
         accepted = parameters(node._target_)
-        given = {str(key) for key in node if not str(key).startswith("_")}
+        keys = {str(key) for key in node if not str(key).startswith("_")}
         if node._target_.endswith("load_codec"):
             accepted |= parameters("lcm.models.codec.LatentCodec")
         if node._target_.endswith("build_styles"):
             accepted |= parameters("lcm.data.openmoji.build")
         if node._target_.endswith("WandbLogger"):
             accepted |= parameters("wandb.init")
-        assert given <= accepted, f"{path}: {node._target_} takes no {given - accepted}"
+        assert keys <= accepted, f"{path}: {node._target_} takes no {keys - accepted}"
 
 
 @pytest.mark.parametrize("scale", ["mini", "sd15"])

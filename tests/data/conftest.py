@@ -36,7 +36,7 @@ def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> str:
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> str:
-    """A tar of files in this order, whatever their names."""
+    """Write a tar with these files in this order. Return its path."""
     with tarfile.open(path, "w") as archive:
         for name, content in members:
             info = tarfile.TarInfo(name)
@@ -51,7 +51,7 @@ def pairs(shard: int, count: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def name_all_damage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Count anew how many damaged samples the log named, which a process does once."""
+    """Give each test new logs of left-out samples. A log names only the first samples for each reason."""
     monkeypatch.setattr("lcm.data.index.left_out_log", LeftOutLog())
     monkeypatch.setattr("lcm.data.folder.left_out_log", LeftOutLog())
 
@@ -71,7 +71,7 @@ def gather(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def stream(source: Source | list[str], *, shuffle: int = 16, lanes: int = 3, seed: int = 0, **options: Any) -> Stream:
-    """Return a stream of keys and draws. shuffle = 0: one ordered pass."""
+    """Return a stream of keys and draws. With shuffle=0 the stream is one ordered pass."""
     source = source if isinstance(source, Source) else Source(source)
     options = {"decode": keep, "collate": gather, "batch_size": 4, "seed": seed, **options}
     if not shuffle:

@@ -63,14 +63,14 @@ def test_thread_and_broken_picture_have_an_aspect() -> None:
 
 
 def test_nearest_shape_crops_least() -> None:
-    """To the byte's precision: no other shape would keep 3 % more of the picture."""
+    """The code of an aspect ratio is one byte. Within its precision, no other shape keeps 3 % more of the picture."""
     shapes, rng = tuple(shapes_of(4, 512)), random.Random(0)
 
-    def kept(shape: tuple[int, int], ratio: float) -> float:
-        mine = shape[1] / shape[0]
-        return min(mine / ratio, ratio / mine)
+    def kept_part(shape: tuple[int, int], ratio: float) -> float:
+        shape_ratio = shape[1] / shape[0]
+        return min(shape_ratio / ratio, ratio / shape_ratio)
 
     for _ in range(300):
         ratio = 2 ** rng.uniform(-3, 3)
         chosen = shapes[nearest(SQUARE + round(STEPS * math.log2(ratio)), shapes)]
-        assert kept(chosen, ratio) >= 0.97 * max(kept(shape, ratio) for shape in shapes)
+        assert kept_part(chosen, ratio) >= 0.97 * max(kept_part(shape, ratio) for shape in shapes)

@@ -1,4 +1,4 @@
-"""Remote shards: fetched once per node, in parts, and readable during the download; shards from a command."""
+"""A node fetches a remote shard once, in parts. Its processes read the shard during the download. Commands give shards, too."""
 
 import contextlib
 import errno
@@ -32,9 +32,10 @@ Answer = Callable[[BaseHTTPRequestHandler, bytes], None]
 
 
 class Server:
-    """HTTP on loopback. `answers` gives a path's behaviour, one after the other, the last one for ever.
+    """An HTTP server on loopback.
 
-    asked: (path, first byte) of each GET. sent: bytes of bodies.
+    answers: the answers to the GET requests of each path, in order. The last answer repeats.
+    asked: (path, first byte) of each GET request. sent: the bytes of all bodies.
     """
 
     def __init__(self, root: Path, ranges: bool) -> None:
@@ -89,12 +90,12 @@ def whole(handler: BaseHTTPRequestHandler, content: bytes) -> None:
     handler.send_response(200)
     handler.send_header("Content-Length", str(len(content)))
     handler.end_headers()
-    with contextlib.suppress(OSError):  # a client that wants the length only
+    with contextlib.suppress(OSError):  # a client that needs only the length closes the connection
         handler.wfile.write(content)
 
 
 def dropped(handler: BaseHTTPRequestHandler, content: bytes) -> None:
-    """The connection ends half-way."""
+    """Close the connection after half of the content."""
     handler.send_response(200)
     handler.send_header("Content-Length", str(len(content)))
     handler.end_headers()
@@ -104,7 +105,7 @@ def dropped(handler: BaseHTTPRequestHandler, content: bytes) -> None:
 
 
 def stalled(handler: BaseHTTPRequestHandler, content: bytes) -> None:
-    """The server stops sending, but the connection stays open."""
+    """Send the headers but no content. The connection stays open."""
     handler.send_response(200)
     handler.send_header("Content-Length", str(len(content)))
     handler.end_headers()
@@ -116,7 +117,7 @@ def failing(handler: BaseHTTPRequestHandler, content: bytes) -> None:
 
 
 def unending(handler: BaseHTTPRequestHandler, content: bytes) -> None:
-    """Without a length, as long as someone listens."""
+    """Send zeros without a length until the client closes the connection."""
     handler.send_response(200)
     handler.end_headers()
     with contextlib.suppress(OSError):
@@ -140,12 +141,12 @@ def serving(tmp_path: Path, ranges: bool) -> Iterator[Server]:
     yield server
     server.http.shutdown()
     server.http.server_close()
-    gc.collect()  # closes the clients, too: a later test may need few open files
+    gc.collect()  # also closes the HTTP clients, because a later test may need few open files
 
 
 @pytest.fixture
 def plain(tmp_path: Path) -> Iterator[Server]:
-    """A server that knows neither lengths nor ranges ahead."""
+    """Start a server that refuses HEAD requests and ignores ranges."""
     yield from serving(tmp_path, False)
 
 
@@ -198,7 +199,7 @@ def test_download_goes_on_at_its_byte(ranged: Server, tmp_path: Path, small_part
     assert fetched(cache(tmp_path), f"{ranged.url}/0.tar") == content
     starts = ranged.starts("/0.tar")
     assert starts[:3] == [0, 4096, 12288]
-    assert all(start >= 12287 for start in starts[3:])  # no byte comes twice but one
+    assert all(start >= 12287 for start in starts[3:])  # a new attempt requests only one byte again
 
 
 @pytest.mark.parametrize("arrived", [0.9, 1.0])
@@ -235,7 +236,7 @@ def test_processes_of_a_node_fetch_a_shard_once(ranged: Server, tmp_path: Path, 
 
 
 def test_caches_of_a_process_fetch_a_shard_once(ranged: Server, tmp_path: Path, small_parts: None) -> None:
-    """Two threads of one process, such as training and evaluation: a POSIX lock does not exclude its own process."""
+    """Training and evaluation may fetch a shard in two threads of a process. A POSIX lock does not exclude them."""
     shards = [f"{ranged.url}/{number}.tar" for number in range(3)]
     sources = [Source(shards, cache=cache(tmp_path), index=str(tmp_path / "index")) for _ in range(6)]
     results: list[list[int]] = []
@@ -257,7 +258,7 @@ def collect(clients: list[Any], results: Any) -> None:
 
 
 def test_child_process_does_not_close_the_clients_of_its_parent(ranged: Server) -> None:
-    """It would wait a second for each: their event loop runs in the parent only."""
+    """Closing a client in the child would take a second. The event loop of the clients runs only in the parent."""
     clients, results = [connect(f"{ranged.url}/0.tar", 1.0)[0] for _ in range(12)], fork.Queue()
     for client in clients:
         client.info(f"{ranged.url}/0.tar")
@@ -320,7 +321,7 @@ def test_resume_fetches_no_shard_that_it_passes(ranged: Server, tmp_path: Path) 
     ranged.asked.clear()
     source = Source(large, cache=ShardCache(str(tmp_path / "other")), index=index)
     assert take(stream(source, lanes=3, batch_size=6, start=72 * 6), 1) == straight[72:73]
-    assert len(paths_asked(ranged)) <= 6  # the present shards of the lanes and their next ones
+    assert len(paths_asked(ranged)) <= 6  # the current shard and the next shard of each lane
 
 
 def test_remote_stream_is_the_local_one(ranged: Server, tmp_path: Path) -> None:
@@ -361,11 +362,11 @@ def test_dead_shard_is_tried_once_by_all_processes_and_again_by_the_next_trainin
         process.join()
         assert len(plain.starts("/1.tar")) == 3
     plain.answers["1.tar"] = [whole]
-    time.sleep(0.05)  # after the marker was written
+    time.sleep(0.05)  # the next training starts after the marker of the dead shard was written
     assert counts(Source([url], cache=cache(tmp_path))) == [8]
 
 
-# Room
+# Size limit
 
 
 def test_cache_removes_what_was_used_longest_ago(plain: Server, tmp_path: Path) -> None:
@@ -382,7 +383,7 @@ def test_cache_removes_what_was_used_longest_ago(plain: Server, tmp_path: Path) 
 
 
 def test_removed_shard_is_read_on_and_fetched_again(plain: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where another process makes room at the same time."""
+    """Another process may remove files at the same time."""
     glob = Path.glob
     monkeypatch.setattr(Path, "glob", lambda path, pattern: [*glob(path, pattern), path / "evicted.tar"])
     content, shared = (tmp_path / "www/0.tar").read_bytes(), cache(tmp_path)
@@ -419,7 +420,7 @@ def entry(file: Path) -> dict[str, Any]:
 
 
 def test_download_is_checked_against_the_manifest(plain: Server, tmp_path: Path) -> None:
-    """A proxy that answers with another file, and says that this is all of it, looks like any other download."""
+    """A proxy may answer with another file and the right length. Only the manifest shows this error."""
     (tmp_path / "www/manifest.json").write_text(json.dumps(entry(tmp_path / "www/0.tar")))
     plain.answers["0.tar"] = [flipped, whole]
     source = Source([f"{plain.url}/{n}.tar" for n in (0, 1)], cache=cache(tmp_path), filters=Filters())
@@ -462,7 +463,7 @@ def test_cache_that_can_only_be_read_serves_what_it_has(plain: Server, tmp_path:
     content = fetched(cache(tmp_path), f"{plain.url}/0.tar")
     lock = next((tmp_path / "cache").glob("*.lock"))
     lock.unlink()
-    lock.mkdir()  # root may write anywhere: no file can be made here
+    lock.mkdir()  # even root cannot open a folder as the lock file
     assert fetched(cache(tmp_path), f"{plain.url}/0.tar") == content
 
 
@@ -497,7 +498,7 @@ def test_full_disk_is_one_sentence_and_no_damage(plain: Server, tmp_path: Path, 
 
 def test_output_of_a_command_is_a_shard(urls: list[str], tmp_path: Path) -> None:
     commands = [f"pipe:cat {url}" for url in urls]
-    for _ in range(2):  # the second time from the index: no shard is taken for another
+    for _ in range(2):  # the second pass reads the indexes: each command has its own
         assert counts(Source(commands, cache=cache(tmp_path), index=str(tmp_path / "index"))) == list(SIZES)
 
 
@@ -554,6 +555,6 @@ def test_command_without_end_cannot_fill_the_disk(tmp_path: Path) -> None:
 
 
 def test_webdataset_itself_opens_nothing() -> None:
-    """It would run a command through a shell."""
+    """webdataset would run a command through a shell."""
     with pytest.raises(ValueError, match="unsafe_gopen is False"):
         webdataset.gopen("pipe:cat /dev/null", "rb")

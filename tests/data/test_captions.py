@@ -1,4 +1,4 @@
-"""Captions of other programs: under any name, in lists, with byte order marks, in other encodings."""
+"""Captions of other programs may have any name, be lists, begin with byte order marks or use other encodings."""
 
 import json
 import random
@@ -24,7 +24,7 @@ Members = dict[str, bytes]
 
 
 def shard(path: Path, *samples: Members) -> str:
-    """A tar of these members, byte by byte."""
+    """Write a tar with these members and a picture for each sample. Return its path."""
     numbered = enumerate({"png": png(), **members} for members in samples)
     items = [(f"{number:03d}.{name}", content) for number, sample in numbered for name, content in sample.items()]
     return write_tar(path, items)
@@ -109,8 +109,8 @@ def test_latents_keep_captions_and_metadata_but_no_picture() -> None:
     texts = {"txt": b"short", "blip": b"a long one", "llava": utf_16, "json": b'{"url": "x"}', "cap": b"c"}
     sample = {"__key__": "0", "__url__": "a.tar", "png": png(), "mask": png(), **texts}
     captions = {"txt": 1, "blip": 3, "LLaVA": 0.1}
-    kept = Variants(Decode(8), 1, False)({**sample, "llava": b"an apple"}, random.Random(0))["members"]
-    assert kept == {"__key__": "0", **texts, "llava": b"an apple"}
+    members = Variants(Decode(8), 1, False)({**sample, "llava": b"an apple"}, random.Random(0))["members"]
+    assert members == {"__key__": "0", **texts, "llava": b"an apple"}
     with pytest.raises(Skip, match="llava: it looks like UTF-16"):
         Variants(Decode(8, captions=captions), 1, False)(sample, random.Random(0))
     assert "llava" not in Variants(Decode(8), 1, False)(sample, random.Random(0))["members"]

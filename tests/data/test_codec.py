@@ -33,7 +33,7 @@ def vae(tiny_pipeline: Path) -> AutoencoderKL:
 
 
 def count_encodings(codec: LatentCodec, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The batch sizes of the VAE's encodings from here on."""
+    """Return a list that receives the batch size of each later call of the VAE's encoder."""
     sizes: list[int] = []
     encode = codec.vae.encode
     monkeypatch.setattr(codec.vae, "encode", lambda x: sizes.append(len(x)) or encode(x))
@@ -70,7 +70,7 @@ def test_a_batch_keeps_captions_and_keys(codec: LatentCodec) -> None:
 
 
 def test_the_vaes_layout_is_its_own(codec: LatentCodec) -> None:
-    """A UNet would keep the layout of channels_last latents."""
+    """The codec returns contiguous latents. A UNet would keep the layout of channels_last latents."""
     assert codec.vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     z0 = codec.encode(BATCH).z0
     assert z0.is_contiguous()
@@ -90,10 +90,10 @@ def test_the_cache_answers_without_the_vae(tiny_pipeline: Path, codec: LatentCod
     cached = load_codec(str(tiny_pipeline), cache=True)
     sizes = count_encodings(cached, monkeypatch)
     first = cached.encode(BATCH, generator("cpu", 7))
-    some = {"x": X[[3, 1]], "captions": ["", ""], "keys": ["d", "b"]}
+    subset = {"x": X[[3, 1]], "captions": ["", ""], "keys": ["d", "b"]}
     assert torch.equal(cached.encode(BATCH, generator("cpu", 7)).z0, first.z0)  # a resumed run starts with an empty cache
     torch.testing.assert_close(
-        cached.posterior(some["x"], some["keys"]), codec.posterior(X, BATCH["keys"])[[3, 1]], rtol=1e-3, atol=1e-4
+        cached.posterior(subset["x"], subset["keys"]), codec.posterior(X, BATCH["keys"])[[3, 1]], rtol=1e-3, atol=1e-4
     )
     assert sizes == [5]
 
@@ -101,8 +101,8 @@ def test_the_cache_answers_without_the_vae(tiny_pipeline: Path, codec: LatentCod
 def test_a_batch_with_news_is_encoded(tiny_pipeline: Path, codec: LatentCodec) -> None:
     cached = load_codec(str(tiny_pipeline), cache=True)
     cached.posterior(X[:2], ["a", "b"])
-    news = cached.posterior(X[1:3], ["b", "c"])
-    torch.testing.assert_close(news, codec.posterior(X, BATCH["keys"])[1:3], rtol=1e-3, atol=1e-4)
+    posterior = cached.posterior(X[1:3], ["b", "c"])
+    torch.testing.assert_close(posterior, codec.posterior(X, BATCH["keys"])[1:3], rtol=1e-3, atol=1e-4)
 
 
 def test_without_a_cache_nothing_is_kept(codec: LatentCodec, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_a_caption_encodes_alike_in_any_batch(tiny_pipeline: Path) -> None:
 
 @pytest.fixture
 def encoded(tiny_pipeline: Path) -> Encoded:
-    """`encoded(**options)`: a new codec, and the batch sizes of its text encoder's calls."""
+    """Return `encoded(**options)`, which makes a codec and a list of the batch sizes of its text encoder's calls."""
 
     def make(**options: Any) -> tuple[LatentCodec, list[int]]:
         codec, sizes = load_codec(str(tiny_pipeline), **options), []
@@ -140,13 +140,13 @@ def test_a_caption_is_encoded_once(encoded: Encoded) -> None:
     codec, sizes = encoded()
     first = codec.encode(BATCH)
     again = codec.encode({**BATCH, "captions": ["rocket", "red apple", "red apple", "sun", "dog face"]})
-    assert sizes == [4, 1]  # "red apple" twice, and the null prompt with the empty caption
+    assert sizes == [4, 1]  # "red apple" is encoded once, and the empty caption is the null prompt
     assert torch.equal(again.cond["states"][[0, 1, 2, 4]], first.cond["states"][[3, 0, 4, 1]])
     assert torch.equal(again.uncond["states"][0], first.cond["states"][2])
 
 
 def test_cached_states_are_those_of_a_plain_encoding(encoded: Encoded) -> None:
-    """Bit-equal on the CPUs tried. On others a row of a matrix product may depend on the number of rows."""
+    """The embeddings are bit-equal on the tested CPUs. On other CPUs a row of a product may depend on the number of rows."""
     (codec, _), (plain, sizes) = encoded(), encoded(text_cache=0)
     codec.text(["rocket", "sun"])["states"]
     captions = ["dog face", "sun", "a cat", "rocket"]
@@ -159,12 +159,12 @@ def test_cached_states_are_those_of_a_plain_encoding(encoded: Encoded) -> None:
 def test_text_cache_is_bounded_and_drops_the_oldest(
     encoded: Encoded,
 ) -> None:
-    codec, _ = encoded(text_cache=2.5 * 16 * 16 * 4 / 1e6)  # two captions
+    codec, _ = encoded(text_cache=2.5 * 16 * 16 * 4 / 1e6)  # room for two captions
     codec.text(["a", "b"])["states"]
     codec.text(["a"])["states"]
     codec.text(["c"])["states"]
     assert list(codec.text.cache) == ["a", "c"]
-    assert codec.text(list("defgd"))["states"].shape == (5, 16, 16)  # more than there is room for
+    assert codec.text(list("defgd"))["states"].shape == (5, 16, 16)  # more captions than the cache holds
     assert list(codec.text.cache) == ["g", "d"]
     assert all(states.untyped_storage().nbytes() == states.nbytes for [states] in codec.text.cache.values())
 
@@ -199,7 +199,7 @@ def test_decoding_undoes_the_scaling(codec: LatentCodec, vae: AutoencoderKL) -> 
     z0 = codec.encode(BATCH, generator("cpu", 7)).z0
     with torch.no_grad():
         laid_out = copy.deepcopy(vae)
-        laid_out.decoder.to(memory_format=torch.channels_last)  # as the codec has it: sums in the same order
+        laid_out.decoder.to(memory_format=torch.channels_last)  # the codec's layout, which gives the same order of sums
         x = laid_out.decode(z0 / vae.config["scaling_factor"]).sample
     assert torch.equal(codec.decode(z0), ((x.clamp(-1, 1) + 1) * 127.5).round().byte())
 

@@ -1,4 +1,4 @@
-"""Damage that silently costs other stream readers samples. Here only damaged samples are lost, and each loss is reported."""
+"""Damage silently costs other stream readers samples. Here only damaged samples are lost, and each loss is reported."""
 
 import io
 import os
@@ -17,19 +17,19 @@ from lcm.data.sample_fields import REASONS
 from lcm.data.transforms import Decode, collate
 from tests.data.conftest import keys, pairs, stream, take, write_shard
 
-COUNT, BAD = 20, 10  # samples a shard, and which of the middle one's is hit
+COUNT, BAD = 20, 10  # samples per shard, and the damaged sample of the middle shard
 EVERY = [f"{shard}-{i:02d}" for shard in range(3) for i in range(COUNT)]
 
 
 def surviving(urls: list[str]) -> set[str]:
-    """Keys of a validation pass that decodes."""
+    """Return the keys of the samples that a validation pass decodes."""
     batches = take(stream(urls, shuffle=0, decode=Decode(8), collate=collate))
     return {key.rpartition("/")[2] for key in keys(batches)}
 
 
 @pytest.fixture
 def middle(tmp_path: Path) -> tuple[list[str], Path]:
-    """Three shards, and the one that the test damages."""
+    """Return the URLs of three shards, and the path of the middle shard, which the test damages."""
     urls = [write_shard(tmp_path / f"{number}.tar", pairs(number, COUNT)) for number in range(3)]
     return urls, Path(urls[1])
 
@@ -46,7 +46,7 @@ def test_flipped_bit_costs_one_sample_which_is_named(middle: Any, caplog: pytest
         damaged = bytearray(content)
         damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         shard.write_bytes(damaged)
-        os.utime(shard, ns=(number, number))  # written within a tick of the clock, it would pass for the one before
+        os.utime(shard, ns=(number, number))  # two writes within one tick of the clock would share an index
         caplog.clear()
         lost = set(EVERY) - surviving(urls)
         named = set(re.findall(r"(?:leaving out sample|skipping) (\S+) of", caplog.text))
@@ -59,7 +59,7 @@ def test_cut_costs_the_rest_of_its_shard(middle: Any, part: str, caplog: pytest.
     urls, shard = middle
     info = member(shard)
     shard.write_bytes(shard.read_bytes()[: info.offset_data + info.size // 2 if part == "content" else info.offset])
-    shard.with_name("1_stats.json").write_text(f'{{"successes": {COUNT}}}')  # of img2dataset
+    shard.with_name("1_stats.json").write_text(f'{{"successes": {COUNT}}}')  # img2dataset writes this file
     assert surviving(urls) == set(EVERY) - {f"1-{i:02d}" for i in range(BAD, COUNT)}
     assert f"holds {BAD + (part == 'content')} of its {COUNT} samples" in caplog.text
     assert (f"leaving out sample 1-{BAD:02d}" in caplog.text) == (part == "content")
@@ -97,7 +97,7 @@ def test_bad_sample_costs_itself_and_is_named(
 
 
 def test_every_reason_is_documented() -> None:
-    """The reasons in the source, of `Skip`s and of counts."""
+    """The regular expression finds the reasons of `Skip` and of left-out samples in the source."""
     root = Path(lcm.__file__).parent
     source = "".join(file.read_text() for file in (root / "data").glob("*.py"))
     used = re.findall(r'(?:Skip\(|skipping\(|left_out\[|return |flaw = )"(\w+)"(?:[]),\s]| if)', source)

@@ -146,7 +146,7 @@ def test_sources_are_mixed_by_weight(shards: Path) -> None:
 
 def test_left_out_samples_reach_the_metrics(shards: Path) -> None:
     data, logged = datamodule(shards, filters=Filters(max_caption=35), num_workers=1, val_shards=None), []
-    # The scan of another source in this process is not the workers' to report.
+    # The workers do not report the scan of another source in this process.
     assert Source([str(shards / "train-00000.tar")], filters=Filters(max_caption=1)).left_out()
     data.trainer = SimpleNamespace(training=True, global_rank=0, world_size=1, loggers=[], global_step=3)
     data.trainer.loggers = [SimpleNamespace(log_metrics=lambda metrics, step: logged.append(metrics))]
@@ -178,7 +178,7 @@ WIDE = {"buckets": [[32, 32], [24, 40]]}
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 squares and 12 wide pictures for training; 5 and 3 to validate."""
+    """Write shards of square and wide pictures: 20 and 12 for training, 5 and 3 for validation."""
     root = tmp_path_factory.mktemp("wide")
     for name, count in (("train-0", 32), ("val-0", 8)):
         samples = pairs(0, count)
@@ -205,7 +205,7 @@ def test_buckets_resume_from_a_checkpoint(wide: Path) -> None:
     for module in (restored, other):
         module.load_state_dict(data.state_dict())
     assert next(iter(restored.train_dataloader()))["keys"] == next(train)["keys"]
-    batch = next(iter(other.train_dataloader()))  # at the next batch of its own size
+    batch = next(iter(other.train_dataloader()))  # the order resumes at the next multiple of its batch size
     assert batch["position"] == 9
     assert len(batch["keys"]) == 3
 
@@ -242,7 +242,7 @@ def test_filters_hold_for_training_and_validation(shards: Path) -> None:
 def test_filter_without_its_fields_is_named(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
     datamodule(shards, filters=Filters(min_aesthetic=6, max_caption=100))
     assert "data.filters.min_aesthetic leaves out nothing, because no sample has the field that it reads" in caplog.text
-    assert "max_unsafe" not in caplog.text  # a default
+    assert "max_unsafe" not in caplog.text  # a default limit causes no warning
     assert "max_caption" not in caplog.text
     caplog.clear()
     datamodule(shards, filters=Filters(max_unsafe=0.3, max_caption=100))
@@ -289,12 +289,12 @@ def test_lost_worker_is_a_user_error(shards: Path, sign: signal.Signals, says: s
     batches = iter(loader)
     next(batches)
     if sign is signal.SIGSTOP:
-        loader.patience = 1  # not before: on a busy machine workers start slowly
+        loader.patience = 1  # set after the first batch, because workers start slowly on a busy machine
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     with pytest.raises(UserError, match=says), workers_watched():
         lose(workers, sign, batches)
-    if sign is signal.SIGSTOP:  # else those that live end with their loader
+    if sign is signal.SIGSTOP:  # after SIGKILL, the other worker ends with its loader
         assert not any(worker.is_alive() for worker in workers)
     kill(workers)
 
@@ -307,15 +307,15 @@ def hold(size: int, started: Any) -> None:
 
 
 def test_kill_leaves_no_worker() -> None:
-    def tell(*args: Any) -> None:  # as torch does
+    def torch_handler(*args: Any) -> None:  # torch's handler raises this error, too
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
 
     started = multiprocessing.Semaphore(0)
-    workers = [multiprocessing.Process(target=hold, args=(size, started)) for size in (2**28, 1)]  # the first ends last
+    workers = [multiprocessing.Process(target=hold, args=(size, started)) for size in (2**28, 1)]  # the larger one ends last
     for worker in workers:
         worker.start()
         started.acquire()
-    before = signal.signal(signal.SIGCHLD, tell)
+    before = signal.signal(signal.SIGCHLD, torch_handler)
     try:
         kill(workers)
         assert not any(worker.is_alive() for worker in workers)
@@ -328,7 +328,7 @@ def test_signal_to_all_processes_leaves_workers_alone(
     shards: Path, sign: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def signalled(worker: int) -> None:
-        os.kill(os.getpid(), sign)  # while it starts
+        os.kill(os.getpid(), sign)  # the signal comes while the worker starts
         init_worker(worker)
         os.kill(os.getpid(), sign)
 
@@ -392,7 +392,7 @@ def test_messages_name_the_option_of_the_shards(shards: Path, tmp_path: Path) ->
 def test_validation_without_usable_samples_is_refused(
     shards: Path, tmp_path: Path, members: dict[str, Any], options: dict[str, Any], says: str
 ) -> None:
-    """Otherwise the pass is empty, and Lightning logs no val/loss without a message."""
+    """Without this error the validation pass is empty. Lightning then logs neither val/loss nor a message."""
     held_out = write_shard(tmp_path / "v.tar", [{**sample, **members} for sample in pairs(0, 3)])
     with pytest.raises(UserError, match=says):
         datamodule(shards, val_shards=held_out, **options)
@@ -440,7 +440,7 @@ def test_worker_killed_by_full_shared_memory_is_named() -> None:
 
 
 def test_full_shared_memory_is_one_sentence(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch shares a batch in a thread of the worker, which prints its errors and leaves the training waiting."""
+    """torch moves a batch to shared memory in a thread of the worker. The thread only prints errors, and training waits."""
 
     def full(tensor: torch.Tensor) -> torch.Tensor:
         raise RuntimeError(NO_SPACE)

@@ -1,4 +1,4 @@
-"""Shards of latents: their content, training on them, refused ones, and full disks."""
+"""Shards of latents: their content, training on them, refused shards, and full disks."""
 
 import errno
 import json
@@ -29,7 +29,7 @@ from tests.data.conftest import pairs, png, write_shard
 Encode = Callable[..., Path]
 SAMPLES = 9
 
-STATES = TEXTS["states"][0]  # the member
+STATES = TEXTS["states"][0]  # the member with the text embedding
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def codec(tiny_pipeline: Path) -> LatentCodec:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
-    """A few OpenMoji pictures, each with two captions."""
+    """Return a folder with a shard of OpenMoji pictures. Each picture has two captions."""
     folder = tmp_path_factory.mktemp("images")
     source = Source([str(next(shards.glob("train-*.tar")))])
     samples = [source.read(0, number) for number in range(min(source.notes(0).samples, SAMPLES))]
@@ -51,7 +51,7 @@ def images(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
 
 @pytest.fixture
 def encode(tmp_path: Path, images: Path, codec: LatentCodec) -> Encode:
-    """`encode(name, seed=0, drawn=False, text=False, captions=None)`: the folder of latents."""
+    """Return `encode(name, seed=0, drawn=False, text=False, captions=None)`, which writes latents and returns their folder."""
 
     def make(name: str = "latents", *, seed: int = 0, captions: Any = None, **content: bool) -> Path:
         folder = tmp_path / name
@@ -81,7 +81,7 @@ def latents(folder: Path) -> list[dict[str, Any]]:
 
 
 def batch(codec: LatentCodec, folder: Path, **options: Any) -> LatentBatch:
-    """All samples in their order; another seed draws other posteriors."""
+    """Return a batch of all samples in their order. Another seed draws other samples of the posteriors."""
     options = {"resolution": 32, "num_workers": 0, "batch_size": SAMPLES, "shuffle": 0, **options}
     data = ShardDataModule(f"{folder}/0.tar", codec=codec, **options)
     data.prepare_data()
@@ -90,11 +90,11 @@ def batch(codec: LatentCodec, folder: Path, **options: Any) -> LatentBatch:
 
 def test_latents_give_the_batches_of_their_images(codec: LatentCodec, images: Path, encode: Encode) -> None:
     options = {"caption_dropout": 0.4, "seed": 5}
-    expected, got = batch(codec, images, **options), batch(codec, encode(), latents=True, **options)
-    assert got.captions == expected.captions
-    assert 0 < got.captions.count("") < SAMPLES
-    torch.testing.assert_close(got.z0, expected.z0, rtol=2e-3, atol=2e-3)  # stored in float16
-    assert torch.equal(got.cond["states"], expected.cond["states"])
+    expected, result = batch(codec, images, **options), batch(codec, encode(), latents=True, **options)
+    assert result.captions == expected.captions
+    assert 0 < result.captions.count("") < SAMPLES
+    torch.testing.assert_close(result.z0, expected.z0, rtol=2e-3, atol=2e-3)  # the latents are stored in float16
+    assert torch.equal(result.cond["states"], expected.cond["states"])
 
 
 def test_drawn_sample_is_of_the_posterior(codec: LatentCodec, encode: Encode) -> None:
@@ -131,23 +131,23 @@ def test_stored_text_embeddings_replace_the_text_encoder(
         return plain(self, captions, *device)
 
     monkeypatch.setattr(TextEncoder, "__call__", counted)
-    got = batch(codec, folder, latents=True, **options)
+    result = batch(codec, folder, latents=True, **options)
     assert encoded == [[""]]
-    assert got.captions == expected.captions
-    torch.testing.assert_close(got.cond["states"], expected.cond["states"], rtol=1e-3, atol=1e-3)
+    assert result.captions == expected.captions
+    torch.testing.assert_close(result.cond["states"], expected.cond["states"], rtol=1e-3, atol=1e-3)
 
 
 def test_dropped_caption_has_the_null_prompts_embedding(codec: LatentCodec, encode: Encode) -> None:
-    got = batch(codec, encode(text=True), latents=True, caption_dropout=0.5, seed=5)
-    assert 0 < got.captions.count("") < SAMPLES
-    for caption, states in zip(got.captions, got.cond["states"], strict=True):
-        assert torch.equal(states, got.uncond["states"][0]) == (caption == "")
+    result = batch(codec, encode(text=True), latents=True, caption_dropout=0.5, seed=5)
+    assert 0 < result.captions.count("") < SAMPLES
+    for caption, states in zip(result.captions, result.cond["states"], strict=True):
+        assert torch.equal(states, result.uncond["states"][0]) == (caption == "")
 
 
 def test_text_embeddings_are_of_the_chosen_caption(codec: LatentCodec, encode: Encode) -> None:
-    got = batch(codec, encode(text=True, captions={"txt": 1, "blip": 1}), latents=True)
-    assert 0 < sum(caption.startswith("not ") for caption in got.captions) < SAMPLES
-    torch.testing.assert_close(got.cond["states"], codec.text(got.captions)["states"], rtol=1e-3, atol=1e-3)
+    result = batch(codec, encode(text=True, captions={"txt": 1, "blip": 1}), latents=True)
+    assert 0 < sum(caption.startswith("not ") for caption in result.captions) < SAMPLES
+    torch.testing.assert_close(result.cond["states"], codec.text(result.captions)["states"], rtol=1e-3, atol=1e-3)
 
 
 def test_captions_are_refused_where_embeddings_are_stored(codec: LatentCodec, encode: Encode) -> None:
@@ -196,7 +196,7 @@ def test_damaged_array_costs_its_sample(codec: LatentCodec, encode: Encode) -> N
 
 
 class FullDisk:
-    """A file that is full after a number of bytes."""
+    """A file on a disk that has space for a number of bytes."""
 
     def __init__(self, file: Any, space: int) -> None:
         self.file, self.left = file, space
@@ -233,11 +233,11 @@ def test_crop_of_a_mirrored_copy(size: tuple[int, int]) -> None:
     sample = {"__key__": "a", "__url__": "0.tar", "png": png(size), "txt": "a"}
     crops = set()
     for seed in range(20):
-        found = Variants(Decode(32, random_crop=True), 1, True)(sample, random.Random(seed))
-        plain, mirrored = found["sizes"].tolist()
+        variants = Variants(Decode(32, random_crop=True), 1, True)(sample, random.Random(seed))
+        plain, mirrored = variants["sizes"].tolist()
         assert plain[:3] == mirrored[:3]
         resized = round(32 * size[0] / min(size))
-        assert abs(plain[3] + 32 + mirrored[3] - resized) <= 1  # left and right of the picture change places
+        assert abs(plain[3] + 32 + mirrored[3] - resized) <= 1  # mirroring swaps left and right
         crops.add(plain[3])
     assert len(crops) > 3 or size[0] == min(size)
 
@@ -254,7 +254,7 @@ def test_samples_of_one_name_stay_apart(tmp_path: Path, codec: LatentCodec) -> N
 
 
 def test_latents_are_alike_whatever_was_done_before(tmp_path: Path, codec: LatentCodec, capfd: pytest.CaptureFixture) -> None:
-    """An encoding is resumed with other shards before a shard, and with other workers."""
+    """A resumed encoding may begin at another shard and have another number of workers."""
     urls = [
         write_shard(tmp_path / f"{n}.tar", [{**sample, "png": png((40, 32), n)} for sample in pairs(n, 7)]) for n in range(3)
     ]

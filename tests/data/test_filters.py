@@ -1,4 +1,4 @@
-"""Each rule is applied, for every spelling of its fields. `missing` decides on samples without the field."""
+"""Each rule applies to every spelling of its fields. `missing` decides on samples without the field."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ GOOD: dict[str, Any] = {
     "similarity": 0.32,
 }
 CAPTION = "a cat on a mat"
-# (option, a limit that GOOD passes, one that it fails, the field that the rule reads, why it is left out)
+# (option, a limit that GOOD passes, a limit that GOOD fails, fields that the rule reads, reason to leave GOOD out)
 CASES = [
     ("min_side", 600, 601, ("original_width", "width"), "side"),
     ("max_aspect", 1.5, 1.49, ("original_height", "height"), "aspect"),
@@ -85,7 +85,7 @@ def test_missing_field_is_kept_or_dropped(option, passed, failed, names, reason)
         for limit in (passed, failed):
             assert judge(meta, **{option: limit}) is None
             assert judge(meta, **{option: limit}, missing="drop") == f"missing_{reason}"
-        assert judge(meta, missing="drop") is None  # no active rule needs it
+        assert judge(meta, missing="drop") is None  # no active rule reads the field
 
 
 def test_a_missing_caption_is_kept_or_dropped_as_told() -> None:
@@ -163,9 +163,9 @@ def test_a_tighter_limit_keeps_a_part_of_what_a_looser_one_keeps(option) -> None
     low, high = {"side": (1, 2000), "aspect": (1, 20), "aesthetic": (0, 10)}.get(RULES[option].reason, (0, 1))
     limits = range(0, 41, 4) if "caption" in option else [low + (high - low) * step / 10 for step in range(11)]
     limits = sorted(limits, reverse=option.startswith("max"))
-    kept = [{i for i, (text, meta) in enumerate(samples) if judge(meta, text, **{option: limit}) is None} for limit in limits]
-    assert all(tight <= loose for loose, tight in pairwise(kept))
-    assert len(kept[0]) > len(kept[-1])
+    passed = [{i for i, (text, meta) in enumerate(samples) if judge(meta, text, **{option: limit}) is None} for limit in limits]
+    assert all(tight <= loose for loose, tight in pairwise(passed))
+    assert len(passed[0]) > len(passed[-1])
 
 
 @pytest.mark.parametrize("entry", [URL, URL_HASH.upper(), "AB" * 32, "cd" * 16, "-1234567890123456789"])
@@ -232,7 +232,7 @@ def test_the_signature_follows_what_the_removal_list_says(tmp_path) -> None:
 
 
 def test_the_signature_does_not_change_from_run_to_run() -> None:
-    """An index is kept on disk."""
+    """The key of an index on disk depends on the signature."""
     assert Filters(min_side=512, min_aesthetic=6.5).signature() == "6b3e1b134d76d19f"
 
 

@@ -23,7 +23,7 @@ from tests.data.conftest import keys, png, samples_of, stream, take
 
 
 def pictures(folder: Path, names: Sequence[str], text: str | None = "a {}") -> Path:
-    """Write pictures, each with a .txt of its name."""
+    """Write pictures, and a .txt with a caption for each unless `text` is None. Return the folder."""
     for name in names:
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def pictures(folder: Path, names: Sequence[str], text: str | None = "a {}") -> P
 
 
 def captions(source: Source) -> dict[str, str]:
-    """Return each usable sample's first caption."""
+    """Return a caption of each usable sample by its key."""
     choose = CaptionChoice(weights=source.captions)
     samples = [sample for shard in range(len(source.urls)) for sample in samples_of(source, shard)]
     return {sample["__key__"]: choose(sample, random.Random(0)) for sample in samples}
@@ -86,7 +86,7 @@ def test_table_holds_captions_and_metadata(tmp_path: Path, write: Any) -> None:
 
 
 def test_table_joins_files_beside_pictures(tmp_path: Path) -> None:
-    """A text file says more than the table, and both hold metadata."""
+    """The caption in a text file takes precedence over the table. Metadata comes from files and the table."""
     pictures(tmp_path, ["a.png", "b.png"], text=None)
     (tmp_path / "a.caption").write_text("from the file")
     (tmp_path / "b.json").write_text(json.dumps({"caption": "unused", "long": "a long one", "punsafe": 0.1}))
@@ -202,7 +202,7 @@ def test_each_picture_comes_once_an_epoch(tmp_path: Path) -> None:
 
 
 def test_folder_is_trained_on_by_one_command(tmp_path: Path) -> None:
-    """With buckets, filters and captions, resumed in the middle."""
+    """The training has buckets, filters and captions. It resumes in the middle of an epoch."""
     for number in range(20):
         (tmp_path / f"{number}.png").write_bytes(png((16, 8) if number % 2 else (8, 16)))
     rows = ({"file_name": f"{n}.png", "text": f"{n}", "blip": f"blip {n}", "punsafe": n / 40} for n in range(20))
@@ -219,10 +219,10 @@ def test_folder_is_trained_on_by_one_command(tmp_path: Path) -> None:
         if state is not None:
             data.load_state_dict(state)
         loader = iter(data.train_dataloader())
-        found = [next(loader) for _ in range(count)]
-        data.position = found[-1]["position"]
+        result = [next(loader) for _ in range(count)]
+        data.position = result[-1]["position"]
         states.append(data.state_dict())
-        return found
+        return result
 
     states: list[dict[str, Any]] = []
     whole = batches(8)

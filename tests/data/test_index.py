@@ -1,4 +1,4 @@
-"""The index of a shard: written once by one process, used by all, and ignored after a change."""
+"""One process writes the index of a shard once. All processes use it. A changed shard gets a new index."""
 
 import errno
 import json
@@ -62,11 +62,11 @@ def test_other_rules_have_another_index(tmp_path: Path) -> None:
         ({"filters": Filters(min_caption=5, max_unsafe=None), "captions": {"blip": 1}}, 1),
         ({"captions": {"blip": 1}}, 1),
         ({"captions": {"blip": 2}}, 1),
-        ({"captions": {"caption": 1}}, 1),  # metadata may hold any name
+        ({"captions": {"caption": 1}}, 1),  # the metadata may hold a caption of any name
         ({"needs": LATENTS}, 1),
         ({"aspect": len}, 2),
     ]
-    for _ in range(2):  # the second time from the index
+    for _ in range(2):  # the second pass reads the index
         for way, count in ways:
             assert counts(Source([shard], index=str(tmp_path / "index"), **way)) == [count], way
     keys = {Source([shard], **way).key(0) for way, _ in ways}
@@ -118,8 +118,8 @@ def test_left_out_samples_are_named_a_few_times(tmp_path: Path, caplog: pytest.L
     assert caplog.text.count("leaving out sample ") == 10
     assert "pack them from one folder with tar --sort=name" in caplog.text
     assert "leaving out more samples for the same reason" in caplog.text
-    says = r"no usable sample: .*'apart': 100.*; the files of a sample must follow each other"
-    with pytest.raises(UserError, match=says):
+    message = r"no usable sample: .*'apart': 100.*; the files of a sample must follow each other"
+    with pytest.raises(UserError, match=message):
         raise source.nothing_usable()
 
 
@@ -155,23 +155,23 @@ def test_processes_scan_a_shard_once(tmp_path: Path) -> None:
 
 
 def test_sources_of_one_process_scan_a_shard_once(tmp_path: Path) -> None:
-    """Training and validation may read the same shard. The file's lock does not part two threads."""
+    """Training and validation may read the same shard. The lock file does not exclude threads of one process."""
     shard, judged = write_shard(tmp_path / "a.tar", pairs(0, 40)), []
 
     def judge(caption: str | None, meta: Mapping[str, Any]) -> None:
         judged.append(caption)
         time.sleep(0.002)
 
-    shards = [shard_index(tmp_path, shard, judge) for _ in range(3)]
-    for one in shards:
-        one.ensure()
-    shards[0].close()
-    assert [one.notes().samples for one in shards] == [40] * 3
+    readers = [shard_index(tmp_path, shard, judge) for _ in range(3)]
+    for reader in readers:
+        reader.ensure()
+    readers[0].close()
+    assert [reader.notes().samples for reader in readers] == [40] * 3
     assert len(judged) == 40
 
 
 def test_index_of_a_killed_process_is_written_anew(tmp_path: Path) -> None:
-    """Its .part file and its lock stay. Another process that read the .part file continues with the new one."""
+    """A killed process leaves its .part file and its lock file. A reader of this .part file continues with the new one."""
     shard = write_shard(tmp_path / "a.tar", pairs(0, 40))
     reached = fork.Event()
 
@@ -201,7 +201,7 @@ def test_index_of_a_killed_process_is_written_anew(tmp_path: Path) -> None:
 
 
 def test_records_are_waited_for_while_an_index_is_written_anew(tmp_path: Path) -> None:
-    """A reader holds the file of a killed process, and the new one is shorter at first."""
+    """The reader holds the .part file of a killed process. The new .part file is shorter at first."""
     shard = write_shard(tmp_path / "a.tar", pairs(0, 40))
     whole = shard_index(tmp_path, shard, lambda caption, meta: None)
     whole.notes()
@@ -216,7 +216,7 @@ def test_records_are_waited_for_while_an_index_is_written_anew(tmp_path: Path) -
 
 
 def test_reader_waits_between_the_files_of_two_writers(tmp_path: Path) -> None:
-    """The next writer has removed the file of the one before, and has not made its own yet."""
+    """The second writer has removed the file of the first writer. It has not created its own file yet."""
     shard = write_shard(tmp_path / "0.tar", pairs(0, 4))
     reader = shard_index(tmp_path / "index", shard, lambda *args: None)
     reader.part.parent.mkdir()

@@ -1,4 +1,4 @@
-"""Members of latent shards. Wrong arrays are skipped."""
+"""Members of latent shards. A sample with a wrong array is skipped."""
 
 import io
 import random
@@ -63,5 +63,5 @@ def test_sizes_that_are_not_one_row_a_variant_cost_that_sample(sizes: np.ndarray
     sample = {"__key__": "a", "__url__": "0.tar", POSTERIOR: npy(MOMENTS), SIZES: npy(sizes), "txt": b"a"}
     with pytest.raises(Skip, match="latent"):
         DecodeLatents()(sample, random.Random(0))
-    found = DecodeLatents()({**sample, SIZES: npy(np.arange(8).reshape(2, 4))}, random.Random(0))
-    assert [*found["original_sizes"].tolist(), *found["crops"].tolist()] in ([0, 1, 2, 3], [4, 5, 6, 7])
+    decoded = DecodeLatents()({**sample, SIZES: npy(np.arange(8).reshape(2, 4))}, random.Random(0))
+    assert [*decoded["original_sizes"].tolist(), *decoded["crops"].tolist()] in ([0, 1, 2, 3], [4, 5, 6, 7])

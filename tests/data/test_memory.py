@@ -1,4 +1,4 @@
-"""Remote shards without a cache on a disk: they pass through memory, and nothing remains."""
+"""Remote shards without a cache on a disk pass through memory. The last process of a node leaves no shard there."""
 
 import contextlib
 import multiprocessing
@@ -38,7 +38,7 @@ def shards(tmp_path: Path, server: Server) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Let `tmp_path` stand for /dev/shm. The test's process holds no folder after the test."""
+    """Use `tmp_path` in place of /dev/shm. Release the held folders after the test."""
     monkeypatch.setattr(memory, "MEMORY", tmp_path / "memory")
     monkeypatch.setattr(memory, "held", {})
     (tmp_path / "memory").mkdir()
@@ -48,7 +48,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     memory.held.clear()
 
 
-def kept(folder: Path) -> int:
+def shard_count(folder: Path) -> int:
     return len(list(folder.glob("*.tar")))
 
 
@@ -71,9 +71,9 @@ def test_order_is_that_of_local_shards(server: Server, shards: list[str], tmp_pa
     options = {"lanes": LANES, "batch_size": 12}
     streamed = take(stream(Source(shards), **options), batches, workers=2)
     assert keys(streamed) == keys(take(stream(local, **options), batches))
-    # A lane that begins its second epoch with one of the two last shards of the first has it still.
+    # A lane still has the last two shards of its first epoch. Its second epoch may begin with one of them.
     assert 2 * 15 - 2 * LANES <= fetches(server) <= 2 * 15 + LANES
-    assert kept(folder) <= 4 * LANES
+    assert shard_count(folder) <= 4 * LANES
 
 
 def test_a_lane_keeps_three_shards(shards: list[str], folder: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_lane_keeps_three_shards(shards: list[str], folder: Path) -> None:
     batches = iter(stream(source, lanes=LANES, batch_size=12))
     for _ in range(15 * 40 // 12):
         next(batches)
-        assert kept(folder) <= 3 * LANES
+        assert shard_count(folder) <= 3 * LANES
         assert len(source.files) <= 3 * LANES
 
 
@@ -119,7 +119,7 @@ def test_processes_of_a_node_fetch_a_shard_once(server: Server, shards: list[str
     fork = multiprocessing.get_context("fork")
     results = fork.Queue()
     processes = [fork.Process(target=count, args=(shards, str(tmp_path / "index"), results)) for _ in range(3)]
-    hold(folder)  # a process that ends first takes nothing from the others
+    hold(folder)  # the folder stays when the first process ends
     for process in processes:
         process.start()
     assert [results.get(timeout=60) for _ in processes] == 3 * [15 * [40]]
@@ -154,7 +154,7 @@ def test_nothing_is_left_when_the_last_process_of_a_node_ends(shards: list[str],
             assert rank.stdout is not None
             assert rank.stdout.readline() == b"ready\n"
         for rank in ranks:
-            assert kept(folder)
+            assert shard_count(folder)
             if way == "kill":
                 os.killpg(rank.pid, signal.SIGKILL)
             assert rank.stdin is not None
@@ -169,9 +169,9 @@ def test_next_start_removes_the_folder_of_a_killed_guard(folder: Path) -> None:
     hold(folder)
     assert list(folder.iterdir()) == []
     (folder / "new.tar").touch()
-    memory.held.clear()  # as in another process, while this one's handle is open
+    memory.held.clear()  # the next call acts as another process, while the handle of this process is open
     hold(folder)
-    assert kept(folder) == 1
+    assert shard_count(folder) == 1
 
 
 def test_shards_that_do_not_fit_are_one_sentence_before_training(shards: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +189,6 @@ def test_system_without_such_memory_is_one_sentence(tmp_path: Path, monkeypatch:
         MemoryCache()
     (tmp_path / "nowhere").mkdir()
     folder = tmp_path / f"nowhere/lcm-{os.getuid()}"
-    folder.symlink_to(tmp_path)  # as another user may have made it
+    folder.symlink_to(tmp_path)  # another user may have created this link
     with pytest.raises(UserError, match=r"^data\.cache=null streams remote shards"):
         MemoryCache()

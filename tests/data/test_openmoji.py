@@ -66,8 +66,8 @@ def test_the_shards_are_usable_and_counted_in_the_manifest(shards: Path) -> None
 
 
 def test_an_emoji_has_as_many_captions_as_backgrounds(shards: Path) -> None:
-    every = captions(shards, "train") + captions(shards, "val")
-    assert len(set(every)) == len(every)
+    texts = captions(shards, "train") + captions(shards, "val")
+    assert len(set(texts)) == len(texts)
 
 
 def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_names_are_plain_english() -> None:
 
 
 def test_kinds_and_categories_grow_vaguer() -> None:
-    """Every emoji has a group of its own, written as people write it."""
+    """The kind and the category of an emoji are plain English words."""
     by_name = {emoji.name: emoji for emoji in emojis()}
     expected = {
         "red apple": ("fruit", "food"),
@@ -145,7 +145,7 @@ def test_every_picture_has_exact_and_vague_captions(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("in_process")
 def test_pictures_of_an_emoji_vary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same emoji on the same background is never drawn twice alike."""
+    """No two pictures of the same emoji on the same background are equal."""
     monkeypatch.setattr(openmoji, "emojis", lambda: [emojis()[100]] * 6)
     monkeypatch.setitem(openmoji.BACKGROUNDS, "color", {"white": "#ffffff"})
     folder = small(tmp_path / "set", held_out=0.0)
@@ -199,7 +199,7 @@ class TestBuild:
 
 @pytest.fixture(scope="module")
 def drawings() -> list[dict[str, np.ndarray]]:
-    """Ten emojis from all over the code points, in every style."""
+    """Return ten emojis of different code points, drawn in every style."""
     return [
         {style: np.array(draw(path, 48, style)) for style in STYLE_SHEETS}
         for path in [emoji.path for emoji in emojis()][30::400]
@@ -228,19 +228,19 @@ def test_the_dark_style_has_light_outlines(drawings: list[dict[str, np.ndarray]]
 
 @pytest.mark.parametrize("experiment", ["clip_mini", "lcd_mini"])
 def test_own_shards_need_no_openmoji(experiment, shards, tiny_pipeline, tmp_path, capsys):
-    """Beside a folder of OpenMoji that has been drawn, for data.shards alone and for data=shards."""
-    own = [str(path) for path in sorted(shards.glob("train-*.tar"))]
+    """The shards lie outside of paths.data. OpenMoji is not drawn with data.shards alone, nor with data=shards."""
+    tars = [str(path) for path in sorted(shards.glob("train-*.tar"))]
     base = [f"experiment={experiment}", f"paths.data={tmp_path}", "data.resolution=32"]
     base += [] if experiment == "clip_mini" else [f"model.pipeline={tiny_pipeline}"]
     for group in ([], ["data=shards"]):
-        for urls in (own[0], f"[{','.join(own)}]"):
+        for urls in (tars[0], f"[{','.join(tars)}]"):
             data = instantiate(compose("train", [*base, *group, f"data.shards={urls}"]).data)
             data.prepare_data()
             assert data.val_shards is None
             assert not list(tmp_path.glob("openmoji*"))
             assert capsys.readouterr().out.count("there is no validation, data.val_shards=<shards> adds it") == (not group)
-        cfg = compose("train", [*base, *group, f"data.shards={own[0]}", f"data.val_shards={own[1]}", "callbacks=evaluation"])
-        assert cfg.callbacks.evaluation.shards == own[1]
+        cfg = compose("train", [*base, *group, f"data.shards={tars[0]}", f"data.val_shards={tars[1]}", "callbacks=evaluation"])
+        assert cfg.callbacks.evaluation.shards == tars[1]
         instantiate(cfg.data).prepare_data()
         assert not list(tmp_path.glob("openmoji*"))
         assert "validation" not in capsys.readouterr().out

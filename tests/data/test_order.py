@@ -1,4 +1,4 @@
-"""The sample order: a function of shard names, seed and position. Counts are learnt on the way."""
+"""The sample order is a function of shard names, seed and position. A lane counts the samples of a shard that it reaches."""
 
 import pickle
 import random
@@ -20,9 +20,10 @@ SHAPES = [(64, 64), (48, 80), (80, 48), (32, 128)]
 
 
 class Counts:
-    """A source of shards that hold so many samples. scanned: they are known; else they arrive.
+    """A source of shards with the given sample counts.
 
-    asked, prefetched, released: the shards that an order needed, and those that it needs no more.
+    scanned: whether the counts are known at once. Otherwise the source knows only the samples that an order asks for.
+    asked: the most samples that an order asks of each shard. prefetched, released: the shards of an order's calls.
     """
 
     def __init__(self, counts: Sequence[int], scanned: bool = True) -> None:
@@ -37,7 +38,7 @@ class Counts:
         return (self.counts[shard], True) if self.scanned else (min(count, self.counts[shard]), count > self.counts[shard])
 
     def aspect(self, shard: int, sample: int) -> int:
-        """All ratios of sides, squares most often."""
+        """Return the code of a random aspect ratio. Squares are the most frequent."""
         return min(max(round(random.Random(f"{shard}/{sample}").gauss(SQUARE, 24)), 0), 255)
 
     def weight(self, shard: int) -> float:
@@ -125,7 +126,7 @@ def test_lane_is_shuffled_in_blocks(shuffle: int, ends: Sequence[int]) -> None:
 
 
 def test_shards_of_two_lanes_meet_equally_often() -> None:
-    """A walk in one order each epoch would repeat a few pairs."""
+    """The same order of shards in every epoch would repeat a few pairs."""
     samples = refs(order([10] * 6, shuffle=20, lanes=2), range(60_000))
     met = Counter(frozenset((a.shard, b.shard)) for a, b in zip(samples[::2], samples[1::2], strict=True))
     assert len(met) == 9
@@ -147,7 +148,7 @@ def test_orders_travel_to_spawned_workers() -> None:
     assert refs(pickle.loads(pickle.dumps(whole)), range(50)) == before
 
 
-# Counts are learnt on the way
+# Counts and prefetches of shards
 
 
 @pytest.mark.parametrize("scanned", [False, True])
@@ -162,12 +163,12 @@ def test_first_batch_asks_for_the_first_blocks_of_the_lanes_only(scanned: bool) 
 
 @pytest.mark.parametrize(("scanned", "prefetched"), [(False, 12), (True, 14)])
 def test_next_shard_is_prefetched_once(scanned: bool, prefetched: int) -> None:
-    """Late in a shard that is still downloaded, so that its own bytes come first; else early."""
+    """The prefetch starts early in a scanned shard. In a downloading shard it starts late: the shard's own bytes come first."""
     source = Counts([100] * 12, scanned)
     walked = refs(Order([source], [1.0], shuffle=16, lanes=2), range(12 * 100 + 20))
     for lane in (0, 1):
         assert len(set(ref.shard for ref in walked if ref.lane == lane)) == 6
-    assert len(source.prefetched) == prefetched  # 6 a lane, and one of the second epoch
+    assert len(source.prefetched) == prefetched  # 6 in each lane; a scanned source has one more in each lane
 
 
 def test_shard_that_a_resume_passes_is_not_prefetched() -> None:
@@ -201,7 +202,7 @@ def test_sources_are_taken_by_weight_exactly() -> None:
 
 
 def test_weights_hold_whatever_the_shards() -> None:
-    """Also where a source has fewer turns than lanes."""
+    """The third source has fewer turns than lanes."""
     sources = [Counts([30] * 3), Counts([7, 99, 40, 12]), Counts([1] * 60)]
     whole = Order(sources, [200, 797, 3], lanes=16)
     assert Counter(ref.source for ref in refs(whole, range(MIX))) == {0: 200, 1: 797, 2: 3}
@@ -244,7 +245,7 @@ def test_rank_reads_only_the_shards_of_its_lanes() -> None:
 
 
 def test_64_ranks_share_out_100_000_shards() -> None:
-    """Each sample once in an epoch of its lane, and a resume at three points with other ranks is the same order."""
+    """A lane draws each sample once in an epoch. A resume at three steps with another world size draws the same samples."""
     rng = random.Random(0)
     counts, lanes, batch = [rng.choice((0, 0, 0, 0, 1, 2)) for _ in range(100_000)], 128, 2
     source = Counts(counts)
@@ -263,7 +264,7 @@ def test_64_ranks_share_out_100_000_shards() -> None:
     names: set[tuple[int, int]] = set()
     for lane in samples.values():
         first = list(dict.fromkeys(lane))
-        assert lane[: len(first)] == first  # none came again before all had come
+        assert lane[: len(first)] == first  # no sample repeats before the lane has drawn all its samples
         names |= set(first)
     assert names == {(shard, sample) for shard, count in enumerate(counts) for sample in range(count)}
     for step, expected in batches.items():
@@ -309,7 +310,7 @@ def test_bucketed_batches_mix_shapes() -> None:
 
 
 def test_bucketed_batches_mix_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where most pictures have one shape: a batch of one shard's samples would train on one kind of pictures."""
+    """All pictures have one shape. A batch from one shard would train on one kind of picture."""
     whole = bucketed([100] * 16, batch=16, lanes=8)
     monkeypatch.setattr(Counts, "aspect", lambda *_: SQUARE)
     assert min(len({ref.lane for _, ref in whole.batch(range(first, first + 16))}) for first in range(0, 512, 16)) >= 4

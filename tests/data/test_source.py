@@ -1,4 +1,4 @@
-"""A source refuses wrong files with a reason, survives temporary failures of the system, and reads by number."""
+"""A source refuses wrong files with a reason. It survives temporary failures of the system. It reads samples by number."""
 
 import errno
 import gzip
@@ -118,7 +118,7 @@ def test_check_reads_no_pictures_and_one_shard(tmp_path: Path, monkeypatch: pyte
     assert sum(size for _, size in read) < 300_000
 
 
-# Trouble that passes
+# Temporary failures
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_trouble_that_stays_is_one_sentence(urls: list[str], tmp_path: Path, mon
 def test_more_shards_than_open_files(tmp_path: Path, others: bool, caplog: pytest.LogCaptureFixture) -> None:
     shards = [write_shard(tmp_path / f"{number:03d}.tar", pairs(number, 2)) for number in range(120)]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    source = Source(shards) if others else None  # it counts on more handles than there will be
+    source = Source(shards) if others else None  # it expects more file handles than the limit below allows
     resource.setrlimit(resource.RLIMIT_NOFILE, (90, hard))
     try:
         source = source or Source(shards)
@@ -200,7 +200,7 @@ def test_lost_file_handle_is_opened_again(urls: list[str], monkeypatch: pytest.M
         source.read(0, 3)
 
 
-# Shards that cannot be had
+# Shards that cannot be read
 
 
 def test_dead_first_shard_does_not_hide_the_others(tmp_path: Path) -> None:
@@ -212,9 +212,9 @@ def test_dead_first_shard_does_not_hide_the_others(tmp_path: Path) -> None:
 
 
 def test_queries_tell_shards_apart() -> None:
-    one, other = (stamp(f"https://user:secret@host/get?shard={n}&token=secret") for n in (0, 1))
-    assert one != other
-    assert "secret" not in one
+    first, second = (stamp(f"https://user:secret@host/get?shard={n}&token=secret") for n in (0, 1))
+    assert first != second
+    assert "secret" not in first
     assert stamp("https://user:secret@host/0.tar") == "https://host/0.tar"
 
 

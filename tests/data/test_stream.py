@@ -1,4 +1,4 @@
-"""Batches in one order for any number of workers and ranks, from any position, and with damaged samples."""
+"""Batches have one order for any number of workers and ranks, from any position, and with damaged samples."""
 
 import copy
 import itertools
@@ -44,15 +44,15 @@ def test_order_and_draws_do_not_depend_on_workers(urls: list[str], workers: int,
 
 
 def in_turns(whole: Stream, count: int | None, workers: int, patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Return the batches of a DataLoader with so many workers, without processes."""
+    """Return the batches of a DataLoader with this number of workers. Do not start processes."""
     turns = []
     for number in range(max(workers, 1)):
         info = SimpleNamespace(id=number, num_workers=workers) if workers else None
-        own = iter(copy.deepcopy(whole))
+        worker_batches = iter(copy.deepcopy(whole))
         with patch.context() as patched:
             patched.setattr("lcm.data.stream.get_worker_info", lambda info=info: info)
-            first = list(itertools.islice(own, 1))  # a worker learns its number with its first batch
-        turns.append(itertools.chain(first, own))
+            first = list(itertools.islice(worker_batches, 1))  # a worker learns its number with its first batch
+        turns.append(itertools.chain(first, worker_batches))
     batches = (next(turn, None) for turn in itertools.cycle(turns))
     return list(itertools.islice(itertools.takewhile(bool, batches), count))
 
@@ -63,13 +63,13 @@ def test_every_sample_once_an_epoch_over_ranks_and_workers(
     ranks, workers = 3, 3
     shares = [stream(even, batch_size=4, lanes=4, rank=rank, world_size=ranks) for rank in range(ranks)]
     seen = Counter(key for share in shares for key in keys(in_turns(share, 24, workers, monkeypatch)))
-    assert set(seen.values()) == {ranks}  # as many epochs
+    assert set(seen.values()) == {ranks}  # 3 ranks x 24 batches x 4 samples are 3 epochs of 96 samples
     assert len(seen) == 96
 
     shares = [stream(urls, batch_size=3, shuffle=0, rank=rank, world_size=ranks) for rank in range(ranks)]
     seen = Counter(key for share in shares for key in keys(in_turns(share, None, workers, monkeypatch)))
     assert set(seen) == set(EVERY)
-    assert seen.total() - len(EVERY) < ranks  # no rank is left without a last batch
+    assert seen.total() - len(EVERY) < ranks  # a rank without a sample in the last batch repeats a sample
 
 
 def test_workers_in_turns_are_those_of_a_loader(urls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_stream_resumes_from_the_position_of_any_batch(urls: list[str]) -> None:
 @pytest.mark.parametrize(("workers", "ranks", "lost"), [(2, 1, False), (0, 2, True), (1, 4, False)])
 def test_resume_with_other_workers_and_ranks(even: list[str], tmp_path: Path, workers: int, ranks: int, lost: bool) -> None:
     straight = take(stream(Source(even, index=str(tmp_path)), batch_size=8, lanes=4), 30)
-    for done in (2, 11, 25):  # the first, the first and the third epoch
+    for done in (2, 11, 25):  # batches of the first, the first and the third epoch
         index = tmp_path / f"{done}" if lost else tmp_path
         options = {"batch_size": 8 // ranks, "lanes": 4, "start": straight[done]["position"], "world_size": ranks}
         shares = [take(stream(Source(even, index=str(index)), rank=rank, **options), 3, workers) for rank in range(ranks)]
@@ -99,7 +99,7 @@ def test_resume_with_other_workers_and_ranks(even: list[str], tmp_path: Path, wo
 
 
 def test_stream_resumes_with_another_global_batch(even: list[str]) -> None:
-    """The order is one of samples, not of batches: no sample repeats after a change of the batch size."""
+    """The order is an order of samples, not of batches. No sample repeats after a change of the batch size."""
     first = take(stream(even, lanes=4, batch_size=12), 4)
     rest = take(stream(even, lanes=4, batch_size=8, start=48), 6)
     assert len(set(keys(first) + keys(rest))) == 96
@@ -123,7 +123,7 @@ def test_resume_decodes_nothing_again(urls: list[str]) -> None:
 def test_first_batch_opens_the_shards_of_its_samples_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool
 ) -> None:
-    """Also with the indexes of an earlier run, whatever the shards before the position."""
+    """A run that resumes with the indexes of an earlier run opens no other shards either."""
     urls = [write_shard(tmp_path / f"{n:02d}.tar", pairs(n, 20)) for n in range(40)]
     if resumed:
         source = Source(urls, index=str(tmp_path / "index"))
@@ -182,7 +182,7 @@ def test_pass_by_shard_draws_alike_whatever_the_other_shards(urls: list[str]) ->
 
 
 def sound(tmp_path: Path, count: int) -> str:
-    """Write a shard of so many sound samples, and "0-03", a PNG that ends early."""
+    """Write a shard of `count` sound samples and the damaged sample "0-03". The PNG of "0-03" ends early."""
     samples = pairs(0, count + 1)
     samples[3]["png"] = samples[3]["png"][:45]
     return write_shard(tmp_path / "damaged.tar", samples)
@@ -268,7 +268,7 @@ SHAPES = [(16, 16), (16, 24), (24, 16), (8, 32)]  # (height, width)
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """45 pictures of these shapes in turn. 23 are squares."""
+    """Return shards of 45 pictures with the shapes of `MIXED` in turn. 23 of the pictures are squares."""
     root, number, shards = tmp_path_factory.mktemp("mixed"), 0, []
     for shard, size in enumerate(SIZES):
         samples = pairs(shard, size)
@@ -322,7 +322,7 @@ def test_bucketed_pass_is_complete_and_of_one_shape_a_batch(mixed: list[str], ra
 
 
 def test_stand_ins_have_the_shape_of_their_batch(tmp_path: Path) -> None:
-    """The only tall pictures are broken behind their first bytes: others take their place, cropped tall."""
+    """The only tall pictures are damaged after their first bytes. Other pictures, cropped to the tall shape, replace them."""
     samples = pairs(0, 30)
     for number in (3, 17):
         samples[number]["png"] = png((16, 24))[:45]

@@ -79,7 +79,7 @@ def test_headers_match_tarfile(tmp_path: Path, kind: int, names: list[str]) -> N
 
 
 def as_v7(content: bytes) -> bytes:
-    """Turn headers of ustar into those of tar's first version: no magic, and a type of NUL for files."""
+    """Turn ustar headers into headers of tar's first version. They have no magic, and the type of a file is NUL."""
     result, offset = bytearray(content), 0
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         for offset in (info.offset for info in archive):
@@ -112,7 +112,7 @@ def test_signed_checksums_of_old_programs_hold() -> None:
     assert [member.name for member in headers(Memory(bytes(block)))] == ["é.png"]
 
 
-# Which members make a sample
+# Members of a sample
 
 
 def test_samples_are_read_by_number(urls: list[str]) -> None:
@@ -162,7 +162,7 @@ def test_nested_metadata_is_kept(tmp_path: Path) -> None:
 
 
 class Counting(LocalFile):
-    """Notes which bytes are read."""
+    """A local file that records the spans of bytes that are read."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
@@ -175,7 +175,7 @@ class Counting(LocalFile):
 
 @pytest.mark.parametrize("aspect", [None, len], ids=["", "buckets"])
 def test_filters_do_not_read_pictures(tmp_path: Path, aspect: Any) -> None:
-    """With buckets the beginning of a picture is read, which holds its size."""
+    """Buckets need the size of a picture. It is in the first bytes of the picture."""
     picture, count = random.Random(0).randbytes(300_000), 20
     samples = [{"__key__": f"{i}", "png": picture, "txt": "a cat", "json": {"punsafe": i / count}} for i in range(count)]
     file = Counting(write_shard(tmp_path / "a.tar", samples))
@@ -204,7 +204,7 @@ def test_litter_is_no_member(tmp_path: Path) -> None:
 
 
 def test_key_with_dots_ends_at_extension(tmp_path: Path) -> None:
-    """Only if that gives samples."""
+    """The dot before the extension ends a key only if this gives samples."""
     keys = ["IMG 2.1 sunset", "IMG 2.10 sunset", "photo", "photo.001", "photo.k.1", "v1.5.Beta", "v1.5.beta"]
     shard = write_tar(tmp_path / "a.tar", sorted(item for key in keys for item in pair(key, key.encode())))
     assert captions(shard) == {key: key.encode() for key in keys}
@@ -225,7 +225,7 @@ def test_extensions_with_dots_stay_members(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "weights"), [("blip", {"blip": 1.0}), ("caption", None)])
 def test_captions_of_any_name_make_samples(tmp_path: Path, name: str, weights: dict[str, float] | None) -> None:
-    """Keys with dots, names that come again, and members that lie apart."""
+    """The tar has keys with dots, repeated names, and samples whose members do not follow each other."""
     dotted = [(f"p.{i}.{end}", png()) for i in range(3) for end in ("png", name)]
     twice = [(f"b.{end}", png()) for _ in range(2) for end in ("png", name)]
     apart = [(f"{n:03d}.{end}", png()) for end in ("png", name) for n in range(4)]
@@ -276,7 +276,7 @@ def test_members_with_dots_far_apart_are_counted_as_such(tmp_path: Path) -> None
 
 
 def linked(tmp_path: Path, link: Any, links: str = "png txt") -> str:
-    """Write a tar of files, then of links to these files, some of them to be made by `link`."""
+    """Write a tar of files, then of links to these files. `link` makes the links that `links` names. The others are copies."""
     (tmp_path / "real").mkdir()
     (tmp_path / "made").mkdir()
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
@@ -317,7 +317,7 @@ def test_links_out_of_a_tar_are_counted_as_such(tmp_path: Path, links: str) -> N
     assert reasons(shard) == {"link": 1}
 
 
-# Damage: one flipped bit in a header ends a shard in silence for other readers.
+# Damage: other readers silently end a shard at a header with one flipped bit.
 
 
 def header(shard: str | Path, member: str) -> tarfile.TarInfo:
@@ -327,7 +327,7 @@ def header(shard: str | Path, member: str) -> tarfile.TarInfo:
 
 @pytest.mark.parametrize(("member", "long"), [("png", True), ("txt", False)], ids=["pax", "short"])
 def test_damaged_header_costs_one_sample(tmp_path: Path, member: str, long: bool) -> None:
-    """A long name has two headers. Names after it are short, so that it would be seen where it was taken for another's."""
+    """A long name has two headers. The names after it are short. The test would see the long name on another sample."""
     keys = [f"{'d' * 120 * (long and i == 6)}{i:02d}" for i in range(12)]
     whole = Path(
         write_shard(tmp_path / "whole.tar", [{**sample, "__key__": k} for sample, k in zip(pairs(1, 12), keys, strict=True)])
@@ -346,7 +346,7 @@ def test_damaged_header_costs_one_sample(tmp_path: Path, member: str, long: bool
 
 
 def test_cut_header_costs_the_rest_of_a_shard(tmp_path: Path, urls: list[str]) -> None:
-    """Other cuts: tests/data/test_damage.py."""
+    """tests/data/test_damage.py has the other cuts."""
     (tmp_path / "cut.tar").write_bytes(Path(urls[1]).read_bytes()[: header(urls[1], "1-06.png").offset + 100])
     assert usable(tmp_path / "cut.tar") == [f"1-{i:02d}" for i in range(6)]
 

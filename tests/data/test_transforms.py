@@ -21,7 +21,7 @@ from lcm.data.transforms import Decode, collate
 
 SIZE = 32
 TRANSPOSE = Image.Transpose
-# How a picture is stored so that a viewer that obeys the EXIF orientation shows it upright.
+# The transposition that stores a picture in an EXIF orientation. A viewer that obeys the orientation shows it upright.
 STORED = {
     1: None,
     2: TRANSPOSE.FLIP_LEFT_RIGHT,
@@ -64,14 +64,14 @@ def reason_of(content: bytes) -> str:
 
 
 def corner(width: int = 48, height: int = 48) -> Image.Image:
-    """Blue, with a red bar half as wide and a quarter as high at the top left: no symmetry."""
+    """Return a blue image without symmetry: the red bar at its top left is half as wide and a quarter as high."""
     image = Image.new("RGB", (width, height), "blue")
     image.paste("red", (0, 0, width // 2, height // 4))
     return image
 
 
 def photo(width: int = 96, height: int = 64, mode: str = "RGB") -> Image.Image:
-    """Soft shapes with some grain, different everywhere."""
+    """Return an image of soft shapes with some grain. No two parts of it are equal."""
     rng = np.random.default_rng(0)
     small = Image.fromarray(rng.integers(0, 256, (height // 24 + 2, width // 24 + 2, 3), dtype=np.uint8))
     soft = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)) + rng.normal(0, 3, (height, width, 3))
@@ -79,11 +79,11 @@ def photo(width: int = 96, height: int = 64, mode: str = "RGB") -> Image.Image:
 
 
 def rotated(image: Image.Image, orientation: int) -> bytes:
-    """A JPEG stored in that EXIF orientation."""
-    how = STORED[orientation]
+    """Return the image as a JPEG that is stored in this EXIF orientation."""
+    transposition = STORED[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return encoded(image if how is None else image.transpose(how), "JPEG", exif=exif, quality=95)
+    return encoded(image if transposition is None else image.transpose(transposition), "JPEG", exif=exif, quality=95)
 
 
 def noise(width: int = 96, height: int = 64) -> bytes:
@@ -126,7 +126,7 @@ def test_the_half_transparent_is_blended_with_white() -> None:
 
 
 def test_turned_file_is_cropped_like_its_upright_picture() -> None:
-    """A PNG. The other orientations: test_turned_and_drafted_file_is_cropped_like_its_upright."""
+    """The file is a PNG. test_turned_and_drafted_file_is_cropped_like_its_upright has the other orientations."""
     upright, exif = photo(150, 90), Image.Exif()
     exif[0x0112] = 8
     turned = encoded(upright.transpose(STORED[8]), exif=exif)
@@ -145,7 +145,7 @@ def test_damaged_exif_does_not_cost_the_picture() -> None:
 
 
 def test_the_name_need_not_tell_the_format() -> None:
-    """img2dataset's `disable_all_reencoding` stores whatever it got as .jpg."""
+    """img2dataset's `disable_all_reencoding` stores files of every format as .jpg."""
     assert decode(encoded(Image.new("RGB", (40, 40), "red"), "WEBP"), name="jpg").float().mean(
         (1, 2)
     ).tolist() == pytest.approx([255, 0, 0], abs=2)
@@ -178,7 +178,7 @@ def test_jpeg_is_decoded_at_the_smallest_scale_that_holds(
 def test_a_drafted_picture_is_the_same_picture(
     mode: str, shape: tuple[int, int], orientation: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Up to the filter: 1 of 255 levels on average, where a shift by one pixel of the result makes 5 and more."""
+    """The filter changes a pixel by less than 1 level on average. A shift of the result by one pixel makes more than 5."""
     content = rotated(photo(*shape, mode=mode), orientation)
     options = {"name": "jpg", "random_crop": True, "flip": True, "seed": orientation}
     drafted = decode(content, **options).float()
@@ -190,24 +190,24 @@ def test_a_drafted_picture_is_the_same_picture(
 
 
 def test_a_fine_checkerboard_becomes_grey() -> None:
-    """Every second pixel of it would be all black or all white."""
+    """A resize that takes every second pixel would return an all black or all white image."""
     board = (np.indices((8 * SIZE, 8 * SIZE)).sum(0) % 2 * 255).astype(np.uint8)
     x = decode(encoded(Image.fromarray(board), "JPEG", quality=95), name="jpg").int()
     assert (x - 128).abs().max() <= 4
 
 
 def test_thin_image_costs_no_more_memory_than_its_square(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A 2 x 20000 image of 100 bytes, resized before it is cropped, would be 32 x 320000."""
-    asked = []
+    """A resize before the crop would turn a 2 x 20000 image of 100 bytes into 32 x 320000 pixels."""
+    areas = []
     resize = Image.Image.resize
 
     def watched(image: Image.Image, size: tuple[int, int], *args: Any, **kwargs: Any) -> Image.Image:
-        asked.append(size[0] * size[1])
+        areas.append(size[0] * size[1])
         return resize(image, size, *args, **kwargs)
 
     monkeypatch.setattr(Image.Image, "resize", watched)
     decode(encoded(Image.new("RGB", (2, 20000))))
-    assert max(asked) <= 100 * SIZE**2
+    assert max(areas) <= 100 * SIZE**2
 
 
 def test_random_crop_and_flip_depend_on_the_rng_alone() -> None:
@@ -274,7 +274,7 @@ def test_a_flip_mirrors_half_of_the_images() -> None:
 
 
 def ramps(width: int, height: int) -> bytes:
-    """Red counts the columns, green the rows."""
+    """Return a picture whose red channel counts the columns and whose green channel counts the rows."""
     columns, rows = np.meshgrid(np.arange(width), np.arange(height))
     return encoded(Image.fromarray(np.stack([columns, rows, 0 * rows], -1).astype(np.uint8)))
 
@@ -295,7 +295,7 @@ def test_crop_says_where_the_image_lies(width: int, height: int, high: int, wide
         columns = (red.mean(0) + 0.5) * unit
         columns = width * unit - columns if mirrored else columns
         rows = (green.mean(1) + 0.5) * unit
-        inner = slice(3, -3)  # where the filter does not lean on the border
+        inner = slice(3, -3)  # pixels that the filter computes without the border
         down, right = torch.arange(high) + 0.5, torch.arange(wide) + 0.5
         torch.testing.assert_close(columns[inner], right[inner] + left, atol=max(1.25, unit), rtol=0)
         torch.testing.assert_close(rows[inner], down[inner] + top, atol=max(1.25, unit), rtol=0)
@@ -315,7 +315,7 @@ def test_crop_says_where_the_image_lies(width: int, height: int, high: int, wide
 )
 def test_original_size_is_the_published_one_upright(orientation: int, meta: dict[str, Any], expected: tuple[int, int]) -> None:
     upright = photo(300, 200)
-    if orientation >= 5 and meta:  # the .json tells of the stored picture
+    if orientation >= 5 and meta:  # the .json holds the size of the stored picture
         meta = {
             "original_width": meta.get("original_height", meta.get("Original_Height")),
             "original_height": meta.get("original_width", meta.get("ORIGINAL_WIDTH")),
@@ -342,7 +342,7 @@ def test_too_many_bytes_are_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cut_jpeg_is_an_error() -> None:
-    """A progressive one, which is decoded whole. Others: test_jpeg_that_is_cut_is_not_sound."""
+    """The JPEG is progressive and is decoded whole. test_jpeg_that_is_cut_is_not_sound cuts the other kinds."""
     size = 256
     content = encoded(Image.open(io.BytesIO(noise(size, size))), "JPEG", quality=90, progressive=True)
     decode(content, name="jpg", size=size)
@@ -490,7 +490,7 @@ def test_jpeg_without_its_end_marker_is_sound(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in JPEGS if kind != "progressive"])
 def test_jpeg_that_is_cut_is_not_sound(kind: str) -> None:
-    """Wherever its scan is cut, also where an unfinished download is filled up with zeros."""
+    """The scan is cut at every byte. Zeros may follow the cut, as in an unfinished download."""
     content = encoded(blobs(40), "JPEG", **JPEGS[kind])
     scan = content.rindex(b"\xff\xda") + 14
     assert len(content) - scan > 100

@@ -116,6 +116,6 @@ def test_folder_is_told_the_way(tmp_path: Path, file: str, says: str) -> None:
 def test_folder_of_validation_pictures_is_to_be_packed(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/0.jpg").touch()
-    says = r"pictures: pack it with `tar --sort=name -cf mine\.tar -C .*mine \.`.* and set data\.val_shards=mine\.tar"
-    with pytest.raises(UserError, match=says):
+    message = r"pictures: pack it with `tar --sort=name -cf mine\.tar -C .*mine \.`.* and set data\.val_shards=mine\.tar"
+    with pytest.raises(UserError, match=message):
         expand_urls(f"{tmp_path}/mine", "data.val_shards")

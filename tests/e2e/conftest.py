@@ -1,4 +1,4 @@
-"""The real programs, run as a user runs them, on the tiny pipeline and a few shards."""
+"""Fixtures that run the real programs as a user does, on the tiny pipeline and a few shards."""
 
 import os
 import subprocess
@@ -25,13 +25,13 @@ def environment(**more: str) -> dict[str, str]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., Result]:
-    """Run a program in an empty working directory; returns the finished process with its text output."""
+    """Run a program in an empty working directory. Return the finished process with its text output."""
     return lambda program, *args, **env: warm.run(command(program, *args), tmp_path, environment(**env), timeout=900)
 
 
 @pytest.fixture
 def run_cold(tmp_path: Path) -> Callable[..., Result]:
-    """The same, imports and all."""
+    """Run a program like `run`, but in a new interpreter, which imports the libraries itself."""
     return lambda program, *args, **env: subprocess.run(
         command(program, *args), cwd=tmp_path, env=environment(**env), capture_output=True, text=True, timeout=300
     )
@@ -39,7 +39,7 @@ def run_cold(tmp_path: Path) -> Callable[..., Result]:
 
 @pytest.fixture(scope="session")
 def tiny(tiny_pipeline: Path, shards: Path) -> list[str]:
-    """Overrides that shrink the default experiment to seconds."""
+    """Return overrides that shrink the default experiment to seconds."""
     return [
         f"model.pipeline={tiny_pipeline}",
         *tiny_data(shards),

@@ -1,4 +1,4 @@
-"""`python -m lcm.bench`: its files and its refusals."""
+"""`python -m lcm.bench` writes its results to files."""
 
 import json
 

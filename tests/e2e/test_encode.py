@@ -1,4 +1,4 @@
-"""Latents encoded once train as images encoded on the fly do; others' latents are refused."""
+"""Training on encoded latents gives the losses of training on images that are encoded on the fly."""
 
 import json
 import shutil
@@ -20,14 +20,14 @@ def encode(run, tiny_pipeline, shards):
 
 @pytest.fixture
 def latents(encode, tmp_path, tmp_path_factory):
-    """A folder of latents, which one encoding made for all tests."""
-    kept = tmp_path_factory.getbasetemp() / "encoded"
-    if not kept.exists():
+    """Return a folder of latents. The first test encodes them, and later tests copy them."""
+    encoded = tmp_path_factory.getbasetemp() / "encoded"
+    if not encoded.exists():
         done = encode()
         assert done.returncode == 0, done.stderr
-        shutil.copytree(tmp_path / "latents", kept)
+        shutil.copytree(tmp_path / "latents", encoded)
         return tmp_path / "latents"
-    return Path(shutil.copytree(kept, tmp_path / "latents"))
+    return Path(shutil.copytree(encoded, tmp_path / "latents"))
 
 
 def without_data(tiny):
@@ -44,7 +44,7 @@ def test_latents_train_as_their_images_do(run, latents, tiny, tmp_path):
     assert json.loads((latents / "train-00000_stats.json").read_text())["successes"] == 32
     assert not list(latents.glob("*.partial"))
 
-    # One lane: several take turns by the size of their shards, and latents have other sizes than images.
+    # The test uses one lane. Several lanes take turns by the sizes of their shards, and shards of latents have other sizes.
     data = ["data=latents", "data.shards=latents/train-*.tar", "data.val_shards=latents/val-*.tar", "+data.build=null"]
     options = ["data.codec.cache=false", "data.caption_dropout=0.3", "data.captions=null", "+data.lanes=1"]
     on_the_fly = train(run, tiny, tmp_path, "images", *options)

@@ -1,4 +1,4 @@
-"""Wrong input: one clear sentence and exit code 1, before training starts. Unit tests have the other messages."""
+"""Wrong input gives one clear message and exit code 1, before training starts. Unit tests have the other messages."""
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ def complaint(done) -> str:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("model.ema_decay=1.5", "model.ema_decay=1.5 is not in [0, 1)"),  # by a constructor
-        ("trainer.accelerator=gpuu", "invalid accelerator name: `accelerator='gpuu'`"),  # by Lightning
+        ("model.ema_decay=1.5", "model.ema_decay=1.5 is not in [0, 1)"),  # refused by a constructor
+        ("trainer.accelerator=gpuu", "invalid accelerator name: `accelerator='gpuu'`"),  # refused by Lightning
     ],
 )
 def test_train_refuses(run, tiny, override, says, tmp_path):
@@ -27,8 +27,8 @@ def test_train_refuses(run, tiny, override, says, tmp_path):
 
 
 def test_diverging_loss_keeps_last_checkpoint(run, tiny, tmp_path):
-    says = complaint(run("train.py", *tiny, "model.optimizer.lr=1e25", "trainer.max_steps=50"))
-    assert "non-finite" in says
+    message = complaint(run("train.py", *tiny, "model.optimizer.lr=1e25", "trainer.max_steps=50"))
+    assert "non-finite" in message
     last = tmp_path / "runs/lcd_mini/0/checkpoints/last.ckpt"
     if last.is_file():
         weights = torch.load(last, weights_only=True)["state_dict"]

@@ -1,4 +1,4 @@
-"""The evaluation program: reproducible values, no image drawn twice, and clear errors."""
+"""The evaluation program gives reproducible values, draws no image twice, and reports errors clearly."""
 
 import csv
 import hashlib
@@ -72,7 +72,7 @@ def run(tmp_path, tiny_pipeline, student, shards, cache):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The seeds of all drawn images."""
+    """Return a list that collects the seeds of all drawn images."""
     seeds, latents = [], generate.TextToImage.latents
 
     def counted(self, prompts, batch, **kwargs):
@@ -85,7 +85,7 @@ def drawn(monkeypatch):
 
 @pytest.fixture
 def drawn_sizes(monkeypatch):
-    """(height, width) of every batch of drawn images."""
+    """Return a list that collects the (height, width) of every drawn batch."""
     sizes, images = [], generate.TextToImage.images
 
     def noted(self, *args, **kwargs):
@@ -116,8 +116,8 @@ def test_repeated_run_draws_nothing(run, drawn, tmp_path, shards):
 
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert names == {"features", "grid.png", "plot.png", "prompts.txt", "report.html", "table.csv", "table.json", "table.md"}
-    text, says = (tmp_path / "a/table.md").read_text(), ["w = 4", "w + 1", "CLIP of", "antialiased bicubic", "centre crop"]
-    for part in (*says, "UNet in float32", "Commit", f"{shards}/val-*"):
+    text, phrases = (tmp_path / "a/table.md").read_text(), ["w = 4", "w + 1", "CLIP of", "antialiased bicubic", "centre crop"]
+    for part in (*phrases, "UNet in float32", "Commit", f"{shards}/val-*"):
         assert part in text, part
     rows = list(csv.DictReader((tmp_path / "a/table.csv").open()))
     assert [{name: row[name] if name == "name" else float(row[name]) for name in row} for row in rows] == first
@@ -140,7 +140,7 @@ def test_new_metrics_and_samples_reuse_features(run, drawn):
     assert set(run("metrics=[fid,kid]")[0]) == {"name", "steps", "w", "fid", "kid"}
     assert not drawn
     run("samples=9")
-    assert sorted(drawn) == sorted([6, 7, 8] * 4)  # the chunk that was short
+    assert sorted(drawn) == sorted([6, 7, 8] * 4)  # the last chunk was incomplete
 
 
 def test_processes_share_chunks(run, drawn):
@@ -151,9 +151,9 @@ def test_processes_share_chunks(run, drawn):
     assert 0 < share < 8 * 4
     assert run("rank=0", "world_size=2") == alone
     assert len(drawn) == 8 * 4
-    assert run("rank=40", "world_size=50", output="many") is None  # more processes than chunks: it has nothing to do
+    assert run("rank=40", "world_size=50", output="many") is None  # there are fewer chunks than ranks: rank 40 has none
     with pytest.raises(UserError, match="run the same command again"):
-        run("rank=0", "world_size=50", "patience=0.5", output="many")  # the others never came
+        run("rank=0", "world_size=50", "patience=0.5", output="many")  # no other rank runs
     assert run(output="many") == alone
 
 
@@ -229,12 +229,12 @@ def test_invalid_sizes_are_errors(run, drawn, tiny_pipeline, tmp_path):
 
 def test_non_finite_images_are_an_error(run, tiny_pipeline, tmp_path):
     unet = load_network(str(tiny_pipeline))
-    unet.conv_out.weight.data *= 1e38  # finite, but not what it makes of its input
+    unet.conv_out.weight.data *= 1e38  # the weights are finite, but the UNet's output is not
     save_teacher(tmp_path / "wild", unet, tiny_pipeline)
     with pytest.raises(UserError, match="LCM at 1 steps and w = 4: the drawn latents are not finite"):
         run(f"entries.LCM.pipeline={tmp_path}/wild", output="a")
     assert not (tmp_path / "a/table.md").exists()
-    assert len(list((tmp_path / "a/features").rglob("*.safetensors"))) == 2 * 3  # DDIM's
+    assert len(list((tmp_path / "a/features").rglob("*.safetensors"))) == 2 * 3  # the chunks of DDIM
 
 
 def test_non_finite_features_are_an_error(run, shards, tmp_path, monkeypatch):
@@ -272,7 +272,7 @@ spread:
 
 @pytest.mark.slow
 def test_own_metric_needs_no_edit(tiny_pipeline, shards, tmp_path):
-    """From a folder of hydra.searchpath. docs/extending.md has --config-dir."""
+    """The metric's YAML file is in a folder of hydra.searchpath. docs/extending.md uses --config-dir instead."""
     (tmp_path / "own/metrics").mkdir(parents=True)
     (tmp_path / "own/metrics/spread.yaml").write_text(SPREAD_YAML)
     (tmp_path / "spread.py").write_text(SPREAD)
@@ -349,7 +349,7 @@ def test_teacher_metrics_need_no_real_images(run, tiny_pipeline, tmp_path):
 
 
 def test_coco_protocol(tiny_pipeline, clip_folder, tmp_path, drawn_sizes, caplog):
-    """Stand-ins in the real formats: captions_val2017.json, a folder of JPEGs without captions, statistics of pytorch-fid."""
+    """Small files have the real formats: captions_val2017.json, a folder of JPEGs, and pytorch-fid's statistics."""
     coco, pictures = write_coco(tmp_path / "captions_val2017.json"), tmp_path / "val2017"
     pictures.mkdir()
     rng = np.random.default_rng(0)
@@ -370,7 +370,7 @@ def test_coco_protocol(tiny_pipeline, clip_folder, tmp_path, drawn_sizes, caplog
     result = run()
     [row] = result["rows"]
     assert list(row) == ["name", "steps", "w", "fid", "clip_score", "precision", "recall"]
-    assert set(drawn_sizes) == {(32, 32)}  # the model's own size; 16 px is the protocol's
+    assert set(drawn_sizes) == {(32, 32)}  # the model's own size, not the resolution of 16 px
     digest = hashlib.sha256((tmp_path / "out/prompts.txt").read_bytes()).hexdigest()
     assert result["prompts_sha256"] == digest
     assert f"SHA-256 of the 10 prompts: {digest}" in caplog.text
@@ -388,13 +388,13 @@ def test_coco_protocol(tiny_pipeline, clip_folder, tmp_path, drawn_sizes, caplog
     assert "Reference: the mean and covariance in" in result["note"]
     with pytest.raises(UserError, match=r"metrics=\['precision', 'recall'\] compare images: give a folder"):
         run(*statistics)
-    for arrays, says in (
+    for arrays, message in (
         ({"mu": np.zeros(3), "sigma": np.eye(3)}, r"mu \(3,\) and sigma \(3, 3\), but the network of FID has 8 features"),
         ({"mu": np.array([{}]), "sigma": np.eye(3)}, "cannot be read .* without pickled objects"),
         ({"a": np.eye(3)}, "expected a .npz file with the arrays mu and sigma"),
     ):
         np.savez(tmp_path / "coco.npz", **arrays)
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             run(*statistics, "metrics=[fid,clip_score]")
 
 
@@ -413,10 +413,10 @@ def test_missing_file_of_a_protocol_is_named_before_any_work(missing, tiny_pipel
         f"output={tmp_path}/out",
         "device=cpu",
     ]
-    says = (
+    message = (
         f"there is no caption file {coco}: it is in" if missing == "prompts" else f"reference={tmp_path}/coco/val2014: there is"
     )
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         evaluate(compose("evaluate", args))
 
 
@@ -528,12 +528,12 @@ def test_killed_process_resumes_to_the_same_values(run, tiny_pipeline, student, 
     assert {file: file.stat().st_mtime_ns for file in cached} == cached
     assert resumed == run(*options, output="b")
     left = [file for file in tmp_path.rglob("*.partial") if str(other.pid) not in file.name]
-    assert not left  # the killed process leaves its own
+    assert not left  # the killed process leaves its own partial files
 
 
 @pytest.mark.slow
 def test_training_on_three_ranks_measures_the_same(tiny_pipeline, shards, tmp_path):
-    """With lr = 0 all steps measure the same. Of 4 samples, ranks 0 and 1 keep two each and rank 2 keeps none."""
+    """With lr = 0 the metrics of all steps are equal. Ranks 0 and 1 keep two samples each, and rank 2 keeps none."""
     rows, metrics = [], "fid,kid,cmmd,clip_score,precision,recall"
     for trainer, devices in (("default", 1), ("fsdp", 3)):
         train = (
@@ -554,6 +554,6 @@ def test_training_on_three_ranks_measures_the_same(tiny_pipeline, shards, tmp_pa
         rows.append(
             [[float(row[f"val/{name}_4_steps"]) for name in metrics.split(",")] for row in logged if row["val/fid_4_steps"]]
         )
-    one, three = rows
-    assert len(one) == 2
-    assert one == three
+    one_rank, three_ranks = rows
+    assert len(one_rank) == 2
+    assert one_rank == three_ranks

@@ -1,6 +1,6 @@
-"""An export equals the model that train.py saves: a run under `trainer=fsdp` on two processes, and adapters.
+"""An export equals the model that train.py saves. One run has two ranks under `trainer=fsdp`, and another trains adapters.
 
-diffusers reads the files for other programs.
+diffusers reads the files that are exported for other programs.
 """
 
 import json
@@ -26,7 +26,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_sharded_run_is_exported(run, tiny, tmp_path):
-    """The training is started by torchrun itself. Other tests start ranks warm."""
+    """This test starts the ranks by torchrun itself. Other tests use `warm.ranks`."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     train = command("train.py", *tiny, *FSDP, "trainer.strategy.sharded_checkpoints=true")[1:]
     done = subprocess.run([*torchrun, *train], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=900)
@@ -44,10 +44,10 @@ def test_sharded_run_is_exported(run, tiny, tmp_path):
 
     target = run("lcm.export", f"run={run_dir}", "weights=target", "dtype=float32", "format=unet", "output=target")
     assert target.returncode == 0, target.stderr
-    found = load_file(tmp_path / "target.safetensors")
+    weights = load_file(tmp_path / "target.safetensors")
     best = UNet2DConditionModel.from_pretrained(run_dir / "export", subfolder="unet", torch_dtype=torch.float32)
-    best.load_state_dict(found)
-    assert all(value.dtype == torch.float32 for value in found.values())
+    best.load_state_dict(weights)
+    assert all(value.dtype == torch.float32 for value in weights.values())
 
     fixed = run("lcm.export", f"run={run_dir}", "format=original", "w=3", "dtype=float32", "output=fixed")
     assert "float32, w = 3)" in fixed.stdout, fixed.stderr
@@ -115,9 +115,9 @@ def test_adapters_are_exported(run, tiny, tmp_path):
     single = run("lcm.export", f"run={run_dir}", "format=unet", "output=unet")
     assert single.returncode == 0, single.stderr
     merged = UNet2DConditionModel.from_pretrained(run_dir / "model", subfolder="unet", torch_dtype=torch.float16).state_dict()
-    found = load_file(tmp_path / "unet.safetensors")
-    assert merged.keys() == found.keys()
-    assert all(torch.equal(value, merged[name]) for name, value in found.items())
+    weights = load_file(tmp_path / "unet.safetensors")
+    assert merged.keys() == weights.keys()
+    assert all(torch.equal(value, merged[name]) for name, value in weights.items())
 
     kohya = run("lcm.export", f"run={run_dir}", "format=kohya", "dtype=float32", "output=kohya")
     assert kohya.returncode == 0, kohya.stderr

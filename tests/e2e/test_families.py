@@ -1,4 +1,4 @@
-"""PixArt-alpha and Stable Diffusion 3 through the real programs: train, sample, evaluate, export, and open in diffusers."""
+"""The programs train, sample, evaluate and export PixArt-alpha and Stable Diffusion 3. diffusers opens the exports."""
 
 import json
 from pathlib import Path

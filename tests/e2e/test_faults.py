@@ -26,15 +26,15 @@ SAVE = "callbacks.checkpoint.every_n_train_steps={}".format
 
 @pytest.fixture
 def start(tmp_path):
-    """`start(*overrides)`: train.py in a new session, with its output in tmp_path/log. The test's end kills it.
+    """Start train.py in a new session, with its output in tmp_path/log. The fixture kills it at the test's end.
 
-    cold: in a new interpreter, of which the end is tested, too.
+    cold: start a new interpreter, so that the test covers the interpreter's exit.
     """
     started = []
 
     def start(*args: str, cold: bool = False) -> subprocess.Popen | warm.Started:
         default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job inherits an ignored SIGINT
-        elsewhere = environment(TMPDIR="/dev/shm")  # another filesystem, from which a move is a copy
+        elsewhere = environment(TMPDIR="/dev/shm")  # another filesystem: a move from there copies the file
         if not cold:
             started.append(warm.start(command("train.py", *args), tmp_path, elsewhere, tmp_path / "log"))
             return started[-1]
@@ -59,7 +59,7 @@ def start(tmp_path):
 
 @pytest.fixture
 def wait(tmp_path):
-    """`wait(process, condition)`: until it holds, while the process lives."""
+    """Wait until a condition holds. Fail if the process ends first."""
 
     def wait(process: subprocess.Popen | warm.Started, condition: Callable[[], object], pause: float = 0.01) -> None:
         deadline = time.monotonic() + 240
@@ -81,7 +81,7 @@ def loaded(path):
 
 
 def test_killed_run_equals_uninterrupted(run, tiny, start, wait, tmp_path):
-    """Kill after a new checkpoint, inside a write and sometimes at start-up. LCM_ROUNDS=50 gives the published figure."""
+    """Kills come after a new checkpoint, in a write, and sometimes at start-up. LCM_ROUNDS=50 gives the published figure."""
     steps = ["trainer.max_steps=" + str(20 + 8 * ROUNDS), SAVE(1), "callbacks.samples.steps=[1]", "data.num_workers=1"]
     straight = run("train.py", *tiny, *steps, "name=straight")
     assert straight.returncode == 0, straight.stderr
@@ -90,7 +90,7 @@ def test_killed_run_equals_uninterrupted(run, tiny, start, wait, tmp_path):
     last, partial_file = folder / "last.ckpt", folder / "last.partial"
 
     def inode() -> int | None:
-        with suppress(FileNotFoundError):  # it may be previous.ckpt just now
+        with suppress(FileNotFoundError):  # a save may just have renamed it to previous.ckpt
             return last.stat().st_ino
 
     def completed() -> int:
@@ -122,9 +122,9 @@ def test_killed_run_equals_uninterrupted(run, tiny, start, wait, tmp_path):
 
     resumed = run("train.py", *tiny, *steps, "name=cut", "ckpt_path=last", "async_checkpoints=true")
     assert resumed.returncode == 0, resumed.stderr
-    found, expected = losses(run_dir), losses(tmp_path / "runs/straight/0")
-    assert found.items() <= expected.items()
-    assert len(found) >= len(expected) - ROUNDS  # a step's row is written after its checkpoint
+    resumed_losses, expected = losses(run_dir), losses(tmp_path / "runs/straight/0")
+    assert resumed_losses.items() <= expected.items()
+    assert len(resumed_losses) >= len(expected) - ROUNDS  # a step's row is written after its checkpoint
     one, other = (loaded(tmp_path / f"runs/{name}/0/checkpoints/last.ckpt")["state_dict"] for name in ("cut", "straight"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
@@ -133,7 +133,7 @@ def test_killed_run_equals_uninterrupted(run, tiny, start, wait, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A filesystem with room for two of the tiny checkpoints, but not for a third."""
+    """Yield a folder on a disk with room for two of the tiny checkpoints, but not for a third."""
     folder = tmp_path / "small"
     folder.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder], capture_output=True, text=True)
@@ -144,15 +144,15 @@ def small_disk(tmp_path):
 
 
 def test_full_disk_leaves_the_checkpoint(run, tiny, small_disk):
-    says = complaint(run("train.py", *tiny, "trainer.max_steps=30", SAVE(1), f"paths.runs={small_disk}"))
+    message = complaint(run("train.py", *tiny, "trainer.max_steps=30", SAVE(1), f"paths.runs={small_disk}"))
     folder = small_disk / "lcd_mini/0/checkpoints"
-    assert f"{folder}/last.ckpt cannot be written whole (No space left on device): make room" in says
+    assert f"{folder}/last.ckpt cannot be written whole (No space left on device): make room" in message
     assert loaded(newest_undamaged(folder))["global_step"] >= 1
     assert not list(small_disk.rglob("*.partial"))
 
 
 def test_stuck_worker_ends_the_training(start, wait, tiny, tmp_path):
-    """The interpreter's exit does not wait for it either. tests/data/test_datamodule.py kills a worker."""
+    """The interpreter's exit does not wait for the worker either. tests/data/test_datamodule.py kills a worker."""
     options = ["trainer.max_steps=100000", "trainer.val_check_interval=100000"]
     process = start(*tiny, *options, SAVE(1), "data.num_workers=1", "+data.timeout=10", cold=True)
     wait(process, (tmp_path / "runs/lcd_mini/0/checkpoints/previous.ckpt").exists)
@@ -160,8 +160,8 @@ def test_stuck_worker_ends_the_training(start, wait, tiny, tmp_path):
     assert children
     for child in children:
         os.kill(child, signal.SIGSTOP)
-    said = complaint(finished(process, tmp_path / "log"))
-    assert "no data came for 10 seconds" in said
+    message = complaint(finished(process, tmp_path / "log"))
+    assert "no data came for 10 seconds" in message
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 

@@ -1,6 +1,6 @@
 """Shards of the real img2dataset train unchanged.
 
-It cannot share an environment with this program (it needs webdataset < 0.3, this one >= 1.0.2):
+img2dataset needs webdataset < 0.3, and this program needs >= 1.0.2. Install img2dataset in its own environment:
 `python3 -m venv i2d && i2d/bin/pip install img2dataset`, then
 `LCM_IMG2DATASET=$PWD/i2d/bin/img2dataset pytest tests/e2e/test_img2dataset.py`.
 """
@@ -36,7 +36,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Shards of pictures from a server on loopback: 64 px, 16 links each."""
+    """Return a folder of shards of 64 px images, 16 links per shard. img2dataset loads the images from a loopback server."""
     root = tmp_path_factory.mktemp("img2dataset")
     (root / "www").mkdir()
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=root / "www"))

@@ -19,7 +19,7 @@ SHARE = 0.1
 
 
 def with_held_out_captions(tasks, description):
-    """Draw without processes, and only pictures of which one has a held-out caption."""
+    """Yield the samples of each task that has a held-out caption. Draw them in this process."""
     for task in tasks:
         captions = [openmoji.caption_of([thing.name for thing in task.things], colour) for colour in task.colours]
         if any(openmoji.is_held_out(caption, SHARE) for caption in captions):

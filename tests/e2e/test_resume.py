@@ -24,13 +24,13 @@ STEPS = [
 
 
 def losses(run_dir: Path) -> dict[int, str]:
-    """train/loss by step; a step that was run again appears twice, the last one counts."""
+    """Return train/loss by step. A repeated step has two rows, and the last row counts."""
     rows = csv.DictReader((run_dir / "metrics.csv").open())
     return {int(row["step"]): row["train/loss"] for row in rows if row["train/loss"]}
 
 
 def interrupt(args: list[str], cwd: Path, when: Path) -> int:
-    """Start training, wait for the first checkpoint and a little more, press Ctrl-C; the exit code."""
+    """Start training, press Ctrl-C shortly after the first checkpoint (`when`), and return the exit code."""
     process = warm.start(args, cwd, environment(), cwd / "log")
     deadline = time.monotonic() + 240
     while not when.is_file():
@@ -38,12 +38,12 @@ def interrupt(args: list[str], cwd: Path, when: Path) -> int:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     time.sleep(0.3)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers, too
+    os.killpg(process.pid, signal.SIGINT)  # like a terminal, which also signals the workers
     return process.wait(timeout=120)
 
 
 def test_interrupted_run_equals_uninterrupted(run, tiny, tmp_path):
-    """Killed: tests/e2e/test_faults.py."""
+    """Ctrl-C interrupts the run. tests/e2e/test_faults.py kills a run instead."""
     straight = run("train.py", *tiny, *STEPS, "name=straight")
     assert straight.returncode == 0, straight.stderr
     run_dir = tmp_path / "runs/cut/0"
@@ -64,8 +64,8 @@ def test_interrupted_run_equals_uninterrupted(run, tiny, tmp_path):
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert not list((tmp_path / "runs").rglob("*.partial"))
-    kept = {path.stem for path in last.parent.iterdir()}
-    assert kept == {"last", "previous", "step_10", "step_20", "step_30"}
+    names = {path.stem for path in last.parent.iterdir()}
+    assert names == {"last", "previous", "step_10", "step_20", "step_30"}
 
 
 def test_resume_follows_the_command_line(run, tiny, tmp_path):

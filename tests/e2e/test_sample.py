@@ -20,7 +20,7 @@ from tests.models.conftest import save_student, save_teacher
 
 @pytest.fixture
 def runs(tiny_pipeline, tmp_path):
-    """A student's run, then a teacher's, which is newer."""
+    """Write the runs of a student and of a newer teacher. Return their folder."""
     for time, name in enumerate(("student", "teacher")):
         folder = tmp_path / f"runs/{name}/0/model"
         folder.parent.mkdir(parents=True)
@@ -67,19 +67,19 @@ def test_each_call_has_its_folder_and_draws_nothing_twice(run, runs, tmp_path):
     assert "images:  outputs/sample/0/00000.png to 00003.png\ngrid:    outputs/sample/0/grid.png" in first.stdout
     files = sorted((tmp_path / "outputs/sample/0").iterdir())
     before = [file.read_bytes() for file in files]
-    kept = files[0].stat().st_mtime_ns
-    files[2].unlink()  # as if the first call had been killed before it
+    modified = files[0].stat().st_mtime_ns
+    files[2].unlink()  # as if a kill had stopped the first call before this file
 
     again = run("sample.py", "prompts=[cat,dog]", *call)
     assert "00003.png (3 were there)" in again.stdout
     assert [file.read_bytes() for file in files] == before
-    assert files[0].stat().st_mtime_ns == kept
+    assert files[0].stat().st_mtime_ns == modified
 
     tall = run("sample.py", "prompts=[cat,dog]", *call, "size=[48,32]")
     assert tall.returncode == 0, tall.stderr
     assert Image.open(tmp_path / "outputs/sample/1/00003.png").size == (32, 48)
-    says = complaint(run("sample.py", "prompts=[cat,dog]", *call, "seed=1", "output=outputs/sample/0"))
-    assert "outputs/sample/0 has pictures of other settings, such as 00000.png (seed is 0 there, 1 here)" in says
+    message = complaint(run("sample.py", "prompts=[cat,dog]", *call, "seed=1", "output=outputs/sample/0"))
+    assert "outputs/sample/0 has pictures of other settings, such as 00000.png (seed is 0 there, 1 here)" in message
     assert [file.read_bytes() for file in files] == before
 
 
@@ -87,16 +87,16 @@ def test_each_call_has_its_folder_and_draws_nothing_twice(run, runs, tmp_path):
 def test_wrong_sampling_option_is_refused(wild, run, runs, tiny_pipeline, tmp_path):
     if wild:
         unet = load_network(str(tiny_pipeline))
-        unet.conv_out.weight.data *= 1e38  # finite, but not what it makes of its input
+        unet.conv_out.weight.data *= 1e38  # the weights are finite, but the UNet's output is not
         save_teacher(tmp_path / "wild", unet, tiny_pipeline)
     override = "pipeline=wild" if wild else "steps=51"
-    says = "the drawn latents are not finite: the UNet's weights are damaged" if wild else "use 1 to 50"
-    assert says in complaint(run("sample.py", "prompts=cat", "device=cpu", override))
+    message = "the drawn latents are not finite: the UNet's weights are damaged" if wild else "use 1 to 50"
+    assert message in complaint(run("sample.py", "prompts=cat", "device=cpu", override))
     assert not list(tmp_path.rglob("outputs/sample/*/*.png"))
 
 
 def test_picture_mask_adapters_and_table(run, runs, tiny_pipeline, tmp_path):
-    """An empty adapter changes nothing, a strong one does; the kept half is that of the picture."""
+    """An empty adapter does not change the image. A strong adapter and a mask change it."""
     teacher = with_adapters(load_family(tiny_pipeline), load_network(tiny_pipeline), rank=2)
     for name, scale in (("none", 0.0), ("strong", 1.0)):
         torch.manual_seed(0)

@@ -24,8 +24,8 @@ OVERRIDES = [
 ]
 
 
-def planted(done, folder) -> dict[str, list[str]]:
-    """Secrets by the place where the test plants them."""
+def planted(done, folder) -> dict[str, list[bytes]]:
+    """Return the planted secrets that were written, by file or output stream."""
     places = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     places |= {"stdout": done.stdout.encode(), "stderr": done.stderr.encode()}
     return {name: words for name, content in places.items() if (words := re.findall(rb"planted[\w-]*", content))}
@@ -33,7 +33,7 @@ def planted(done, folder) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def left(tiny, tmp_path_factory):
-    """A training among secrets: its working directory and the finished process."""
+    """Train with secrets in the options and the environment. Return the working directory and the finished process."""
     folder = tmp_path_factory.mktemp("secrets")
     options = [
         "logger=[csv,tensorboard,wandb]",

@@ -1,4 +1,4 @@
-"""The server, started as a user starts it, and its page in a real browser."""
+"""The tests start the server as a user does, and open its page in a real browser."""
 
 import json
 import re
@@ -32,11 +32,11 @@ def address(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     process = warm.start(command("lcm.serve", *options), folder, environment(), log := folder / "log")
     deadline = time.monotonic() + 300
     try:
-        while not (found := re.search(r"page: +(http://\S+)\s", log.read_text())):
+        while not (match := re.search(r"page: +(http://\S+)\s", log.read_text())):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
-        yield found[1]
+        yield match[1]
         process.terminate()
         assert process.wait(60) in (0, -15)
     finally:
@@ -61,7 +61,7 @@ def test_many_clients_at_once(address: str) -> None:
 
 
 def content(address: str, folder: Path) -> str:
-    """The page in a real browser, after its scripts have run."""
+    """Return the page of a real browser, after its scripts have run."""
     assert CHROMIUM is not None
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
     dump = [CHROMIUM, *options, "--virtual-time-budget=60000", "--dump-dom", address]
@@ -70,7 +70,7 @@ def content(address: str, folder: Path) -> str:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_page_shows_its_settings_in_a_browser(address: str, tmp_path: Path) -> None:
-    """Before anything is drawn."""
+    """The page shows its settings before anything is drawn."""
     page = content(address, tmp_path)
     assert '<output id="steps-shown">2</output>' in page
     assert re.search(r'<output id="w-shown">[\d.]+</output>', page)
@@ -78,7 +78,7 @@ def test_page_shows_its_settings_in_a_browser(address: str, tmp_path: Path) -> N
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_page_draws_in_a_browser(address: str, tmp_path: Path) -> None:
-    """Student and teacher are drawn for the prompt in the address, as for a typed one."""
+    """The student and the teacher draw the prompt in the address, like a typed prompt."""
     page = content(f"{address}/?prompt=rocket", tmp_path)
     shown = dict(re.findall(r'<figure id="(\w+)">.*?src="(blob:[^"]+)" ?.*?</figure>', page, re.DOTALL))
     assert shown.keys() == {"student", "teacher"}, page
@@ -90,6 +90,6 @@ def test_page_draws_in_a_browser(address: str, tmp_path: Path) -> None:
 def test_wrong_server_option_is_refused(run, tiny_pipeline: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        says = complaint(run("lcm.serve", f"pipeline={tiny_pipeline}", f"port={port}"))
-    assert f"cannot listen on host=127.0.0.1, port={port}" in says
-    assert "set port=0 for a free one" in says
+        message = complaint(run("lcm.serve", f"pipeline={tiny_pipeline}", f"port={port}"))
+    assert f"cannot listen on host=127.0.0.1, port={port}" in message
+    assert "set port=0 for a free one" in message

@@ -1,4 +1,4 @@
-"""Teacher -> distillation -> fine-tuning -> samples -> table, by the commands of the README."""
+"""The README's commands train a teacher, distil it, fine-tune the student, draw samples and write a table."""
 
 import csv
 import json
@@ -84,20 +84,20 @@ def test_teacher_trains_and_is_distilled(run, tiny, shards, tiny_pipeline, tmp_p
 
 
 def test_sweep_writes_table_and_plot_without_secrets(run, tiny, tmp_path):
-    """Its first job fails, which does not stop the other. tests/app/test_sweep_table.py has a table of two keys."""
+    """The sweep's first job fails. The second job still trains. tests/app/test_sweep_table.py tests a table of two keys."""
     url = "https://user:planted-password@host/planted-hf?token=planted-query"
-    given, rest = tiny[0], tiny[1:]
-    done = run("train.py", "-m", *rest, "trainer.max_steps=3", given.replace("=", f"='{url}',"), **ENVIRONMENT)
+    override, rest = tiny[0], tiny[1:]
+    done = run("train.py", "-m", *rest, "trainer.max_steps=3", override.replace("=", f"='{url}',"), **ENVIRONMENT)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    [says] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "pipeline folder" in says
+    [message] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "pipeline folder" in message
     [folder] = (tmp_path / "runs/sweeps").iterdir()
     head, _, *lines = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in (folder / "table.md").open()]
     assert head == ["model.pipeline", "val/loss", "run"]
     assert [loss == "failed" for _, loss, _ in lines] == [True, False]
     pipeline, loss, run_dir = lines[1]
-    assert f"model.pipeline={pipeline}" == given
+    assert f"model.pipeline={pipeline}" == override
     logged = [row["val/loss"] for row in rows(tmp_path / run_dir) if row["val/loss"]]
     assert float(loss) == pytest.approx(float(logged[-1]), rel=1e-3)
     assert (tmp_path / run_dir / "model/unet").is_dir()

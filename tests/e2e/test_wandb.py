@@ -1,4 +1,4 @@
-"""A run of train.py in Weights & Biases, read from the file that wandb writes without a network."""
+"""train.py logs a run to Weights & Biases. The tests read the file that wandb writes without a network."""
 
 import json
 from collections.abc import Iterator
@@ -19,7 +19,10 @@ BLOCK, HEADER = 32768, 7  # bytes
 
 
 def records(run_dir: Path) -> Iterator[Record]:
-    """Read wandb's file: a log of LevelDB. A record is one chunk (type 1), or a first (2), middle (3) and last (4) chunk."""
+    """Yield the records of wandb's file, a LevelDB log.
+
+    A record is one chunk (type 1), or a first (2), middle (3) and last (4) chunk.
+    """
     [file] = run_dir.glob("wandb/offline-run-*/*.wandb")
     content, at, chunks = file.read_bytes(), HEADER, b""
     while at + HEADER <= len(content):
@@ -132,7 +135,7 @@ def test_model_is_an_artifact(run_dir, content, history):
 
 
 class Experiment:
-    """The part of a run of wandb that sends."""
+    """A stand-in for a wandb run. It keeps the alerts."""
 
     def __init__(self) -> None:
         self.alerts: list[tuple[str, str]] = []

@@ -1,6 +1,6 @@
-"""The programs, each in a process that is forked from one which has imported the libraries: that is most of a short run.
+"""Starts programs in forks of a process that has imported the libraries. Imports take most of the time of a short run.
 
-Otherwise it is as if started from a shell: own arguments, environment, working directory, output and exit code.
+Otherwise a program runs as from a shell. It has its own arguments, environment, working directory, output and exit code.
 """
 
 import atexit
@@ -49,11 +49,11 @@ class Started:
     """A started program, with the part of `subprocess.Popen` that the tests need."""
 
     def __init__(self, command: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path) -> None:
-        with mock.patch.dict(os.environ, env):  # what libraries read when they are imported
+        with mock.patch.dict(os.environ, env):  # libraries read variables when they are imported
             forkserver.ensure_running()
         self.args, self.out, self.err = command, out, err
         for file in (out, err):
-            file.write_bytes(b"")  # not what an earlier program wrote there
+            file.write_bytes(b"")  # remove the output of an earlier program
         self.process = context.Process(target=perform, args=(command[1:], cwd, env, out, err))
         self.process.start()
         assert self.process.pid is not None
@@ -76,7 +76,7 @@ class Started:
 
 
 def run(command: list[str], cwd: Path, env: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
-    """`subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)` of `python [-m] program ...`."""
+    """Run `python [-m] program ...` as `subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)` does."""
     return finish([start(command, cwd, env)], timeout)[0]
 
 
@@ -96,28 +96,28 @@ def ranks(
     shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0"}
     started = []
     for rank in range(count):
-        own = {**env, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        started.append(start(command, cwd, own, cwd.parent / f"{cwd.name}.rank-{rank}"))
+        variables = {**env, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        started.append(start(command, cwd, variables, cwd.parent / f"{cwd.name}.rank-{rank}"))
     done = finish(started, timeout)
     del store
     return done
 
 
 def finish(started: list[Started], timeout: float) -> list[subprocess.CompletedProcess[str]]:
-    """Wait for all processes. One that fails takes the others with it, as under torchrun."""
-    processes = {each.process.sentinel: each for each in started}
+    """Wait for all programs. If one fails, kill the others after 60 seconds. torchrun also kills the others."""
+    processes = {program.process.sentinel: program for program in started}
     deadline = time.monotonic() + timeout
     while processes and time.monotonic() < deadline:
         for sentinel in connection.wait(list(processes), deadline - time.monotonic()):
             if processes.pop(sentinel).wait(60) != 0:
                 deadline = min(deadline, time.monotonic() + 60)
     done = []
-    for each in started:
-        each.kill()
-        code, out, err = each.wait(60), each.out.read_text(), each.err.read_text()
-        if each in processes.values():
-            raise subprocess.TimeoutExpired(each.args, timeout, out, err)
-        done.append(subprocess.CompletedProcess(each.args, code, out, err))
+    for program in started:
+        program.kill()
+        code, out, err = program.wait(60), program.out.read_text(), program.err.read_text()
+        if program in processes.values():
+            raise subprocess.TimeoutExpired(program.args, timeout, out, err)
+        done.append(subprocess.CompletedProcess(program.args, code, out, err))
     return done
 
 
@@ -129,8 +129,8 @@ def perform(args: list[str], cwd: Path, env: dict[str, str], out: Path, err: Pat
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    tempfile.tempdir = None  # TMPDIR of this environment
-    rank_zero_only.rank = int(env.get("RANK", 0))  # which Lightning reads when it is imported
+    tempfile.tempdir = None  # tempfile then reads TMPDIR of the new environment
+    rank_zero_only.rank = int(env.get("RANK", 0))  # Lightning reads RANK only when it is imported
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits an ignored SIGINT
     sys.path[:0] = env.get("PYTHONPATH", "").split(os.pathsep)
     code = 0
@@ -148,7 +148,7 @@ def perform(args: list[str], cwd: Path, env: dict[str, str], out: Path, err: Pat
     except BaseException:
         traceback.print_exc()
         code = 1
-    threading._shutdown()  # what the interpreter does at its end, and multiprocessing leaves out
+    threading._shutdown()  # the interpreter does this at its end, but multiprocessing leaves it out
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""The modules, data and trainer of tests/modules."""
+"""Fixtures of tests/modules for modules, data and trainer."""
 
 from tests.modules.conftest import codec, data, fit, training
 

@@ -1,4 +1,7 @@
-"""Evaluation during training: the values of the program, for the averaged and the trained network, without side effects."""
+"""Evaluation during training gives the values of the evaluation program. It does not change the training.
+
+It measures the EMA network and the trained network.
+"""
 
 import lightning as L
 import pytest
@@ -68,22 +71,22 @@ def test_trained_reward_is_left_out(training, data, fit, callback, tiny_pipeline
 
 
 def test_shards_use_cache_and_filters_of_the_data(training, data, fit, callback, shards, tmp_path):
-    """From elsewhere, through the data's cache; and those samples alone that its filters keep."""
+    """The evaluation reads remote shards through the cache of the data. It uses only samples that pass the data's filters."""
     known = read_captions(Source(expand_urls(f"{shards}/val-*.tar")))
     longest = sorted(map(len, known))[len(known) // 2]
     for limit in (None, longest):
         evaluation = callback([f"pipe:cat {file}" for file in sorted(shards.glob("val-*.tar"))], steps=[1])
         options = {"allow_pipe": True, "cache": ShardCache(str(tmp_path / "cache")), "filters": Filters(max_caption=limit)}
         fit(training("distillation"), data(**options), 1, callbacks=[evaluation])
-        kept = [caption for caption in known if limit is None or len(caption) <= limit]
-        assert evaluation.captions[: len(kept)] == kept[:6]
-        assert len(evaluation.real["clip"]) == len(kept)
+        captions = [caption for caption in known if limit is None or len(caption) <= limit]
+        assert evaluation.captions[: len(captions)] == captions[:6]
+        assert len(evaluation.real["clip"]) == len(captions)
 
 
 def test_images_are_drawn_at_the_resolution(training, data, fit, callback, monkeypatch):
-    """By default that of the training."""
-    drawn, own = [], Extractor.__call__
-    monkeypatch.setattr(Extractor, "__call__", lambda self, x, captions: drawn.append(x.shape[2:]) or own(self, x, captions))
+    """The default is the resolution of the training."""
+    drawn, call = [], Extractor.__call__
+    monkeypatch.setattr(Extractor, "__call__", lambda self, x, captions: drawn.append(x.shape[2:]) or call(self, x, captions))
     for resolution, expected in ((None, 64), (48, 48)):
         drawn.clear()
         evaluation = callback(steps=[1], resolution=resolution)
@@ -95,7 +98,7 @@ def test_images_are_drawn_at_the_resolution(training, data, fit, callback, monke
 
 
 def test_non_finite_images_give_a_warning_and_no_metric(training, data, fit, callback, tmp_path, caplog):
-    """Neither does the best checkpoint know of them, nor do the metrics keep an earlier value."""
+    """The best checkpoint ignores non-finite images. The metrics keep no value of an earlier step."""
 
     class Damage(L.Callback):
         def on_train_batch_end(self, trainer, module, *args):
@@ -157,9 +160,9 @@ def test_best_checkpoint_survives_restarts(training, data, fit, callback, monkey
     sign = 1 if metric == "fid" else -1
 
     def run(until, *values, **options):
-        found = iter(values)
+        results = iter(values)
         monkeypatch.setattr(Evaluation, "features", lambda *_: {})
-        monkeypatch.setattr("lcm.evaluate.callback.scores", lambda *_: {metric: sign * next(found)})
+        monkeypatch.setattr("lcm.evaluate.callback.scores", lambda *_: {metric: sign * next(results)})
         evaluation = callback(steps=[4], keep_best=f"val/{metric}_4_steps", folder=str(tmp_path))
         last = tmp_path / "last.ckpt"
         fit(training("distillation"), data(), until, callbacks=[evaluation], **options).save_checkpoint(last)

@@ -1,4 +1,4 @@
-"""The CLIP backbone against transformers, for any image size and caption length."""
+"""The CLIP backbone matches transformers for any image size and caption length."""
 
 import shutil
 
@@ -59,7 +59,7 @@ def test_resize_overshoot_is_clamped():
 
 @pytest.fixture(scope="module")
 def folder(tiny_pipeline, tmp_path_factory):
-    """A CLIP in the layout of the hub: model and tokenizer in one folder."""
+    """Return a CLIP in the layout of the hub, with model and tokenizer in one folder."""
     folder = tmp_path_factory.mktemp("clip") / "tiny"
     shutil.copytree(tiny_pipeline / "clip", folder)
     shutil.copytree(tiny_pipeline / "tokenizer", folder, dirs_exist_ok=True)

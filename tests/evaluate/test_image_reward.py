@@ -1,4 +1,4 @@
-"""ImageReward on a tiny BLIP with random weights and the names of its authors' file, against plain formulas."""
+"""ImageReward matches plain formulas. The tests use a tiny BLIP with random weights, named as in the authors' file."""
 
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from tests.evaluate.test_scores import Original, metric_and_reward
 
 CAPTIONS = ["red apple", "rocket", "a dog on a red rocket " * 9]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "on", "red", "apple", "dog", "rocket"]
-IMAGE, TEXT = 128, 64  # widths, of two heads and of one
+IMAGE, TEXT = 128, 64  # widths of two attention heads and of one
 
 
 def random_weights() -> dict[str, Tensor]:
-    """The weights of two layers a network, by the names in THUDM/ImageReward."""
+    """Return random weights of two layers per network, by the names in THUDM/ImageReward."""
     torch.manual_seed(0)
     weights: dict[str, Tensor] = {}
 
@@ -73,7 +73,7 @@ def blip(tmp_path_factory: Any) -> Path:
 
 
 def expected_scores(weights: dict[str, Tensor], pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """The authors' formulas. The vision transformer normalises before each part, BERT after it."""
+    """Return the scores of the authors' formulas. The vision transformer normalises before each part, BERT after it."""
 
     def linear(name: str, x: Tensor) -> Tensor:
         return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
@@ -100,10 +100,10 @@ def expected_scores(weights: dict[str, Tensor], pixels: Tensor, ids: Tensor, mas
     y = norm(f"{text}.embeddings.LayerNorm", words[ids] + positions[: ids.shape[1]], 1e-12)
     for layer in (f"{text}.encoder.layer.{i}" for i in range(2)):
         for name, seen, shown in (("attention", None, mask[:, None, None].bool()), ("crossattention", x, None)):
-            own, states = f"{layer}.{name}", y if seen is None else seen
-            query = linear(f"{own}.self.query", y)
-            attended = attend(query, linear(f"{own}.self.key", states), linear(f"{own}.self.value", states), shown)
-            y = norm(f"{own}.output.LayerNorm", y + linear(f"{own}.output.dense", attended), 1e-12)
+            prefix, states = f"{layer}.{name}", y if seen is None else seen
+            query = linear(f"{prefix}.self.query", y)
+            attended = attend(query, linear(f"{prefix}.self.key", states), linear(f"{prefix}.self.value", states), shown)
+            y = norm(f"{prefix}.output.LayerNorm", y + linear(f"{prefix}.output.dense", attended), 1e-12)
         hidden = F.gelu(linear(f"{layer}.intermediate.dense", y))
         y = norm(f"{layer}.output.LayerNorm", y + linear(f"{layer}.output.dense", hidden), 1e-12)
     y = y[:, 0]
@@ -125,7 +125,7 @@ def test_score_matches_the_authors_formulas(blip: Path) -> None:
 
 
 def test_metric_and_reward_take_the_same_folder(blip: Path) -> None:
-    """From the configurations. The gradient of the reward raises the metric, also for images of another size."""
+    """The gradient of the reward raises the metric. The reward also takes images of another size."""
     reward = metric_and_reward("image_reward", {"model": str(blip)}, CAPTIONS)
     assert reward(torch.rand(3, 3, 48, 48), CAPTIONS).shape == (3,)
 
@@ -142,7 +142,7 @@ def test_other_weights_are_refused(blip: Path, tmp_path: Path) -> None:
             pretrained_image_reward(str(tmp_path))
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="tokens, but its text encoder has 11"):
-        pretrained_image_reward(str(tmp_path))  # transformers makes an empty tokenizer
+        pretrained_image_reward(str(tmp_path))  # transformers makes an empty tokenizer without vocab.txt
     with pytest.raises(UserError, match=r"there is no ImageReward folder 'nowhere'"):
         pretrained_image_reward("nowhere")
     (tmp_path / "model.safetensors").unlink()

@@ -1,4 +1,4 @@
-"""The InceptionV3 backbone against torch-fidelity; errors for missing and poisoned files."""
+"""The InceptionV3 backbone matches torch-fidelity. A missing package or weight file is an error."""
 
 import sys
 from types import ModuleType
@@ -31,7 +31,7 @@ def test_features_match_torch_fidelity(tmp_path, monkeypatch):
     fidelity, file = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3"), tmp_path / "w.pth"
     torch.manual_seed(0)
     torch.save({}, file)
-    with monkeypatch.context() as patch:  # random weights: the constructor insists on loading some
+    with monkeypatch.context() as patch:  # the constructor loads a file, so the test saves random weights
         patch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
         torch.save(fidelity.FeatureExtractorInceptionV3("random", ["2048"], str(file)).state_dict(), file)
     theirs = fidelity.FeatureExtractorInceptionV3("random", ["2048"], str(file))

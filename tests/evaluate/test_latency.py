@@ -1,4 +1,4 @@
-"""Seconds per image: the warm-up is left out, and the whole way from prompt to pixels counts."""
+"""The latency is in seconds per image. It covers all work from prompt to pixels, without the warm-up."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ def test_median_without_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def images(prompts: list[str], seeds: list[int], **options: Any) -> Any:
         calls.append((prompts, options))
-        clock[0] += next(durations)  # of text encoder, network and decoder
+        clock[0] += next(durations)  # the time of text encoder, network and decoder
         yield torch.zeros(len(prompts), 3, 8, 8)
 
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])

@@ -1,4 +1,4 @@
-"""Metrics of conf/metrics against closed forms, independent computations and the values of the first edition."""
+"""The metrics of conf/metrics match closed forms, independent computations and the values of the first edition."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def value(name: str, drawn: torch.Tensor, real: torch.Tensor) -> float:
 
 
 def test_golden_values():
-    """The first edition's own implementation on the same features."""
+    """The golden values come from the first edition's implementation on the same features."""
     drawn, real = {"clip": features(60, 0), "text": features(60, 2)}, {"clip": features(50, 1)}
     golden = {"fid": 97.81319506, "kid": 252307.2714, "cmmd": 1.267629406, "clip_score": -0.6100254033}
     metrics = {name: METRICS[name] for name in golden}
@@ -36,7 +36,7 @@ def test_golden_values():
 
 
 def gaussian(mean: float, deviations: torch.Tensor, seed: int) -> torch.Tensor:
-    """Samples whose mean and covariance are exact: `mean` and `deviations^2` on the diagonal."""
+    """Return samples with exactly the mean `mean` and the covariance `deviations^2` on the diagonal."""
     x = torch.randn(200, len(deviations), generator=torch.Generator().manual_seed(seed)).double()
     x = x - x.mean(0)
     white = torch.linalg.solve_triangular(torch.linalg.cholesky(x.T.cov()), x.T, upper=False).T
@@ -49,7 +49,7 @@ def test_fid_of_gaussians():
     assert value("fid", gaussian(2.0, a, 0), gaussian(0.5, b, 1)) == pytest.approx(float(expected), rel=1e-9)
 
 
-@pytest.mark.parametrize("count", [60, 8])  # 8: fewer than dimensions, so the covariance is singular
+@pytest.mark.parametrize("count", [60, 8])  # 8 images are fewer than the 12 dimensions: the covariance is singular
 def test_fid_matches_scipy(count):
     x, y = features(count, 0), features(50, 1)
     a, b = x.double().numpy(), y.double().numpy()
@@ -98,11 +98,11 @@ def test_distances_grow_and_are_symmetric(name):
 
 
 def test_precision_and_recall_of_a_line():
-    """Real images at 0, 1, ..., 9. Each ball of the 3rd neighbour reaches 2, at the ends 3."""
+    """The real images lie at 0, 1, ..., 9. The ball to the 3rd neighbour has radius 2, at both ends radius 3."""
     real = torch.arange(10.0)[:, None]
     drawn = torch.tensor([[4.2], [4.3], [4.4], [4.5], [-2.9], [-3.1], [12.1], [50.0]])
     assert value("precision", drawn, real) == 5 / 8
-    # The balls of the images from 4.2 to 4.5 reach 0.3 at most: only the real image at 4 is inside.
+    # The balls of the images from 4.2 to 4.5 have a radius of at most 0.3. Only the real image at 4 is inside.
     assert value("recall", drawn[:4], real) == 0.1
     assert value("recall", drawn, real) == 1
 

@@ -1,4 +1,4 @@
-"""COCO's captions in their real format: the rule of choice, the digest, and errors before any work."""
+"""The tests read captions in COCO's format. They check the choice of captions, the digest, and errors before any work."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from lcm.evaluate.prompts import as_lines, make_prompts, read_coco, sha256_of
 
 
 def write_coco(file: Path, images: int = 40, captions: int = 5, order: int = 0) -> Path:
-    """Write a file as COCO's annotations_trainval2014.zip has it."""
+    """Write captions in the format of COCO's annotations_trainval2014.zip, and return the file."""
     rows = [
         {"image_id": 1000 + 7 * i, "id": 50 + 11 * i + j, "caption": f"Image {i}  seen\nby writer {j}. "}
         for i in range(images)

@@ -1,4 +1,4 @@
-"""Scores of preference on tiny CLIPs with random weights, as metrics and as rewards; pickles are refused."""
+"""Preference scores are metrics and rewards. The tests use tiny CLIPs with random weights. Pickled weights are refused."""
 
 import shutil
 from pathlib import Path
@@ -25,7 +25,7 @@ CAPTIONS = ["red apple", "rocket", "dog"]
 
 
 class Original(nn.Module):
-    """The head with its names in christophschuhmann/improved-aesthetic-predictor."""
+    """The head with the names of weights in christophschuhmann/improved-aesthetic-predictor."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def test_scores_see_images_at_their_drawn_size(folder: Path, tiny_pipeline: Path
 
 @pytest.mark.parametrize("name", ["pick_score", "hpsv2", "aesthetic"])
 def test_metric_and_reward_take_the_same_weights(name: str, folder: Path, head_file: Path) -> None:
-    """From the configurations, by folder. The gradient of the reward raises the metric."""
+    """Both configurations take a folder as the model. The gradient of the reward raises the metric."""
     options = {"model": str(folder)} | ({"head": str(head_file)} if name == "aesthetic" else {})
     metric_and_reward(name, options, CAPTIONS)
 

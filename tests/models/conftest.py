@@ -1,4 +1,4 @@
-"""Functions that save pipelines like a training."""
+"""Functions that save pipelines as a training does."""
 
 from pathlib import Path
 from typing import Any

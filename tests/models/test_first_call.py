@@ -1,4 +1,4 @@
-"""The first call in diffusers, without arguments, of every kind of shipped or saved folder."""
+"""diffusers opens every kind of shipped or saved folder. A first call with only a prompt draws the image of TextToImage."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ def as_hub_folder(base: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(tiny_pipeline: Path, xl_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders by kind, with networks in float16, as train.py saves them."""
+    """Return folders by kind. Their networks are in float16, as train.py saves them."""
     root = tmp_path_factory.mktemp("folders")
 
     def saved(name: str, base: Path, *, takes_w: bool, consistency: bool) -> Path:
@@ -77,7 +77,7 @@ def folders(tiny_pipeline: Path, xl_pipeline: Path, tmp_path_factory: pytest.Tem
     }
 
 
-KINDS: dict[str, tuple[type[DiffusionPipeline], int, float]] = {  # with the steps and w of the class' defaults
+KINDS: dict[str, tuple[type[DiffusionPipeline], int, float]] = {  # the class with its default steps and w
     "mini": (StableDiffusionPipeline, 50, 6.5),
     "teacher": (StableDiffusionPipeline, 50, 6.5),
     "student": (LatentConsistencyModelPipeline, 4, 7.5),
@@ -90,7 +90,7 @@ KINDS: dict[str, tuple[type[DiffusionPipeline], int, float]] = {  # with the ste
 
 @pytest.fixture
 def same_noise(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Return a function after whose call torch draws our noise of `SEED`: in float32, then cast."""
+    """Return a function that makes torch draw our noise of `SEED`. torch draws it in float32 and then casts it."""
     draw = torch.randn
     monkeypatch.setattr(torch, "randn", lambda *size, dtype=None, **options: draw(*size, **options).to(dtype))
     return lambda: torch.set_rng_state(ImageNoise([SEED], ()).generators[0].get_state())
@@ -112,7 +112,7 @@ def difference(image: Image.Image, folder: Path, **options: Any) -> float:
 def test_first_call_agrees_with_ours(
     kind: str, dtype: torch.dtype | None, tolerance: float, folders: dict[str, Path], same_noise: Callable[[], None]
 ) -> None:
-    """tolerance: in grey levels."""
+    """The tolerance is in grey levels."""
     (pipeline_class, steps, w), folder = KINDS[kind], folders[kind]
     pipe = pipeline_class.from_pretrained(folder, **({} if dtype is None else {"torch_dtype": dtype}))
     same_noise()

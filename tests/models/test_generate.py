@@ -136,7 +136,7 @@ def test_w_without_input_is_an_error(teacher: TextToImage) -> None:
 
 @pytest.mark.parametrize(("size", "shape"), [(64, (64, 64)), ((8, 68), (8, 68))])
 def test_images_have_requested_size(size: object, shape: tuple[int, int], student: TextToImage) -> None:
-    """Any multiples of the VAE's factor, also if the UNet's levels do not divide the latents."""
+    """A size is any multiple of the VAE's factor. The UNet's levels need not divide the latents."""
     [image] = next(student.images(["rocket"], [0], steps=2, w=3.0, size=size))
     assert image.shape == (3, *shape)
 
@@ -226,7 +226,7 @@ PICTURE = torch.arange(32 * 32 * 3).reshape(3, 32, 32).remainder(256).byte()
 def test_strength_is_the_start_of_sampling(steps: int, strength: float, first: int, student: TextToImage) -> None:
     timesteps = student.timesteps(steps, strength=strength)
     assert len(timesteps) == steps
-    assert abs(timesteps[0] - first) <= 20  # a point of the grid
+    assert abs(timesteps[0] - first) <= 20  # the start is a point of the grid
     assert timesteps == sorted(timesteps, reverse=True)
 
 

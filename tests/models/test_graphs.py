@@ -1,4 +1,4 @@
-"""Graphs compute what torch computes, at other sizes than they were traced with. optimum opens their folders."""
+"""Graphs compute the same values as torch, also at sizes that the trace did not use. optimum opens their folders."""
 
 import gc
 import json
@@ -87,7 +87,7 @@ def test_openvino_draws_the_same_images(student: Path, home: Path, monkeypatch: 
         context.setattr(graphs, "to_openvino", None)  # the conversion is stored
         graph = TextToImage.load(str(student), engine="openvino")
     assert model.identity() != graph.identity()
-    monkeypatch.setattr(graph.net, "conv_in", None)  # torch does not compute
+    monkeypatch.setattr(graph.net, "conv_in", None)  # torch cannot compute the network
     options: dict[str, Any] = {"steps": 2, "w": 3.0, "size": [48, 32]}
     for prompts in (["cat"], ["cat", "dog"]):
         [ours], [theirs] = (list(m.images(prompts, [0, 1][: len(prompts)], **options)) for m in (model, graph))
@@ -102,7 +102,7 @@ def test_another_model_is_converted_anew(student: Path, tiny_pipeline: Path, hom
 
 
 def test_signals_arrive_after_models_are_deleted(student: Path) -> None:
-    """If the main thread is left on a freed signal stack, this crashes the process."""
+    """A signal crashes the process if the main thread has a freed signal stack."""
     models = [TextToImage.load(str(student), engine="openvino") for _ in range(2)]
     models.pop(0)
     gc.collect()
@@ -135,7 +135,7 @@ def test_options_without_effect_on_openvino_are_refused(
 
 @pytest.mark.parametrize(("package", "form"), [("optimum.onnxruntime", "onnx"), ("optimum.intel", "openvino")])
 def test_optimum_draws_the_same_images(package: str, form: str, student: Path, tmp_path: Path) -> None:
-    """Runs where optimum is installed, beside older versions of diffusers and transformers."""
+    """This test runs only where optimum is installed. optimum needs older versions of diffusers and transformers."""
     optimum = pytest.importorskip(package)
     from diffusers import LatentConsistencyModelPipeline
 

@@ -1,4 +1,4 @@
-"""Names of a model: a folder, a hub id, mini, last or last:<name>; and errors for other folders."""
+"""The name of a model is a folder, a hub id, mini, last or last:<name>. Other folders are an error."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ from lcm.models.text_to_image import TextToImage
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two runs of the name mine and a newer one of other; only mine/1 and other/0 have saved a model."""
+    """Make two runs named mine and a newer run named other. Only mine/1 and other/0 have a saved model."""
     monkeypatch.chdir(tmp_path)
     find_pipeline_once.cache_clear()
     (tmp_path / "runs/mine/0").mkdir(parents=True)

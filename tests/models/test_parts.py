@@ -1,4 +1,4 @@
-"""Loading of a part of a pipeline folder: complete, finite weights from safetensors, or an error."""
+"""A part of a pipeline folder needs complete, finite weights in safetensors. Other weights are an error."""
 
 import json
 import shutil
@@ -31,14 +31,14 @@ NETWORKS: dict[str, tuple[str, Callable[[str], Any]]] = {
 
 @pytest.fixture
 def part(request: pytest.FixtureRequest, xl_pipeline: Path, tmp_path: Path) -> tuple[Path, Callable[[], Any]]:
-    """Return the file with the weights of a part, in a copy of the folder, and the function that loads the part."""
+    """Return the weight file of a part in a copied folder, and the function that loads the part."""
     name, load = NETWORKS[request.param]
     folder = shutil.copytree(xl_pipeline, tmp_path / "teacher")
     return folder / request.param / f"{name}.safetensors", lambda: load(str(folder))
 
 
-def same(one: nn.Module, other: nn.Module) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+def same(first: nn.Module, second: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
 def parts(names: str, *values: Any) -> Any:
@@ -65,7 +65,7 @@ def test_variant_is_ignored_beside_other_file(part: Any) -> None:
 
 @parts("part", "unet", "text_encoder", "clip")
 def test_missing_weights_are_an_error(part: Any) -> None:
-    """diffusers and transformers only warn, and draw them or leave them on the meta device."""
+    """diffusers and transformers only warn. They draw random weights or leave the weights on the meta device."""
     file, load = part
     weights = load_file(file)
     lost = max(weights)
@@ -122,7 +122,7 @@ def test_loading_non_finite_weights_is_an_error(part: Any, value: float) -> None
 
 
 def test_float16_overflow_is_an_error(tiny_pipeline: Path, tmp_path: Path) -> None:
-    """When loading and when saving. bfloat16 has a larger range."""
+    """Loading and saving both raise the error. bfloat16 has a larger range."""
     unet = load_network(tiny_pipeline)
     unet.conv_out.weight.data[0] = 7e4
     folder = shutil.copytree(tiny_pipeline, tmp_path / "large")
@@ -187,7 +187,7 @@ def test_unknown_keys_of_configs_are_ignored(tiny_pipeline: Path, tmp_path: Path
 
 @pytest.mark.parametrize(("length", "files"), [(10**30, "tokenizer.json"), (..., "vocab.json")])
 def test_captions_are_cut_to_encoder_length(length: Any, files: str, tiny_pipeline: Path, tmp_path: Path) -> None:
-    """For any length in the tokenizer's config."""
+    """The tokenizer's config has a larger length or no length."""
     folder = edited(shutil.copytree(tiny_pipeline, tmp_path / "f"), "tokenizer/tokenizer_config.json", model_max_length=length)
     if files == "vocab.json":
         (folder / "tokenizer/tokenizer.json").unlink()

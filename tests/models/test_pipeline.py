@@ -44,7 +44,7 @@ SEEDS = [3, 11]
 
 @pytest.fixture(scope="module")
 def student(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A saved consistency model with random weights of the projection of w."""
+    """Save a consistency model with random weights in the projection of w, and return its folder."""
     return save_student(tmp_path_factory.mktemp("pipelines") / "student", tiny_pipeline, w_min=2.0, w_max=14.0)
 
 
@@ -244,7 +244,7 @@ def test_diffusers_opens_teacher_without_warning(tiny_pipeline: Path) -> None:
 
 
 def test_images_agree_with_diffusers(tiny_pipeline: Path) -> None:
-    """Within a grey level, as both round."""
+    """The images differ by at most one grey level, because both programs round."""
     pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
     pipe.set_progress_bar_config(disable=True)
     noise = ImageNoise(SEEDS, (4, 8, 8))()
@@ -270,7 +270,7 @@ def test_img2img_agrees_with_diffusers(tiny_pipeline: Path, steps: int, strength
 
 
 def student_samples(folder: str, steps: int, w: float, output_type: str = "latent") -> torch.Tensor:
-    """Sample by diffusers. It draws all noise of an image from one generator, like `ImageNoise`."""
+    """Return samples of diffusers. diffusers draws all noise of an image from one generator, like `ImageNoise`."""
     pipe = LatentConsistencyModelPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     options = {"guidance_scale": w + 1, "num_inference_steps": steps, "generator": ImageNoise(SEEDS, (4, 8, 8)).generators}

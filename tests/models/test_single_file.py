@@ -1,4 +1,4 @@
-"""The original single-file layout, against diffusers' own converter: written, read back, and read as a teacher."""
+"""Single files in the original layout agree with diffusers' converter. A single file can be a teacher."""
 
 import json
 import os
@@ -77,8 +77,8 @@ def test_names_of_full_size_unets(net: str, weights: int, examples: list[str]) -
     named = unet_weights(unet)
     assert len(named) == weights
     assert {f"model.diffusion_model.{example}" for example in examples} <= named.keys()
-    found = convert_ldm_unet_checkpoint(named, unet.config)
-    assert {name: value.shape for name, value in found.items()} == {name: p.shape for name, p in unet.state_dict().items()}
+    converted = convert_ldm_unet_checkpoint(named, unet.config)
+    assert {name: value.shape for name, value in converted.items()} == {name: p.shape for name, p in unet.state_dict().items()}
 
 
 def test_attention_of_the_vae_is_convolutions() -> None:
@@ -116,11 +116,11 @@ def test_a_single_file_is_a_teacher(checkpoint: Path, tiny_pipeline: Path, tmp_p
     options = {"steps": 2, "w": 3.0}
     assert torch.equal(model.latents(["rocket"], [3], **options), teacher.latents(["rocket"], [3], **options))
     folder = find(f"{checkpoint}:{configs}")
-    shutil.rmtree(configs)  # converted once
+    shutil.rmtree(configs)  # the second call uses the stored conversion
     before = (folder / "model_index.json").stat().st_mtime_ns
     assert find(f"{checkpoint}:{configs}") == folder
     assert (folder / "model_index.json").stat().st_mtime_ns == before
-    os.utime(checkpoint, (0, 0))  # another file
+    os.utime(checkpoint, (0, 0))  # another modification time stands for another file
     with pytest.raises(UserError, match=r"the configuration .*configs' is neither a folder here nor reachable on the hub"):
         find(f"{checkpoint}:{configs}")
 
@@ -153,7 +153,7 @@ def test_pickled_checkpoints_are_refused(checkpoint: Path, tmp_path: Path) -> No
 
 
 def test_a_checkpoint_without_a_part_is_refused(checkpoint: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
-    """The weights of the pipeline that gives the configuration do not stand in for it."""
+    """The weights of the configuration's pipeline do not replace the missing part."""
     weights = {name: value for name, value in load_file(checkpoint).items() if not name.startswith("cond_stage_model.")}
     save_file(weights, tmp_path / "half.safetensors")
     with pytest.raises(UserError, match=r"cannot load .*half.safetensors"):
@@ -161,7 +161,7 @@ def test_a_checkpoint_without_a_part_is_refused(checkpoint: Path, tiny_pipeline:
 
 
 def network(kind: str, tiny: Path, pixart: Path, sd3: Path) -> tuple[Any, Any]:
-    """Return a module, as far as an export looks at it, and its network."""
+    """Return a stand-in for a module, with the attributes that an export reads, and its network."""
     folder = {"pixart": pixart, "sd3": sd3}.get(kind, tiny)
     family, net = load_family(folder), load_network(folder)
     if kind == "student":

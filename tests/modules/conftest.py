@@ -1,4 +1,4 @@
-"""The modules on the tiny pipeline, its shards as data, and a silent CPU trainer."""
+"""Fixtures: modules on the tiny pipeline, shards as data, and a silent CPU trainer."""
 
 from collections.abc import Callable
 from functools import partial
@@ -38,13 +38,14 @@ def common(**options: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def training(tiny_pipeline: Path) -> Make:
-    """`training(kind, **options)`: a new module of one of the kinds, always with the same initial weights."""
+    """`training(kind, **options)` returns a new module of that kind, always with the same initial weights."""
     return partial(new_module, tiny_pipeline)
 
 
 def new_module(pipeline: Path, kind: str, **options: Any) -> Any:
-    """Return a module whose training starts from the pipeline; options replace its arguments, `objective.<name>` the
-    objective's.
+    """Return a module whose training starts from the pipeline.
+
+    An option replaces an argument of the module. An option `objective.<name>` replaces an argument of the objective.
     """
     torch.manual_seed(0)
     base = str(pipeline)
@@ -59,8 +60,8 @@ def new_module(pipeline: Path, kind: str, **options: Any) -> Any:
     matching = {"tdm": TrajectoryDistributionMatching, "dmd2": ImprovedDistributionMatching}
     if kind in matching:
         fake = partial(FakeScore, optimizer=options["optimizer"], lr_schedule=constant, ratio=2)
-        given = {"loss": losses.huber, "fake": fake, "w_min": 2.0, "w_max": 14.0, **options}
-        return MatchingModule(net, process, pipeline=base, objective=partial(matching[kind], **parts), **given)
+        arguments = {"loss": losses.huber, "fake": fake, "w_min": 2.0, "w_max": 14.0, **options}
+        return MatchingModule(net, process, pipeline=base, objective=partial(matching[kind], **parts), **arguments)
     guided = {"w_min": 2.0, "w_max": 14.0, "timesteps": timesteps.grid, "loss": partial(losses.huber, c=0.1)}
     methods: dict[str, dict[str, Any]] = {
         "distillation": {"objective": LatentConsistencyDistillation, "solver": solvers.ddim, **guided},
@@ -85,7 +86,7 @@ def codec(tiny_pipeline: Path) -> LatentCodec:
 
 @pytest.fixture
 def data(shards: Path, codec: LatentCodec) -> Make:
-    """`data(**options)`: the OpenMoji shards as latent batches, or as pixels with codec=None."""
+    """`data(**options)` returns the OpenMoji shards as latent batches, or as pixels with codec=None."""
 
     def make(**options: Any) -> ShardDataModule:
         options = {"codec": codec, "resolution": 32, "batch_size": 4, "num_workers": 0, "shuffle": 64, **options}
@@ -96,7 +97,7 @@ def data(shards: Path, codec: LatentCodec) -> Make:
 
 @pytest.fixture
 def fit(tmp_path: Path) -> Make:
-    """`fit(module, data, max_steps, ckpt_path=None, **trainer options)` -> the trainer."""
+    """`fit(module, data, max_steps, ckpt_path=None, **trainer options)` trains the module and returns the trainer."""
 
     def run(module: L.LightningModule, data: Any, max_steps: int, ckpt_path: str | None = None, **options: Any) -> L.Trainer:
         silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
@@ -117,7 +118,7 @@ def fit(tmp_path: Path) -> Make:
 
 @pytest.fixture(scope="session")
 def batch() -> LatentBatch:
-    """A batch of no data in particular."""
+    """Return a batch of random latents and text embeddings."""
     rng = generator("cpu", "batch")
     z0, cond, uncond = (torch.randn(shape, generator=rng) for shape in ((4, 4, 8, 8), (4, 16, 16), (1, 16, 16)))
     return LatentBatch(z0, {"states": cond}, {"states": uncond}, list("abcd"), list("abcd"))

@@ -1,4 +1,6 @@
-"""Train on given batches under a strategy. test_strategies.py runs it as several processes, and calls it for one process.
+"""Train on given batches under a strategy.
+
+test_strategies.py runs this program in two processes, and calls `train` for one process.
 
 `torchrun --standalone --nproc-per-node=2 -m tests.modules.ranks <tiny pipeline> <pixart's> <sd3's> <folder>`.
 """
@@ -35,7 +37,7 @@ RANKS, STEPS, HALF = 2, 4, 2
 OPTIMIZER = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0, eps=1e-6, fused=True)
 MATCHING = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0, eps=1e-5, fused=True)  # 1e-6 is too small on some CPUs
 EIGHT_BIT = partial(AdamW8bit, lr=1e-3, weight_decay=0.0, eps=1e-6)
-SHAPES: dict[str, dict[str, tuple[int, ...]]] = {  # of a sample of each pipeline
+SHAPES: dict[str, dict[str, tuple[int, ...]]] = {  # the shapes of one sample of each pipeline
     "tiny": {"z0": (4, 8, 8), "states": (16, 16)},
     "pixart": {"z0": (4, 8, 8), "states": (6, 32), "mask": (6,)},
     "sd3": {"z0": (16, 4, 4), "states": (6, 48), "pooled": (16,)},
@@ -49,7 +51,10 @@ STRATEGIES = {
 
 
 class Batches(IterableDataset):
-    """Without a length, as ours: Lightning counts the batches before a checkpoint as read from what it is given."""
+    """A dataset without a length, like the project's datasets.
+
+    With a length, a resumed training would end too early: Lightning counts the batches before a checkpoint as read.
+    """
 
     def __init__(self, batches: list[LatentBatch]) -> None:
         self.batches = batches
@@ -58,9 +63,9 @@ class Batches(IterableDataset):
         return iter(self.batches)
 
 
-def batch(index: int, rank: int | None, of: str = "tiny") -> LatentBatch:
-    """Two samples of the rank, or those of all ranks. of: the pipeline."""
-    rng, shapes = generator("cpu", "batch", index), SHAPES[of]
+def batch(index: int, rank: int | None, pipeline_name: str = "tiny") -> LatentBatch:
+    """Return the two samples of a rank, or the samples of all ranks if `rank` is None."""
+    rng, shapes = generator("cpu", "batch", index), SHAPES[pipeline_name]
     drawn = {name: torch.randn(2 * RANKS, *shape, generator=rng) for name, shape in shapes.items()}
     if "mask" in drawn:
         drawn["mask"] = (drawn["mask"] > -0.5).float()
@@ -103,17 +108,17 @@ def train(
     export: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Losses (of this process), gradient norms and weights after `steps`.
+    """Return the losses of this process, the gradient norms and the weights after `steps`.
 
-    strategy None: this process trains on the batches of all. resume: a checkpoint of `HALF` steps. of: the pipeline's name.
-    export: the pipeline is saved in `folder` afterwards.
+    strategy: None trains in this process on the batches of all ranks. resume: the path of a checkpoint after `HALF` steps.
+    of: the name of the pipeline. export: whether to save the pipeline in `folder` after the training.
     """
     optimizer = MATCHING if kind in ("tdm", "dmd2") else OPTIMIZER
     module = new_module(pipeline, kind, clip_norm=0.05, **{"optimizer": optimizer, **options})
     rank = int(os.environ["LOCAL_RANK"]) if strategy else None
-    own = [batch(i, rank, of) for i in range(HALF * accumulate if resume else 0, STEPS * accumulate)]
+    batches = [batch(i, rank, of) for i in range(HALF * accumulate if resume else 0, STEPS * accumulate)]
     if poisoned is not None and rank == 1:
-        own[poisoned].z0.fill_(float("nan"))
+        batches[poisoned].z0.fill_(float("nan"))
     watch = Losses()
     trainer = L.Trainer(
         accelerator="cpu", devices=RANKS if strategy else 1, strategy=STRATEGIES[strategy]() if strategy else "auto",
@@ -122,7 +127,7 @@ def train(
         use_distributed_sampler=False, num_sanity_val_steps=0, default_root_dir=folder, plugins=[AtomicCheckpointIO()],
         check_val_every_n_epoch=None, val_check_interval=2 if validate else None,
     )  # fmt: skip
-    loaders = [DataLoader(Batches(part), batch_size=None) for part in (own, own[:1])[: 1 + validate]]
+    loaders = [DataLoader(Batches(part), batch_size=None) for part in (batches, batches[:1])[: 1 + validate]]
     stopped = None
     try:
         trainer.fit(module, *loaders, ckpt_path=resume)
@@ -137,7 +142,7 @@ def train(
 
 
 def sizes(module: LatentModule) -> dict[str, int]:
-    """Bytes of each network that this process holds."""
+    """Return how many bytes of each network this process holds."""
     networks = {**dict(module.named_children()), **module.frozen}
     local = {name: [getattr(p, "_local_tensor", p) for p in network.parameters()] for name, network in networks.items()}
     return {name: sum(p.untyped_storage().nbytes() for p in tensors) for name, tensors in local.items()}
@@ -157,7 +162,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "resumed-matching": {"kind": "dmd2", "strategy": "fsdp", "adversary": REAL_DATA, "resume": "matching.ckpt"},
     "hsdp": {"kind": "distillation", "strategy": "hsdp"},
     "recomputed": {"kind": "distillation", "strategy": "fsdp", "gradient_checkpointing": True, "validate": True},
-    **{f"{of}-fsdp": {"kind": "distillation", "strategy": "fsdp", "of": of, "export": True} for of in ("pixart", "sd3")},
+    **{f"{name}-fsdp": {"kind": "distillation", "strategy": "fsdp", "of": name, "export": True} for name in ("pixart", "sd3")},
     "nf4 base": {"kind": "lora", "strategy": "ddp", "quantization": nf4},
     "nf4 teacher": {"kind": "distillation", "strategy": "ddp", "quantization": nf4},
     "8-bit": {"kind": "distillation", "strategy": "ddp", "optimizer": EIGHT_BIT},
@@ -167,8 +172,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "bf16": {"kind": "distillation", "strategy": "fsdp", "precision": "bf16-mixed"},
     **{f"half-{s}": {"kind": "distillation", "strategy": s, "steps": HALF, "save": f"half-{s}.ckpt"}
        for s in ("ddp", "fsdp", "folder")},
-    **{f"resumed-{s}-{of}": {"kind": "distillation", "strategy": s, "resume": f"half-{of}.ckpt"}
-       for s, of in (("fsdp", "fsdp"), ("folder", "folder"), ("fsdp", "ddp"), ("ddp", "folder"))},
+    **{f"resumed-{s}-{writer}": {"kind": "distillation", "strategy": s, "resume": f"half-{writer}.ckpt"}
+       for s, writer in (("fsdp", "fsdp"), ("folder", "folder"), ("fsdp", "ddp"), ("ddp", "folder"))},
 }  # fmt: skip
 
 

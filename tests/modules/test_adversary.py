@@ -1,4 +1,4 @@
-"""The adversary of latents: times, features, the paths of gradients, two optimizers, exact resume."""
+"""The adversary on latents: timesteps, features, gradient paths, two optimizers, exact resume."""
 
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +25,7 @@ ADVERSARY: Any = partial(LatentAdversary, optimizer=OPTIMIZER, lr_schedule=const
 
 
 def test_golden_hinge_loss() -> None:
-    """Logits of two heads weigh equally, however many positions each judges."""
+    """Two heads have the same weight in the loss, whatever their numbers of logits."""
     heads = torch.nn.Module()
     heads.forward = lambda x: [torch.tensor([[x, x]]), torch.tensor([[-3.0 * x]])]  # type: ignore[assignment]
     adversary = Adversary(heads, optimizer=OPTIMIZER, lr_schedule=constant)
@@ -36,7 +36,7 @@ def test_golden_hinge_loss() -> None:
 
 @pytest.mark.parametrize("process", [VP(), Flow(shift=3.0)], ids=["vp", "flow"])
 def test_noise_is_added_within_the_phase(process: Process) -> None:
-    """A point of the phase's end, noised up to t, is distributed as data noised to t."""
+    """A point at the end of the phase that is noised to t has the distribution of data noised to t."""
     count, z0 = 20_000, torch.full((20_000, 1, 1, 1), 0.7)
     end, start = torch.full((count,), 259), torch.full((count,), 499)
     at_end = process.jump(z0, torch.randn(z0.shape), end)
@@ -58,11 +58,11 @@ def test_features_of_every_family_lead_to_the_input(of: str, request: pytest.Fix
     pipeline = request.getfixturevalue(f"{of}_pipeline")
     family, net, some = load_family(pipeline), load_network(pipeline).eval(), batch(0, None, of)
     z = some.z0.requires_grad_()
-    found = block_features(family, net, lambda: as_network(family, net)(z, torch.full((len(z),), 500), some.cond))
+    features = block_features(family, net, lambda: as_network(family, net)(z, torch.full((len(z),), 500), some.cond))
     widths = [width for _, width in family.feature_blocks(net)]
-    assert [(len(feature), feature.shape[1]) for feature in found] == [(len(z), width) for width in widths]
-    assert len({feature.sum().item() for feature in found}) == len(found)
-    [gradient] = torch.autograd.grad(ADVERSARY(widths).generator_loss(found), z)
+    assert [(len(feature), feature.shape[1]) for feature in features] == [(len(z), width) for width in widths]
+    assert len({feature.sum().item() for feature in features}) == len(features)
+    [gradient] = torch.autograd.grad(ADVERSARY(widths).generator_loss(features), z)
     assert (gradient.abs().amax(dim=(1, 2, 3)) > 0).all()
     assert not any(block._forward_hooks for block in net.modules())
 
@@ -83,7 +83,7 @@ def test_both_networks_learn_and_the_teacher_stays(kind: str, training: Make, da
     assert changed(before, module) >= {"net", "adversary"}
     assert all(torch.equal(value, teacher[name]) for name, value in module.frozen["teacher"].state_dict().items())
     assert all(p.grad is None for p in [*module.adversary.parameters(), *module.frozen["teacher"].parameters()])
-    assert metrics["train/discriminator"] == pytest.approx(1.0, abs=0.3)  # two classes that cannot be told apart yet
+    assert metrics["train/discriminator"] == pytest.approx(1.0, abs=0.3)  # the discriminator cannot tell the classes apart yet
 
 
 def test_term_starts_later_and_changes_the_student(training: Make, data: Make, fit: Make) -> None:

@@ -32,7 +32,7 @@ def halved_each_step(optimizer: torch.optim.Optimizer, *args: Any) -> Exponentia
 
 
 def new_autoencoder(pipeline: Path, start: int | None = None, **options: Any) -> Autoencoder:
-    """Return a module, always with the same initial weights. start: of its adversary; None: without one."""
+    """Return a module, always with the same initial weights. start: the adversary's first step, or None for no adversary."""
     torch.manual_seed(0)
     optimizer, adversary = options.pop("optimizer", ADAMW), None
     if start is not None:
@@ -63,7 +63,7 @@ def moments(module: Autoencoder) -> list[torch.Tensor]:
     """Return the state of both optimizers."""
     assert module.adversary is not None
     optimizers: Any = (module.optimizers().optimizer, module.adversary.optimizer)
-    return [value for each in optimizers for state in each.state.values() for value in state.values()]
+    return [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
 
 
 def test_resume_is_exact(autoencoder: Make, pixels: Make, fit: Make, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_resume_is_exact(autoencoder: Make, pixels: Make, fit: Make, tmp_path: P
 
 
 class Gradients(L.Callback):
-    """Gradients in each step: after the discriminator has learned, and after the generator's backward pass."""
+    """Record each step's gradients after the discriminator's update and after the generator's backward pass."""
 
     def __init__(self) -> None:
         self.judged: list[dict[str, list[Any]]] = []
@@ -125,8 +125,8 @@ def test_adversary_changes_the_generator_from_its_start_on(autoencoder: Make, pi
 def test_adaptive_weight_balances_gradients(autoencoder: Make) -> None:
     last = torch.tensor([1.0, 1.0], requires_grad=True)
     loss, other = (last * torch.tensor([0.0, 0.2])).sum(), (last * torch.tensor([3.0, 4.0])).sum()
-    one = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    assert float(autoencoder(start=0).adversary.balanced_weight(loss, other, last, one)) == pytest.approx(
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    assert float(autoencoder(start=0).adversary.balanced_weight(loss, other, last, trainer)) == pytest.approx(
         0.5 * 5 / 0.2, rel=1e-3
     )
 
@@ -181,7 +181,7 @@ def test_frozen_encoder_keeps_its_bits_and_scaling_factor(autoencoder: Make, pix
     trained = changed(before, module) - {"latent_std"}
     assert {".".join(name.split(".")[:2]) for name in trained} == {"vae.decoder", "vae.post_quant_conv", "adversary.network"}
     module.save_model(str(tmp_path))
-    again = load_vae(tmp_path)  # the folder of a training, with vae/ alone
+    again = load_vae(tmp_path)  # the folder of a training contains vae/ only
     assert again.config["scaling_factor"] == factor
     assert torch.equal(again.encoder.conv_in.weight, before["vae.encoder.conv_in.weight"].half().float())
 
@@ -207,7 +207,7 @@ def test_missing_and_wrong_weights_are_one_sentence(tmp_path: Path) -> None:
 
 
 def train(pipeline: Path, file: Path, ranks: int = 1) -> None:
-    """Save the weights after three steps on four pictures each, which `ranks` processes share: see test_strategies.py."""
+    """Train for three steps and save the weights. `ranks` processes share a step's four pictures: see test_strategies.py."""
     rank = int(os.environ.get("LOCAL_RANK", 0))
     rows = slice(4 // ranks * rank, 4 // ranks * (rank + 1))
     pictures = torch.rand(3, 4, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1

@@ -1,4 +1,4 @@
-"""Guided distillation goes through its stages; consistency models train and sample in their own form."""
+"""Guided distillation trains in stages. Consistency models train and sample with their own function and timesteps."""
 
 import math
 import shutil
@@ -38,11 +38,10 @@ def vector(network: torch.nn.Module) -> Tensor:
 
 
 class Watch(L.Callback):
-    """At every batch: the stage, the student before and after it, and the one it learns from."""
+    """Record after every batch the stage, the student and the previous student, from which the student learns."""
 
     def __init__(self) -> None:
         self.stages: list[int] = []
-        self.before: list[Tensor] = []
         self.after: list[Tensor] = []
         self.previous: list[Tensor] = []
 
@@ -97,7 +96,7 @@ def run_ddim(model: TextToImage, net: Any, steps: int) -> Tensor:
 def test_resume_around_a_stage_end_is_exact(cut: int, training: Make, data: Make, fit: Make, tmp_path: Path) -> None:
     whole, first, second = (training("guided", match_share=0.4, eval_ema=0.5) for _ in range(3))
     fit(whole, data(), 10)
-    # max_steps sets the stages, so the first part is a run of 10 that is stopped.
+    # max_steps determines the stages, so the first part is a run of 10 steps that stops early.
     trainer = fit(first, data(), 10, callbacks=[StopAt(cut)])
     trainer.save_checkpoint(path := tmp_path / "cut.ckpt")
     assert trainer.global_step == cut
@@ -108,7 +107,7 @@ def test_resume_around_a_stage_end_is_exact(cut: int, training: Make, data: Make
 
 @pytest.fixture
 def stopped(tiny_pipeline: Path, data: Make, fit: Make, tmp_path: Path) -> Make:
-    """`stopped(experiment, step)`: a run of 10 steps in tmp_path that was stopped there; gives its module."""
+    """`stopped(experiment, step)` stops a run of 10 steps in tmp_path after a step, and returns its module."""
 
     def run(experiment: str, step: int) -> Any:
         cfg = compose("train", [f"experiment={experiment}", f"model.pipeline={tiny_pipeline}", "trainer.max_steps=10"])
@@ -189,7 +188,7 @@ def test_consistency_model_starts_as_the_unet(kind: str, training: Make, tiny_pi
 
 @MODELS
 def test_consistency_model_samples_as_trained(kind: str, training: Make, data: Make, fit: Make, tmp_path: Path) -> None:
-    """With its own function and timesteps, for any w, in one forward pass per step."""
+    """A saved model samples with its own function and timesteps, for any w, in one forward pass per step."""
     module = training(kind, **{"objective.sigma_data": 0.7})
     fit(module, data(), 2)
     module.save_model(folder := str(tmp_path / "model"))
@@ -207,7 +206,7 @@ def test_consistency_model_samples_as_trained(kind: str, training: Make, data: M
 
 
 def drawn_noise(model: TextToImage) -> Tensor:
-    """The z_T of seed 0: what a sampler without steps gives back."""
+    """Return the z_T of seed 0, which a sampler without steps returns unchanged."""
     return model.latents(["rocket"], [0], steps=1, w=0.0, sampler=lambda denoise, z, timesteps, **_: z)
 
 
@@ -219,7 +218,7 @@ def test_cd_grid_is_karras(training: Make) -> None:
 
 
 def test_ct_grid_matches_golden_values() -> None:
-    """2303.01469, appendix C with s_0 = 2, s_1 = 150."""
+    """The expected values follow appendix C of arXiv 2303.01469 with s_0 = 2 and s_1 = 150."""
     assert [grid_points(progress, 2, 150) for progress in (0.0, 0.25, 0.5, 1.0)] == [2, 76, 107, 151]
 
 
@@ -259,7 +258,7 @@ def test_ct_export_has_the_grid_of_its_step(stopped: Make, tmp_path: Path) -> No
 
 
 class AtStart(L.Callback):
-    """Return a module in its state before the first batch."""
+    """Record the contents of lcm.json and the target decay before the first batch."""
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         self.facts, self.decay = module.lcm_json(), module.objective.target_decay(module.ema_decay)

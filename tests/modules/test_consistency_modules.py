@@ -1,4 +1,4 @@
-"""Distillation and fine-tuning: the teacher stays, the student starts as it, the target follows the student."""
+"""Distillation and fine-tuning: the teacher never changes, the student starts from it, the target follows the student."""
 
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 
 
 class Online(L.Callback):
-    """The student after every optimizer step."""
+    """Record the weights of the student after every optimizer step."""
 
     def __init__(self) -> None:
         self.steps: list[Tensor] = []
@@ -59,7 +59,10 @@ def test_teacher_is_not_in_the_module_tree(training: Make) -> None:
 
 
 def test_target_matches_closed_form_average(training: Make, data: Make, fit: Make) -> None:
-    """`theta-_n = mu^n theta_0 + (1 - mu) sum_i mu^(n - i) theta_i`, n optimizer steps, whatever the accumulation."""
+    """After n optimizer steps, the target is `theta-_n = mu^n theta_0 + (1 - mu) sum_i mu^(n - i) theta_i`.
+
+    The number of accumulated batches does not change this average.
+    """
     mu, module, online = 0.8, training("distillation", ema_decay=0.8), Online()
     start = parameters_to_vector(module.net.parameters()).detach().clone()
     fit(module, data(), 4, callbacks=[online], accumulate_grad_batches=3)
@@ -128,7 +131,10 @@ def test_saved_folder_holds_the_student(
 def test_sampling_uses_trained_timesteps(
     kind: str, points: int | None, training: Make, codec: LatentCodec, tmp_path: Path
 ) -> None:
-    """Here and in diffusers; on the grid of 50 points where training had the whole schedule."""
+    """This package and diffusers sample at trained timesteps.
+
+    A model that is trained on the whole schedule samples on the grid of 50 points.
+    """
     module = training(kind, timesteps=partial(grid, points=points) if points else full)
     module.save_model(folder := str(tmp_path / "model"))
     scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
@@ -141,8 +147,8 @@ def test_sampling_uses_trained_timesteps(
 
 
 def test_trained_timesteps_fit_the_process(training: Make, tiny_pipeline: Path) -> None:
-    of, short, base = training("finetuning"), VP(num_train_timesteps=500), str(tiny_pipeline)
-    options = {"optimizer": torch.optim.AdamW, "lr_schedule": constant, "loss": of.objective.distance}
+    module, short, base = training("finetuning"), VP(num_train_timesteps=500), str(tiny_pipeline)
+    options = {"optimizer": torch.optim.AdamW, "lr_schedule": constant, "loss": module.objective.distance}
     for timesteps, first in ((grid, 9), (full, 20)):
         tuned = ConsistencyModule(
             load_network(base),
@@ -158,7 +164,7 @@ def test_trained_timesteps_fit_the_process(training: Make, tiny_pipeline: Path) 
 
 
 def test_guidance_lr_multiplier_scales_the_first_step(training: Make, data: Make, fit: Make) -> None:
-    """AdamW's first step from zero is the learning rate itself, wherever there is a gradient."""
+    """AdamW's first step moves every weight that has a gradient by the learning rate."""
     plain, fast = training("distillation"), training("distillation", guidance_lr_multiplier=10.0)
     for module in (plain, fast):
         fit(module, data(), 1)
@@ -199,7 +205,10 @@ def test_only_training_uses_compiled_networks(
 
 
 def test_each_batch_shape_gets_a_graph(training: Make, data: Make, fit: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As traced by torch.compile, which stops at 8 graphs of one function, here at 2, unless it is told of more."""
+    """torch.compile stops at 8 graphs of one function, unless its limit is raised.
+
+    This test starts with a limit of 2.
+    """
     graphs: list[torch.fx.GraphModule] = []
 
     def counted(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -213,12 +222,12 @@ def test_each_batch_shape_gets_a_graph(training: Make, data: Make, fit: Make, mo
     module = training("finetuning", compile=True)
     fit(module, data(buckets=shapes), 1)
     module.train()
-    monkeypatch.setattr("lcm.modules.latent.log_train", lambda *_: None)  # outside the trainer's loop
+    monkeypatch.setattr("lcm.modules.latent.log_train", lambda *_: None)  # the steps run outside the trainer's loop
     for height, width in shapes:
         z0 = torch.randn(4, 4, height // 4, width // 4)
         cond, uncond = {"states": torch.randn(4, 16, 16)}, {"states": torch.randn(1, 16, 16)}
         module.training_step(LatentBatch(z0, cond, uncond, [], []), 0)
-    assert len(graphs) == 2 * len(shapes)  # the student's and the target's
+    assert len(graphs) == 2 * len(shapes)  # the graphs of the student and of the target
 
 
 @pytest.mark.parametrize(("gpu", "language"), [(False, r"a C\+\+ compiler"), (True, "a C compiler")])

@@ -28,13 +28,16 @@ STRATEGIES = {"auto": lambda: "auto", "ddp": DDPStrategy, "fsdp": FullySharded}
 
 @pytest.fixture(autouse=True)
 def full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise convolutions round to TF32, each kernel differently."""
+    """Turn off TF32, because each convolution kernel rounds to TF32 differently."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture
 def train(tiny_pipeline: Path, tmp_path: Path) -> Any:
-    """`train(...)`: losses and weights after `steps` on the same batches; save, resume: checkpoints of `HALF` steps."""
+    """`train(...)` returns the losses and weights after `steps` on the same batches, and the module.
+
+    save: the path of the checkpoint at the end. resume: the path of a checkpoint after `HALF` steps.
+    """
 
     def run(
         kind: str = "distillation",
@@ -73,17 +76,17 @@ def train(tiny_pipeline: Path, tmp_path: Path) -> Any:
     return run
 
 
-def assert_close(got: dict[str, Any], wanted: dict[str, Any], atol: float) -> None:
-    for name, value in wanted["weights"].items():
-        torch.testing.assert_close(got["weights"][name], value, rtol=1e-4, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+def assert_close(run: dict[str, Any], expected: dict[str, Any], atol: float) -> None:
+    for name, value in expected["weights"].items():
+        torch.testing.assert_close(run["weights"][name], value, rtol=1e-4, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "distillation", "finetuning", "guided", "cd", "ct", "lora"])
 def test_method_trains_in_mixed_precision(kind: str, train: Any) -> None:
     share = {"match_share": 1 / STEPS} if kind == "guided" else {}  # a step for each of its four stages
-    found = train(kind, precision="bf16-mixed", **share)
-    assert len(found["losses"]) == STEPS
-    assert all(torch.tensor(found["losses"]).isfinite())
+    result = train(kind, precision="bf16-mixed", **share)
+    assert len(result["losses"]) == STEPS
+    assert all(torch.tensor(result["losses"]).isfinite())
 
 
 def test_sampling_moves_the_codec(tiny_pipeline: Path) -> None:
@@ -104,7 +107,10 @@ def test_compiled_training_equals_eager(kind: str, train: Any) -> None:
 
 @pytest.mark.parametrize("written_on", ["cpu", "gpu"])
 def test_checkpoint_resumes_on_either_device(written_on: str, train: Any, tmp_path: Path) -> None:
-    """The CPU's moments are contiguous, the GPU's channels last; draws differ between the devices, so losses do."""
+    """Moments are contiguous on the CPU and channels-last on the GPU.
+
+    Draws differ between the devices, so losses differ too.
+    """
     half = tmp_path / "half.ckpt"
     train(accelerator=written_on, steps=HALF, save=half)
     resumed = train(resume=half)
@@ -142,7 +148,7 @@ def test_stored_latents_keep_the_encoders_off_the_gpu(tiny_pipeline: Path) -> No
 
 
 def test_device_skips_a_non_finite_update(train: Any) -> None:
-    found = train(poisoned=1, skip_non_finite=1, precision="bf16-mixed")
-    assert all(value.isfinite().all() for value in found["weights"].values())
+    result = train(poisoned=1, skip_non_finite=1, precision="bf16-mixed")
+    assert all(value.isfinite().all() for value in result["weights"].values())
     with pytest.raises(UserError, match="non-finite"):
         train(poisoned=1, precision="bf16-mixed")

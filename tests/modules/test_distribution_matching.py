@@ -1,4 +1,4 @@
-"""Training by distribution matching: turns, exact resume, captions only, the teacher of a student."""
+"""Distribution matching: turns of student and fake score, exact resume, training on captions alone, a student's teacher."""
 
 import json
 from collections.abc import Callable
@@ -26,9 +26,9 @@ ADAPTERS = {"adapters": {"rank": 4}}
 
 
 def updates(module: MatchingModule) -> tuple[set[int], set[int]]:
-    """Return how often the student's optimizer and the fake score's have updated each weight."""
+    """Return how often the student's optimizer and the fake score's optimizer have updated each weight."""
     optimizers: Any = (module.optimizers().optimizer, module.fake.optimizer)
-    student, fake = ({int(state["step"]) for state in each.state.values()} for each in optimizers)
+    student, fake = ({int(state["step"]) for state in optimizer.state.values()} for optimizer in optimizers)
     return student, fake
 
 
@@ -48,7 +48,7 @@ def test_student_learns_every_second_step_and_the_fake_score_in_each(
     for module, steps in ((two, 2), (three, 3)):
         fit(module, data(), steps)
     assert not torch.equal(vector(two.net.parameters()), vector(two.ema_net.parameters()))
-    for name in ("net", "ema_net"):  # the third step is not the student's, so its average stays
+    for name in ("net", "ema_net"):  # the third step updates neither the student nor its average
         assert torch.equal(*(vector(getattr(module, name).parameters()) for module in (two, three)))
 
     module = training(kind, eval_ema=0.5)
@@ -106,13 +106,13 @@ def test_each_loss_has_gradients_of_its_own_adapters(training: Make, batch: Late
     sample = objective.sample(nets.online, batch, draws)
     module.fake.configure(1)
     module.fake.learn(lambda: objective.score_loss(nets.fake, batch, draws, sample.detach()))
-    of_fake = trained()
+    fake_names = trained()
     loss, _ = objective.distances(objective.pair_with_target(nets, batch, draws, sample))
     loss.backward()
-    of_student = trained()
-    assert of_fake | of_student == set(module.state_dict())
-    assert {name.partition(".")[0] for name in of_fake} == {"fake"}
-    assert {name.partition(".")[0] for name in of_student} == {"net"}
+    student_names = trained()
+    assert fake_names | student_names == set(module.state_dict())
+    assert {name.partition(".")[0] for name in fake_names} == {"fake"}
+    assert {name.partition(".")[0] for name in student_names} == {"net"}
 
 
 def test_starts_from_a_student_with_its_teacher(tiny_pipeline: Path, data: Make, fit: Make, tmp_path: Path) -> None:
@@ -123,21 +123,21 @@ def test_starts_from_a_student_with_its_teacher(tiny_pipeline: Path, data: Make,
     assert torch.equal(vector(module.net.parameters()), vector(load_network(student).parameters()))
     original = vector(load_network(tiny_pipeline).parameters())
     assert torch.equal(vector(module.frozen["teacher"].parameters()), original)
-    assert module.fake.network.time_embedding.cond_proj.weight.abs().sum() == 0  # the teacher, with an input for w
+    assert module.fake.network.time_embedding.cond_proj.weight.abs().sum() == 0  # the teacher, with a new input for w
     fit(module, data(), 2)
     module.save_model(again := str(tmp_path / "again"))
     assert (teacher_of(student), teacher_of(again)) == (str(tiny_pipeline), str(tiny_pipeline))
-    facts = json.loads((tmp_path / "again/lcm.json").read_text())
-    assert (facts["phases"], facts["w_min"], facts["w_max"]) == (4, 2.0, 14.0)
+    metadata = json.loads((tmp_path / "again/lcm.json").read_text())
+    assert (metadata["phases"], metadata["w_min"], metadata["w_max"]) == (4, 2.0, 14.0)
     assert not any("fake" in path.name for path in (tmp_path / "again").rglob("*"))
 
 
 def test_unknown_teacher_and_target_are_one_sentence(tiny_pipeline: Path, data: Make, fit: Make, tmp_path: Path) -> None:
     distilled = new_module(tiny_pipeline, "distillation")
     distilled.save_model(str(tmp_path / "student"))
-    facts = json.loads((tmp_path / "student/lcm.json").read_text())
+    metadata = json.loads((tmp_path / "student/lcm.json").read_text())
     for content, sentence in (
-        ({**facts, "pipeline": "/nowhere"}, r"cannot be found: set model\.teacher="),
+        ({**metadata, "pipeline": "/nowhere"}, r"cannot be found: set model\.teacher="),
         ({"sampler": "consistency"}, r"names no teacher: set model\.teacher="),
     ):
         (tmp_path / "student/lcm.json").write_text(json.dumps(content))

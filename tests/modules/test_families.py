@@ -1,4 +1,4 @@
-"""Every family from a teacher to what diffusers draws: training, distillation, adapters, saving, sampling."""
+"""Every family: training, distillation, adapters, saving, and samples that equal those of diffusers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +37,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def trained(pipelines: dict[str, Path], pictures: Path, fit: Any) -> Callable[..., Any]:
-    """`trained(name, kind, steps)`: a module after a few steps at the pipeline's own size."""
+    """`trained(name, kind, steps)` returns a module after a few steps, by default at the pipeline's own size."""
 
     def train(
         name: str, kind: str, steps: int = 2, pipeline: Path | None = None, resolution: int | None = None, **options: Any
@@ -62,15 +62,15 @@ def alike(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-4 * float(theirs.std()))
 
 
-def noises(model: TextToImage) -> list[torch.Generator]:
+def noises() -> list[torch.Generator]:
     return ImageNoise(SEEDS, ()).generators
 
 
 @pytest.fixture
 def noisy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let FlowMatchLCMScheduler draw each image's noise from its own seed: its pipeline passes no generator on."""
+    """Let FlowMatchLCMScheduler draw each image's noise from its own seed, because the pipeline passes no generator on."""
     seeded = ImageNoise(SEEDS, ()).generators
-    first = [torch.randn((16, 4, 4), generator=generator) for generator in seeded]  # the pipeline's own, drawn before
+    first = [torch.randn((16, 4, 4), generator=generator) for generator in seeded]  # the pipeline draws its own noise first
     del first
 
     def randn(shape: Any, **options: Any) -> torch.Tensor:
@@ -90,7 +90,7 @@ def test_families_are_found() -> None:
 
 @pytest.mark.parametrize(("name", "steps"), [("pixart", 4), ("sd3", 1), ("sd3", 4)])
 def test_teacher_matches_diffusers(name: str, steps: int, pipelines: dict[str, Path]) -> None:
-    """DDIM in VP, Euler in a flow, both with guidance, on the trailing grid."""
+    """The sampler is DDIM in VP and Euler in a flow. Both use guidance and the trailing grid."""
     model, pipe = TextToImage.load(str(pipelines[name])), opened(pipelines[name])
     options: dict[str, Any] = {"num_inference_steps": steps, "latents": latents(model), "guidance_scale": 4.0}
     if name == "sd3":  # its scheduler's own grid ends at sigma = 0.009, see few_step_flow
@@ -124,12 +124,15 @@ def test_method_trains_family(name: str, kind: str, trained: Any) -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "pixart", "sd3"])
 def test_student_matches_diffusers(name: str, trained: Any, tmp_path: Path, noisy: None) -> None:
-    """The first call of the saved folder, at equal noise, gives sample.py's latents; so does a second folder made of it."""
+    """From the same noise, the first call of the saved folder in diffusers draws the latents of sample.py.
+
+    A training that starts from the saved folder saves a folder of the same family.
+    """
     module = trained(name, "distillation", 2, zero_init=False)
     module.save_model(str(tmp_path / "model"), dtype=torch.float32)
     model, pipe = TextToImage.load(str(tmp_path / "model")), opened(tmp_path / "model")
     w = 7.0 if model.family.takes_w(model.net) and name == "tiny" else 0.0
-    options = {"num_inference_steps": 4, "guidance_scale": w + 1, "generator": noises(model)}
+    options = {"num_inference_steps": 4, "guidance_scale": w + 1, "generator": noises()}
     theirs = pipe(PROMPTS, output_type="latent", **options).images
     alike(model.latents(PROMPTS, SEEDS, steps=4, w=w), theirs)
     assert load_process(str(tmp_path / "model")).config == load_process(module.pipeline).config
@@ -146,7 +149,7 @@ def test_tcd_student_matches_diffusers(name: str, trained: Any, tmp_path: Path) 
     model, pipe = TextToImage.load(str(tmp_path / "model")), opened(tmp_path / "model")
     assert type(pipe.scheduler).__name__ == ("FlowMatchEulerDiscreteScheduler" if name == "sd3" else "TCDScheduler")
     w = 7.0 if name == "tiny" else 0.0
-    options: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": w + 1, "generator": noises(model)}
+    options: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": w + 1, "generator": noises()}
     if name != "sd3":
         options["eta"] = gamma
     theirs = pipe(PROMPTS, output_type="latent", **options).images
@@ -155,7 +158,10 @@ def test_tcd_student_matches_diffusers(name: str, trained: Any, tmp_path: Path) 
 
 @pytest.mark.parametrize(("name", "guided"), [("tiny", False), ("tiny", True), ("sd3", False), ("sd3", True)])
 def test_pcm_student_matches_diffusers(name: str, guided: bool, trained: Any, tmp_path: Path) -> None:
-    """One step for each phase. A student without guidance takes a negative prompt, and its pipeline guides it."""
+    """Sampling takes one step per phase.
+
+    A student of an unguided teacher takes a negative prompt, and its pipeline guides it.
+    """
     options: dict[str, Any] = {"objective.classifier_free_guidance": True, "w_min": None, "w_max": None} if guided else {}
     module = trained(name, "pcm", 2, zero_init=False, **options)
     module.save_model(str(tmp_path / "model"), dtype=torch.float32)
@@ -163,7 +169,7 @@ def test_pcm_student_matches_diffusers(name: str, guided: bool, trained: Any, tm
     assert model.takes_w == (guided or name == "tiny")
     w = 3.0 if model.takes_w else 0.0
     negative = {"negative_prompt": ["rocket"] * 2} if guided else {}
-    call = {"num_inference_steps": 4, "guidance_scale": w + 1, "generator": noises(model), **negative}
+    call = {"num_inference_steps": 4, "guidance_scale": w + 1, "generator": noises(), **negative}
     theirs = pipe(PROMPTS, output_type="latent", **call).images
     ours = model.latents(PROMPTS, SEEDS, steps=4, w=w, negative="rocket" if guided else "")
     alike(ours, theirs)
@@ -183,7 +189,7 @@ def test_matched_student_matches_diffusers(name: str, kind: str, rank: int | Non
     w = 7.0 if model.takes_w else 0.0
     assert model.takes_w == (name == "tiny" and rank is None)
     assert (tmp_path / "model/pytorch_lora_weights.safetensors").is_file() == bool(rank)
-    options = {"num_inference_steps": 4, "guidance_scale": w + 1, "generator": noises(model)}
+    options = {"num_inference_steps": 4, "guidance_scale": w + 1, "generator": noises()}
     alike(model.latents(PROMPTS, SEEDS, steps=4, w=w), pipe(PROMPTS, output_type="latent", **options).images)
 
 
@@ -191,7 +197,7 @@ def test_flow_adapters_match_diffusers(trained: Any, tmp_path: Path, noisy: None
     module = trained("sd3", "lora", 2, lr=0.05)
     module.save_model(str(tmp_path / "model"), dtype=torch.float32)
     model, pipe = TextToImage.load(str(tmp_path / "model")), opened(tmp_path / "model")
-    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "generator": noises(model)}
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "generator": noises()}
     theirs = pipe(PROMPTS, output_type="latent", **options).images
     alike(model.latents(PROMPTS, SEEDS, steps=4, w=0.0), theirs)
     assert (tmp_path / "model/pytorch_lora_weights.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""LoRA distillation: one set of weights that stays, adapters that learn, small files that diffusers loads."""
+"""LoRA distillation: base weights that never change, adapters that learn, small files that diffusers loads."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,23 +33,23 @@ def adapters(module: LatentModule) -> dict[str, Tensor]:
 
 @pytest.fixture
 def output(tiny_pipeline: Path, batch: LatentBatch) -> Callable[[UNet2DConditionModel], Tensor]:
-    """`output(unet)`: the network's output for the batch."""
+    """`output(unet)` returns the network's output for the batch."""
     family = load_family(str(tiny_pipeline))
 
-    def of(unet: UNet2DConditionModel) -> Tensor:
+    def run(unet: UNet2DConditionModel) -> Tensor:
         with torch.no_grad():
             return as_network(family, unet.eval())(batch.z0, T, batch.cond)
 
-    return of
+    return run
 
 
 @pytest.mark.parametrize(("kind", "options"), [("lora", {"ema_decay": 0.9}), ("tdm", {"adapters": {"rank": 4}})])
 def test_networks_share_the_base_weights(kind: str, options: dict[str, Any], training: Make, tiny_pipeline: Path) -> None:
     module = training(kind, eval_ema=0.9, **options)
-    of_teacher = list(load_network(str(tiny_pipeline)).parameters())
+    teacher_weights = list(load_network(str(tiny_pipeline)).parameters())
     weights = {id(p): p for network in module.networks() for p in network.parameters()}
     more = sum(value.numel() for value in module.state_dict().values())
-    assert sum(p.numel() for p in weights.values()) == sum(p.numel() for p in of_teacher) + more
+    assert sum(p.numel() for p in weights.values()) == sum(p.numel() for p in teacher_weights) + more
     assert len(module.networks()) == 4
 
 
@@ -60,11 +60,11 @@ def test_base_weights_stay_and_take_bf16(training: Make, data: Make, fit: Make) 
     stored = torch.bfloat16
     for p, value in zip(module.frozen["teacher"].parameters(), before, strict=True):
         assert torch.equal(p, value.to(stored))
-    found = {id(p) for p in module.frozen["teacher"].parameters()}
+    base_ids = {id(p) for p in module.frozen["teacher"].parameters()}
     for net in (module.net, module.ema_net):
         for name, p in net.named_parameters():
             assert p.dtype == (torch.float32 if is_adapter_parameter(name) else stored)
-            assert is_adapter_parameter(name) or id(p) in found, name
+            assert is_adapter_parameter(name) or id(p) in base_ids, name
     assert [name for name, value in adapters(module).items() if torch.equal(value, start[name])] == []
 
 
@@ -72,15 +72,15 @@ def test_fresh_adapters_equal_the_teacher(training: Make, batch: LatentBatch) ->
     module = training("lora")
     nets = module.denoisers(module.net)
     with torch.no_grad():
-        of_student = nets.online.output(batch.z0, T, batch.cond, torch.tensor([0.0, 2.0, 8.0, 14.0]))
-        assert torch.equal(of_student, nets.teacher.output(batch.z0, T, batch.cond, None))
+        student_output = nets.online.output(batch.z0, T, batch.cond, torch.tensor([0.0, 2.0, 8.0, 14.0]))
+        assert torch.equal(student_output, nets.teacher.output(batch.z0, T, batch.cond, None))
     assert nets.target is nets.online
 
 
 def test_adapters_of_a_student_keep_its_weights_and_w(
     training: Make, data: Make, fit: Make, tiny_pipeline: Path, tmp_path: Path
 ) -> None:
-    """Consistency fine-tuning of adapters: the folder opens in diffusers as a few-step model that takes w."""
+    """The saved folder of fine-tuned adapters opens in diffusers as a few-step model that takes w."""
     student = save_student(tmp_path / "student", tiny_pipeline)
     module = new_module(Path(student), "finetuning", adapters={"rank": 4}, ema_decay=0.5, lr=0.05)
     before = {name: p.clone() for name, p in module.net.named_parameters() if not p.requires_grad}
@@ -105,7 +105,7 @@ def test_adapters_of_a_student_keep_its_weights_and_w(
 def test_adapters_of_a_teacher_are_saved_merged_and_alone(
     training: Make, data: Make, fit: Make, tiny_pipeline: Path, tmp_path: Path
 ) -> None:
-    """An ordinary LoRA: `sample.py lora=<folder>` on the base draws as the saved pipeline."""
+    """`sample.py lora=<folder>` on the base draws the same latents as the saved pipeline."""
     module = training("diffusion", adapters={"rank": 4}, lr=0.05)
     fit(module, data(), 3)
     module.save_model(folder := str(tmp_path / "model"), dtype=torch.float32)
@@ -126,7 +126,7 @@ def test_adapters_need_the_weights_of_the_pipeline(tiny_pipeline: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "recompute"), [("lora", False), ("tdm", True), ("diffusion", False)])
 def test_only_adapters_get_gradients(kind: str, recompute: bool, training: Make, data: Make, fit: Make) -> None:
-    """So DDP need not look for unused parameters."""
+    """All trained parameters get gradients, so DDP need not look for unused parameters."""
     module = training(kind, gradient_checkpointing=recompute, eval_ema=0.9, adapters={"rank": 4})
     fit(module, data(), 2)
     assert [name for name, p in module.named_parameters() if (p.grad is not None) != p.requires_grad] == []
@@ -158,8 +158,8 @@ def test_average_of_adapters_is_saved(training: Make, data: Make, fit: Make, out
     module = training("lora", eval_ema=0.5)
     fit(module, data(), 3)
     module.save_model(folder := str(tmp_path / "model"), dtype=torch.float32)
-    found = output(load_network(folder))
-    torch.testing.assert_close(found, output(module.ema_net), atol=1e-4, rtol=0)
+    result = output(load_network(folder))
+    torch.testing.assert_close(result, output(module.ema_net), atol=1e-4, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -219,7 +219,7 @@ def test_sharding_is_refused(kind: str, training: Make) -> None:
 
 @pytest.mark.parametrize("form", ["kohya", "diffusers"])
 def test_adapters_are_added_with_their_weight(form: str, tiny_pipeline: Path, tmp_path: Path) -> None:
-    """`lora=<file>:0.5` adds half of what the training merges, from both kinds of files."""
+    """`lora=<file>:0.5` adds half of the merged update, for files of both formats."""
     family, base = load_family(tiny_pipeline), load_network(tiny_pipeline).state_dict()
     adapted = with_adapters(family, load_network(tiny_pipeline), rank=2, alpha=3)
     torch.manual_seed(0)
@@ -231,12 +231,12 @@ def test_adapters_are_added_with_their_weight(form: str, tiny_pipeline: Path, tm
     else:
         save_adapters(tmp_path, adapted, family, torch.float32)
     file = tmp_path / "lora.safetensors" if form == "kohya" else tmp_path
-    found = TextToImage.load(str(tiny_pipeline), lora={str(file): 0.5}).net.state_dict()
+    weights = TextToImage.load(str(tiny_pipeline), lora={str(file): 0.5}).net.state_dict()
     whole = merge_adapters(adapted, load_network(tiny_pipeline)).state_dict()
-    assert found.keys() == base.keys()
-    for name, value in found.items():
+    assert weights.keys() == base.keys()
+    for name, value in weights.items():
         torch.testing.assert_close(value, base[name] + 0.5 * (whole[name] - base[name]), rtol=1e-4, atol=1e-4)
-    assert sum(not torch.equal(value, base[name]) for name, value in found.items()) > 50
+    assert sum(not torch.equal(value, base[name]) for name, value in weights.items()) > 50
 
 
 @pytest.mark.parametrize(

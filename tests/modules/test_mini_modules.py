@@ -102,7 +102,7 @@ def test_saving_keeps_the_module(name: str, request: pytest.FixtureRequest, tmp_
 
 
 def test_contrastive_loss_of_orthogonal_pairs() -> None:
-    """B matching pairs at scale s: log(1 + (B - 1) e^-s)."""
+    """The loss of B matching pairs at scale s is log(1 + (B - 1) e^-s)."""
     eye = torch.eye(4)
     expected = torch.log1p(3 * torch.exp(torch.tensor(-2.0)))
     torch.testing.assert_close(contrastive_loss(eye, eye, torch.tensor(2.0)), expected)

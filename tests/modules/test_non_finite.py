@@ -21,19 +21,19 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def state(trainer: L.Trainer, module: LatentModule) -> dict[str, Tensor]:
-    """All that an update may change: weights, averages, the optimizer's moments and its own count of steps."""
+    """Return all that an update may change: weights, averages, the optimizer's moments and its count of steps."""
     [optimizer] = trainer.optimizers
     moments = optimizer.state_dict()["state"]
     tensors = {f"{i}.{name}": value for i, values in moments.items() for name, value in values.items()}
     return {name: value.clone() for name, value in {**module.state_dict(), **tensors}.items()}
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 class Poison(L.Callback):
-    """Spoils the batches of some numbers on one rank, and keeps the state after each optimizer step."""
+    """Fill the batches of given indices with a value on one rank, and record the state after each optimizer step."""
 
     def __init__(self, *batches: int, value: str = "nan", rank: int = 0, folder: Path | None = None) -> None:
         self.batches, self.value, self.rank, self.folder = batches, float(value), rank, folder
@@ -50,7 +50,10 @@ class Poison(L.Callback):
             self.write(trainer, None)
 
     def attach(self, monkeypatch: pytest.MonkeyPatch) -> "Poison":
-        """Keeps also the state in which a rank gives up (Lightning tells callbacks of it in the first process only)."""
+        """Record also the state in which a rank stops with an error.
+
+        Lightning reports the error to callbacks in the first process only.
+        """
         check = Optimization.check_skipped
 
         def watched(optimization: Optimization, trainer: L.Trainer) -> None:
@@ -67,12 +70,12 @@ class Poison(L.Callback):
         self.after["error"] = state(trainer, module)  # type: ignore[index]
         if self.folder:
             self.write(trainer, str(error))
-            deadline = time.monotonic() + 120  # the first rank to end takes the others with it
+            deadline = time.monotonic() + 120  # the first rank that ends stops the other ranks
             while len(list(self.folder.glob("rank*.pt"))) < trainer.world_size and time.monotonic() < deadline:
                 time.sleep(0.01)
 
     def write(self, trainer: L.Trainer, error: str | None) -> None:
-        with whole_file(self.folder / f"rank{trainer.global_rank}.pt") as file:  # the others count names: whole ones only
+        with whole_file(self.folder / f"rank{trainer.global_rank}.pt") as file:  # other ranks count complete files
             torch.save({"after": self.after, "error": error}, file)
 
 
@@ -128,13 +131,13 @@ def test_device_skips_updates_until_the_host_checks(
 
     poison = Poison(3)
     with pytest.raises(UserError, match="non-finite at step 5"):
-        fit(training("distillation"), data(), 6, callbacks=[poison])  # no run ends without a look
+        fit(training("distillation"), data(), 6, callbacks=[poison])  # the host checks at the end of a run
 
 
 def test_all_ranks_skip_a_bad_update_of_one(
     training: Make, data: Make, fit: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """All ranks stop where no update may be skipped: tests/modules/test_strategies.py."""
+    """tests/modules/test_strategies.py tests that all ranks stop if no update may be skipped."""
     poison, bad, steps = Poison(4, value="inf", rank=1, folder=tmp_path).attach(monkeypatch), 2, 5
     options = {"devices": 2, "strategy": DDPStrategy(start_method="fork", process_group_backend="gloo")}
     module = training("distillation", skip_non_finite=1, eval_ema=0.9)

@@ -15,7 +15,7 @@ from lcm.modules.optimization import Optimization, new_schedule
 
 
 class WithModes(torch.optim.SGD):
-    """Steps in train mode only, as schedulefree's do."""
+    """An optimizer with a train mode and an eval mode, like the optimizers of schedulefree."""
 
     mode = "none"
 

@@ -1,4 +1,4 @@
-"""Frozen layers in nf4, and moments of 8 bits: what is stored, what learns, and that a resumed training is exact."""
+"""Frozen layers in nf4 and 8-bit moments: stored dtypes, trained weights, exact resume."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +17,7 @@ from lcm.models.quantization import NF4, nf4
 
 Make = Callable[..., Any]
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning", "ignore:.*fork")
-BITS = {nf4: (NF4, torch.uint8, 0.2)}  # the layers, their storage, and a bound of their error
+BITS = {nf4: (NF4, torch.uint8, 0.2)}  # the layer class, its storage dtype, and a bound of its relative error
 
 
 @pytest.mark.parametrize("quantization", BITS)
@@ -29,10 +29,10 @@ def test_layer_computes_nearly_the_same_and_passes_gradients(quantization: Any) 
     assert isinstance(short[0], kind)
     assert short[0].weight.dtype == dtype
     for part in ("value", "gradient"):
-        got, wanted = (
-            each(x) if part == "value" else torch.autograd.grad(each(x).square().sum(), x)[0] for each in (short, layer)
+        result, expected = (
+            net(x) if part == "value" else torch.autograd.grad(net(x).square().sum(), x)[0] for net in (short, layer)
         )
-        assert 0 < (got - wanted).norm() < bound * wanted.norm(), part
+        assert 0 < (result - expected).norm() < bound * expected.norm(), part
     with torch.autocast("cpu", torch.bfloat16):
         assert short(x).dtype == torch.bfloat16
     assert short(x).dtype == torch.float32
@@ -62,7 +62,7 @@ def test_teacher_is_short_and_student_whole(kind: str, quantization: Any, traini
 def test_adapters_learn_on_a_shared_short_base(
     kind: str, quantization: Any, training: Make, data: Make, fit: Make, tiny_pipeline: Path, tmp_path: Path
 ) -> None:
-    """As QLoRA: gradients pass through the base, whose layers all networks share, to every adapter."""
+    """All networks share the layers of the base. Gradients pass through the base to every adapter, as in QLoRA."""
     module = training(kind, quantization=quantization, adapters={"rank": 4}, ema_decay=0.9, eval_ema=0.9, lr=0.01)
     start = {name: value.clone() for name, value in module.state_dict().items()}
     fit(module, data(), 3, precision="bf16-mixed")
@@ -71,7 +71,7 @@ def test_adapters_learn_on_a_shared_short_base(
     assert all(layers == short[0] for layers in short)
     assert [name for name, value in module.state_dict().items() if torch.equal(value, start[name])] == []
     assert all(is_adapter_parameter(name) for name in module.state_dict())
-    module.save_model(folder := str(tmp_path / "model"), dtype=torch.float32)  # merged into the weights of the pipeline
+    module.save_model(folder := str(tmp_path / "model"), dtype=torch.float32)  # saving merges the adapters into the pipeline
     saved, base = load_network(folder), load_network(str(tiny_pipeline))
     assert torch.equal(saved.conv_in.weight, base.conv_in.weight)
     assert stored(saved) == {torch.float32}

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 
 
 class Groups(L.Callback):
-    """The optimizer's settings in each step."""
+    """Record the optimizer's settings in each step."""
 
     def __init__(self) -> None:
         self.steps: list[list[dict[str, Any]]] = []
@@ -36,21 +36,21 @@ class Groups(L.Callback):
 
 @pytest.fixture(scope="module")
 def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder for the checkpoints of trainings without options, by kind."""
+    """Return a folder for the checkpoints of trainings without options, one per kind."""
     return tmp_path_factory.mktemp("unchanged")
 
 
 @pytest.fixture
 def resume(training: Make, data: Make, fit: Make, tmp_path: Path, unchanged: Path) -> Make:
-    """`resume(kind, before, after)`: the module and trainer of two steps that follow a checkpoint of three."""
+    """`resume(kind, before, after)` resumes a checkpoint of three steps for two steps, and returns the module and trainer."""
 
     def run(kind: str, before: dict[str, Any], after: dict[str, Any], **trainer: Any) -> tuple[LatentModule, L.Trainer]:
-        own = tmp_path / "3.ckpt"
-        written = own if before else unchanged / f"{kind}.ckpt"
+        checkpoint = tmp_path / "3.ckpt"
+        written = checkpoint if before else unchanged / f"{kind}.ckpt"
         if before or not written.exists():
             fit(training(kind, **before), data(), 3).save_checkpoint(written)
         if not before:
-            shutil.copy(written, own)
+            shutil.copy(written, checkpoint)
         module = training(kind, **after)
         return module, fit(module, data(), 5, ckpt_path=tmp_path / "3.ckpt", **trainer)
 

@@ -1,4 +1,4 @@
-"""A score as a reward: its gradient raises it, the student follows it, and no table shows it as a result."""
+"""A score as a reward: its gradient raises the score, the student follows it, and no table shows it as a result."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ def test_reward_is_the_clip_score(reward: ScoreReward) -> None:
     features = {"clip": reward.backbone(x), "text": reward.backbone.text(captions)}
     score = METRICS["clip_score"](features, features)
     assert 100 * reward(x.float() / 255, captions).mean().item() == pytest.approx(float(score), abs=1e-3)
-    assert reward(torch.rand(2, 3, 48, 48), captions[:2]).shape == (2,)  # of another size
+    assert reward(torch.rand(2, 3, 48, 48), captions[:2]).shape == (2,)  # images of another size
 
 
 def test_gradient_raises_the_score_of_decoded_latents(reward: ScoreReward, tiny_pipeline: Any) -> None:
@@ -45,10 +45,10 @@ def test_gradient_raises_the_score_of_decoded_latents(reward: ScoreReward, tiny_
 
 @pytest.mark.parametrize("kind", ["distillation", "finetuning", "dmd2"])
 def test_student_follows_the_reward(kind: str, reward: ScoreReward, training: Any, data: Any, fit: Any) -> None:
-    modules = [training(kind, reward=each) for each in (None, reward)]
+    modules = [training(kind, reward=term) for term in (None, reward)]
     before = {name: value.clone() for name, value in reward.state_dict().items()}
     metrics = [fit(module, data(), 2).callback_metrics for module in modules]
-    assert ["train/reward" in each for each in metrics] == [False, True]
+    assert ["train/reward" in logged for logged in metrics] == [False, True]
     plain, rewarded = (torch.nn.utils.parameters_to_vector(module.net.parameters()) for module in modules)
     assert not torch.equal(plain, rewarded)
     assert all(torch.equal(value, before[name]) for name, value in reward.state_dict().items())

@@ -1,4 +1,4 @@
-"""The size of a training: by default the model's. Images, saved models and exports have the same size."""
+"""A training has the model's size by default. Images, saved models and exports have the size of the training."""
 
 import logging
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def test_model_is_saved_at_the_training_size(
     kind: str, training: Make, data: Make, fit: Make, codec: LatentCodec, tmp_path: Path
 ) -> None:
     module = training(kind)
-    fit(module, data(resolution=64), 8 if kind == "guided" else 1)  # guided: a step for each of its stages, and more
+    fit(module, data(resolution=64), 8 if kind == "guided" else 1)  # guided: at least one step for each of its stages
     assert module.text_to_image(codec).size() == (64, 64)
     module.save_model(str(tmp_path / "model"))
     assert side(tmp_path / "model") == 16
@@ -59,8 +59,8 @@ def test_own_size_is_the_default(
 def test_another_size_warns_once(training: Make, data: Make, fit: Make, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         fit(training("distillation", eval_ema=0.9), data(resolution=64, buckets=2), 2)
-    [says] = [record.message for record in caplog.records if "px" in record.message]
-    assert says.startswith("training at 64 px a model of 32 px images:")
+    [message] = [record.message for record in caplog.records if "px" in record.message]
+    assert message.startswith("training at 64 px a model of 32 px images:")
 
 
 def test_resumed_training_has_the_given_size(training: Make, data: Make, fit: Make, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_export_has_the_training_size(data: Make, fit: Make, tiny_pipeline: Path
 
 @pytest.mark.parametrize("experiment", ["lcf_sd15", "lcd_sd15"])
 def test_shards_are_read_at_the_model_size(experiment: str, tiny_pipeline: Path, shards: Path) -> None:
-    """The recipe of a model that was trained at another size has its own number."""
+    """The recipe of a model that is trained at another size sets its own resolution."""
     cfg = compose(
         "train", [f"experiment={experiment}", "data=shards", f"model.pipeline={tiny_pipeline}", f"data.shards={shards}/*"]
     )

@@ -67,7 +67,10 @@ def test_resume_from_a_checkpoint_under_accumulation(training: Make, data: Make,
 def test_resume_at_any_step_with_other_workers(
     training: Make, data: Make, fit: Make, tmp_path: Path, tiny_pipeline: Path
 ) -> None:
-    """Early, in the middle of a shard and behind an epoch's border, which is in batch 8; a cache of posteriors starts empty."""
+    """The runs resume early, in the middle of a shard, and after the end of an epoch, which is in batch 8.
+
+    The cache of posteriors starts empty in every run.
+    """
 
     def cached(workers: int) -> Any:
         return data(codec=load_codec(str(tiny_pipeline), cache=True), batch_size=32, num_workers=workers)
@@ -91,7 +94,7 @@ def test_validation_changes_no_weights_or_data(training: Make, data: Make, fit: 
 
 
 class Validations(L.Callback):
-    """Records the loss of each validation and its step; asks the run to stop at the end of a given hook."""
+    """Record the step and the loss of each validation, and ask the run to stop at the end of a given hook."""
 
     def __init__(self, at: str = "", when: int = 0) -> None:
         self.found: list[tuple[int, float]] = []
@@ -188,7 +191,7 @@ FIRST_EDITION = {
 
 @pytest.mark.parametrize("kind", ["diffusion", "lora"])
 def test_first_edition_checkpoint_resumes(kind: str, training: Make, data: Make, fit: Make, tmp_path: Path) -> None:
-    """Its tensors have the same names, see `test_checkpoint_holds_tensors_and_containers`."""
+    """The tensors of a first-edition checkpoint have the same names, see `test_checkpoint_holds_tensors_and_containers`."""
     method = FIRST_EDITION[kind]
     first, second, path = training(kind), training(kind), tmp_path / "1.ckpt"
     fit(first, data(), 6, callbacks=[StopAfter(1)]).save_checkpoint(path)
@@ -200,7 +203,7 @@ def test_first_edition_checkpoint_resumes(kind: str, training: Make, data: Make,
 
 
 class StopAfter(L.Callback):
-    """Stops after a step, and keeps the weights of the start."""
+    """Stop after a step, and record the weights at the start."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -213,7 +216,7 @@ class StopAfter(L.Callback):
 
 
 def test_checkpoint_of_another_method_is_refused(training: Make) -> None:
-    """Also one whose weights fit, such as LCD's for TCD."""
+    """A checkpoint whose weights fit is refused too, such as a checkpoint of LCD for TCD."""
     methods = {**FIRST_EDITION, "tcd": "TrajectoryConsistencyDistillation", "clip": "Clip"}
     modules = {kind: training(kind) for kind in (*FIRST_EDITION, "tcd")}
     for (kind, module), (other, method) in product(modules.items(), methods.items()):
@@ -227,7 +230,7 @@ def test_checkpoint_of_another_method_is_refused(training: Make) -> None:
 
 
 class Poison(L.Callback):
-    """Turns the batch of one step into NaN, and keeps the weights that it found."""
+    """Fill the batch of one index with NaN, and record the weights before this batch."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -288,7 +291,7 @@ def fixed_loss(module: LatentModule, batch: LatentBatch) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_overfitting_lowers_the_loss(kind: str, training: Make, fit: Make, batch: LatentBatch) -> None:
-    """From a disturbed network: a student that starts as its random teacher has little to learn."""
+    """The network is disturbed first, because a student that starts as its random teacher has little to learn."""
     module, trained = training(kind), training(kind)
     with torch.no_grad():
         for parameter in module.net.parameters():
@@ -304,13 +307,16 @@ def test_gradient_checkpointing_keeps_gradients(training: Make, batch: LatentBat
     assert saving.net.is_gradient_checkpointing
     for module in (plain, saving):
         module.training_step(batch, 0).backward()
-    for (name, expected), got in zip(plain.net.named_parameters(), saving.net.parameters(), strict=True):
+    for (name, expected), parameter in zip(plain.net.named_parameters(), saving.net.parameters(), strict=True):
         assert expected.grad is not None, name
-        torch.testing.assert_close(got.grad, expected.grad, msg=name)
+        torch.testing.assert_close(parameter.grad, expected.grad, msg=name)
 
 
 def test_recomputation_uses_the_same_kernels(training: Make, batch: LatentBatch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU where the step's attention is not torch's own choice: another one keeps other tensors for the backward."""
+    """The attention kernel of the step is not torch's default here, as on a GPU.
+
+    Another kernel would keep other tensors for the backward pass.
+    """
     for module in (kernels, latent):
         monkeypatch.setattr(module, "fast_attention", lambda device: sdpa_kernel([SDPBackend.MATH]))
     training("distillation", gradient_checkpointing=True).training_step(batch, 0).backward()
@@ -355,7 +361,10 @@ def test_module_without_sharding_refuses_fsdp(fit: Make, data: Make) -> None:
 
 
 def test_loaded_moments_match_parameter_layout():
-    """A GPU's convolutions are channels_last, a CPU's are not; fused AdamW reads both as they lie in memory."""
+    """Convolutions are channels_last on a GPU, but not on a CPU.
+
+    Fused AdamW reads parameters and moments in their memory order.
+    """
     written, read = (torch.nn.Conv2d(4, 4, 3) for _ in range(2))
     read.to(memory_format=torch.channels_last)
     optimizers = [torch.optim.AdamW(module.parameters()) for module in (written, read)]
@@ -370,7 +379,7 @@ def test_loaded_moments_match_parameter_layout():
 
 
 class SeenModes(L.Callback):
-    """Whether each network was in training mode when it was called, by stage."""
+    """Record by stage whether each network is in training mode when it is called."""
 
     def __init__(self) -> None:
         self.modes: dict[str, dict[str, set[bool]]] = {"train": {}, "validate": {}}
@@ -399,7 +408,7 @@ def test_networks_run_in_the_right_mode(kind: str, training: Make, data: Make, f
 
 
 def test_a_trainer_without_a_progress_bar_removes_the_callback():
-    """Lightning refuses this setting beside a progress bar, and the configuration always has one."""
+    """Lightning refuses this setting together with a progress bar, and the configuration always has a progress bar."""
     callbacks, options = [Progress(), ModelCheckpoint()], {"max_steps": 1, "logger": False, "accelerator": "cpu"}
     trainer = Trainer(callbacks=callbacks, enable_progress_bar=False, **options)
     assert [callback for callback in callbacks if callback in trainer.callbacks] == callbacks[1:]

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders, pooled texts and sizes, from a picture to what diffusers draws."""
+"""Stable Diffusion XL: two text encoders, pooled text embeddings, sizes, and samples that equal those of diffusers."""
 
 import json
 from pathlib import Path
@@ -82,13 +82,13 @@ def test_texts_and_sizes_reach_the_network(codec: LatentCodec, xl_pipeline: Path
     net, cond = as_network(codec.text.family, load_network(str(xl_pipeline))), codec.encode({**BATCH, **SIZES}).cond
     z, t = torch.randn(3, 4, 8, 8, generator=generator("cpu", 0)), torch.tensor([500, 500, 500])
     with torch.no_grad():
-        found = net(z, t, cond)
+        output = net(z, t, cond)
         assert set(cond) == {"states", "pooled", "sizes"}
         for part, rows in cond.items():
             changed = {**cond, part: rows.flip(0)}
-            different = (net(z, t, changed) - found).abs().amax(dim=(1, 2, 3))
+            different = (net(z, t, changed) - output).abs().amax(dim=(1, 2, 3))
             assert (different[[0, 2]] > 1e-4).all(), part
-            assert different[1] < 1e-6, part  # the middle one's are the same
+            assert different[1] < 1e-6, part  # the flip keeps the middle row
 
 
 @pytest.mark.parametrize("of_xl", [True, False])
@@ -107,7 +107,7 @@ def test_xl_teacher_matches_diffusers(xl_pipeline: Path) -> None:
 
 
 def test_teacher_gets_the_sampled_size(xl_pipeline: Path) -> None:
-    """diffusers' pipeline tells its UNet the height and width of the image, and the same for the original."""
+    """The pipeline of diffusers gives its UNet the height and width of the image, also as the original size."""
     noise = ImageNoise(SEEDS, (4, 12, 6))()
     options = {"guidance_scale": 4.0, "num_inference_steps": 2, "latents": noise, "height": 48, "width": 24}
     theirs = opened(xl_pipeline)(PROMPTS, output_type="latent", **options).images
@@ -149,7 +149,7 @@ def test_xl_adapters_match_diffusers(xl_pipeline: Path, codec: LatentCodec, data
 
 
 def test_latent_shards_equal_image_shards(codec: LatentCodec, tmp_path: Path) -> None:
-    """Texts, original sizes and crops, too."""
+    """Text embeddings, original sizes and crops are equal too."""
     sizes = [(48, 40), (64, 32), (32, 50)]
     write_shard(
         tmp_path / "0.tar", [{"__key__": str(i), "png": png(size), "txt": f"rocket {i}"} for i, size in enumerate(sizes)]
@@ -164,14 +164,14 @@ def test_latent_shards_equal_image_shards(codec: LatentCodec, tmp_path: Path) ->
         encode_shards(source, [tmp_path / "latents/0.tar"], stream, encoder, images)
     shard = f"{tmp_path}/latents/0.tar"
     latents = ShardDataModule(shard, codec=codec, resolution=32, num_workers=0, batch_size=3, shuffle=0, latents=True)
-    found = []
+    batches = []
     for source in (images, latents):
         source.prepare_data()
-        found.append(source.on_after_batch_transfer(next(iter(source.train_dataloader())), 0))
-    expected, got = found
-    assert got.captions == expected.captions
-    assert torch.equal(got.cond["sizes"], expected.cond["sizes"])
+        batches.append(source.on_after_batch_transfer(next(iter(source.train_dataloader())), 0))
+    expected, result = batches
+    assert result.captions == expected.captions
+    assert torch.equal(result.cond["sizes"], expected.cond["sizes"])
     assert expected.cond["sizes"].unique(dim=0).shape == (3, 6)
     for part in ("states", "pooled"):
-        torch.testing.assert_close(got.cond[part], expected.cond[part], rtol=2e-3, atol=2e-3)
-    torch.testing.assert_close(got.z0, expected.z0, rtol=2e-3, atol=5e-3)
+        torch.testing.assert_close(result.cond[part], expected.cond[part], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(result.z0, expected.z0, rtol=2e-3, atol=5e-3)

@@ -1,4 +1,4 @@
-"""Checkpoints are complete or absent; a damaged one is noticed and the one before it used."""
+"""A checkpoint is complete or absent. ckpt_path=last skips a damaged checkpoint and uses the one before it."""
 
 import itertools
 import multiprocessing
@@ -34,11 +34,11 @@ def content(step, size=30):
     return {"global_step": step, "state_dict": {"a": torch.full((size,), float(step)), "b": torch.ones(3)}, "plain": [1, "x"]}
 
 
-def equal(one, other):
-    tensors = one["state_dict"].keys() == other["state_dict"].keys() and all(
-        torch.equal(value, other["state_dict"][name]) for name, value in one["state_dict"].items()
+def equal(first, second):
+    tensors = first["state_dict"].keys() == second["state_dict"].keys() and all(
+        torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items()
     )
-    return tensors and (one["global_step"], one["plain"]) == (other["global_step"], other["plain"])
+    return tensors and (first["global_step"], first["plain"]) == (second["global_step"], second["plain"])
 
 
 def step_of(path):
@@ -68,7 +68,7 @@ def nothing_verified():
 
 @pytest.fixture
 def last(tmp_path):
-    """last.ckpt at step 2, previous.ckpt at step 1."""
+    """Return the path of last.ckpt at step 2. previous.ckpt at step 1 is beside it."""
     path = tmp_path / "checkpoints/last.ckpt"
     for step in (1, 2):
         AtomicCheckpointIO().save_checkpoint(content(step), path)
@@ -83,7 +83,7 @@ def test_torch_reads_our_checkpoints(last):
 
 
 def test_bit_flips_and_cuts_are_noticed_or_harmless(last):
-    """Padding and dates of the zip are harmless."""
+    """A bit flip in the padding or the dates of the zip is harmless."""
     size = last.stat().st_size
     for at in range(0, size, 3):
         flip(last, at)
@@ -105,7 +105,7 @@ def test_damage_of_empty_files_and_folders(tmp_path):
 
 
 def test_resume_verifies_on_rank_0_only(last, tmp_path, monkeypatch):
-    """Bytes as the kernel counts them. The other ranks are told the path and only load it."""
+    """Rank 0 reads the file to verify it and again to load it. Other ranks get the path and only load the file."""
     AtomicCheckpointIO().save_checkpoint(content(3, size=1 << 20), last)
     verified.clear()
     passes = []
@@ -120,6 +120,7 @@ def test_resume_verifies_on_rank_0_only(last, tmp_path, monkeypatch):
 
 
 def bytes_read():
+    """Return the number of bytes that this process has read, as the kernel counts them."""
     return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
 
 
@@ -176,7 +177,7 @@ def test_damaged_ckpt_path_names_another(last, tmp_path):
 
 def test_last_without_checkpoints_starts_fresh(tmp_path, capsys):
     assert resume_path(config(tmp_path, "last")) is None
-    assert not capsys.readouterr().err  # as `make demo` starts
+    assert not capsys.readouterr().err  # `make demo` starts this way
 
 
 def test_weights_alone_are_refused(tmp_path):
@@ -193,9 +194,9 @@ def test_last_names_runs_with_checkpoints(tmp_path, capsys):
     assert resume_path(mistyped) is None
     error = capsys.readouterr().err
     assert "warning: ckpt_path=last found no checkpoint of lcd_mni: training starts anew" in error
-    named = re.search(r"runs with checkpoints are (.*): stop", error)[1].split(", ")
-    assert sorted(named[:2]) == ["lcd_mini/0", "lcd_mini/1"]
-    assert named[2:] == ["teacher/0"]
+    names = re.search(r"runs with checkpoints are (.*): stop", error)[1].split(", ")
+    assert sorted(names[:2]) == ["lcd_mini/0", "lcd_mini/1"]
+    assert names[2:] == ["teacher/0"]
 
 
 def test_start_removes_unfinished_files(last, tmp_path, monkeypatch):
@@ -208,11 +209,11 @@ def test_start_removes_unfinished_files(last, tmp_path, monkeypatch):
     assert len(list(run.rglob("*.ckpt"))) == 2
 
 
-def hold(file, here, ended):
-    kept = locked(file)
-    here.set()
-    ended.wait()
-    kept.close()
+def hold(file, acquired):
+    lock = locked(file)
+    acquired.set()
+    while lock is not None:  # until the process is killed
+        signal.pause()
 
 
 def test_run_of_another_process_is_locked(last, tmp_path, monkeypatch):
@@ -220,21 +221,21 @@ def test_run_of_another_process_is_locked(last, tmp_path, monkeypatch):
     run = tmp_path / "runs/a/3"
     last.parent.rename(run.mkdir(parents=True) or run / "checkpoints")
     (run / "checkpoints/last.partial").write_bytes(b"half")
-    here, ended = multiprocessing.Event(), multiprocessing.Event()
-    other = multiprocessing.Process(target=hold, args=(run / ".lock", here, ended))
+    acquired = multiprocessing.Event()
+    other = multiprocessing.Process(target=hold, args=(run / ".lock", acquired))
     other.start()
-    here.wait()
+    acquired.wait()
     with pytest.raises(UserError, match=r"another process is training in .*runs/a/3: wait for its end"):
         start_run(config(tmp_path, "last"))
     assert (run / "checkpoints/last.partial").exists()
     os.kill(other.pid, signal.SIGKILL)
     other.join()
-    for _ in range(2):  # a sweep's jobs are one process
+    for _ in range(2):  # a process may start a run again whose lock it holds
         assert start_run(config(tmp_path, "last")) == run
 
 
 def test_torchrun_ranks_share_one_run(tmp_path, monkeypatch):
-    """In one process, with the store that torchrun would have, and goes on to have when it starts them again."""
+    """This process plays each rank in turn and serves the store. torchrun keeps its store when it restarts the ranks."""
     monkeypatch.delenv("LCM_RUN_ID", raising=False)
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -250,7 +251,7 @@ def test_torchrun_ranks_share_one_run(tmp_path, monkeypatch):
 
 
 def test_full_disk_keeps_old_checkpoints(last, capfd):
-    """The limit on a file's size stands in for it: torch.save hides the same OSError in a RuntimeError."""
+    """A limit on the file size stands in for a full disk. In both cases torch.save hides the OSError in a RuntimeError."""
     io, limits = AtomicCheckpointIO(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
@@ -264,7 +265,7 @@ def test_full_disk_keeps_old_checkpoints(last, capfd):
 
 @pytest.fixture
 def slow(monkeypatch):
-    """An asynchronous writer whose writes wait until they are let go."""
+    """Yield an asynchronous writer, the event that its writes wait for, and the steps of the writes that have begun."""
     io, go, begun = AtomicCheckpointIO(asynchronous=True), threading.Event(), []
 
     def save(checkpoint, file, torch_save=torch.save):
@@ -318,33 +319,36 @@ def test_async_error_is_raised_once(where, tmp_path, monkeypatch):
     assert [step_of(path) for path in checkpoints_in(tmp_path)] == [3]
 
 
-def keep_saving(path, begin, asynchronous, done):
-    """The program that is killed. It prints each step whose file is complete: an asynchronous save proves the one before."""
+def keep_saving(path, begin, asynchronous, sender):
+    """Save checkpoints until the process is killed. Send each step whose file is complete.
+
+    When an asynchronous save returns, the file of the step before is complete.
+    """
     io = AtomicCheckpointIO(asynchronous)
     for step in itertools.count(begin):
         io.save_checkpoint(content(step, size=1 << 20), path)
         if step - asynchronous >= begin:
-            done.send(step - asynchronous)
+            sender.send(step - asynchronous)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_random_kills_leave_a_complete_checkpoint(asynchronous, tmp_path, monkeypatch):
-    """LCM_ROUNDS=50 for the figure; $TMPDIR is another filesystem, from which a move is a copy."""
+    """LCM_ROUNDS=50 gives the figure in the docs. $TMPDIR is another filesystem, so that a move from there is a copy."""
     monkeypatch.setenv("TMPDIR", "/dev/shm")
     path, step, inside = tmp_path / "last.ckpt", 0, 0
     fork = multiprocessing.get_context("fork")
     for _ in range(ROUNDS):
-        said, done = fork.Pipe(duplex=False)
-        process = fork.Process(target=keep_saving, args=(path, step + 1, asynchronous, done))
+        receiver, sender = fork.Pipe(duplex=False)
+        process = fork.Process(target=keep_saving, args=(path, step + 1, asynchronous, sender))
         process.start()
-        done.close()
-        assert said.poll(120)
+        sender.close()
+        assert receiver.poll(120)
         time.sleep(random.uniform(0, 0.1))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         while True:
             try:
-                completed = said.recv()
+                completed = receiver.recv()
             except EOFError:
                 break
         inside += (tmp_path / "last.partial").exists()
@@ -356,23 +360,23 @@ def test_random_kills_leave_a_complete_checkpoint(asynchronous, tmp_path, monkey
     assert inside or ROUNDS < 10
 
 
-def wait_for_ctrl_c(said):
+def wait_for_ctrl_c(sender):
     signals.listen(signal.SIGINT)
-    said.send("ready")
+    sender.send("ready")
     while not signals.recorded_signal():
         time.sleep(0.01)
-    said.send("asked")
-    time.sleep(120)  # a step or a write that takes its time
+    sender.send("asked")
+    time.sleep(120)  # a slow step or a slow write
 
 
 def test_second_ctrl_c_ends_at_once():
     fork = multiprocessing.get_context("fork")
-    said, saying = fork.Pipe(duplex=False)
-    process = fork.Process(target=wait_for_ctrl_c, args=(saying,))
+    receiver, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=wait_for_ctrl_c, args=(sender,))
     process.start()
     for word in ("ready", "asked"):
-        assert said.poll(60)
-        assert said.recv() == word
+        assert receiver.poll(60)
+        assert receiver.recv() == word
         os.kill(process.pid, signal.SIGINT)
     process.join(60)
     assert process.exitcode == -signal.SIGINT

@@ -59,14 +59,14 @@ def test_ordinary_text_stays() -> None:
 
 def test_containers_are_searched_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRET)
-    given = {
+    config = {
         "token_dim": 128,
         "max_token": 77,
         "api_key": SECRET,
         "token": "cat",
         "a": [f"https://{SECRET}2@h/x", 3, 1.5, None],
     }
-    assert redacted(given) == {
+    assert redacted(config) == {
         "token_dim": 128,
         "max_token": 77,
         "api_key": HIDDEN,
@@ -82,7 +82,7 @@ def test_environment_secrets_are_redacted(monkeypatch: pytest.MonkeyPatch, tmp_p
         with monkeypatch.context() as patch:
             patch.setenv(name, SECRET)
             assert redacted(f"note: {SECRET}!") == f"note: {HIDDEN}!", name
-            patch.setenv(name, str(tmp_path))  # of a key file
+            patch.setenv(name, str(tmp_path))  # such as the path of a key file
             assert redacted(f"{tmp_path}/x") == f"{tmp_path}/x"
             patch.setenv(name, "on")
             assert redacted("turned on") == "turned on"

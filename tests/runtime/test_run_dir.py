@@ -1,4 +1,4 @@
-"""Every training has a run folder of its own; a wrong number of processes is refused before it is made."""
+"""Every training has its own run folder. A wrong number of processes is refused before the folder is made."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LCM_RUN_ID
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
-    """No launcher, and what a test sets is gone afterwards."""
+    """Remove the variables of all launchers before a test. Unlock the run after the test."""
     for name in [*LAUNCHERS, *(name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI_")))]:
         monkeypatch.delenv(name, raising=False)
     yield
@@ -29,12 +29,15 @@ def alone(monkeypatch):
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """`start("model.w_max=4", SLURM_JOB_ID="4711")`: the folder of a training with this command, which saves a checkpoint."""
+    """Return `start`, which runs a training that saves a checkpoint, and returns the name of the run folder.
+
+    `start("model.w_max=4", SLURM_JOB_ID="4711")` sets an override and a variable. `start.resumes` is the resumed checkpoint.
+    """
 
     def start(command: str = "", ckpt_path: str | None = None, run_id: object = None, **env: str) -> str:
-        own = {"SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID"}
+        slurm_variables = {"SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID"}
         with monkeypatch.context() as patch:
-            for name in own - env.keys():
+            for name in slurm_variables - env.keys():
                 patch.delenv(name, raising=False)
             for name, value in env.items():
                 patch.setenv(name, value)
@@ -56,7 +59,7 @@ def start(tmp_path, monkeypatch):
 def test_runs_of_one_slurm_job_get_own_folders(start):
     job = {"SLURM_JOB_ID": "4711"}
     assert [start(f"model.w_max={w}", **job) for w in (4, 8, 8)] == ["4711", "4711-1", "4711-2"]
-    assert start("model.w_max=4", SLURM_JOB_ID="4712") == "4712"  # another one of the array
+    assert start("model.w_max=4", SLURM_JOB_ID="4712") == "4712"  # another job of the array
     assert start("model.w_max=8", "last", **job) == "4711-2"
     assert start() == "4713"
 
@@ -69,9 +72,9 @@ def test_requeued_job_resumes_its_own_runs(start):
     assert start.resumes.endswith("4711-1/checkpoints/last.ckpt")
     assert start("model.w_max=6", **again, SLURM_STEP_ID="1") == "4711-2"
     assert start.resumes is None
-    assert start("model.w_max=4 trainer.devices=2", **again) == "4711"  # what is trained is the same
+    assert start("model.w_max=4 trainer.devices=2", **again) == "4711"  # the settings of the training are the same
     assert start.resumes.endswith("4711/checkpoints/last.ckpt")
-    assert start("model.w_max=4", **again) == "4711-3"  # the first has gone on already
+    assert start("model.w_max=4", **again) == "4711-3"  # run 4711 has already resumed
 
 
 def test_named_run_is_not_overwritten(start, tmp_path):
@@ -108,7 +111,7 @@ def test_training_restores_the_environment(start, tmp_path, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "1")
     before = dict(os.environ)
     for number in range(2):
-        monkeypatch.setenv("LOCAL_RANK", "0")  # another program's
+        monkeypatch.setenv("LOCAL_RANK", "0")  # another program may have set it
         cfg = OmegaConf.create({"name": "a", "ckpt_path": None, "paths": {"runs": str(tmp_path), "run_id": None}})
         run_dir = start_run(cfg)
         assert run_dir.name == str(number)
@@ -124,7 +127,7 @@ def test_child_processes_share_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LCM_RUN_ID", "5")
     paths = {"runs": str(tmp_path), "run_id": None}
-    for parent, name in ((os.getppid(), "5"), (1, "6")):  # the second is left by a training that ended
+    for parent, name in ((os.getppid(), "5"), (1, "6")):  # a training that ended left the second number
         monkeypatch.setenv("LCM_RUN_PROCESS", str(parent))
         assert start_run(OmegaConf.create({"name": "a", "ckpt_path": None, "paths": paths})).name == name
         runs.unlock_run()
@@ -132,13 +135,13 @@ def test_child_processes_share_the_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("obstacle", ["dangling link", "name is a file"])
 def test_unwritable_folder_is_named(obstacle, tmp_path):
-    at = tmp_path / "runs"
+    folder = tmp_path / "runs"
     if obstacle == "dangling link":
-        at.symlink_to(tmp_path / "gone")
+        folder.symlink_to(tmp_path / "gone")
         (tmp_path / "gone").symlink_to(tmp_path / "gone")
     else:
-        (at.mkdir() or at / "a").write_text("")
-    paths = {"runs": str(at), "run_id": None}
+        (folder.mkdir() or folder / "a").write_text("")
+    paths = {"runs": str(folder), "run_id": None}
     for run_id in (None, 5):
         with pytest.raises(
             UserError, match=r"cannot write the run folder under .*runs/a \(.*\): set paths\.runs to a writable"
@@ -146,7 +149,7 @@ def test_unwritable_folder_is_named(obstacle, tmp_path):
             start_run(OmegaConf.create({"name": "a", "ckpt_path": None, "paths": {**paths, "run_id": run_id}}))
     if obstacle != "name is a file":
         with pytest.raises(UserError, match=r"cannot write .*sweeps/now \(.*\): set paths\.runs to a writable folder"):
-            check_sweep(at / "sweeps/now", one_process=True)
+            check_sweep(folder / "sweeps/now", one_process=True)
 
 
 @pytest.mark.parametrize(("name", "says"), [("", "name= is empty"), ("../x", r"name=\.\./x is a path outside paths\.runs")])
@@ -210,10 +213,10 @@ def test_matching_process_counts_pass(env, overrides, monkeypatch):
 def test_sweep_needs_one_process(tmp_path, monkeypatch):
     check_sweep(tmp_path / "now", one_process=True)
     assert not (tmp_path / "now").exists()
-    check_sweep(tmp_path, one_process=True)  # hydra.sweep.dir=<a folder that is there>
+    check_sweep(tmp_path, one_process=True)  # hydra.sweep.dir=<an existing folder>
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    check_sweep(tmp_path / "now", one_process=False)  # of a program that starts no processes
+    check_sweep(tmp_path / "now", one_process=False)  # for a program that starts no processes
     with pytest.raises(
         UserError, match="torchrun started 2 processes, but a sweep starts the processes of its jobs itself: start one"
     ):

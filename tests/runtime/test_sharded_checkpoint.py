@@ -1,4 +1,4 @@
-"""Checkpoints in a folder: round trips, damaged ones are never used, and no content runs code."""
+"""A checkpoint folder is read as it was written. A damaged folder is never used. No content of a folder runs code."""
 
 import json
 import pickle
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[DeviceMesh]:
-    """A process group of this process alone."""
+    """Yield the device mesh of a process group with world size 1."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
@@ -70,14 +70,14 @@ def test_folder_and_file_replace_each_other(mesh: DeviceMesh, tmp_path: Path) ->
 
 
 class Killed(Exception):
-    """Stands for a kill: what comes after does not happen."""
+    """Stands for a kill of the process: no later code of the write runs."""
 
 
 @pytest.mark.parametrize(("where", "step"), [("writing", 2), ("aside", 2), ("between", 2), ("renamed", 3)])
 def test_kill_at_any_point_leaves_a_checkpoint(
     where: str, step: int, mesh: DeviceMesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two checkpoints are there when the third is written; the last three points are the steps of `replacing`."""
+    """Two checkpoints exist before the write of the third. The last three points are the steps of `replacing`."""
     target = tmp_path / "last.ckpt"
     for before in (1, 2):
         sharded.write(checkpoint(mesh, before), target)
@@ -98,9 +98,9 @@ def test_kill_at_any_point_leaves_a_checkpoint(
             patch.setattr(Path, "rename", lambda path, to: kill() if path == killed else rename(path, to))
         with pytest.raises(Killed):
             sharded.write(checkpoint(mesh, 3), target)
-    found = newest_undamaged(tmp_path)
-    assert found is not None
-    assert step_of(Path(found)) == step
+    newest = newest_undamaged(tmp_path)
+    assert newest is not None
+    assert step_of(Path(newest)) == step
     sharded.write(checkpoint(mesh, 4), target)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "previous.ckpt"]
     assert step_of(target) == 4
@@ -148,7 +148,7 @@ class Hostile:
 def test_folder_runs_no_code(mesh: DeviceMesh, tmp_path: Path) -> None:
     target, mark = tmp_path / "last.ckpt", tmp_path / "mark"
     sharded.write(checkpoint(mesh, 1), target)
-    (target / ".metadata").write_bytes(pickle.dumps(Hostile(mark)))  # where torch's own format keeps its pickle
+    (target / ".metadata").write_bytes(pickle.dumps(Hostile(mark)))  # torch's own format stores its pickle here
     assert step_of(target) == 1
     torch.save({"state_dict": Hostile(mark)}, target / "rest.ckpt")
     files = json.loads((target / "files.json").read_text())

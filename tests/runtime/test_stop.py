@@ -1,4 +1,4 @@
-"""Stopping, without a cluster. tests/slurm has the same on a cluster."""
+"""A signal stops a run, and a requeued job resumes it. tests/slurm tests the same on a cluster."""
 
 import os
 from pathlib import Path
@@ -17,8 +17,8 @@ from tests.e2e import warm
 from tests.runtime.test_checkpoint_io import content
 
 
-def rank(number: int, folder: Path, asked: int) -> None:
-    """One of two: says at which step it saved, and with which code it left."""
+def rank(number: int, folder: Path, signum: int) -> None:
+    """Run one of two ranks until the signal stops it. Write the step of its checkpoint to a file."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=2)
     stop = StopOnSignal("unused", every_n_steps=2)
     stop.group = dist.new_group(backend="gloo")
@@ -36,7 +36,7 @@ def rank(number: int, folder: Path, asked: int) -> None:
     for step in range(1, 9):
         trainer.global_step = step
         if step == 3 and number == 1:
-            signals._recorded = asked
+            signals._recorded = signum
         stop.on_train_batch_end(trainer, None, None, None, step - 1)
 
 
@@ -63,11 +63,11 @@ def test_job_is_requeued_by_number(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     assert requeue()
     assert (tmp_path / "asked").read_text() == "requeue 17\n"
-    scontrol.write_text("#!/bin/sh\nkill -TERM $$\n")  # it is of the job that it asks SLURM to end
+    scontrol.write_text("#!/bin/sh\nkill -TERM $$\n")  # a requeue sends SIGTERM to scontrol, too
     assert requeue()
     scontrol.write_text("#!/bin/sh\nexit 1\n")
     assert not requeue()
-    monkeypatch.setenv("PATH", "/nowhere")  # a container: the batch script does it
+    monkeypatch.setenv("PATH", "/nowhere")  # in a container, the batch script requeues the job
     assert requeue()
 
 

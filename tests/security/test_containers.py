@@ -1,4 +1,4 @@
-"""The container's files: pinned packages, an unprivileged user, no secrets. No test builds the image."""
+"""The container's files pin packages, choose an unprivileged user and hold no secrets. No test builds the image."""
 
 import re
 import subprocess
@@ -18,7 +18,7 @@ def without_line_breaks(file: Path) -> list[str]:
 
 
 def test_lock_file_pins_every_requirement():
-    """It has versions that pyproject.toml accepts, hashes, and no index."""
+    """The lock file has versions that pyproject.toml accepts, hashes, and no package index."""
     pins = {}
     for line in without_line_breaks(DOCKER / "requirements.cuda.txt"):
         pinned = re.fullmatch(r"([a-z0-9-]+)==(\S+?)(?: --hash=sha256:[0-9a-f]{64})+", line)

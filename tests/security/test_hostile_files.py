@@ -31,7 +31,7 @@ from tests.data.conftest import keys, pairs, png, stream, take, write_shard
 
 
 class Trap:
-    """Write a file when it is unpickled."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -42,7 +42,7 @@ class Trap:
 
 @pytest.fixture
 def marker(tmp_path: Path) -> Iterator[Path]:
-    """A path that must not exist at the end of the test. First check that the traps work."""
+    """Yield a path that must not exist at the end of the test. First check that the traps work."""
     marker = tmp_path / "ran"
     pickle.loads(pickle.dumps(Trap(marker)))
     torch.save(Trap(marker), tmp_path / "trap")
@@ -150,7 +150,7 @@ def test_no_member_is_extracted(tmp_path: Path, caplog: pytest.LogCaptureFixture
 
 @pytest.mark.parametrize("size", [b"-0000002000\0", b"-0000000001\0", b"\x80" + b"\xff" * 11, b"\xff" * 12], ids=repr)
 def test_impossible_sizes_are_damage(size: bytes, tmp_path: Path) -> None:
-    """A negative size would lead the scan back, and a huge one beyond any file."""
+    """A negative size would move the scan backwards. A huge size would move it beyond the end of any file."""
     shard = Path(write_shard(tmp_path / "a.tar", pairs(0, 3)))
     content = bytearray(shard.read_bytes())
     with tarfile.open(shard) as tar:
@@ -158,8 +158,8 @@ def test_impossible_sizes_are_damage(size: bytes, tmp_path: Path) -> None:
     content[start + 124 : start + 136] = size
     content[start + 148 : start + 156] = b" " * 8
     content[start + 148 : start + 156] = b"%06o\0 " % sum(content[start : start + 512])
-    found = [member.name for member in headers(Memory(bytes(content)))]
-    assert found == ["0-00.png", "0-00.txt", "0-01.txt", "0-02.png", "0-02.txt"]
+    names = [member.name for member in headers(Memory(bytes(content)))]
+    assert names == ["0-00.png", "0-00.txt", "0-01.txt", "0-02.png", "0-02.txt"]
 
 
 def bomb(side: int) -> bytes:
@@ -173,14 +173,14 @@ def read(shard: str, answer: Any) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     from lcm.data.transforms import Decode, collate
 
-    found = keys(take(stream([shard], shuffle=0, decode=Decode(8), collate=collate)))
-    answer.put((found, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+    sample_keys = keys(take(stream([shard], shuffle=0, decode=Decode(8), collate=collate)))
+    answer.put((sample_keys, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
 
 
 @pytest.mark.filterwarnings("ignore:Image size", "ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("side", [12_000, 16_000], ids=["Pillow warns", "Pillow refuses"])
 def test_huge_picture_is_not_decoded(side: int, tmp_path: Path) -> None:
-    """Decoded pictures would take 432 or 768 MB. A process of its own gives the peak."""
+    """The decoded picture would take 432 or 768 MB. A separate process measures the peak of its memory."""
     samples = pairs(0, 8)
     samples[3]["png"] = bomb(side)
     shard = write_shard(tmp_path / "a.tar", samples)
@@ -189,8 +189,8 @@ def test_huge_picture_is_not_decoded(side: int, tmp_path: Path) -> None:
     answer = context.Queue()
     process = context.Process(target=read, args=(shard, answer))
     process.start()
-    found, megabytes = answer.get(timeout=120)
+    sample_keys, megabytes = answer.get(timeout=120)
     process.join()
-    assert len(found) == 7
-    assert f"{shard}/0-03" not in found
+    assert len(sample_keys) == 7
+    assert f"{shard}/0-03" not in sample_keys
     assert megabytes < 150

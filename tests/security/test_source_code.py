@@ -16,8 +16,8 @@ FORBIDDEN = {
 FORBIDDEN_METHODS = {"extractall", "load_from_checkpoint", "from_single_file", "read_pickle"}
 REQUIRED = {"torch.load": ("weights_only", True), "load_checkpoint": ("weights_only", True)}
 REQUIRED |= {name: ("allow_pickle", False) for name in ("np.load", "numpy.load", "read_array")}
-ALLOWED = {"lcm/models/single_file.py": ["pipeline.from_single_file"]}  # of a .safetensors file, after a look at its header
-TOKENIZERS = {"CLIPTokenizer", "CLIPTokenizerFast", "tokenizer_class"}  # read json, text and protobuf
+ALLOWED = {"lcm/models/single_file.py": ["pipeline.from_single_file"]}  # it loads a .safetensors file with a checked header
+TOKENIZERS = {"CLIPTokenizer", "CLIPTokenizerFast", "tokenizer_class"}  # these tokenizers read JSON, text and protobuf
 
 
 def dangers(source: str) -> list[str]:
@@ -46,9 +46,9 @@ def danger_of(node: ast.AST) -> str | None:
 
 def test_source_has_no_dangers():
     files = [*(ROOT / "lcm").rglob("*.py"), *ROOT.glob("*.py")]
-    found = {str(file.relative_to(ROOT)): dangers(file.read_text()) for file in files}
-    assert len(found) > 50
-    assert {file: names for file, names in found.items() if names} == ALLOWED
+    dangers_of_files = {str(file.relative_to(ROOT)): dangers(file.read_text()) for file in files}
+    assert len(dangers_of_files) > 50
+    assert {file: names for file, names in dangers_of_files.items() if names} == ALLOWED
 
 
 def test_tokenizers_of_families_have_no_code():

@@ -1,4 +1,4 @@
-"""A real SLURM of three nodes on this machine, and jobs on it. Skipped where its packages or root are missing."""
+"""A real SLURM cluster of three nodes on this machine, and its jobs. Tests are skipped without SLURM's packages or root."""
 
 import os
 import re
@@ -17,18 +17,18 @@ from tests.e2e.conftest import ROOT, environment
 from tests.e2e.conftest import tiny as tiny
 
 LOCAL = ROOT / "tests/slurm/local.sh"
-PATIENCE = 1800  # seconds for what takes some on an idle machine
+PATIENCE = 1800  # seconds; on an idle machine a wait takes only a few
 
 
-def wait_for(what: Callable[[], object], message: Callable[[], str], patience: float = PATIENCE) -> None:
+def wait_for(condition: Callable[[], object], message: Callable[[], str], patience: float = PATIENCE) -> None:
     deadline = time.monotonic() + patience
-    while not what():
+    while not condition():
         assert time.monotonic() < deadline, message()
         time.sleep(0.05)
 
 
 class Job:
-    """One submission of docker/train.sbatch."""
+    """A submitted batch job."""
 
     def __init__(self, cluster: "Cluster", number: str, log: Path) -> None:
         self.cluster, self.number, self.file = cluster, number, log
@@ -41,11 +41,6 @@ class Job:
         """Return the fields of `scontrol show job`: JobState, Restarts, ExitCode, ..."""
         return dict(re.findall(r"(\w+)=(\S*)", self.cluster.run("scontrol", "show", "job", self.number)))
 
-    def logged(self, text: str) -> None:
-        """Wait until the log has it."""
-        wait_for(lambda: text in self.log or self.ended(), lambda: f"no {text!r} in:\n{self.log}")
-        assert text in self.log, self.log
-
     def ended(self) -> bool:
         return self.facts()["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
@@ -54,22 +49,22 @@ class Job:
         return self.facts()
 
     def pids(self, rank: int) -> list[int]:
-        """The processes of a rank, in the order of their starts, the main one first. (Numbers start again at the top.)"""
-        wanted = {f"SLURM_JOB_ID={self.number}", f"SLURM_PROCID={rank}"}
-        found = []
+        """Return the ids of a rank's processes in the order of their starts, the main process first. (Ids can wrap around.)"""
+        expected = {f"SLURM_JOB_ID={self.number}", f"SLURM_PROCID={rank}"}
+        processes = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                known = set((folder / "environ").read_bytes().decode(errors="replace").split("\0"))
+                variables = set((folder / "environ").read_bytes().decode(errors="replace").split("\0"))
                 line = (folder / "cmdline").read_bytes()
-                if wanted <= known and b"train.py" in line and not line.startswith(b"env"):  # which is yet to block signals
+                if expected <= variables and b"train.py" in line and not line.startswith(b"env"):  # env is yet to block signals
                     started = int((folder / "stat").read_text().rpartition(")")[2].split()[19])  # proc(5): field 22
-                    found.append((started, int(folder.name)))
+                    processes.append((started, int(folder.name)))
             except OSError:
-                continue  # it ended, or is a thread of the kernel
-        return [pid for _, pid in sorted(found)]
+                continue  # the process ended, or is a kernel thread
+        return [pid for _, pid in sorted(processes)]
 
     def signal(self, signum: signal.Signals) -> None:
-        """To every process of every step, as SLURM does before the time limit."""
+        """Send a signal to every process of every step, as SLURM does before the time limit."""
         self.cluster.run("scancel", f"--signal={signum.name.removeprefix('SIG')}", self.number)
 
 
@@ -78,13 +73,13 @@ class Cluster:
         self.folder, self.env = folder, environment(SLURM_CONF=f"{folder}/slurm.conf", PYTHON=sys.executable)
 
     def run(self, *command: str, **env: str) -> str:
-        """A program that uses the cluster, run in the checkout; its output."""
+        """Run a program that uses the cluster, in the checkout. Return its output."""
         done = subprocess.run(command, cwd=ROOT, env={**self.env, **env}, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
     def submit(self, *overrides: str, nodes: int = 2, tasks: int = 1, log: Path, **env: str) -> Job:
-        """`sbatch docker/train.sbatch` with options for this small cluster; tasks: per node."""
+        """Submit docker/train.sbatch with options for this small cluster. tasks: the number per node."""
         options = [f"--nodes={nodes}", f"--ntasks-per-node={tasks}", "--cpus-per-task=1", "--gres=none", "--time=60"]
         number = self.run(
             "sbatch",
@@ -99,7 +94,7 @@ class Cluster:
         return Job(self, number.strip(), log)
 
     def lose(self, node: str) -> None:
-        """Kill a node's daemon and all that runs on it."""
+        """Kill a node's daemon and all processes on the node."""
         daemon = int((self.folder / f"run/slurmd.{node}.pid").read_text())
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -117,13 +112,13 @@ class Cluster:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """n1 and n2, on which jobs of two nodes start, and n3 in reserve, with 8 pretended CPUs each."""
+    """Yield a cluster of three nodes with 8 pretended CPUs each. Jobs of two nodes start on n1 and n2, and n3 is a spare."""
     missing = [name for name in ("slurmctld", "slurmd", "srun", "munged") if shutil.which(name) is None]
     if missing or os.geteuid():
         lack = f"has no {', '.join(missing)} (Debian: slurmctld slurmd slurm-client munge)" if missing else "needs root"
         pytest.skip(f"no local SLURM: this machine {lack}")
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-    port = 25000 + os.getpid() % 700 * 10  # two workers' clusters do not meet; below the ports that the kernel gives out
+    port = 25000 + os.getpid() % 700 * 10  # differs between pytest workers; below the ports that the kernel gives out
     start = {**os.environ, "SLURM_LOCAL_PORT": str(port), "SLURM_LOCAL_KILL_WAIT": "600"}  # a busy machine saves slowly
     try:
         subprocess.run([LOCAL, "start", folder, "3"], env=start, check=True, timeout=120)

@@ -1,6 +1,7 @@
-"""Jobs on a real SLURM: they train as one process does, and a stopped or broken job loses nothing.
+"""Jobs on a real SLURM cluster train like one process, and a stopped job loses no step.
 
-`LCM_ROUNDS=20 pytest -n 0 tests/slurm` stops a job at 20 random moments, loses a node and sweeps; the default is one stop.
+By default one job is stopped. `LCM_ROUNDS=20 pytest -n 0 tests/slurm` stops 20 jobs, each at a random moment. It also runs the
+tests of a lost node and of a sweep.
 """
 
 import csv
@@ -59,7 +60,10 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def stop_at_random(job: Job, run_dir: Path, rng: random.Random) -> str:
-    """SIGUSR1 at a random moment from the start to two thirds of the way: to all processes, sometimes twice, or to one rank."""
+    """Send SIGUSR1 at a random moment in the first two thirds of the training, and return a description.
+
+    One rank gets the signal, or all processes get it once or twice.
+    """
     wait_for(lambda: all(job.pids(rank) for rank in range(2)), lambda: job.log)
     if rng.random() < 0.25:
         wait = rng.uniform(0, 5)
@@ -80,31 +84,34 @@ def stop_at_random(job: Job, run_dir: Path, rng: random.Random) -> str:
 
 
 def test_ranks_train_as_one_process(cluster: Cluster, tiny, tmp_path):
-    """2 nodes x 2 ranks against one process with the same global batch: losses are equal to 2e-5, gradient norms to 1e-4.
+    """Four ranks on two nodes match one process with the same global batch: losses to 2e-5, gradient norms to 1e-4.
 
-    With AdamW's usual eps of 1e-8 (and, for one norm of 60, with 1e-4) the order of a sum decides the step of a weight whose
-    gradient is nearly zero.
+    With AdamW's usual eps of 1e-8, the order of a sum decides the step of a weight whose gradient is nearly zero. With an eps
+    of 1e-4, it still changes one gradient norm of 60.
     """
     runs = [*tiny, *COMMON, f"paths.runs={tmp_path}", "+model.optimizer.eps=1e-3"]
     job = cluster.submit(*runs, "data.batch_size=2", "name=ranks", tasks=2, log=tmp_path / "log")
-    one = subprocess.run(
+    single_process = subprocess.run(
         command("train.py", *runs, "trainer.accelerator=cpu", "data.batch_size=8", "name=one"),
         cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
-    assert one.returncode == 0, one.stderr
+    assert single_process.returncode == 0, single_process.stderr
     assert job.end()["JobState"] == "COMPLETED", job.log
     run_dir = tmp_path / f"ranks/{job.number}"
     for name, tolerance in (("train/loss", 2e-5), ("train/grad_norm", 1e-4)):
-        found, expected = dict(column(run_dir, name)), dict(column(tmp_path / "one/0", name))
-        assert found == pytest.approx(expected, rel=tolerance)
-        print(f"{name}: equal to {max(abs(found[step] / expected[step] - 1) for step in expected):.2g}")
-    assert [step for step, _ in column(run_dir, "train/loss")] == list(range(STEPS))  # written by one rank
+        values, expected = dict(column(run_dir, name)), dict(column(tmp_path / "one/0", name))
+        assert values == pytest.approx(expected, rel=tolerance)
+        print(f"{name}: equal to {max(abs(values[step] / expected[step] - 1) for step in expected):.2g}")
+    assert [step for step, _ in column(run_dir, "train/loss")] == list(range(STEPS))  # only one rank writes rows
     assert job.log.count("run:  ") == job.log.count("model:  ") == 1
     assert list((tmp_path / "ranks").iterdir()) == [run_dir]
 
 
 def test_a_job_stopped_at_any_moment_ends_as_if_it_had_not_been(cluster: Cluster, tiny, tmp_path):
-    """Bit for bit with two ranks. (With more, DDP sums in another order in the step in which it lays out its buckets.)"""
+    """The losses and weights equal those of an uninterrupted job bit for bit, with two ranks.
+
+    With more ranks, DDP sums in another order in the first step after a resume, because it arranges its buckets anew.
+    """
     runs = [*tiny, *COMMON, f"paths.runs={tmp_path}", "logger=[csv,tensorboard,wandb]", "logger.wandb.offline=true"]
     straight = cluster.submit(*runs, "name=straight", log=tmp_path / "straight.log")
     whole = tmp_path / f"straight/{straight.number}"
@@ -120,7 +127,7 @@ def test_a_job_stopped_at_any_moment_ends_as_if_it_had_not_been(cluster: Cluster
         for name in ("train/loss", "val/loss"):
             assert column(run_dir, name) == column(whole, name), f"{when}: not resumed at {saved}"
         assert same(weights(run_dir), weights(whole))
-        starts = list((run_dir / "wandb").glob("offline-run-*"))  # one run of wandb's, whatever the starts
+        starts = list((run_dir / "wandb").glob("offline-run-*"))  # all starts log to one wandb run
         assert {folder.name.rpartition("-")[2] for folder in starts} == {json.loads((run_dir / "run.json").read_text())["id"]}
         assert list((tmp_path / f"cut-{number}").iterdir()) == [run_dir]
         assert "Traceback" not in job.log
@@ -131,7 +138,7 @@ def test_a_job_stopped_at_any_moment_ends_as_if_it_had_not_been(cluster: Cluster
 
 
 def test_trainings_of_one_job_side_by_side_and_in_turn_do_not_meet(cluster: Cluster, tiny, tmp_path):
-    """Two steps of two ranks at once, then the first command again without srun, as a loop in a batch script has it."""
+    """The job runs two steps of two ranks at once, then the first command again without srun, like a loop in a batch script."""
     runs = [*tiny, *COMMON, "trainer.max_steps=4", "data.num_workers=0", f"paths.runs={tmp_path}", "name=own"]
     train = command("train.py", *runs)
     srun = ["srun", "--exact", "--nodes=1", "--ntasks=2", "--ntasks-per-node=2"]
@@ -144,9 +151,9 @@ def test_trainings_of_one_job_side_by_side_and_in_turn_do_not_meet(cluster: Clus
     job = Job(cluster, number, tmp_path / "log")
     assert job.end()["JobState"] == "COMPLETED", job.log
     assert {path.name for path in (tmp_path / "own").iterdir()} == {number, f"{number}-1", f"{number}-2"}, job.log
-    facts = [json.loads((path / "model/lcm.json").read_text())["w_max"] for path in sorted((tmp_path / "own").iterdir())]
-    assert sorted(facts[:2]) == [4, 8], job.log
-    assert facts[2] == 4
+    w_max = [json.loads((path / "model/lcm.json").read_text())["w_max"] for path in sorted((tmp_path / "own").iterdir())]
+    assert sorted(w_max[:2]) == [4, 8], job.log
+    assert w_max[2] == 4
     for path in (tmp_path / "own").iterdir():
         assert [step for step, _ in column(path, "train/loss")] == list(range(4))
 
@@ -207,13 +214,14 @@ def test_a_lost_node_costs_no_more_than_the_steps_since_the_last_checkpoint(clus
     wait_for(lambda: len(column(run_dir, "train/loss")) > 25 or job.ended(), lambda: job.log)
     cluster.lose("n2")
     end = job.end()
-    cluster.bring_back("n2")  # not before: SLURM tries for minutes to signal the step that it lost, also on one of that number
+    # n2 does not return earlier: SLURM tries for minutes to signal the lost step, and can hit a new step of the same number.
+    cluster.bring_back("n2")
     assert (end["JobState"], end["Restarts"], end["NodeList"]) == ("COMPLETED", "1", "n[1,3]"), job.log
     steps = [step for step, _ in column(run_dir, "train/loss")]
-    again = next(i for i, (one, two) in enumerate(pairwise(steps)) if two <= one)
+    again = next(i for i, (step, following) in enumerate(pairwise(steps)) if following <= step)
     assert 0 <= steps[again] - steps[again + 1] < 10  # a checkpoint every 10 steps
     losses = column(run_dir, "train/loss")
-    assert dict(losses) == dict(reversed(losses))  # the steps done twice are the same steps
+    assert dict(losses) == dict(reversed(losses))  # the repeated steps have the same losses
 
 
 @campaign
@@ -223,6 +231,6 @@ def test_a_sweep_gives_each_run_a_job(cluster: Cluster, tiny, tmp_path):
     args = [*tiny, "trainer.accelerator=cpu", "model.ema_decay=0,0.95", f"paths.runs={tmp_path}", "name=sweep"]
     cluster.run(sys.executable, "train.py", "-m", *launcher, *args)
     [table] = (tmp_path / "sweeps").glob("*/table.md")
-    assert not list((tmp_path / "sweeps").rglob("*.pkl"))  # overrides, secrets included
+    assert not list((tmp_path / "sweeps").rglob("*.pkl"))  # they hold the overrides, with secrets
     assert len(table.read_text().splitlines()) == 4
     assert len(list((tmp_path / "sweep").iterdir())) == 2
