@@ -1,4 +1,4 @@
-"""The benchmarks run on tiny settings and measure what their columns say. No test asserts a speed."""
+"""The benchmarks run on tiny settings, and their columns have the right quantities. No test asserts a speed."""
 
 import importlib
 from pathlib import Path

@@ -95,7 +95,7 @@ def test_rates_cover_the_time_since_the_last_log(monkeypatch):
     step(2, 4)
     assert logged["perf/images_per_sec"] == pytest.approx(4 * 16 / 8)
     assert logged["perf/data_wait"] == pytest.approx(2 / 8)
-    assert (length.images, length.seconds) == (4 * 8 * 4, 100 + 4 + 2 + 6)  # neither validation nor what is not timed
+    assert (length.images, length.seconds) == (4 * 8 * 4, 100 + 4 + 2 + 6)  # without validation and steps that are not timed
 
 
 def test_training_is_unchanged(training, data, fit):  # noqa: F811

@@ -108,7 +108,10 @@ def test_true_consistency_function_has_no_loss():
     [("v_prediction", Flow(shift=3.0)), ("sample", VP())],
 )
 def test_true_consistency_function_of_flow_has_no_loss(prediction_type, process):
-    """Its x0 is the end of the trajectory. The teacher may have another process. The loss is finite from pure noise."""
+    """The perfect student's x0 is the end of the trajectory. The teacher may have another process.
+
+    The loss is finite from pure noise.
+    """
     flow, points = Flow(), 60
     grid = karras(flow, points=points)[1:]
     draws = some_draws(*[(grid - t).abs().argmin().item() for t in (60, 200, 500, 850)])
@@ -159,7 +162,7 @@ def test_teacher_of_another_process_has_no_matching_loss():
 
 
 def test_matching_loss_has_truncated_snr_weight():
-    """`max(alpha^2 / sigma^2, 1)` times x0's squared error."""
+    """The loss is `max(alpha^2 / sigma^2, 1)` times the squared error of x0."""
     student, teacher = sample(Recorder(0.4), Recorder(0.5))[:2]
     for t, weight in ((0, 1175.4), (250, 1.8155), (999, 1.0)):
         weight = max((PROCESS.alphas[t] / PROCESS.sigmas[t]).item() ** 2, 1.0) if t != 0 else weight

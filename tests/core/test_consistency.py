@@ -81,7 +81,7 @@ def test_each_sample_has_its_own_t():
 
 
 def test_golden_scalings_of_consistency_models():
-    """With the paper's sigma_data = 0.5 and epsilon = 0.002 (2303.01469, appendix C)."""
+    """The paper has sigma_data = 0.5 and epsilon = 0.002 (2303.01469, appendix C)."""
     c_skip, c_out = cm_scalings(torch.tensor([0.002, 0.5, 1.0, 80.0], dtype=torch.float64), 0.002, sigma_data=0.5)
     assert c_skip.tolist() == pytest.approx([1.0, 0.502004024, 0.200641922, 3.9066e-5], rel=1e-4, abs=1e-12)
     assert c_out.tolist() == pytest.approx([0.0, 0.352138482, 0.446319169, 0.499977734], rel=1e-4, abs=1e-12)

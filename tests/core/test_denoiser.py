@@ -30,7 +30,7 @@ def of(prediction_type, process=None):
 
 @three_processes
 def test_read_inverts_target_in_every_process(process):
-    """Except at 999: in pure noise eps does not determine x0."""
+    """The timestep 999 is left out: in pure noise eps does not determine x0."""
     t = torch.tensor([0, 1, 19, 259, 499, 979])
     for prediction_type in PREDICTION_TYPES:
         denoiser = of(prediction_type, process)
@@ -51,7 +51,7 @@ def test_read_inverts_target_in_pure_noise(process):
 
 @every_type
 def test_target_inverts_read(prediction_type):
-    """For any output."""
+    """The identity holds for any output of the network."""
     denoiser = of(prediction_type)
     output, z_t = X0, EPS
     x0, eps = denoiser.read(output, z_t, T)
@@ -60,7 +60,7 @@ def test_target_inverts_read(prediction_type):
 
 @three_processes
 def test_x0_and_eps_add_up_to_z_t(process):
-    """For any output. In a flow's pure noise the x0 of an eps network is bounded instead."""
+    """The identity holds for any output. In a flow's pure noise the x0 of an eps network is bounded instead."""
     for prediction_type in PREDICTION_TYPES:
         t = T[:-1] if process.alpha(T[-1:]) == 0 and prediction_type == "epsilon" else T
         output, z_t = X0[: len(t)], EPS[: len(t)]
@@ -94,7 +94,7 @@ def test_pure_noise_is_finite(process):
 
 @every_type
 def test_x0_at_clean_end_of_flow_is_z(prediction_type):
-    """For any network."""
+    """The identity holds for any network."""
     x0, eps = of(prediction_type, Flow()).read(1e6 * X0, EPS, torch.full((len(X0),), -1))
     assert torch.equal(x0, EPS)
     assert eps.isfinite().all()

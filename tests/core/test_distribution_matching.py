@@ -1,4 +1,4 @@
-"""Distribution matching: losses in closed form, the student's steps against its sampler, the fake score, what is saved."""
+"""Distribution matching: losses in closed form, the student's steps, the fake score, and the saved sampler."""
 
 from functools import partial
 
@@ -50,7 +50,7 @@ class Constant(nn.Module):
     [("dmd2", 1.53125, 1.75), ("tdm", ((0.35**2 + 1e-6) ** 0.5 - 1e-3) / 0.2, 0.35 / (0.35**2 + 1e-6) ** 0.5 / 0.2)],
 )
 def test_golden_loss(kind, loss, gradient):
-    """The student says 0.3, the fake score 0.45, the teacher 0.1 with and without the caption."""
+    """The student predicts 0.3 and the fake score 0.45. The teacher predicts 0.1 with and without the caption."""
     student, process = Constant(0.3), VP()
     nets = [Denoiser(net, process, "sample") for net in (student, student, Recorder(0.1), Recorder(0.45))]
     objective, one = matching(kind, process), torch.ones(1, 1, 1, 1)
@@ -93,7 +93,7 @@ class Steps:
 
 @pytest.mark.parametrize(("process", "steps"), [(VP(), 4), (Flow(shift=3.0), 2)], ids=str)
 def test_inputs_are_those_of_the_sampler(process, steps):
-    """In every step, whose times are those of the few-step sampler."""
+    """Every step of the student has the times of the few-step sampler."""
     times = trailing_steps(steps) if isinstance(process, Flow) else consistency_steps(steps)
     for kind, sampler in (("tdm", partial(sampling.tcd, gamma=0.0)), ("dmd2", sampling.consistency)):
         objective, net = matching(kind, process, steps=steps), Steps()
@@ -156,7 +156,7 @@ def test_scores_are_compared_within_the_step_or_anywhere(process):
 
 
 def test_golden_fake_score_of_tdm():
-    """x0 0.5 and eps -1.1, a step from 499 to 259, noise 0.25; the formula is that of the authors' code."""
+    """The input has x0 0.5, eps -1.1, a step from 499 to 259 and noise 0.25. The formula is from the authors' code."""
     process, objective = VP(), matching("tdm")
     one = torch.ones(1, 1, 1, 1)
     sample = Sample(0.5 * one, -1.1 * one, torch.tensor([499]), torch.tensor([259]))
@@ -175,7 +175,7 @@ def test_golden_fake_score_of_tdm():
 
 @kind_and_process
 def test_exact_fake_score_of_a_point_has_no_loss(kind, process):
-    """The student always says 0.7."""
+    """The student always predicts 0.7."""
     fake, objective = exact(process, "v_prediction", mu=0.7, s=0.0), matching(kind, process)
     draws = objective.draw(a_batch().z0, rng())
     draws.eps[:, 1] *= 0.5

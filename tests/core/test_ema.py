@@ -13,7 +13,7 @@ def tensors(seed):
 
 
 def test_closed_form_after_n_updates():
-    """With a constant online: online + decay^n (start - online)."""
+    """With constant online weights, the average is online + decay^n (start - online)."""
     average, start, online = tensors(0), tensors(0), tensors(1)
     for _ in range(10):
         ema_update_(average, online, 0.5)
@@ -52,7 +52,7 @@ def test_skip_on_device(decay):
 
 
 def test_skip_on_device_is_one_call():
-    """Otherwise there would be one kernel per parameter."""
+    """A loop over parameters would start one kernel per parameter."""
 
     class Calls(TorchDispatchMode):
         names = []  # noqa: RUF012

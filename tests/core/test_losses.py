@@ -28,7 +28,7 @@ def test_is_a_distance(loss):
 
 @every_loss
 def test_gradient(loss):
-    """It is 0 where x = y, and points away from y elsewhere."""
+    """The gradient is 0 where x = y, and points away from y elsewhere."""
     x = X.clone().requires_grad_()
     [at_zero] = torch.autograd.grad(loss(x, X).sum(), x)
     [elsewhere] = torch.autograd.grad(loss(x, Y).sum(), x)

@@ -249,7 +249,7 @@ def test_golden_distillation_in_flow():
 
 
 def test_target_at_boundary_of_flow_is_teachers_point():
-    """At s = -1, for any target network."""
+    """At s = -1 the target is z_s for any target network."""
     flow, seen, options = Flow(), [], {"process": Flow(), "prediction_type": "flow_prediction"}
     for value in (-3.0, 50.0):
         nets = denoisers(Scale(0.2), Recorder(value), Scale(0.3), **options)

@@ -30,7 +30,7 @@ def tscd(*phases, process=None):
 
 @pytest.mark.parametrize(("index", "student", "target"), [(24, -0.329010810, -0.356895834), (25, -0.762305307, -0.685645465)])
 def test_golden_pcm(index, student, target):
-    """With the edges of the authors' code: 499 -> 479 within (239, 499], and 519 -> 499, which is an edge."""
+    """The edges are from the authors' code. 499 -> 479 lies within (239, 499]. 519 -> 499 ends at an edge."""
     seen, one = [], torch.ones(1, 1, 1, 1)
     objective = pcm(distance=lambda x, y: seen.extend((x.item(), y.item())) or losses.l2(x, y))
     objective.edges = torch.tensor([0, 239, 499, 739])
@@ -115,7 +115,7 @@ def test_w_with_guidance_at_sampling_is_an_error():
 
 @every_process
 def test_pair_lies_at_the_end_of_its_phase_and_knows_its_start(process):
-    """A start is an edge, or the noisy end; the phases of TSCD start alike, whatever end time is drawn."""
+    """A start is an edge or the noisy end. The start of a phase of TSCD does not depend on the drawn end time."""
     draws, nets = some_draws(0, 13, 26, 49), denoisers(Scale(0.2), Scale(0.4), Scale(0.3), process=process)
     starts = [249, 499, 749, 999] if isinstance(process, Flow) else [259, 499, 759, 999]
     pair = pcm(process).pair(nets, a_batch(), draws)

@@ -94,7 +94,7 @@ def test_snr_is_squared_alpha_over_sigma():
 
 @three_processes
 def test_timestep_at_inverts_half_log_snr(process):
-    """At the timesteps and between them. Interpolating in lambda would be off by 0.05 near the clean end."""
+    """The values match at the timesteps and between them. Interpolation in lambda would be off by 0.05 near the clean end."""
     for t in (ALL[:-1], torch.linspace(0, 998, 4001)):
         torch.testing.assert_close(process.timestep_at(process.half_log_snr(t)), t.float(), rtol=0, atol=0.02)
     t = torch.linspace(0.05, 300, 4001)
@@ -108,7 +108,7 @@ def test_timestep_at_clamps_in_vp(half_log_snr, t):
 
 @three_processes
 def test_alpha_and_sigma_in_float_time(process):
-    """They are exact at integers, and their derivative is a finite difference within one interval of the tables."""
+    """The values are exact at integers. The derivative is a finite difference within one interval of the tables."""
     for scale in (process.alpha, process.sigma):
         assert torch.equal(scale(ALL.float()), scale(ALL))
     t = (torch.tensor([0, 1, 19, 259, 499, 759, 998]) + 0.5).requires_grad_()

@@ -102,7 +102,7 @@ def test_consistency_agrees_with_diffusers(prediction_type, steps):
 
 @pytest.mark.parametrize(("steps", "total", "mean"), [(1, 18.7097, 0.0244), (10, 197.7616, 0.2575)])
 def test_golden_consistency(steps, total, mean):
-    """The values of diffusers' test of LCMScheduler."""
+    """The expected values are from diffusers' test of LCMScheduler."""
     process = VP()
     z = (torch.arange(768) / 768).reshape(3, 8, 8, 4).permute(3, 0, 1, 2)
     denoise = Denoiser(lambda z, t, cond, w: z * (t / (t + 1)).view(-1, 1, 1, 1), process).bound({})
@@ -148,7 +148,7 @@ def test_ancestral_sampling_has_moments_of_data(process):
 
 @two_processes
 def test_exact_consistency_function_samples_data(process):
-    """For any number of steps."""
+    """The samplers agree for any number of steps."""
     data, noise = Gaussian(process), draws(0, torch.empty(1, 1, 128, 128))
     exact = network(process, "sample", data.end).bound({})
     for steps in (1, 2, 4):
@@ -171,7 +171,7 @@ def test_images_do_not_depend_on_batch(name):
 
 @pytest.mark.parametrize("process", [VP(rescale_betas_zero_snr=True), Flow()], ids=str)
 def test_ancestral_sampling_from_pure_noise_is_finite(process):
-    """For every s, as the variance of eps is near 0."""
+    """The equality holds for every s, because the variance of eps is near 0."""
     data = Gaussian(process)
     for s in range(999):
         z0 = sampling.ddpm(data.denoise, Z[:1], [999, s], process=process, noise=draws(1, Z[:1]))
@@ -273,7 +273,7 @@ def test_tcd_end_times():
 
 @pytest.mark.parametrize("name", ["dpm_solver_2m", "dpm_solver_pp_2m"])
 def test_multistep_odes_in_flow_solve_point_mass(name):
-    """From pure noise to the clean end."""
+    """The sampler goes from pure noise to the clean end."""
     flow = Flow()
     point = Gaussian(flow, mu=0.7, s=0.0)
     for steps in (1, 20):
@@ -291,7 +291,7 @@ def test_multistep_ends_in_flow_with_last_x0(sampler):
 
 @pytest.mark.parametrize(("name", "process"), [("lcm", VP()), ("ddpm", VP()), ("heun", Flow(shift=3.0))], ids=str)
 def test_known_part_keeps_the_noise_of_its_time(name, process):
-    """Every network call sees it as data of that time, whatever the sampler. The rest is drawn."""
+    """With every sampler, each network call gets the known part with the noise of its time. The rest is drawn."""
     known, mask = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(3)), torch.zeros(2, 1, 32, 32)
     mask[..., 16:] = 1
     seen = []

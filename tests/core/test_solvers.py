@@ -45,7 +45,7 @@ def test_order_of_convergence(name):
 
 @every_solver
 def test_many_steps_reach_solution(name):
-    """In a flow from pure noise, where lambda is minus infinity, to the clean end, where it is infinite."""
+    """The steps in a flow go from pure noise (lambda is minus infinity) to the clean end (lambda is infinite)."""
     assert error(SOLVERS[name], list(range(999, -1, -9))) < (0.02 if ORDER[name] == 1 else 0.004)
     for flow in FLOWS:
         assert error(SOLVERS[name], list(range(999, -2, -10)), Gaussian(flow)) < (0.03 if ORDER[name] == 1 else 0.004)
@@ -125,7 +125,7 @@ def test_midpoint_halves_lambda():
 
 
 def test_ddim_in_flow_is_euler():
-    """`y + (q' - q) u`."""
+    """Euler's step is `y + (q' - q) u`."""
     flow = FLOWS[1]
     t, s = torch.tensor([999, 499, 19]), torch.tensor([749, 19, -1])
     u = Z.float().cos()

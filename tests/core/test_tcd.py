@@ -29,7 +29,7 @@ def shares(share, *index):
 
 @pytest.mark.parametrize("max_steps", [-1, 0])
 def test_needs_no_number_of_steps(max_steps):
-    """One stage of one phase: a training may end by time or on a signal."""
+    """A curriculum of one stage needs no number of steps. The training may end by time or on a signal."""
     objective = tcd()
     for step in range(3):
         objective.advance(step, max_steps)
@@ -81,7 +81,7 @@ def test_clean_end_alone_is_lcm_in_flow():
 
 
 def test_clean_end_alone_is_jump_to_0_in_vp():
-    """There are no scalings: `alpha_0 x0 + sigma_0 eps`."""
+    """The jump has no scalings. It is `alpha_0 x0 + sigma_0 eps`."""
     online, seen, process = Recorder(-1.1), [], VP()
     objective = tcd(distance=lambda x, y: seen.append(x) or losses.l2(x, y))
     objective.loss(denoisers(online, Scale(0.4), Scale(0.3)), a_batch(), shares(0.0))
@@ -106,7 +106,7 @@ def test_nearest_end_is_teachers_step(process, prediction_type):
 
 @pytest.mark.parametrize(("process", "of_teacher"), [(VP(), Flow(shift=3.0)), (Flow(shift=3.0), VP())])
 def test_exact_networks_have_no_loss_on_point_mass(process, of_teacher):
-    """For every end time and prediction type."""
+    """The property holds for every end time and prediction type."""
     for prediction_type, share in zip(PREDICTION_TYPES, (0.0, 0.3, 0.6, 0.99), strict=True):
         student = exact(process, prediction_type, mu=0.7, s=0.0)
         teacher = exact(of_teacher, "v_prediction", mu=0.7, s=0.0)
@@ -115,7 +115,7 @@ def test_exact_networks_have_no_loss_on_point_mass(process, of_teacher):
 
 
 def test_diffusion_model_has_loss_at_far_ends():
-    """A perfect denoiser's long jumps leave the trajectory, its short ones do not."""
+    """The long jumps of a perfect denoiser leave the trajectory. Its short jumps do not."""
     nets = Networks(*[exact(VP(), "v_prediction")] * 3)
     far, near = (tcd().loss(nets, a_batch(), shares(share, 12, 24, 30, 38))[0] for share in (0.0, 0.99))
     assert near < 1e-6 < 1e-5 < far
@@ -134,7 +134,7 @@ def test_student_and_target_take_w():
 
 @pytest.mark.parametrize("process", [VP(), Flow()], ids=["vp", "flow"])
 def test_end_times_are_uniform_up_to_s(process):
-    """Over the clean end and the grid's points up to s, s included."""
+    """End times are uniform over the clean end and the grid's points up to s, s included."""
     share = torch.linspace(0, 1, 100_001)[:-1]
     for s in (19, 39, 479, 979):
         ends, counts = tcd(process).end_time(torch.full((100_000,), s), share).unique(return_counts=True)

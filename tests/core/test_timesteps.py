@@ -135,7 +135,7 @@ def test_fine_karras_grid_has_no_duplicates():
 
 
 def test_karras_of_flow_reaches_pure_noise():
-    """sigma / alpha is infinite there, and is bounded by 1 / FLOOR."""
+    """sigma / alpha is infinite at the noisy end of a flow. It is bounded by 1 / FLOOR."""
     times = karras(Flow(), points=18)
     assert (times[0], times[-1]) == (0, 999)
     assert (times.diff() > 0).all()
